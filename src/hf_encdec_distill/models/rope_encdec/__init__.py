@@ -1,0 +1,20 @@
+"""The RoPE encoder-decoder: three files that travel to the Hub, and what makes their weights."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForTextEncoding
+
+from .configuration_rope_encdec import RopeEncDecConfig
+from .modeling_rope_encdec import RopeEncDecEncoderModel, RopeEncDecForConditionalGeneration, RopeEncDecModel
+
+
+AutoConfig.register("rope_encdec", RopeEncDecConfig, exist_ok=True)
+AutoModel.register(RopeEncDecConfig, RopeEncDecModel, exist_ok=True)
+AutoModelForSeq2SeqLM.register(RopeEncDecConfig, RopeEncDecForConditionalGeneration, exist_ok=True)
+AutoModelForTextEncoding.register(RopeEncDecConfig, RopeEncDecEncoderModel, exist_ok=True)
+
+# So that `save_pretrained` puts the model files beside the weights.
+RopeEncDecConfig.register_for_auto_class()
+RopeEncDecModel.register_for_auto_class("AutoModel")
+RopeEncDecForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
+RopeEncDecEncoderModel.register_for_auto_class("AutoModelForTextEncoding")
+
+__all__ = ["RopeEncDecConfig", "RopeEncDecEncoderModel", "RopeEncDecForConditionalGeneration", "RopeEncDecModel"]

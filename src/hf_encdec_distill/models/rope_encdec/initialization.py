@@ -1,0 +1,526 @@
+"""A student out of a decoder-only teacher's own layers."""
+
+import copy
+import logging
+
+import torch
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ..prompts import distinct_pad_token, encode_prompt, prompt_start_token_id, student_tokenizer
+from .configuration_rope_encdec import RopeEncDecConfig
+from .modeling_rope_encdec import RopeEncDecForConditionalGeneration, RopeEncDecRotaryEmbedding
+
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
+LAYER_SELECTIONS = ("influence", "greedy", "even", "first")
+
+_CALIBRATION_ROWS = 32
+_CALIBRATION_PROMPT, _CALIBRATION_TARGET = 128, 32  # tokens
+_CALIBRATION_BATCH = 8
+_NORM_SCALES = [0.02 * 1.15**step for step in range(29)]  # 0.02 to 1.0, each 15 % above the last
+
+
+def from_decoder_only(
+    teacher,
+    *,
+    encoder_num_hidden_layers=None,
+    decoder_num_hidden_layers=None,
+    encoder_layers=None,
+    decoder_layers=None,
+    cross_attention="merged",
+    encoder_attention="causal",
+    layer_selection="influence",
+    calibration=None,
+    tokenizer=None,
+    prompt_template=None,
+    model_class=RopeEncDecForConditionalGeneration,
+    **config_overrides,
+):
+    """Build an encoder-decoder out of a decoder-only model.
+
+    With `cross_attention="merged"`, a causal encoder and all layers kept, the student computes what the teacher computes:
+    a target token of a decoder-only model attends, layer by layer, to the keys and values of the prompt, and the encoder
+    hands over exactly the states that these are made from. Every layer taken out costs some of that; distillation heals
+    it. With `"separate"` (arXiv 2501.16273; initialised as in T5Gemma, arXiv 2504.06225) each decoder layer gets a
+    cross-attention copied from the self-attention that it joins, its output projection at zero, so that a decoder of
+    full depth starts as the teacher reading the target alone.
+
+    Args:
+        teacher ([`PreTrainedModel`] or `str`): A loaded causal LM, a folder or a Hub id, of one of
+            `SUPPORTED_FAMILIES`.
+        encoder_num_hidden_layers, decoder_num_hidden_layers (`int`, *optional*): How many layers each side keeps;
+            `None` keeps all. For `merged`, layers above the last state that the decoder reads would do nothing, so
+            unless all are kept the encoder chooses among those below the teacher's last.
+        encoder_layers, decoder_layers (`list[int]`, *optional*): The teacher's layers to keep, instead of a number.
+        cross_attention (`str`), encoder_attention (`str`): As in [`RopeEncDecConfig`].
+        layer_selection (`str`): `"influence"` keeps the layers that change their input most, `1 - cos(in, out)` on the
+            calibration rows (ShortGPT, arXiv 2403.03853), on prompt tokens for the encoder and on target tokens for the
+            decoder, always with the first two and the last; `"greedy"` takes out, one by one, the layer whose absence
+            raises the KL divergence from the teacher least; `"even"` spaces them evenly; `"first"` keeps the first
+            ones and the last.
+        calibration (`list` of pairs, *optional*): `(source, target)` texts, or `(prompt ids, target ids)` as lists. By
+            default 32 passages of the Python documentation that the standard library carries.
+        tokenizer (`PreTrainedTokenizerFast`, *optional*): The teacher's; by default the one saved with it.
+        prompt_template (`str`, *optional*): See [`~hf_encdec_distill.models.prompts.encode_prompt`].
+        **config_overrides: Further fields of [`RopeEncDecConfig`].
+
+    Returns:
+        [`RopeEncDecForConditionalGeneration`]: In evaluation mode, in the teacher's dtype, weights its own. With
+        `student.tokenizer` where a tokenizer was found, and the teacher's generation config.
+
+    Raises:
+        ValueError: for an unsupported family (the message lists the supported ones), layers that are not there, or a
+            selection that needs calibration rows when there is no tokenizer.
+    """
+    teacher, tokenizer = _load_teacher(teacher, tokenizer)
+    if teacher.config.model_type not in SUPPORTED_FAMILIES:
+        raise ValueError(
+            f"A teacher of model_type={teacher.config.model_type!r} is not supported: its block has to be one of "
+            f"those that a student can hold, {', '.join(SUPPORTED_FAMILIES)}."
+        )
+    if layer_selection not in LAYER_SELECTIONS:
+        raise ValueError(f"layer_selection={layer_selection!r} is not one of {', '.join(LAYER_SELECTIONS)}.")
+    depth = teacher.config.num_hidden_layers
+    kept = {
+        "decoder": _requested_layers("decoder", decoder_num_hidden_layers, decoder_layers, depth),
+        "encoder": _requested_layers("encoder", encoder_num_hidden_layers, encoder_layers, depth),
+    }
+    special_tokens = _special_tokens(teacher, tokenizer, prompt_template)
+
+    def build(share_memory=False, **layers):
+        config = _student_config(
+            teacher,
+            **layers,
+            cross_attention=cross_attention,
+            encoder_attention=encoder_attention,
+            **special_tokens,
+            **config_overrides,
+        )
+        return _load(model_class, config, teacher, **layers, share_memory=share_memory)
+
+    was_training = teacher.training
+    teacher.eval()
+    if any(layers != list(range(depth)) for layers in kept.values()):
+        rows = _calibration_rows(calibration, tokenizer, prompt_template, special_tokens["decoder_start_token_id"])
+        open_sides = [side for side, layers in kept.items() if isinstance(layers, int)]
+        if open_sides and layer_selection in ("influence", "greedy") and not rows:
+            raise ValueError(
+                f"layer_selection={layer_selection!r} measures on rows, and there is no tokenizer to make them with: "
+                "pass tokenizer=, or calibration= with (prompt ids, target ids) pairs, or choose "
+                'layer_selection="even".'
+            )
+        batches = _batches(rows, next(teacher.parameters()).device)
+        teacher_logprobs = [_teacher_logprobs(teacher, batch) for batch in batches]
+        if open_sides:
+            if layer_selection == "influence":
+                influence = layer_influence(teacher, batches)
+            elif layer_selection == "greedy":
+                every = list(range(depth))
+                student = build(encoder_layers=every, decoder_layers=every, share_memory=True)
+                greedy = _Greedy(student, batches, teacher_logprobs)
+            for side in open_sides:  # the decoder first
+                count, candidates = kept[side], list(range(depth))
+                if side == "encoder" and cross_attention == "merged":
+                    # No decoder layer reads what leaves the encoder above the last one's own depth.
+                    candidates = candidates[: max(kept["decoder"][-1], count)]
+                if layer_selection == "influence":
+                    kept[side] = _most_influential(influence[side], candidates, count)
+                elif layer_selection == "greedy":
+                    kept[side] = greedy.select(side, candidates, count, kept)
+                elif layer_selection == "even":
+                    kept[side] = _evenly_spaced(candidates, count)
+                else:
+                    kept[side] = [*candidates[: count - 1], candidates[-1]]
+        student = build(encoder_layers=kept["encoder"], decoder_layers=kept["decoder"])
+        if batches:
+            _rescale_final_norm(student, batches, teacher_logprobs)
+    else:
+        student = build(encoder_layers=kept["encoder"], decoder_layers=kept["decoder"])
+    teacher.train(was_training)
+
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    student.generation_config._from_model_config = False
+    for name, value in special_tokens.items():
+        setattr(student.generation_config, name, value)
+    if tokenizer is not None and getattr(tokenizer, "is_fast", False):
+        student.tokenizer = student_tokenizer(tokenizer, prompt_template, cross_attention)
+    return student.eval()
+
+
+def _load_teacher(teacher, tokenizer):
+    if not isinstance(teacher, PreTrainedModel):
+        path = teacher
+        teacher = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        return teacher, tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(path)
+    if tokenizer is None and teacher.name_or_path:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(teacher.name_or_path)
+        except (OSError, ValueError):
+            logger.info("There is no tokenizer at %s; pass tokenizer= to carry one along.", teacher.name_or_path)
+    return teacher, tokenizer
+
+
+def _requested_layers(side, count, layers, depth) -> list[int] | int:
+    """The layers to keep where that is settled, else their number."""
+    if layers is not None:
+        layers = list(layers)
+        if not layers or any(not 0 <= layer < depth for layer in layers) or sorted(set(layers)) != layers:
+            raise ValueError(
+                f"{side}_layers={layers} does not work: ascending, distinct indices from 0 to {depth - 1} are needed."
+            )
+        if count not in (None, len(layers)):
+            raise ValueError(
+                f"{side}_num_hidden_layers={count} and {side}_layers={layers} disagree; pass one of them."
+            )
+        return layers
+    if count is None or count == depth:
+        return list(range(depth))
+    if not isinstance(count, int) or not 1 <= count <= depth:
+        raise ValueError(
+            f"{side}_num_hidden_layers={count} does not work: the teacher has {depth} layers, keep 1 to {depth}."
+        )
+    return count
+
+
+def _special_tokens(teacher, tokenizer, prompt_template) -> dict:
+    config = teacher.config
+    eos = teacher.generation_config.eos_token_id if teacher.generation_config else None
+    eos = config.eos_token_id if eos is None else eos
+    bos, pad, start = config.bos_token_id, config.pad_token_id, None
+    if tokenizer is not None:
+        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else bos
+        pad = tokenizer.convert_tokens_to_ids(distinct_pad_token(tokenizer)) if tokenizer.eos_token else pad
+        start = prompt_start_token_id(tokenizer, prompt_template)
+    first_eos = eos[0] if isinstance(eos, list) else eos
+    if start is None:
+        start = bos if bos is not None else first_eos
+    if start is None:
+        raise ValueError(
+            "There is no token to start the decoder from: the teacher has neither a prompt template nor a bos or eos "
+            "token. Pass tokenizer= and prompt_template=, or set teacher.config.bos_token_id."
+        )
+    return {
+        "decoder_start_token_id": start,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": first_eos if pad is None else pad,
+    }
+
+
+def _student_config(teacher, encoder_layers, decoder_layers, cross_attention, **fields):
+    config, family = teacher.config, teacher.config.model_type
+    attention_bias = getattr(config, "attention_bias", False)
+    no_rope = [i for i, rope in enumerate(getattr(config, "no_rope_layers", None) or []) if not rope]
+    kept_without_rope = {
+        side: [position for position, layer in enumerate(layers) if layer in no_rope]
+        for side, layers in (("encoder", encoder_layers), ("decoder", decoder_layers))
+    }
+    merged = cross_attention == "merged"
+    return RopeEncDecConfig(
+        **{
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "encoder_num_hidden_layers": len(encoder_layers),
+            "decoder_num_hidden_layers": len(decoder_layers),
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            "hidden_act": config.hidden_act,
+            "attention_bias": "qkv" if family == "qwen2" else attention_bias,
+            "mlp_bias": getattr(config, "mlp_bias", False),
+            "qk_norm": family == "qwen3",
+            "rope_parameters": _rope_parameters(config),
+            "encoder_no_rope_layers": kept_without_rope["encoder"],
+            "decoder_no_rope_layers": kept_without_rope["decoder"],
+            "max_position_embeddings": _max_positions(config),
+            "rms_norm_eps": config.rms_norm_eps,
+            "attention_dropout": config.attention_dropout,
+            "initializer_range": config.initializer_range,
+            "tie_word_embeddings": config.tie_word_embeddings,
+            "cross_attention": cross_attention,
+            # The state that enters teacher layer d has passed every kept encoder layer below d.
+            "cross_attention_layers": [sum(e < d for e in encoder_layers) for d in decoder_layers] if merged else None,
+            "attn_implementation": config._attn_implementation,
+            **fields,
+        }
+    )
+
+
+def _rope_parameters(config) -> dict:
+    if getattr(config, "rope_parameters", None):  # transformers >= 5.0
+        return dict(config.rope_parameters)
+    scaling = getattr(config, "rope_scaling", None)
+    parameters = {**(scaling or {}), "rope_theta": config.rope_theta}
+    if getattr(config, "partial_rotary_factor", 1.0) != 1.0:
+        parameters["partial_rotary_factor"] = config.partial_rotary_factor
+    if scaling and getattr(config, "original_max_position_embeddings", None):
+        parameters["original_max_position_embeddings"] = config.original_max_position_embeddings
+    return parameters
+
+
+def _max_positions(config) -> int:
+    """Positions up to which the student is the teacher: within a sliding window, attention is full."""
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False or window is None:
+        return config.max_position_embeddings
+    if window < config.max_position_embeddings and _rope_parameters(config).get("rope_type", "default") == "default":
+        logger.warning(
+            "The teacher attends within a sliding window of %d tokens, the student to all of them: it is exact up to "
+            "that length, which becomes its max_position_embeddings.",
+            window,
+        )
+        return window
+    return config.max_position_embeddings
+
+
+def _load(model_class, config, teacher, encoder_layers, decoder_layers, share_memory):
+    """A model of `config` that holds the teacher's tensors, or copies of them."""
+    state = _student_state(teacher, config, encoder_layers, decoder_layers)
+    if not share_memory:
+        state = {name: tensor.clone() for name, tensor in state.items()}
+    with torch.device("meta"):
+        student = model_class(config)
+    missing, unexpected = student.load_state_dict(state, strict=False, assign=True)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise ValueError(
+            f"The teacher's tensors do not fit the student: missing {sorted(missing)}, unexpected {sorted(unexpected)}."
+        )
+    device = next(iter(state.values())).device
+    for side in (student.model.encoder, student.model.decoder):
+        side.rotary_emb = RopeEncDecRotaryEmbedding(config, device)
+    student.tie_weights()
+    return student.eval()
+
+
+def _student_state(teacher, config, encoder_layers, decoder_layers) -> dict:
+    """Student tensors by name, views of the teacher's. Phi-3's fused projections are split."""
+    source = {name: tensor.detach() for name, tensor in teacher.state_dict().items()}
+    state = {
+        "model.encoder.embed_tokens.weight": source["model.embed_tokens.weight"],
+        "model.encoder.norm.weight": source["model.norm.weight"],
+        "model.decoder.norm.weight": source["model.norm.weight"],
+    }
+    if not config.tie_word_embeddings:
+        state["lm_head.weight"] = source["lm_head.weight"]
+    query_width = config.num_attention_heads * config.head_dim
+    key_value_width = config.num_key_value_heads * config.head_dim
+    blocks = {}
+    for name, tensor in source.items():
+        if not name.startswith("model.layers."):
+            continue
+        layer, rest = name.removeprefix("model.layers.").split(".", 1)
+        block = blocks.setdefault(int(layer), {})
+        if "qkv_proj" in rest:
+            parts = tensor.split([query_width, key_value_width, key_value_width])
+            block.update({rest.replace("qkv_proj", f"{p}_proj"): part for p, part in zip("qkv", parts)})
+        elif "gate_up_proj" in rest:
+            parts = tensor.chunk(2)
+            block.update({rest.replace("gate_up_proj", f"{p}_proj"): part for p, part in zip(("gate", "up"), parts)})
+        elif "rotary_emb" not in rest:
+            block[rest] = tensor
+    for side, layers in (("encoder", encoder_layers), ("decoder", decoder_layers)):
+        for position, layer in enumerate(layers):
+            block = dict(blocks[layer])
+            if side == "decoder" and config.cross_attention == "separate":
+                for rest, tensor in blocks[layer].items():
+                    if rest.startswith("self_attn.o_proj"):
+                        block[rest.replace("self_attn", "cross_attn")] = torch.zeros_like(tensor)
+                    elif rest.startswith("self_attn."):
+                        block[rest.replace("self_attn", "cross_attn")] = tensor
+                block["cross_attn_layernorm.weight"] = block["input_layernorm.weight"]
+            state.update({f"model.{side}.layers.{position}.{rest}": tensor for rest, tensor in block.items()})
+    return state
+
+
+def _calibration_rows(calibration, tokenizer, prompt_template, start_token_id) -> list[tuple[list[int], list[int]]]:
+    """`(what the teacher reads before the target, target)` as ids."""
+    if calibration is None:
+        return [] if tokenizer is None else _documentation_rows(tokenizer)
+    rows = []
+    for source, target in calibration:
+        if isinstance(source, str):
+            if tokenizer is None:
+                raise ValueError("calibration has texts, but there is no tokenizer to encode them; pass tokenizer=.")
+            prompt = encode_prompt(tokenizer, source, prompt_template)
+            if prompt[-1:] != [start_token_id]:
+                prompt = [*prompt, start_token_id]
+            rows.append((prompt, tokenizer(target, add_special_tokens=False)["input_ids"]))
+        else:
+            rows.append((list(source), list(target)))
+    rows = [(prompt, target) for prompt, target in rows if len(prompt) > 1 and target]
+    if not rows:
+        raise ValueError("calibration has no row with a prompt of two tokens or more and a target; pass some dozen.")
+    return rows
+
+
+def _documentation_rows(tokenizer):
+    """Passages of Python's documentation as the standard library carries it: real text on any machine."""
+    from pydoc_data.topics import topics
+
+    rows = []
+    for topic in sorted(topics, key=lambda name: (-len(topics[name]), name))[:_CALIBRATION_ROWS]:
+        ids = tokenizer(topics[topic][:4000], add_special_tokens=False)["input_ids"]
+        if len(ids) > 2:
+            end = min(_CALIBRATION_PROMPT, max(2, len(ids) * 3 // 4))
+            rows.append((ids[:end], ids[end : end + _CALIBRATION_TARGET]))
+    return [row for row in rows if row[1]]
+
+
+def _batches(rows, device) -> list[dict]:
+    """Right-padded batches: `sequence` and `prompt_mask`/`target_mask` on its axis for the teacher, and the student's
+    inputs, the prompt's last token being where the decoder starts."""
+    batches = []
+    rows = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
+    for begin in range(0, len(rows), _CALIBRATION_BATCH):
+        chunk = rows[begin : begin + _CALIBRATION_BATCH]
+
+        def pad(lists):
+            width = max(len(ids) for ids in lists)
+            ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in lists], device=device)
+            mask = torch.tensor([[True] * len(ids) + [False] * (width - len(ids)) for ids in lists], device=device)
+            return ids, mask
+
+        sequence, sequence_mask = pad([[*prompt, *target] for prompt, target in chunk])
+        index = torch.arange(sequence.shape[1], device=device)
+        prompt_lengths = torch.tensor([[len(prompt)] for prompt, _ in chunk], device=device)
+        input_ids, attention_mask = pad([prompt[:-1] for prompt, _ in chunk])
+        decoder_input_ids, target_mask = pad([[prompt[-1], *target[:-1]] for prompt, target in chunk])
+        batches.append(
+            {
+                "sequence": sequence,
+                "sequence_mask": sequence_mask.long(),
+                "prompt_tokens": index < prompt_lengths,
+                # The positions that predict the target: from the prompt's last token to the target's last but one.
+                "predicting": (index >= prompt_lengths - 1) & (index < sequence_mask.sum(-1, keepdim=True) - 1),
+                "input_ids": input_ids,
+                "attention_mask": attention_mask.long(),
+                "decoder_input_ids": decoder_input_ids,
+                "target_mask": target_mask,
+            }
+        )
+    return batches
+
+
+@torch.no_grad()
+def _teacher_logprobs(teacher, batch):
+    logits = teacher(input_ids=batch["sequence"], attention_mask=batch["sequence_mask"], use_cache=False).logits
+    return logits[batch["predicting"]].float().log_softmax(-1)
+
+
+@torch.no_grad()
+def layer_influence(teacher, batches) -> dict[str, list[float]]:
+    """How much each layer of `teacher` turns its input, `1 - cos(in, out)`, mean over tokens (arXiv 2403.03853, eq. 3).
+
+    Args:
+        teacher ([`PreTrainedModel`]): A decoder-only model of L layers.
+        batches (`list[dict]`): Calibration batches.
+
+    Returns:
+        `dict`: `"encoder"`: L numbers from prompt tokens; `"decoder"`: L numbers from the positions that predict the
+        target. The last is that of the layer and the final norm together, since transformers reports it so.
+    """
+    sums, counts = {"encoder": 0.0, "decoder": 0.0}, {"encoder": 0, "decoder": 0}
+    for batch in batches:
+        states = teacher(
+            input_ids=batch["sequence"],
+            attention_mask=batch["sequence_mask"],
+            output_hidden_states=True,
+            use_cache=False,
+        ).hidden_states
+        turned = torch.stack(
+            [1 - F.cosine_similarity(a.float(), b.float(), dim=-1) for a, b in zip(states[:-1], states[1:])]
+        )
+        for side, tokens in (("encoder", batch["prompt_tokens"]), ("decoder", batch["predicting"])):
+            sums[side] = sums[side] + turned[:, tokens].sum(-1)
+            counts[side] += int(tokens.sum())
+    return {side: (sums[side] / counts[side]).tolist() for side in sums}
+
+
+def _most_influential(influence, candidates, count):
+    """`count` of `candidates`: the first two and the last, then those of most influence."""
+    always = list(dict.fromkeys([candidates[0], candidates[-1], *candidates[1:2]]))[:count]
+    others = sorted((layer for layer in candidates if layer not in always), key=lambda i: (-influence[i], i))
+    return sorted([*always, *others[: count - len(always)]])
+
+
+def _evenly_spaced(candidates, count):
+    if count == 1:
+        return [candidates[0]]
+    return [candidates[round(i * (len(candidates) - 1) / (count - 1))] for i in range(count)]
+
+
+class _Greedy:
+    """Takes layers out of a full student one at a time, always the one whose absence costs least KL to the teacher."""
+
+    def __init__(self, student, batches, teacher_logprobs):
+        self.student = student
+        self.layers = {side: list(getattr(student.model, side).layers) for side in ("encoder", "decoder")}
+        self.batches, self.teacher_logprobs = batches, teacher_logprobs
+
+    def select(self, side, candidates, count, kept):
+        kept = {
+            name: layers if isinstance(layers, list) else list(range(len(self.layers[name])))
+            for name, layers in kept.items()
+        }
+        kept[side] = list(candidates)
+        states = None if side == "encoder" else self._encoder_states(kept["encoder"])
+        steps = len(candidates) - count
+        with tqdm(total=steps, desc=f"Taking layers out of the {side}") as progress:
+            for _ in range(steps):
+                trials = [[x for x in kept[side] if x != layer] for layer in kept[side]]
+                kept[side] = min(trials, key=lambda layers: self._divergence({**kept, side: layers}, states))
+                progress.update()
+        return kept[side]
+
+    @torch.no_grad()
+    def _encoder_states(self, layers):
+        encoder = self.student.model.encoder
+        encoder.layers = torch.nn.ModuleList([self.layers["encoder"][i] for i in layers])
+        encoder.states_read = tuple(range(len(layers) + 1))
+        return [encoder(batch["input_ids"], attention_mask=batch["attention_mask"]) for batch in self.batches]
+
+    @torch.no_grad()
+    def _divergence(self, kept, states):
+        states = self._encoder_states(kept["encoder"]) if states is None else states
+        decoder = self.student.model.decoder
+        decoder.layers = torch.nn.ModuleList([self.layers["decoder"][i] for i in kept["decoder"]])
+        if self.student.config.cross_attention == "merged":
+            decoder.state_slots = [sum(e < d for e in kept["encoder"]) for d in kept["decoder"]]
+        else:
+            decoder.state_slots = [len(kept["encoder"])] * len(kept["decoder"])
+        total, tokens = 0.0, 0
+        for batch, state, target in zip(self.batches, states, self.teacher_logprobs):
+            logits = self.student(
+                encoder_outputs=state,
+                attention_mask=batch["attention_mask"],
+                decoder_input_ids=batch["decoder_input_ids"],
+                use_cache=False,
+            ).logits[batch["target_mask"]]
+            total += F.kl_div(logits.float().log_softmax(-1), target, reduction="sum", log_target=True).item()
+            tokens += len(target)
+        return total / tokens
+
+
+@torch.no_grad()
+def _rescale_final_norm(student, batches, teacher_logprobs):
+    """Scale the decoder's final norm, and so the logits, to the least KL from the teacher on the calibration rows.
+
+    A model that lost layers is wrong with the old confidence; what is scaled is only that, no argmax changes.
+    """
+    totals = [0.0] * len(_NORM_SCALES)
+    for batch, target in zip(batches, teacher_logprobs):
+        logits = student(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            decoder_input_ids=batch["decoder_input_ids"],
+            use_cache=False,
+        ).logits[batch["target_mask"]]
+        for index, scale in enumerate(_NORM_SCALES):
+            logprobs = (logits.float() * scale).log_softmax(-1)
+            totals[index] += F.kl_div(logprobs, target, reduction="sum", log_target=True).item()
+    student.model.decoder.norm.weight.mul_(_NORM_SCALES[totals.index(min(totals))])
