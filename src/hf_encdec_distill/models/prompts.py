@@ -5,6 +5,7 @@ chat template, or the source as it is. A `merged` student reads the same prompt:
 decoder the last one as start token.
 """
 
+import json
 import logging
 
 from tokenizers import Tokenizer
@@ -112,6 +113,9 @@ def student_tokenizer(tokenizer, prompt_template=None, cross_attention="merged")
     special["pad_token"] = distinct_pad_token(tokenizer)
 
     def wrap(backend):
+        pre_tokenizer = json.loads(backend.to_str())["pre_tokenizer"] or {}
+        if "add_prefix_space" in pre_tokenizer:  # transformers < 5.0 would set it to False
+            special["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
         return PreTrainedTokenizerFast(
             tokenizer_object=backend,
             model_max_length=tokenizer.model_max_length,
@@ -119,7 +123,7 @@ def student_tokenizer(tokenizer, prompt_template=None, cross_attention="merged")
             truncation_side="right",
             model_input_names=["input_ids", "attention_mask"],
             clean_up_tokenization_spaces=False,
-            **{name: token for name, token in special.items() if token is not None},
+            **{name: value for name, value in special.items() if value is not None},
         )
 
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

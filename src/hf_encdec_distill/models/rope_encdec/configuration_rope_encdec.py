@@ -213,9 +213,7 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
             )
         else:
             _check(_is_positive_int(self.head_dim), "head_dim", self.head_dim, "a whole number of at least 1")
-        _check(
-            heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads={heads}"
-        )
+        _check(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads={heads}")
         _check(
             self.attention_bias in (True, False, "qkv"), "attention_bias", self.attention_bias, 'True, False or "qkv"'
         )
@@ -295,7 +293,9 @@ def _validate_rope_parameters(parameters: dict, head_dim: int):
     known = sorted({"default", *ROPE_INIT_FUNCTIONS})
     _check(rope_type in known, 'rope_parameters["rope_type"]', rope_type, f"one of {known}")
     missing = [key for key in _REQUIRED_ROPE_KEYS.get(rope_type, ()) if parameters.get(key) is None]
-    _check(not missing, "rope_parameters", parameters, f"given with {missing} too, which rope_type={rope_type!r} needs")
+    _check(
+        not missing, "rope_parameters", parameters, f"given with {missing} too, which rope_type={rope_type!r} needs"
+    )
     theta = parameters["rope_theta"]
     _check(isinstance(theta, (int, float)) and theta > 0, 'rope_parameters["rope_theta"]', theta, "a positive number")
     factor = parameters.get("partial_rotary_factor", 1.0)

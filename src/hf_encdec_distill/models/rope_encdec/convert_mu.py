@@ -109,7 +109,9 @@ def convert_mu_checkpoint(
     fields = _merge_fields(given_fields, recorded_fields, str(config_path), str(checkpoint_path))
     config = _our_config(fields, bos_token_id, eos_token_id)
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in RopeEncDecForConditionalGeneration(config).state_dict().items()}
+        shapes = {
+            name: tensor.shape for name, tensor in RopeEncDecForConditionalGeneration(config).state_dict().items()
+        }
     _check_tensors(tensors, {_mu_name(name): shape for name, shape in shapes.items()}, str(checkpoint_path))
 
     state_dict = {name: tensors[_mu_name(name)] for name in shapes if name != "lm_head.weight"}
@@ -127,8 +129,13 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         with path.open("rb") as file:
             is_pointer = file.read(40).startswith(b"version https://git-lfs")
-        mend = "It is a Git LFS pointer: run `git lfs pull`." if is_pointer else "Pass a .pt file that holds tensors alone."
-        raise ValueError(f"{path} can't be read as a PyTorch checkpoint. {mend} ({error})") from error
+        # Not torch's own message: it recommends `weights_only=False`.
+        mend = (
+            "it is a Git LFS pointer, run `git lfs pull`"
+            if is_pointer
+            else "it is damaged, or holds Python objects besides tensors and plain values, which are not loaded"
+        )
+        raise ValueError(f"{path} can't be read as a PyTorch checkpoint: {mend}.") from error
     recorded_fields = {}
     if isinstance(checkpoint, dict) and "model_state_dict" in checkpoint:
         recorded_fields = dict(checkpoint.get("model_config") or {})
@@ -147,7 +154,9 @@ def _read_json(path: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a JSON {type(fields).__name__}, expected an object with fields of Mu's config.")
+        raise ValueError(
+            f"{path} holds a JSON {type(fields).__name__}, expected an object with fields of Mu's config."
+        )
     return fields
 
 
@@ -160,7 +169,9 @@ def _merge_fields(given: dict, recorded: dict, given_by: str, recorded_by: str) 
         for name, value in fields.items():
             stands_for_n_embd = name == "qkv_embd" and value is None
             if not stands_for_n_embd and not isinstance(value, _MU_TYPES.get(name, int)):
-                raise ValueError(f"{source}: {name}={value!r} has the wrong type; Mu's default is {_MU_DEFAULTS[name]!r}.")
+                raise ValueError(
+                    f"{source}: {name}={value!r} has the wrong type; Mu's default is {_MU_DEFAULTS[name]!r}."
+                )
     merged = {**_MU_DEFAULTS, **recorded, **given}
     for name in given.keys() & recorded.keys():
         values = [merged["n_embd"] if value is None else value for value in (given[name], recorded[name])]
@@ -243,10 +254,14 @@ def _check_tensors(tensors: dict[str, torch.Tensor], shapes: dict[str, torch.Siz
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             problems.append(f"{what} tensors: {', '.join(names[:5])}{more}")
     if problems:
-        raise ValueError(f"{source} does not fit its configuration: {'; '.join(problems)}. Give its own with config_path.")
+        raise ValueError(
+            f"{source} does not fit its configuration: {'; '.join(problems)}. Give its own with config_path."
+        )
     head = tensors.get("lm_head.weight")
     if head is not None and not torch.equal(head, tensors["transformer.wte.weight"]):
-        raise ValueError(f"{source}: lm_head.weight differs from transformer.wte.weight, but Mu's head is its embedding.")
+        raise ValueError(
+            f"{source}: lm_head.weight differs from transformer.wte.weight, but Mu's head is its embedding."
+        )
 
 
 def _untile(name: str, tensor: torch.Tensor, config: RopeEncDecConfig) -> torch.Tensor:

@@ -114,27 +114,24 @@ def from_decoder_only(
                 'layer_selection="even".'
             )
         batches = _batches(rows, next(teacher.parameters()).device)
-        teacher_logprobs = [_teacher_logprobs(teacher, batch) for batch in batches]
-        if open_sides:
+        teacher_logprobs, influence = measure_teacher(teacher, batches)
+        if open_sides and layer_selection == "greedy":
+            every = list(range(depth))
+            full = build(encoder_layers=every, decoder_layers=every, share_memory=True)
+            greedy = _Greedy(full, batches, teacher_logprobs)
+        for side in open_sides:  # the decoder first
+            count, candidates = kept[side], list(range(depth))
+            if side == "encoder" and cross_attention == "merged":
+                # No decoder layer reads what leaves the encoder above the last one's own depth.
+                candidates = candidates[: max(kept["decoder"][-1], count)]
             if layer_selection == "influence":
-                influence = layer_influence(teacher, batches)
+                kept[side] = _most_influential(influence[side], candidates, count)
             elif layer_selection == "greedy":
-                every = list(range(depth))
-                student = build(encoder_layers=every, decoder_layers=every, share_memory=True)
-                greedy = _Greedy(student, batches, teacher_logprobs)
-            for side in open_sides:  # the decoder first
-                count, candidates = kept[side], list(range(depth))
-                if side == "encoder" and cross_attention == "merged":
-                    # No decoder layer reads what leaves the encoder above the last one's own depth.
-                    candidates = candidates[: max(kept["decoder"][-1], count)]
-                if layer_selection == "influence":
-                    kept[side] = _most_influential(influence[side], candidates, count)
-                elif layer_selection == "greedy":
-                    kept[side] = greedy.select(side, candidates, count, kept)
-                elif layer_selection == "even":
-                    kept[side] = _evenly_spaced(candidates, count)
-                else:
-                    kept[side] = [*candidates[: count - 1], candidates[-1]]
+                kept[side] = greedy.select(side, candidates, count, kept)
+            elif layer_selection == "even":
+                kept[side] = _evenly_spaced(candidates, count)
+            else:
+                kept[side] = [*candidates[: count - 1], candidates[-1]]
         student = build(encoder_layers=kept["encoder"], decoder_layers=kept["decoder"])
         if batches:
             _rescale_final_norm(student, batches, teacher_logprobs)
@@ -407,38 +404,37 @@ def _batches(rows, device) -> list[dict]:
 
 
 @torch.no_grad()
-def _teacher_logprobs(teacher, batch):
-    logits = teacher(input_ids=batch["sequence"], attention_mask=batch["sequence_mask"], use_cache=False).logits
-    return logits[batch["predicting"]].float().log_softmax(-1)
-
-
-@torch.no_grad()
-def layer_influence(teacher, batches) -> dict[str, list[float]]:
-    """How much each layer of `teacher` turns its input, `1 - cos(in, out)`, mean over tokens (arXiv 2403.03853, eq. 3).
+def measure_teacher(teacher, batches):
+    """One pass of `teacher` over calibration batches: what it predicts, and what each of its L layers does.
 
     Args:
-        teacher ([`PreTrainedModel`]): A decoder-only model of L layers.
-        batches (`list[dict]`): Calibration batches.
+        teacher ([`PreTrainedModel`]): A decoder-only model of a supported family.
+        batches (`list[dict]`): Out of `_batches`.
 
     Returns:
-        `dict`: `"encoder"`: L numbers from prompt tokens; `"decoder"`: L numbers from the positions that predict the
-        target. The last is that of the layer and the final norm together, since transformers reports it so.
+        `tuple`: for each batch the log-probabilities `(target tokens, V)`; and the influence of each layer as
+        `{"encoder": L numbers, "decoder": L numbers}`, `1 - cos(in, out)` (arXiv 2403.03853, equation 3), mean over
+        prompt tokens and over the positions that predict the target. transformers reports the last layer together with
+        the final norm.
     """
-    sums, counts = {"encoder": 0.0, "decoder": 0.0}, {"encoder": 0, "decoder": 0}
+    logprobs, counts = [], {"encoder": 0, "decoder": 0}
+    sums = {side: torch.zeros(teacher.config.num_hidden_layers) for side in counts}
     for batch in batches:
-        states = teacher(
+        outputs = teacher.model(
             input_ids=batch["sequence"],
             attention_mask=batch["sequence_mask"],
             output_hidden_states=True,
             use_cache=False,
-        ).hidden_states
-        turned = torch.stack(
-            [1 - F.cosine_similarity(a.float(), b.float(), dim=-1) for a, b in zip(states[:-1], states[1:])]
         )
+        logits = teacher.lm_head(outputs.last_hidden_state[batch["predicting"]])
+        logprobs.append(logits.float().log_softmax(-1))
+        states = outputs.hidden_states
         for side, tokens in (("encoder", batch["prompt_tokens"]), ("decoder", batch["predicting"])):
-            sums[side] = sums[side] + turned[:, tokens].sum(-1)
             counts[side] += int(tokens.sum())
-    return {side: (sums[side] / counts[side]).tolist() for side in sums}
+            for layer, (entering, leaving) in enumerate(zip(states[:-1], states[1:])):
+                cosine = F.cosine_similarity(entering[tokens].float(), leaving[tokens].float(), dim=-1)
+                sums[side][layer] += (1 - cosine).sum().item()
+    return logprobs, {side: (sums[side] / max(counts[side], 1)).tolist() for side in sums}
 
 
 def _most_influential(influence, candidates, count):

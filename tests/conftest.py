@@ -1,0 +1,54 @@
+"""What all tests share: no Hub, few threads, one toy tokenizer."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def make_bpe_tokenizer():
+    """Byte-level BPE of at most 280 tokens, with a BOS that it puts in front (or not) and a chat template (or not)."""
+
+    def make(add_bos=False, chat_template=CHAT_TEMPLATE, pad_token="<|im_end|>"):
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=280,
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(["def add(a, b): return a + b", "Return the sum of two numbers."] * 4, trainer)
+        if add_bos:
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+            )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            bos_token="<s>",
+            eos_token="<|im_end|>",
+            pad_token=pad_token,
+            chat_template=chat_template,
+            clean_up_tokenization_spaces=False,
+        )
+
+    return make

@@ -1,0 +1,336 @@
+"""Students out of decoder-only models, compared with the transformers models that they come from."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GPT2Config
+from transformers import GPT2LMHeadModel
+
+from hf_encdec_distill import RopeEncDecForConditionalGeneration
+from hf_encdec_distill.models.prompts import encode_prompt
+from hf_encdec_distill.models.rope_encdec.initialization import SUPPORTED_FAMILIES
+
+
+DEPTH, VOCAB = 4, 280
+FAMILIES = {
+    "llama": {"rope_theta": 500.0, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"head_dim": 12, "sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 12},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "phi3": {"original_max_position_embeddings": 2048, "partial_rotary_factor": 0.5},
+}
+PROMPT_LENGTHS, TARGET_LENGTH = (7, 4, 2), 5
+
+
+def make_teacher(family="llama", **fields):
+    config = AutoConfig.for_model(
+        family,
+        **{
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": DEPTH,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "initializer_range": 0.2,
+            "pad_token_id": 0,
+            "bos_token_id": 3,
+            "eos_token_id": 2,
+            **FAMILIES[family],
+            **fields,
+        },
+    )
+    teacher = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():  # norms of one and biases of zero would hide what is not copied
+        for parameter in teacher.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return teacher
+
+
+def ragged(side):
+    prompts = torch.randint(4, VOCAB, (len(PROMPT_LENGTHS), max(PROMPT_LENGTHS)))
+    targets = torch.randint(4, VOCAB, (len(PROMPT_LENGTHS), TARGET_LENGTH))
+    ids, mask = torch.zeros_like(prompts), torch.zeros_like(prompts)
+    for row, length in enumerate(PROMPT_LENGTHS):
+        where = slice(0, length) if side == "right" else slice(prompts.shape[1] - length, None)
+        ids[row, where], mask[row, where] = prompts[row, :length], 1
+    return ids, mask, prompts, targets
+
+
+@torch.no_grad()
+def teacher_logits(teacher, prompts, targets):
+    rows = [torch.cat((p[:n], t))[None] for p, t, n in zip(prompts, targets, PROMPT_LENGTHS)]
+    return torch.cat([teacher(row).logits[:, n:] for row, n in zip(rows, PROMPT_LENGTHS)])
+
+
+def test_every_supported_family_is_tested():
+    assert set(FAMILIES) == set(SUPPORTED_FAMILIES)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_at_full_depth_is_the_teacher(family, tied):
+    teacher = make_teacher(family, tie_word_embeddings=tied)
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(teacher)
+    assert student.config.cross_attention == "merged" and student.config.encoder_attention == "causal"
+    for side in ("right", "left"):
+        ids, mask, prompts, targets = ragged(side)
+        expected = teacher_logits(teacher, prompts, targets)
+        with torch.no_grad():
+            whole = student(input_ids=ids, attention_mask=mask, decoder_input_ids=targets)
+            cache, steps = None, []
+            for token in targets.split(1, dim=1):
+                out = student(
+                    encoder_outputs=student.get_encoder()(ids, attention_mask=mask),
+                    attention_mask=mask,
+                    decoder_input_ids=token,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                cache, steps = out.past_key_values, [*steps, out.logits]
+        torch.testing.assert_close(whole.logits, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_separate_starts_as_the_teacher_on_the_target_alone(family):
+    teacher = make_teacher(family)
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(
+        teacher, cross_attention="separate", encoder_layers=[0, 3]
+    )
+    ids, mask, _, targets = ragged("right")
+    with torch.no_grad():
+        ours = student(input_ids=ids, attention_mask=mask, decoder_input_ids=targets).logits
+        theirs = teacher(targets).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    cross, own = student.model.decoder.layers[1].cross_attn, student.model.decoder.layers[1].self_attn
+    for name, parameter in cross.named_parameters():
+        if name.startswith("o_proj"):
+            assert not parameter.any()
+        else:
+            torch.testing.assert_close(parameter, dict(own.named_parameters())[name])
+    torch.testing.assert_close(
+        student.model.decoder.layers[1].cross_attn_layernorm.weight,
+        student.model.decoder.layers[1].input_layernorm.weight,
+    )
+
+
+def test_greedy_and_beam_search_give_the_teachers_tokens():
+    teacher = make_teacher(pad_token_id=0)
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(teacher)
+    ids, mask, _, targets = ragged("left")
+    targets[:, 0] = student.config.decoder_start_token_id
+    for options in ({}, {"num_beams": 3, "num_return_sequences": 2}):
+        options = {**options, "max_new_tokens": 8, "do_sample": False}
+        theirs = teacher.generate(
+            torch.cat((ids, targets[:, :1]), dim=1),
+            attention_mask=torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1),
+            **options,
+        )[:, ids.shape[1] + 1 :]
+        ours = student.generate(ids, attention_mask=mask, decoder_input_ids=targets[:, :1], **options)[:, 1:]
+        assert torch.equal(ours[:, : theirs.shape[1]], theirs[:, : ours.shape[1]])
+
+
+def test_weights_are_copies():
+    teacher = make_teacher()
+    before = copy.deepcopy(teacher.state_dict())
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(
+        teacher, decoder_num_hidden_layers=2, layer_selection="even"
+    )
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    encoder, decoder = student.model.encoder.layers[0], student.model.decoder.layers[0]
+    assert encoder.mlp.up_proj.weight.data_ptr() != decoder.mlp.up_proj.weight.data_ptr()
+
+
+def test_chosen_layers_and_the_states_they_read():
+    teacher = make_teacher()
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(
+        teacher, encoder_layers=[0, 2], decoder_layers=[0, 1, 3]
+    )
+    # Layer 0 reads the embeddings, layer 1 what has passed layer 0, layer 3 what has passed layers 0 and 2.
+    assert student.config.cross_attention_layers == [0, 1, 2]
+    for side, layers in (("encoder", [0, 2]), ("decoder", [0, 1, 3])):
+        for ours, layer in zip(getattr(student.model, side).layers, layers):
+            theirs = teacher.model.layers[layer].state_dict()
+            assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items())
+
+
+def calibration_rows():
+    generator = torch.Generator().manual_seed(1)
+    return [
+        tuple(torch.randint(4, VOCAB, (n,), generator=generator).tolist() for n in (9 + i % 3, 5 + i % 2))
+        for i in range(9)
+    ]
+
+
+def dense_influence(teacher, rows, tokens_of):
+    """1 - cos(in, out), one row at a time, with hooks instead of `output_hidden_states`."""
+    sums, count, states = torch.zeros(DEPTH), 0, {}
+    hooks = [
+        layer.register_forward_hook(
+            lambda module, args, out, i=i: states.__setitem__(i, (args[0], out[0] if isinstance(out, tuple) else out))
+        )
+        for i, layer in enumerate(teacher.model.layers)
+    ]
+    for prompt, target in rows:
+        with torch.no_grad():
+            teacher(torch.tensor([prompt + target]))
+        tokens = tokens_of(len(prompt), len(target))
+        for i, (entering, leaving) in states.items():
+            cosine = F.cosine_similarity(entering[..., tokens, :], leaving.view_as(entering)[..., tokens, :], dim=-1)
+            sums[i] += (1 - cosine).sum()
+        count += tokens.stop - tokens.start
+    for hook in hooks:
+        hook.remove()
+    return sums / count
+
+
+def test_influence_keeps_what_turns_its_input_most():
+    teacher = make_teacher(num_hidden_layers=DEPTH)
+    with torch.no_grad():  # layer 2 does nearly nothing to the residual stream
+        for projection in (teacher.model.layers[2].self_attn.o_proj, teacher.model.layers[2].mlp.down_proj):
+            projection.weight.mul_(1e-3)
+            if projection.bias is not None:
+                projection.bias.zero_()
+    rows = calibration_rows()
+    on_target = dense_influence(teacher, rows, lambda p, t: slice(p - 1, p + t - 1))
+    assert on_target.argmin() == 2
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(
+        teacher, decoder_num_hidden_layers=3, encoder_num_hidden_layers=DEPTH, calibration=rows
+    )
+    assert student.config.cross_attention_layers == [0, 1, 3]
+
+    from hf_encdec_distill.models.rope_encdec.initialization import _batches, measure_teacher
+
+    logprobs, influence = measure_teacher(teacher, _batches(rows, "cpu"))
+    torch.testing.assert_close(torch.tensor(influence["decoder"][:-1]), on_target[:-1], atol=1e-5, rtol=1e-4)
+    on_prompt = dense_influence(teacher, rows, lambda p, t: slice(0, p))
+    torch.testing.assert_close(torch.tensor(influence["encoder"][:-1]), on_prompt[:-1], atol=1e-5, rtol=1e-4)
+    assert sum(len(rows) for rows in logprobs) == sum(len(target) for _, target in rows)
+
+
+def mean_divergence(teacher, student, rows):
+    """KL(teacher || student) over target tokens, one row at a time."""
+    total, tokens = 0.0, 0
+    for prompt, target in rows:
+        with torch.no_grad():
+            theirs = teacher(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+            ours = student(
+                input_ids=torch.tensor([prompt[:-1]]), decoder_input_ids=torch.tensor([[prompt[-1], *target[:-1]]])
+            ).logits[0]
+        total += F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), reduction="sum", log_target=True)
+        tokens += len(target)
+    return float(total / tokens)
+
+
+def test_greedy_takes_out_what_costs_least():
+    teacher, rows = make_teacher(), calibration_rows()
+    greedy = RopeEncDecForConditionalGeneration.from_decoder_only(
+        teacher, decoder_num_hidden_layers=DEPTH - 1, layer_selection="greedy", calibration=rows
+    )
+    kept = greedy.config.cross_attention_layers
+    costs = {}
+    for out in range(DEPTH):
+        layers = [layer for layer in range(DEPTH) if layer != out]
+        trial = RopeEncDecForConditionalGeneration.from_decoder_only(teacher, decoder_layers=layers)
+        with torch.no_grad():  # undo the rescaling, which comes after the choice
+            trial.model.decoder.norm.weight.copy_(teacher.model.norm.weight)
+        costs[out] = mean_divergence(teacher, trial, rows)
+    assert kept == [layer for layer in range(DEPTH) if layer != min(costs, key=costs.get)]
+
+
+def test_the_final_norm_is_rescaled_to_less_divergence():
+    teacher, rows = make_teacher(), calibration_rows()
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(
+        teacher, encoder_layers=[0, 1], decoder_layers=[0, 3], calibration=rows
+    )
+    scale = (student.model.decoder.norm.weight / teacher.model.norm.weight).detach()
+    torch.testing.assert_close(scale, scale[:1].expand_as(scale))
+    assert 0 < scale[0] < 1
+    rescaled = mean_divergence(teacher, student, rows)
+    for factor in (1 / 1.2, 1.2, 1 / float(scale[0])):
+        other = copy.deepcopy(student)
+        with torch.no_grad():
+            other.model.decoder.norm.weight.mul_(factor)
+        assert rescaled < mean_divergence(teacher, other, rows)
+
+
+@pytest.mark.parametrize(("selection", "decoder"), [("even", [0, 3]), ("first", [0, 3])])
+def test_selection_without_measuring(selection, decoder):
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(
+        make_teacher(), encoder_num_hidden_layers=2, decoder_num_hidden_layers=2, layer_selection=selection
+    )
+    assert len(student.model.encoder.layers) == 2
+    assert student.config.cross_attention_layers == [0, 2]
+
+
+def test_tokenizer_generation_config_and_special_tokens_come_along(make_bpe_tokenizer, tmp_path):
+    tokenizer = make_bpe_tokenizer()
+    teacher = make_teacher(pad_token_id=2)
+    teacher.generation_config.update(temperature=0.7, top_p=0.9, do_sample=True)
+    teacher.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(
+        str(tmp_path / "teacher"), encoder_num_hidden_layers=3, decoder_num_hidden_layers=2
+    )
+    prompt = encode_prompt(tokenizer, "def add(a, b): return a")
+    assert student.config.decoder_start_token_id == prompt[-1]
+    assert (
+        student.config.pad_token_id == tokenizer.convert_tokens_to_ids("<|endoftext|>") != student.config.eos_token_id
+    )
+    assert (student.generation_config.temperature, student.generation_config.top_p) == (0.7, 0.9)
+
+    student.save_pretrained(tmp_path / "student")
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "student").eval()
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "student")("def add(a, b): return a", return_tensors="pt")
+    assert inputs["input_ids"].tolist() == [prompt[:-1]]
+    assert loaded.generation_config.decoder_start_token_id == prompt[-1]
+    ours = loaded.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert torch.equal(ours, student.generate(**inputs, max_new_tokens=5, do_sample=False))
+
+
+def test_the_dtype_is_the_teachers(tmp_path):
+    teacher = make_teacher().to(torch.bfloat16)
+    teacher.save_pretrained(tmp_path)
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(teacher)
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
+    assert not student.training
+
+
+def test_a_sliding_window_bounds_where_the_student_is_exact(caplog):
+    teacher = make_teacher("mistral", sliding_window=8)
+    assert RopeEncDecForConditionalGeneration.from_decoder_only(teacher).config.max_position_embeddings == 8
+    assert "sliding window of 8" in caplog.text
+
+
+def test_other_families_are_refused_by_name():
+    teacher = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=20))
+    with pytest.raises(ValueError, match="gpt2.*llama, mistral, qwen2, qwen3, smollm3, phi3"):
+        RopeEncDecForConditionalGeneration.from_decoder_only(teacher)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"encoder_num_hidden_layers": DEPTH + 1}, "encoder_num_hidden_layers=5.*4 layers"),
+        ({"decoder_layers": [0, DEPTH]}, r"decoder_layers=\[0, 4\]"),
+        ({"decoder_layers": [1, 0]}, "ascending"),
+        ({"decoder_layers": [0, 1], "decoder_num_hidden_layers": 3}, "disagree"),
+        ({"layer_selection": "magic"}, "layer_selection='magic'"),
+        ({"decoder_num_hidden_layers": 2}, "tokenizer="),
+        ({"decoder_num_hidden_layers": 2, "calibration": [("text", "target")]}, "tokenizer="),
+        ({"decoder_num_hidden_layers": 2, "calibration": [([1], [])]}, "calibration"),
+    ],
+)
+def test_what_cannot_work_is_a_value_error(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RopeEncDecForConditionalGeneration.from_decoder_only(make_teacher(), **arguments)

@@ -1,0 +1,135 @@
+"""The teacher's prompt, compared with transformers' own `apply_chat_template` and tokenizer calls."""
+
+import pytest
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer
+
+from hf_encdec_distill.models.prompts import (
+    distinct_pad_token,
+    encode_prompt,
+    prompt_start_token_id,
+    student_tokenizer,
+)
+
+
+SOURCE = "def add(a, b):\n    return a + b"
+TEMPLATE = "{source}\n# In short:"
+
+
+def chat_ids(tokenizer, messages):
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_the_chat_template_is_used_without_a_template_of_the_users(make_bpe_tokenizer):
+    tokenizer = make_bpe_tokenizer()
+    messages = [{"role": "user", "content": SOURCE}]
+    assert encode_prompt(tokenizer, SOURCE) == chat_ids(tokenizer, messages)
+    assert encode_prompt(tokenizer, messages) == chat_ids(tokenizer, messages)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, "<s>" + TEMPLATE, None])
+@pytest.mark.parametrize(
+    "chat_template", [None, "{{ bos_token }}{{ messages[0]['content'] }}\n", "{{ messages[0]['content'] }}\n"]
+)
+def test_there_is_exactly_one_bos(make_bpe_tokenizer, template, chat_template):
+    tokenizer = make_bpe_tokenizer(add_bos=True, chat_template=chat_template)
+    ids = encode_prompt(tokenizer, SOURCE, template)
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_tokenizer_that_adds_no_bos_gets_none(make_bpe_tokenizer):
+    tokenizer = make_bpe_tokenizer(chat_template=None)
+    assert encode_prompt(tokenizer, SOURCE) == tokenizer(SOURCE)["input_ids"]
+    assert encode_prompt(tokenizer, SOURCE, TEMPLATE) == tokenizer(SOURCE + "\n# In short:")["input_ids"]
+
+
+def test_braces_in_the_source_are_left_alone(make_bpe_tokenizer):
+    tokenizer = make_bpe_tokenizer()
+    assert tokenizer.decode(encode_prompt(tokenizer, "{x: {source}}", TEMPLATE)) == "{x: {source}}\n# In short:"
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+@pytest.mark.parametrize("room", [1, 5, 12])
+def test_what_is_cut_is_the_end_of_the_source(make_bpe_tokenizer, template, room):
+    tokenizer = make_bpe_tokenizer()
+    whole = encode_prompt(tokenizer, SOURCE, template)
+    around = len(whole) - len(tokenizer(SOURCE)["input_ids"])
+    ids = encode_prompt(tokenizer, SOURCE, template, max_length=around + room)
+    assert len(ids) <= around + room
+    cut = tokenizer.decode(tokenizer(SOURCE)["input_ids"][:room])
+    assert ids == encode_prompt(tokenizer, cut, template)
+
+
+def test_messages_are_cut_in_the_last_one(make_bpe_tokenizer):
+    tokenizer = make_bpe_tokenizer()
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": SOURCE}]
+    ids = encode_prompt(tokenizer, messages, max_length=len(encode_prompt(tokenizer, messages)) - 4)
+    text = tokenizer.decode(ids)
+    assert "Be brief." in text and text.endswith("<|im_start|>assistant\n")
+    assert SOURCE not in text and SOURCE[:10] in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": SOURCE, "prompt_template": "no place"}, "{source}"),
+        ({"source": SOURCE, "prompt_template": TEMPLATE, "max_length": 3}, "max_length=3"),
+        ({"source": [{"role": "user", "content": "x"}], "prompt_template": TEMPLATE}, "prompt_template"),
+    ],
+)
+def test_what_cannot_work_is_a_value_error(make_bpe_tokenizer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        encode_prompt(make_bpe_tokenizer(), **arguments)
+
+
+def test_messages_need_a_chat_template(make_bpe_tokenizer):
+    with pytest.raises(ValueError, match="chat_template"):
+        encode_prompt(make_bpe_tokenizer(chat_template=None), [{"role": "user", "content": "x"}])
+
+
+def test_the_start_token_is_the_constant_last_token(make_bpe_tokenizer):
+    tokenizer = make_bpe_tokenizer()
+    newline = tokenizer("\n")["input_ids"][-1]
+    assert prompt_start_token_id(tokenizer) == newline
+    assert prompt_start_token_id(tokenizer, TEMPLATE) == tokenizer(":")["input_ids"][-1]
+    assert prompt_start_token_id(tokenizer, "Sum up: {source}") is None
+    assert prompt_start_token_id(make_bpe_tokenizer(chat_template=None)) is None
+
+
+def test_the_pad_token_is_not_eos_where_one_can_be_had(make_bpe_tokenizer):
+    assert distinct_pad_token(make_bpe_tokenizer(pad_token="<|im_end|>")) == "<|endoftext|>"
+    assert distinct_pad_token(make_bpe_tokenizer(pad_token="<s>")) == "<s>"
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, "Summarise:\n{source}\n\n", None])
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_the_template_is_built_into_the_students_tokenizer(make_bpe_tokenizer, tmp_path, template, add_bos):
+    teacher = make_bpe_tokenizer(add_bos=add_bos)
+    student_tokenizer(teacher, template).save_pretrained(tmp_path)
+    student = AutoTokenizer.from_pretrained(tmp_path)
+    for source in (SOURCE, "x", "Grüße, 42!"):
+        assert student(source)["input_ids"] == encode_prompt(teacher, source, template)[:-1]
+    limit = len(encode_prompt(teacher, SOURCE, template)) - 3
+    cut = student(SOURCE, truncation=True, max_length=limit - 1)["input_ids"]
+    assert cut == encode_prompt(teacher, SOURCE, template, max_length=limit)[:-1]
+    assert student.pad_token == "<|endoftext|>" and student.padding_side == "right"
+    batch = student([SOURCE, "x"], padding=True)
+    assert set(batch) == {"input_ids", "attention_mask"}
+    target = student(text_target="Add.", add_special_tokens=False)["input_ids"]
+    assert target == teacher("Add.", add_special_tokens=False)["input_ids"]
+
+
+def test_a_separate_student_reads_the_bare_source(make_bpe_tokenizer):
+    teacher = make_bpe_tokenizer()
+    assert student_tokenizer(teacher, TEMPLATE, "separate")(SOURCE)["input_ids"] == teacher(SOURCE)["input_ids"]
+
+
+def test_a_template_that_merges_with_the_source_is_not_built_in(make_bpe_tokenizer, caplog):
+    teacher = make_bpe_tokenizer(chat_template=None)
+    # A tokenizer that puts a space in front of every text it encodes: a source alone differs from one inside a text.
+    teacher.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    student = student_tokenizer(teacher, "Sum up:{source}\n")
+    assert student(SOURCE)["input_ids"] == teacher(SOURCE, add_special_tokens=False)["input_ids"]
+    assert "encode_prompt" in caplog.text
