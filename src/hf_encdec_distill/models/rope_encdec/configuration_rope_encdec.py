@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from .compat_rope_encdec import PreTrainedConfig, RopeConfigMixin
 
 
-# What each RoPE type cannot do without, besides `rope_theta` (transformers v4.57.6 and v5.23.0, modeling_rope_utils.py).
+# What each RoPE type needs besides `rope_theta` (modeling_rope_utils.py of transformers v4.57.6 and v5.23.0).
 _REQUIRED_ROPE_KEYS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -75,17 +75,6 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
     model_type = "rope_encdec"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"num_hidden_layers": "decoder_num_hidden_layers"}
-    base_model_tp_plan = {
-        f"{side}.layers.*.{module}": style
-        for side, attentions in (("encoder", ("self_attn",)), ("decoder", ("self_attn", "cross_attn")))
-        for module, style in (
-            *((f"{attn}.{p}_proj", "colwise") for attn in attentions for p in "qkv"),
-            *((f"{attn}.o_proj", "rowwise") for attn in attentions),
-            ("mlp.gate_proj", "colwise"),
-            ("mlp.up_proj", "colwise"),
-            ("mlp.down_proj", "rowwise"),
-        )
-    }
 
     def __init__(
         self,
@@ -157,7 +146,6 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
         _validate_rope_parameters(self.rope_parameters, self.head_dim)
         self._validate_layers()
 
-        kwargs.pop("auto_map", None)  # written by `to_dict`, always for the files beside the weights
         kwargs.pop("is_encoder_decoder", None)
         super().__init__(is_encoder_decoder=True, **kwargs)
         # After the base class: transformers 5 has no such arguments, 4.57 would overwrite them with None.
@@ -305,12 +293,13 @@ def _validate_rope_parameters(parameters: dict, head_dim: int):
         factor,
         "more than 0 and at most 1",
     )
-    width = int(head_dim * factor)
+    # "proportional" (Gemma 4) keeps the whole width and zeroes frequencies instead.
+    width = head_dim if rope_type == "proportional" else int(head_dim * factor)
     _check(
         width >= 2 and width % 2 == 0,
         "head_dim",
         head_dim,
-        f"such that the rotary width int(head_dim * partial_rotary_factor={factor}) is even and at least 2, got {width}",
+        f"such that the rotary width, head_dim * partial_rotary_factor={factor}, is even and at least 2, not {width}",
     )
 
 

@@ -7,6 +7,7 @@ Shapes are named by suffix: B batch, S prompt (encoder) length, T target (decode
 H hidden size, N query heads, G key/value heads, D head width, V vocabulary.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +92,11 @@ class RopeEncDecRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x, position_ids):
         """`x` gives device and dtype, `position_ids` is `(B or 1, L)`; returns two tensors `(B or 1, L, width)`."""
-        inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float)
+        inv_freq = self.inv_freq
+        if self.rope_type == "dynamic":
+            # Upstream keeps the frequencies of the longest batch so far; a batch must not depend on earlier ones.
+            inv_freq, _ = self.rope_init_fn(self.config, x.device, seq_len=position_ids.max() + 1)
+        inv_freq = inv_freq.to(device=x.device, dtype=torch.float)
         # Autocast would round the angles: at position 4000 bf16 is off by several radians.
         with torch.autocast(device_type=x.device.type, enabled=False):
             angles = position_ids[..., None].float() * inv_freq
@@ -210,7 +215,31 @@ class RopeEncDecCrossAttention(RopeEncDecAttention):
     def forward(self, hidden_states, encoder_states, attention_mask, cache=None, **kwargs):
         query = self.project_query(hidden_states)
         key, value = _once_per_prompt(cache, self.layer_idx, lambda: self.project_key_value(encoder_states))
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            return self.attend_packed(query, key, value, attention_mask, **kwargs)
         return self.attend(query, key, value, attention_mask, **kwargs)
+
+    def attend_packed(self, query, key, value, padding_mask, **kwargs):
+        """Flash attention on ragged prompts, all rows in one `(1, ...)` batch with its boundaries beside it.
+
+        Left to itself, transformers takes the mask of the keys for that of the queries too, as in self-attention
+        (`_upad_input` in modeling_flash_attention_utils.py, v4.57.6 and v5.23.0), and drops targets.
+        """
+        batch, length = query.shape[0], query.shape[2]
+        real = padding_mask.bool()
+        lengths = real.sum(-1, dtype=torch.int32)
+        output, weights = self.attend(
+            query.transpose(0, 1).flatten(1, 2).unsqueeze(0),
+            key.transpose(1, 2)[real].transpose(0, 1).unsqueeze(0),
+            value.transpose(1, 2)[real].transpose(0, 1).unsqueeze(0),
+            None,
+            cu_seq_lens_q=torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device),
+            cu_seq_lens_k=nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
+            max_length_q=length,
+            max_length_k=int(lengths.max()),
+            **kwargs,
+        )
+        return output.view(batch, length, -1), weights
 
 
 class RopeEncDecMergedAttention(RopeEncDecAttention):
@@ -374,6 +403,13 @@ class RopeEncDecDecoderLayer(GradientCheckpointingLayer):
         return hidden_states, self_weights, cross_weights
 
 
+# Column then row, so that each pair of projections needs one reduction (Megatron-LM, arXiv 1909.08053, section 3).
+_TENSOR_PARALLEL_STYLES = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "colwise"),
+    **dict.fromkeys(("o_proj", "down_proj"), "rowwise"),
+}
+
+
 class RopeEncDecPreTrainedModel(PreTrainedModel):
     config_class = RopeEncDecConfig
     base_model_prefix = "model"
@@ -385,6 +421,15 @@ class RopeEncDecPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def post_init(self):
+        super().post_init()
+        # From the modules that are there (`merged` has no cross-attention, a plain MLP no gate) and for each class by
+        # itself: a plan in the config would be repeated under the prefix of every submodel. Embedding and LM head stay
+        # whole on each rank.
+        names = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in self.named_modules()}
+        styles = {name: _TENSOR_PARALLEL_STYLES.get(name.rpartition(".")[-1]) for name in sorted(names)}
+        self._tp_plan = {name: style for name, style in styles.items() if style is not None}
 
 
 def _wanted(kwargs, config, name):
@@ -405,7 +450,8 @@ class RopeEncDecEncoder(RopeEncDecPreTrainedModel):
 
     def __init__(self, config: RopeEncDecConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # No padding_idx: masks keep pads out, and where pad == eos or pad == start the token has to learn.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             [RopeEncDecEncoderLayer(config, layer_idx) for layer_idx in range(config.encoder_num_hidden_layers)]
         )
@@ -431,16 +477,17 @@ class RopeEncDecEncoder(RopeEncDecPreTrainedModel):
         Raises:
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
         """
-        output_attentions = _wanted(kwargs, self.config, "output_attentions")
+        output_attentions = kwargs["output_attentions"] = _wanted(kwargs, self.config, "output_attentions")
         output_hidden_states = _wanted(kwargs, self.config, "output_hidden_states")
         kwargs.pop("use_cache", None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
-                f"The encoder needs exactly one of input_ids and inputs_embeds, got {_given(input_ids, inputs_embeds)}."
+                "The encoder needs exactly one of input_ids and inputs_embeds, got "
+                f"{_given(input_ids, inputs_embeds)}."
             )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            # `separate` needs only distances, for which the plain count serves any padding; `merged` goes on from here.
+            # `separate` needs only distances, for which the plain count serves any padding; `merged` goes on.
             mask = attention_mask if self.config.cross_attention == "merged" else None
             position_ids = _prompt_positions(mask, hidden_states.shape[1], hidden_states.device)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -515,9 +562,10 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
             [`BaseModelOutputWithPastAndCrossAttentions`]
 
         Raises:
-            ValueError: if there is neither a prompt nor a cache that holds one.
+            ValueError: if there is neither a prompt nor a cache that holds one, or if a static cache meets flash
+                attention.
         """
-        output_attentions = _wanted(kwargs, self.config, "output_attentions")
+        output_attentions = kwargs["output_attentions"] = _wanted(kwargs, self.config, "output_attentions")
         output_hidden_states = _wanted(kwargs, self.config, "output_hidden_states")
         merged = self.config.cross_attention == "merged"
         hidden_states = inputs_embeds
@@ -549,6 +597,11 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
             self_length = cache_key_length(past_key_values.self_attention_cache, target_length)
             # A static cache hands out slots that are not filled yet; only the mask hides them.
             may_skip_mask = not past_key_values.is_compileable
+            if not may_skip_mask and "flash" in self.config._attn_implementation:
+                raise ValueError(
+                    f"attn_implementation={self.config._attn_implementation!r} has no mask that hides the empty slots "
+                    'of a static cache. Use model.set_attn_implementation("sdpa"), or a dynamic cache.'
+                )
         if cache_holds_prompt:
             prompt_length = past_key_values.cross_attention_cache.layers[0].keys.shape[2]
         else:
@@ -557,7 +610,9 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
         if position_ids is None:
             position_ids = positions.unsqueeze(0)
             if merged and attention_mask is not None and attention_mask.dim() == 2:
-                position_ids = _prompt_positions(attention_mask, None, device)[:, -target_length:]
+                # A mask may be shorter than the target (what it lacks is not real) or as long as a static cache.
+                counted = _prompt_positions(attention_mask, None, device)
+                position_ids = counted[:, positions.clamp(max=counted.shape[1] - 1)]
         encoder_position_embeddings = None
         if merged:
             if encoder_attention_mask is None:
@@ -840,7 +895,6 @@ class RopeEncDecForConditionalGeneration(RopeEncDecPreTrainedModel, GenerationMi
     """Encoder, decoder and LM head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_rep"}
 
     def __init__(self, config: RopeEncDecConfig):
         super().__init__(config)
@@ -948,8 +1002,9 @@ class RopeEncDecForConditionalGeneration(RopeEncDecPreTrainedModel, GenerationMi
         loss = None
         if labels is not None:
             if num_items_in_batch is None:
-                # A mean over no token would be NaN; a sum over one that is not there is 0.
-                num_items_in_batch = (labels != -100).sum().clamp(min=1)
+                num_items_in_batch = (labels != -100).sum()
+            # A sum over no token is 0, but 0 / 0 would be NaN.
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
             loss = self.loss_function(
                 logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )

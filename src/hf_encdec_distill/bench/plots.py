@@ -1,0 +1,201 @@
+"""Plots of a run: loss curves, quality and latency, as PNG or SVG by the file's suffix.
+
+Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which people with any common colour blindness
+can tell apart; lines differ in their dashes too. Spread is drawn as error bars and named. Figures are drawn on
+matplotlib's Agg canvas directly, so that no display is needed and the caller's backend stays as it is.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..model_card import METRICS, bounds, model_label, model_order
+
+
+try:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError('plots need matplotlib: pip install "hf-encdec-distill[demo]"') from error
+
+_COLOURS = {
+    "teacher_before": "#999999",
+    "teacher": "#333333",
+    "student_start": "#56B4E9",
+    "student_ce": "#E69F00",
+    "student_kd": "#0072B2",
+    "lead_baseline": "#CC79A7",
+}
+_OTHER_COLOURS = ("#009E73", "#D55E00", "#F0E442")
+_DASHES = ("-", "--", "-.", ":")
+_LOSSES = {"ce_loss": "cross-entropy, nats per target token", "distill_loss": "distillation loss"}
+_READING = {"ce": "lower is better", "kl": "lower is better", "distinct": "100: no two alike"}
+
+
+_NOTE = {"textcoords": "offset points", "va": "center", "fontsize": 9}
+
+
+def _colour(key: str, keys: Sequence[str]) -> str:
+    others = [other for other in keys if other not in _COLOURS]
+    return _COLOURS.get(key) or _OTHER_COLOURS[others.index(key) % len(_OTHER_COLOURS)]
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix not in (".png", ".svg"):
+        raise ValueError(f"cannot draw {path.name!r}: the name has to end in .png or .svg")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    # No date inside: the same numbers give the same file.
+    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    figure.savefig(temporary, format=path.suffix[1:], dpi=150, metadata=metadata)
+    os.replace(temporary, path)
+    return path
+
+
+def _figure(width: float, height: float, panels: int, **options) -> tuple[Figure, list]:
+    """A figure of rows `height` inches high, three panels at most in each: a page shrinks wider ones too far."""
+    columns = min(3, panels)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(width, height * rows), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten()
+    for axis in axes[panels:]:
+        axis.set_visible(False)
+    for axis in axes[:panels]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_axisbelow(True)
+        axis.tick_params(labelsize=9)
+    return figure, list(axes[:panels])
+
+
+def plot_loss_curves(
+    curves: Mapping[str, Sequence[Mapping]], path: str | Path, labels: Mapping[str, str] | None = None
+) -> Path:
+    """Training losses over steps, a line a run and a panel a loss: cross-entropy and distillation loss.
+
+    The total is not drawn: that of a distilled run and that of one without cannot be compared. A run that logged only
+    `loss`, as `Seq2SeqTrainer` does, was trained with cross-entropy alone, so that is its cross-entropy.
+
+    Args:
+        curves: for each run the rows of a Trainer's `log_history`; rows without a training loss are passed over.
+        path: ends in `.png` or `.svg`.
+        labels: names of the runs; default as in the model card.
+
+    Raises:
+        ValueError: if no run has a training loss, or for another suffix.
+    """
+    panels = {name: {} for name in _LOSSES}
+    for run, rows in curves.items():
+        split = any(name in row for row in rows for name in _LOSSES)
+        for name, key in (("ce_loss", "ce_loss" if split else "loss"), ("distill_loss", "distill_loss")):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                panels[name][run] = points
+    panels = {name: runs for name, runs in panels.items() if runs}
+    if not panels:
+        raise ValueError(
+            f"no training loss in the curves of {', '.join(curves) or 'no run'}: pass Trainer.state.log_history"
+        )
+    figure, axes = _figure(5.2 * len(panels), 3.6, len(panels))
+    for axis, (name, runs) in zip(axes, panels.items(), strict=True):
+        for run, points in runs.items():
+            axis.plot(
+                *zip(*points, strict=True),
+                label=(labels or {}).get(run) or model_label(run, {}),
+                color=_colour(run, list(curves)),
+                linestyle=_DASHES[list(curves).index(run) % len(_DASHES)],
+                linewidth=1.8,
+                marker="o" if len(points) < 3 else None,
+            )
+        axis.set_title(_LOSSES[name], fontsize=10, loc="left")
+        axis.set_xlabel("step", fontsize=9)
+        axis.grid(color="#e6e6e6", linewidth=0.8)
+        axis.legend(frameon=False, fontsize=9)
+    return _save(figure, path)
+
+
+def _bars(axis, rows: Sequence[tuple[str, tuple[float, float, float] | None, str]], decimals: int):
+    """Horizontal bars from zero, `(label, (value, low, high) or None, colour)` from top to bottom, with numbers."""
+    for position, (_, numbers, colour) in enumerate(rows):
+        if numbers is None:
+            axis.annotate("not measured", (0, position), (5, 0), **_NOTE, color="#767676")
+            continue
+        value, low, high = numbers
+        axis.barh(position, value, height=0.62, color=colour)
+        if low < high:
+            # A white line under a dark one: visible on a dark bar and beyond it.
+            for line, width in (("white", 3.4), ("#111111", 1.4)):
+                axis.errorbar(
+                    value, position, xerr=[[value - low], [high - value]], color=line, elinewidth=width, capsize=3
+                )
+        axis.annotate(f"{value:.{decimals}f}", (high, position), (5, 0), **_NOTE)
+    axis.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_xlim(0, 1.24 * max(numbers[2] for _, numbers, _ in rows if numbers) or 1)
+    axis.locator_params(axis="x", nbins=5)
+    axis.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    axis.tick_params(axis="y", length=0)
+
+
+def plot_quality(models: Mapping[str, Mapping], path: str | Path, spread: str | None = None) -> Path:
+    """`metrics["models"]` as bars: a panel a metric, a row a model; models without a metric have no bar there.
+
+    Args:
+        models: see `hf_encdec_distill.model_card`.
+        path: ends in `.png` or `.svg`.
+        spread: what the error bars are; printed below.
+
+    Raises:
+        ValueError: if no model has a metric, a metric is no Estimate, or for another suffix.
+    """
+    keys = model_order(models)
+    shown = [name for name in METRICS if any(models[key].get(name) is not None for key in keys)]
+    if not shown:
+        raise ValueError(f"nothing to draw: none of {', '.join(keys) or 'no model'} has any of {', '.join(METRICS)}")
+    figure, axes = _figure(2.2 + 2.7 * min(3, len(shown)), 0.9 + 0.36 * len(keys), len(shown), sharey=True)
+    for axis, name in zip(axes, shown, strict=True):
+        heading, factor, decimals, share = METRICS[name]
+        rows = []
+        for key in keys:
+            numbers = None
+            if models[key].get(name) is not None:
+                numbers = bounds(models[key][name], f"models[{key!r}][{name!r}]", share)
+                numbers = tuple(factor * x for x in numbers)
+            rows.append((model_label(key, models), numbers, _colour(key, keys)))
+        _bars(axis, rows, decimals)
+        axis.set_title(f"{heading}\n{_READING.get(name, 'higher is better')}", fontsize=9.5, loc="left")
+    if spread:
+        figure.supxlabel(f"error bars: {spread}", fontsize=8.5, color="#444444")
+    return _save(figure, path)
+
+
+def plot_latency(latency: Mapping, path: str | Path) -> Path:
+    """`metrics["latency"]` as bars: first token and each further one, teacher and student, with their quartiles.
+
+    Raises:
+        ValueError: for a suffix other than `.png` and `.svg`.
+    """
+    panels = {
+        "first_token_ms": "first token, ms",
+        "step_ms": "each further token, ms",
+        "request_ms": "whole request, ms",
+    }
+    figure, axes = _figure(9.6, 2.3, len(panels), sharey=True)
+    for axis, (name, heading) in zip(axes, panels.items(), strict=True):
+        rows = [
+            (label, bounds(latency[side][name], f"latency[{side!r}][{name!r}]"), _COLOURS[colour])
+            for side, label, colour in (
+                ("teacher", "decoder-only teacher", "teacher"),
+                ("student", "student", "student_kd"),
+            )
+        ]
+        _bars(axis, rows, 1)
+        axis.set_title(f"{heading}\nlower is better", fontsize=9.5, loc="left")
+    figure.supxlabel(
+        f"{latency['prompt_length']:g} tokens in, {latency['new_tokens']} out, batch {latency['batch_size']}, "
+        f"{latency['dtype']}; {latency['spread']}",
+        fontsize=8.5,
+        color="#444444",
+    )
+    return _save(figure, path)

@@ -1,0 +1,507 @@
+"""The model card of a distilled student, written from `metrics.json` alone: what is not there is not in the card.
+
+`metrics.json` is one JSON object. Every key is optional unless marked (required); extra keys are ignored.
+
+    Estimate    a number, or {"value": x, "low": lo, "high": hi} with lo <= x <= hi; what lo and hi are is said once,
+                in "spread". `estimate([...])` makes one out of one value a seed.
+    shares      rouge_l, teacher_agreement and distinct lie in 0 ... 1 (cards and plots multiply by 100)
+    ce, kl      nats per target token
+
+    title       heading, optional; default student["name"], then the folder's name
+    task        {"name", "description", "pipeline_tag", "language", "prompt_template"}
+    teacher     {"name", "hub_id", "license", "adaptation"}; hub_id becomes base_model, adaptation is free text
+    student     {"name", "encoder_layers", "decoder_layers", "cross_attention", "encoder_attention", "parameters",
+                "license"}; the licence defaults to the teacher's
+    data        {"name", "hub_id", "description", "license", "train_rows", "validation_rows", "test_rows"}
+    recipe      {setting: value, ...}, printed in this order
+    stages      [{"name", "steps", "seconds", "note"}, ...]
+    seeds       [0, 1, ...] (required with models)
+    spread      what low and high of the models and differences are (required if any has them), for instance
+                "95 % interval, bootstrap over 229 held-out functions"
+    models      {key: {"n" (required, held-out items), "label", "parameters", and any of the Estimates "rouge_l", "ce",
+                "kl" (to the tuned teacher), "teacher_agreement", "distinct"}}; known keys, in the order shown:
+                teacher_before, teacher, student_start, student_ce, student_kd, lead_baseline; others follow
+    differences [{"of": key, "minus": key, and the same Estimates as models, paired}, ...]
+    published   the entry of models that the saved weights are, default "student_kd"; it becomes the model-index
+    latency     `hf_encdec_distill.bench.compare_latency(...).to_dict()`
+    cost        `hf_encdec_distill.bench.compare_cost(...).to_dict()`
+    machine     `hf_encdec_distill.bench.machine_description()`, of the training
+    curves      {key of models: [Trainer log_history rows]}, for the plots
+    samples     [{"source", "reference", and one text for any key of models}, ...]
+    figures     {caption: path of a picture, relative to the card's folder}
+    limits      [sentence, ...], added to those that hold for every such model
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+
+
+PAPER = "https://arxiv.org/abs/2501.16273"
+
+MODEL_LABELS = {
+    "teacher_before": "teacher, before tuning",
+    "teacher": "teacher, tuned",
+    "student_start": "student, before training",
+    "student_ce": "student, cross-entropy alone",
+    "student_kd": "student, distilled",
+    "lead_baseline": "lead-sentence baseline",
+}
+# key -> (heading, factor for display, decimals, whether it is a share)
+METRICS = {
+    "rouge_l": ("ROUGE-L", 100, 1, True),
+    "ce": ("CE, nats/token", 1, 3, False),
+    "kl": ("KL to teacher, nats/token", 1, 3, False),
+    "teacher_agreement": ("Agreement with teacher, %", 100, 1, True),
+    "distinct": ("Distinct outputs, %", 100, 1, True),
+}
+
+
+def estimate(values: Sequence[float]) -> dict[str, float]:
+    """The mean of one value a seed, with the smallest and the largest as its spread.
+
+    Raises:
+        ValueError: without a value.
+    """
+    if not values:
+        raise ValueError("an estimate needs at least one value, got none")
+    return {"value": math.fsum(values) / len(values), "low": min(values), "high": max(values), "n": len(values)}
+
+
+def bounds(estimate: float | Mapping, name: str, share: bool = False) -> tuple[float, float, float]:
+    """`(value, low, high)` of an Estimate; a plain number is its own bounds.
+
+    Raises:
+        ValueError: if a number is missing or not finite, `low <= value <= high` does not hold, or a `share` lies
+            outside 0 ... 1.
+    """
+    if isinstance(estimate, Mapping):
+        numbers = tuple(estimate.get(key, estimate.get("value")) for key in ("value", "low", "high"))
+    else:
+        numbers = (estimate,) * 3
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
+        raise ValueError(
+            f"{name} is {estimate!r}: expected a finite number or {{'value', 'low', 'high'}}; leave out what is "
+            "not known"
+        )
+    value, low, high = numbers
+    if not low <= value <= high:
+        raise ValueError(f"{name} has value {value} outside its spread, {low} to {high}")
+    if share and not 0 <= low <= high <= 1:
+        raise ValueError(f"{name} is {estimate!r}: shares are given in 0 to 1; divide percentages by 100")
+    return value, low, high
+
+
+def model_label(key: str, models: Mapping) -> str:
+    """How an entry of `metrics["models"]` is called in the card and in plots."""
+    return models.get(key, {}).get("label") or MODEL_LABELS.get(key, key)
+
+
+def model_order(models: Mapping) -> list[str]:
+    """The keys of `metrics["models"]`, known ones first and in their order."""
+    return [key for key in MODEL_LABELS if key in models] + [key for key in models if key not in MODEL_LABELS]
+
+
+def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, repo_id: str | None = None) -> Path:
+    """Writes the card to a folder's `README.md`, or to a path that ends in `.md`.
+
+    Args:
+        metrics: the structure that the module docstring describes, or the path of its JSON file.
+        repo_id: what the loading lines name, `"user/name"`; default the folder's name.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: if an entry contradicts the structure, naming it.
+    """
+    path = Path(path_or_dir)
+    path = path if path.suffix == ".md" else path / "README.md"
+    if not isinstance(metrics, Mapping):
+        metrics = json.loads(Path(metrics).read_text(encoding="utf-8"))
+    _check(metrics)
+    folder = path.resolve().parent.name
+    title = metrics.get("title") or metrics.get("student", {}).get("name") or folder
+    sections = (
+        f"# {title}\n\n{_summary(metrics)}",
+        _use(metrics),
+        _loading(repo_id or folder),
+        _results(metrics),
+        _figures(metrics),
+        _speed(metrics),
+        _samples(metrics),
+        _training(metrics),
+        _limits(metrics),
+        _licence(metrics),
+        _citation(),
+    )
+    text = f"---\n{_card_data(metrics, title).to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def _check(metrics: Mapping):
+    models, spread = metrics.get("models", {}), metrics.get("spread")
+    if models and not metrics.get("seeds"):
+        raise ValueError("metrics has models but no seeds: give the list of seeds that they were trained with")
+    published = metrics.get("published", "student_kd")
+    if models and published not in models:
+        raise ValueError(
+            f"published={published!r} is not among models, which has {', '.join(models)}; name one of these"
+        )
+    for key, entry in models.items():
+        if not isinstance(entry.get("n"), int):
+            raise ValueError(
+                f"models[{key!r}] has n={entry.get('n')!r}: give the number of held-out items it was measured on"
+            )
+    rows = [*((f"models[{key!r}]", entry) for key, entry in models.items())]
+    for index, row in enumerate(metrics.get("differences", [])):
+        unknown = [row.get(side) for side in ("of", "minus") if row.get(side) not in models]
+        if unknown:
+            raise ValueError(
+                f"differences[{index}] names {unknown[0]!r}, which is not among models: {', '.join(models)}"
+            )
+        rows.append((f"differences[{index}]", row))
+    for where, row in rows:
+        for name, (_, _, _, share) in METRICS.items():
+            if row.get(name) is not None:
+                _, low, high = bounds(row[name], f"{where}[{name!r}]", share and where.startswith("models"))
+                if low < high and not spread:
+                    raise ValueError(
+                        f"{where}[{name!r}] has a spread, but metrics has no 'spread' that says what it is"
+                    )
+
+
+def _card_data(metrics: Mapping, title: str) -> ModelCardData:
+    task, teacher, data = (metrics.get(key, {}) for key in ("task", "teacher", "data"))
+    published = metrics.get("models", {}).get(metrics.get("published", "student_kd"), {})
+    known = {
+        # base_model, datasets and the licence are links on the Hub: only ids that the caller gave, never a guess
+        "base_model": teacher.get("hub_id"),
+        "datasets": [data["hub_id"]] if data.get("hub_id") else None,
+        "language": task.get("language"),
+        "license": _license(metrics),
+        "pipeline_tag": task.get("pipeline_tag"),
+    }
+    results = [
+        EvalResult(
+            task_type=task.get("pipeline_tag") or "text-generation",
+            task_name=task.get("name"),
+            dataset_type=data.get("hub_id") or data.get("name") or "unnamed",
+            dataset_name=data.get("name") or "unnamed",
+            dataset_split="test",
+            metric_type={"rouge_l": "rouge"}.get(name, name),
+            metric_name=heading,
+            metric_value=round(bounds(published[name], name)[0] * factor, decimals),
+        )
+        for name, (heading, factor, decimals, _) in METRICS.items()
+        if published.get(name) is not None
+    ]
+    return ModelCardData(
+        library_name="transformers",
+        tags=["encoder-decoder", "knowledge-distillation", "rope_encdec"],
+        **({"model_name": title, "eval_results": results} if results else {}),
+        **{key: value for key, value in known.items() if value is not None},
+    )
+
+
+def _license(metrics: Mapping) -> str | None:
+    return metrics.get("student", {}).get("license") or metrics.get("teacher", {}).get("license")
+
+
+def _summary(metrics: Mapping) -> str:
+    student, teacher, task = (metrics.get(key, {}) for key in ("student", "teacher", "task"))
+    layers = [
+        f"{student[side]} {side.split('_')[0]}" for side in ("encoder_layers", "decoder_layers") if side in student
+    ]
+    size = ([f"{student['parameters'] / 1e6:.1f} M parameters"] if "parameters" in student else []) + (
+        [f"{' and '.join(layers)} layers"] if layers else []
+    )
+    text = "A RoPE encoder-decoder" + (f" ({', '.join(size)})" if size else "")
+    text += f" whose teacher is the decoder-only model {_link(teacher)}" if teacher.get("name") else ""
+    text += f", for one task: {task['name']}." if task.get("name") else "."
+    attention = {
+        "merged": "The decoder reads the encoder in one softmax over prompt and own tokens, layer by layer (`merged`)",
+        "separate": "The decoder reads the encoder through a cross-attention block of its own (`separate`)",
+    }.get(student.get("cross_attention"))
+    if attention:
+        text += f" {attention}"
+        text += (
+            f"; the encoder's attention is {student['encoder_attention']}."
+            if student.get("encoder_attention")
+            else "."
+        )
+    return text
+
+
+def _link(entry: Mapping) -> str:
+    return f"[{entry['name']}](https://huggingface.co/{entry['hub_id']})" if entry.get("hub_id") else entry["name"]
+
+
+def _use(metrics: Mapping) -> str:
+    task = metrics.get("task", {})
+    text = "## Intended use\n\n" + (
+        task.get("description") or f"The task named above{': ' + task['name'] if task.get('name') else ''}."
+    )
+    if task.get("prompt_template"):
+        merged = metrics.get("student", {}).get("cross_attention") == "merged"  # its tokenizer carries the template
+        whose = (
+            "The tokenizer puts the source into this prompt, so give it the bare source"
+            if merged
+            else "The teacher's prompt"
+        )
+        text += f"\n\n{whose}:\n\n"
+        text += _fence(task["prompt_template"])
+    return text
+
+
+def _loading(name: str) -> str:
+    return f"""## How to load
+
+```python
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForSeq2SeqLM.from_pretrained("{name}", trust_remote_code=True)
+```
+
+`trust_remote_code=True` is your decision: it runs the Python files that lie beside the weights. Read them first and
+pin `revision=` to the commit that you read. With the package installed nothing has to be trusted:
+
+```python
+import hf_encdec_distill  # registers the architecture with transformers
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForSeq2SeqLM.from_pretrained("{name}")
+```
+
+Either way:
+
+```python
+inputs = tokenizer(source, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=48)[0], skip_special_tokens=True))
+```"""
+
+
+def _number(estimate, name: str, factor: float = 1, decimals: int = 1, signed: bool = False) -> str:
+    """An Estimate for a reader: `29.9`, or `29.9 (28.1 to 31.6)` where it has a spread; a dash where there is none."""
+    if estimate is None:
+        return "–"
+    value, low, high = (f"{factor * x:{'+' if signed else ''}.{decimals}f}" for x in bounds(estimate, name))
+    text = value if low == high else f"{value} ({low} to {high})"
+    return text.replace("-", "−")
+
+
+def _results(metrics: Mapping) -> str:
+    models = metrics.get("models", {})
+    if not models:
+        return ""
+    shown = {name: spec for name, spec in METRICS.items() if any(row.get(name) is not None for row in models.values())}
+    rows = []
+    published = metrics.get("published", "student_kd")
+    for key in model_order(models):
+        row, label = models[key], model_label(key, models)
+        size = f"{row['parameters'] / 1e6:.1f}" if row.get("parameters") else "–"
+        values = [_number(row.get(name), name, factor, decimals) for name, (_, factor, decimals, _) in shown.items()]
+        rows.append([f"**{label}** (these weights)" if key == published else label, size, *values, row["n"]])
+    text = "## Results\n\n" + _table(["", "Parameters, M", *(spec[0] for spec in shown.values()), "Items"], rows)
+    seeds = metrics["seeds"]
+    text += f"\n\n{'Seed' if len(seeds) == 1 else 'Seeds'} {', '.join(map(str, seeds))}."
+    text += f" In brackets: {metrics['spread']}." if metrics.get("spread") else " No spread was measured."
+    text += (
+        " Text that is always the same can score well in ROUGE-L: read it together with the share of distinct outputs."
+    )
+    for row in metrics.get("differences", []):
+        parts = []
+        for name, (heading, factor, decimals, _) in METRICS.items():
+            if row.get(name) is not None:
+                _, low, high = bounds(row[name], name)
+                tie = ", not told apart from zero" if low < high and low <= 0 <= high else ""
+                parts.append(f"- {heading}: {_number(row[name], name, factor, decimals, signed=True)}{tie}")
+        if parts:
+            of, minus = (model_label(row[side], models) for side in ("of", "minus"))
+            text += f"\n\nDifference, *{of}* minus *{minus}*:\n\n" + "\n".join(parts)
+    return text
+
+
+def _figures(metrics: Mapping) -> str:
+    return "\n\n".join(f"![{caption}]({file})" for caption, file in metrics.get("figures", {}).items())
+
+
+def _speed(metrics: Mapping) -> str:
+    latency, cost = metrics.get("latency"), metrics.get("cost")
+    rows, notes = [], []
+    if latency:
+        for label, key, ratio, decimals in (
+            ("First token, ms", "first_token_ms", "first_token", 1),
+            ("Each further token, ms", "step_ms", "step", 2),
+            ("Tokens per second after the first", "tokens_per_second", None, 1),
+            ("Whole request, ms", "request_ms", "request", 1),
+        ):
+            sides = [_number(latency[side][key], key, 1, decimals) for side in ("teacher", "student")]
+            rows.append([label, *sides, _number(latency["ratio"].get(ratio), key, 1, 2)])
+        notes.append(
+            f"Times: batch {latency['batch_size']}, {latency['prompt_length']:g} tokens in, {latency['new_tokens']} "
+            f"out, greedy, {latency['dtype']} ({latency['dtype_reason']}), PyTorch, both through the same loop and "
+            f"with their key/value caches; {latency['spread']}, ratios within a round. {_machine(latency['machine'])}"
+        )
+    if cost:
+        for label, key, unit in (
+            ("First token, GFLOPs (counted)", "first_token_flops", 1e9),
+            ("Each further token, MFLOPs (counted)", "flops_per_token", 1e6),
+            ("Read for each further token, MB (counted)", "bytes_per_token", 1e6),
+            ("Key/value cache, MB (counted)", "kv_cache_bytes", 1e6),
+        ):
+            sides = [f"{cost[side][key] / unit:.4g}" for side in ("teacher", "student")]
+            rows.append([label, *sides, f"{cost['ratio'][key]:.2f}"])
+        parameters = [cost[side]["parameters"] for side in ("teacher", "student")]
+        for part, label in (
+            ("total", "Parameters, M"),
+            *((p, f"– {p}, M") for p in ("embedding", "encoder", "decoder", "head")),
+        ):
+            ratio = f"{cost['ratio']['parameters']:.2f}" if part == "total" else "–"
+            rows.append([label, *(f"{side[part] / 1e6:.1f}" for side in parameters), ratio])
+        notes.append(
+            f"Counted: from the two configs, {cost['prompt_length']} tokens in, {cost['new_tokens']} out, "
+            f"{cost['dtype']}, the head at one position; a head of 0 is tied to the embedding."
+        )
+    if not rows:
+        return ""
+    header = ["", "decoder-only teacher", "student", "student / teacher"]
+    return "## Speed and size against the teacher\n\n" + _table(header, rows) + "\n\n" + "\n\n".join(notes)
+
+
+def _machine(machine: Mapping) -> str:
+    facts = (
+        ("cpu", "{}"),
+        ("usable_cores", "{} usable cores"),
+        ("threads", "{} threads"),
+        ("memory_gib", "{} GiB"),
+        ("load", "load {} when it began"),
+        ("python", "Python {}"),
+        ("torch", "torch {}"),
+        ("transformers", "transformers {}"),
+    )
+    found = [form.format(machine[key]) for key, form in facts if machine.get(key) is not None]
+    return f"Machine: {', '.join(found)}." if found else ""
+
+
+def _samples(metrics: Mapping) -> str:
+    samples, models = metrics.get("samples", []), metrics.get("models", {})
+    if not samples:
+        return ""
+    parts = ["## Samples\n\nHeld-out inputs, outputs side by side."]
+    for index, sample in enumerate(samples, 1):
+        lines = [f"- reference: {_code(sample['reference'])}"] if sample.get("reference") is not None else []
+        outputs = model_order({key: text for key, text in sample.items() if key not in ("source", "reference")})
+        lines += [
+            f"- {model_label(key, models)}: {_code(sample[key])}" for key in outputs if isinstance(sample[key], str)
+        ]
+        source = f"\n\n{_fence(sample['source'])}" if sample.get("source") is not None else ""
+        parts.append(f"### Sample {index}{source}\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _training(metrics: Mapping) -> str:
+    teacher, data = metrics.get("teacher", {}), metrics.get("data", {})
+    parts = []
+    if teacher.get("name"):
+        adapted = f" Adapted to the task first: {teacher['adaptation']}." if teacher.get("adaptation") else ""
+        parts.append(f"**Teacher.** {_link(teacher)}, {teacher.get('license') or 'licence not stated'}.{adapted}")
+    if data:
+        rows = [
+            f"{data[f'{split}_rows']:,} {split}"
+            for split in ("train", "validation", "test")
+            if data.get(f"{split}_rows") is not None
+        ]
+        described = [data.get("name"), data.get("description"), f"Rows: {', '.join(rows)}" if rows else None]
+        described.append(f"Licence: {data['license']}" if data.get("license") else None)
+        parts.append("**Data.** " + " ".join(f"{text.rstrip('.')}." for text in described if text))
+    if metrics.get("recipe"):
+        parts.append("**Recipe.**\n\n" + _table(["Setting", "Value"], metrics["recipe"].items()))
+    if metrics.get("stages"):
+        stages = [
+            [
+                stage.get("name"),
+                stage.get("steps"),
+                f"{stage['seconds']:.0f}" if stage.get("seconds") is not None else None,
+                stage.get("note") or "",
+            ]
+            for stage in metrics["stages"]
+        ]
+        parts.append("**Stages, as they ran.**\n\n" + _table(["Stage", "Steps", "Seconds", ""], stages))
+    if metrics.get("machine"):
+        parts.append(_machine(metrics["machine"]))
+    return "## Training\n\n" + "\n\n".join(filter(None, parts)) if parts else ""
+
+
+def _limits(metrics: Mapping) -> str:
+    limits = ["Trained and measured for the task above only; nothing here says how it does on another."]
+    if metrics.get("models") and len(metrics["seeds"]) == 1:
+        limits.append("One training seed: the numbers above do not show how much another seed would change them.")
+    if metrics.get("latency"):
+        limits.append("Times hold for the machine, dtype and lengths named with them; measure on yours.")
+    limits.append("What it writes can be wrong, and it inherits the biases of its teacher and of its data.")
+    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in [*limits, *metrics.get("limits", [])])
+
+
+def _licence(metrics: Mapping) -> str:
+    license, teacher = _license(metrics), metrics.get("teacher", {})
+    if not license:
+        return "## Licence\n\nNot stated. The weights derive from the teacher's: its licence applies to them."
+    text = f"## Licence\n\n{license}."
+    return text + (
+        f" The weights derive from {teacher['name']}'s ({teacher['license']})."
+        if teacher.get("license") and teacher.get("name")
+        else ""
+    )
+
+
+def _citation() -> str:
+    return f"""## Citation
+
+The split into a deep encoder and a shallow decoder, and its distillation, follow
+[Return of the Encoder: Maximizing Parameter Efficiency for SLMs]({PAPER}):
+
+```bibtex
+@article{{elfeki2025return,
+  title   = {{Return of the Encoder: Maximizing Parameter Efficiency for SLMs}},
+  author  = {{Elfeki, Mohamed and Liu, Rui and Voegele, Chad}},
+  journal = {{arXiv preprint arXiv:2501.16273}},
+  year    = {{2025}}
+}}
+```"""
+
+
+def _table(header: Sequence, rows) -> str:
+    def line(cells):
+        texts = ("–" if cell is None else " ".join(str(cell).split()).replace("|", "\\|") for cell in cells)
+        return "| " + " | ".join(texts) + " |"
+
+    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
+
+
+def _longest_ticks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def _fence(text: str) -> str:
+    """A code block that no run of backticks inside the text can end."""
+    ticks = "`" * max(3, _longest_ticks(text) + 1)
+    return f"{ticks}\n{text}\n{ticks}"
+
+
+def _code(text: str) -> str:
+    """One line of code text, in backticks enough for whatever it holds."""
+    text = " ".join(text.split())
+    if not text:
+        return "*(empty)*"
+    ticks = "`" * (_longest_ticks(text) + 1)
+    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"

@@ -1,0 +1,254 @@
+"""The card against huggingface_hub's own reading of it, and against the numbers that went in."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCard
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
+from hf_encdec_distill.bench import LatencyComparison, compare_cost
+from hf_encdec_distill.model_card import bounds, estimate, write_model_card
+
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def student_config():
+    return RopeEncDecConfig(
+        encoder_num_hidden_layers=2,
+        decoder_num_hidden_layers=1,
+        cross_attention="merged",
+        decoder_start_token_id=3,
+        **SIZES,
+    )
+
+
+def metrics():
+    timing = {"first_token_ms": 80.0, "step_ms": 8.0, "tokens_per_second": 125.0, "request_ms": 112.0}
+    slow = {"first_token_ms": 160.0, "step_ms": 32.0, "tokens_per_second": 31.25, "request_ms": 288.0}
+    latency = LatencyComparison(
+        "float32", "asked for", 96, 5, [{"student": timing, "teacher": slow}] * 2, {"cpu": "A|B", "torch": "9"}
+    )
+    return {
+        "title": "Tiny one",
+        "task": {
+            "name": "echo",
+            "description": "Repeats what it reads.",
+            "language": "en",
+            "pipeline_tag": "summarization",
+            "prompt_template": "Say:\n{source}\nSaid:",
+        },
+        "teacher": {"name": "Big one", "hub_id": "someone/big-one", "license": "apache-2.0", "adaptation": "40 steps"},
+        "student": {"encoder_layers": 2, "decoder_layers": 1, "cross_attention": "merged", "parameters": 12_345_678},
+        "data": {"name": "echoes", "hub_id": "someone/echoes", "train_rows": 1234, "test_rows": 56},
+        "recipe": {"divergence": "forward_kl", "pipe": "a | b"},
+        "stages": [{"name": "student", "steps": 7, "seconds": 12.3}, {"name": "evaluation", "steps": None}],
+        "seeds": [11],
+        "spread": "95 % interval, bootstrap over items",
+        "models": {
+            "student_kd": {
+                "n": 56,
+                "parameters": 12_345_678,
+                "rouge_l": {"value": 0.2994, "low": 0.28, "high": 0.32},
+                "ce": 3.8512,
+                "teacher_agreement": 0.5,
+                "distinct": 0.96,
+            },
+            "student_ce": {"n": 56, "rouge_l": 0.28, "ce": 4.0},
+            "teacher": {"n": 56, "rouge_l": 0.32, "ce": 2.6},
+        },
+        "differences": [
+            {
+                "of": "student_kd",
+                "minus": "student_ce",
+                "rouge_l": {"value": 0.0194, "low": -0.01, "high": 0.04},
+                "ce": {"value": -0.15, "low": -0.2, "high": -0.1},
+            }
+        ],
+        "latency": latency.to_dict(),
+        "cost": compare_cost(
+            student_config(), LlamaConfig(num_hidden_layers=3, tie_word_embeddings=True, **SIZES), 96, 5
+        ).to_dict(),
+        "samples": [{"source": "x = '```'", "reference": "It.", "teacher": "Is `it`.", "student_kd": ""}],
+        "figures": {"Quality": "quality.png"},
+        "limits": ["It has seen no French."],
+    }
+
+
+def rows_of(text):
+    """Cells of every table line."""
+    return [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines() if line[:1] == "|"
+    ]
+
+
+def test_huggingface_hub_reads_the_card_back(tmp_path):
+    card = ModelCard.load(write_model_card(tmp_path / "student", metrics()))
+    data = card.data
+    assert (data.base_model, data.datasets, data.language) == ("someone/big-one", ["someone/echoes"], "en")
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "summarization")
+    assert data.model_name == "Tiny one" and all(isinstance(result, EvalResult) for result in data.eval_results)
+    values = {result.metric_name: result.metric_value for result in data.eval_results}
+    assert values == {
+        "ROUGE-L": 29.9,
+        "CE, nats/token": 3.851,
+        "Agreement with teacher, %": 50.0,
+        "Distinct outputs, %": 96.0,
+    }
+    assert {(result.dataset_type, result.dataset_split) for result in data.eval_results} == {
+        ("someone/echoes", "test")
+    }
+
+
+def test_the_metadata_survive_a_round_trip(tmp_path):
+    path = write_model_card(tmp_path, metrics())
+    card = ModelCard.load(path)
+    card.save(tmp_path / "again.md")
+    first, second = (
+        yaml.safe_load((tmp_path / name).read_text().split("---")[1]) for name in ("README.md", "again.md")
+    )
+    assert first == second == card.data.to_dict()
+    assert card.text == ModelCard.load(tmp_path / "again.md").text
+
+
+def test_the_tables_hold_the_measured_numbers(tmp_path):
+    text = ModelCard.load(write_model_card(tmp_path, metrics())).text
+    rows = rows_of(text)
+    results = [row for row in rows if row[-1] == "56"]
+    assert results == [
+        ["teacher, tuned", "–", "32.0", "2.600", "–", "–", "56"],
+        ["student, cross-entropy alone", "–", "28.0", "4.000", "–", "–", "56"],
+        ["**student, distilled** (these weights)", "12.3", "29.9 (28.0 to 32.0)", "3.851", "50.0", "96.0", "56"],
+    ]
+    assert ["First token, ms", "160.0", "80.0", "0.50"] in rows
+    assert ["Each further token, ms", "32.00", "8.00", "0.25"] in rows
+    assert ["Tokens per second after the first", "31.2", "125.0", "–"] in rows
+    total = next(row for row in rows if row[0] == "Parameters, M")
+    student = sum(p.numel() for p in RopeEncDecForConditionalGeneration(student_config()).parameters())
+    assert total[2] == f"{student / 1e6:.1f}"
+    assert ["pipe", "a \\| b"] in rows and ["student", "7", "12", ""] in rows
+    assert ["evaluation", "–", "–", ""] in rows
+    assert "- ROUGE-L: +1.9 (−1.0 to +4.0), not told apart from zero\n" in text
+    assert "- CE, nats/token: −0.150 (−0.200 to −0.100)\n" in text
+    assert "Seed 11. In brackets: 95 % interval, bootstrap over items." in text
+    assert "96 tokens in, 5 out, greedy, float32 (asked for)" in text and "A|B" in text
+    assert "![Quality](quality.png)" in text and "- It has seen no French." in text
+    assert "1,234 train, 56 test" in text and "arXiv:2501.16273" in text
+
+
+def test_samples_cannot_break_out_of_their_fences(tmp_path):
+    text = ModelCard.load(write_model_card(tmp_path, metrics())).text
+    assert "````\nx = '```'\n````" in text
+    assert "- teacher, tuned: `` Is `it`. ``" in text and "- student, distilled: *(empty)*" in text
+
+
+def test_what_is_not_given_is_not_there(tmp_path):
+    path = write_model_card(tmp_path / "bare", {})
+    card = ModelCard.load(path)
+    assert set(card.data.to_dict()) == {"library_name", "tags"}
+    assert card.text.lstrip().startswith("# bare\n")
+    headings = re.findall("^## (.*)", card.text, re.MULTILINE)
+    assert headings == ["Intended use", "How to load", "Limits", "Licence", "Citation"]
+    assert not rows_of(card.text) and "None" not in card.text
+    # no figure at all, besides those of the citation and of the call that loads the model
+    body = card.text.split("## Citation")[0].replace("max_new_tokens=48)[0]", "").replace("Seq2Seq", "")
+    assert not re.search(r"\d", body)
+
+
+@pytest.mark.parametrize("key", [key for key in metrics() if key not in ("models", "seeds", "spread")])
+def test_any_part_may_be_missing(key, tmp_path):
+    whole = metrics()
+    del whole[key]
+    text = ModelCard.load(write_model_card(tmp_path, whole)).text
+    assert "None" not in text and "## Results" in text
+
+
+def test_it_can_be_written_from_the_json_file_to_any_markdown_path(tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics()))
+    path = write_model_card(tmp_path / "cards" / "tiny.md", tmp_path / "metrics.json", repo_id="me/tiny")
+    assert path == tmp_path / "cards" / "tiny.md" and 'from_pretrained("me/tiny"' in path.read_text()
+    assert [child.name for child in path.parent.iterdir()] == ["tiny.md"]
+
+
+def test_the_lines_that_load_the_model_load_it(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    special["model_input_names"] = ["input_ids", "attention_mask"]
+    model = RopeEncDecForConditionalGeneration(student_config()).eval()
+    model.save_pretrained(tmp_path / "student")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "student")
+    text = write_model_card(tmp_path / "student", metrics()).read_text()
+    blocks = re.findall("```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3 and blocks[0].count("\n") == 3
+    monkeypatch.chdir(tmp_path)
+    names = {"source": "a b a", "printed": []}
+    exec(blocks[1] + blocks[2].replace("print(", "printed.append("), names)
+    ids = model.generate(torch.tensor([[3, 4, 3]]), attention_mask=torch.ones(1, 3), max_new_tokens=48)[0]
+    expected = names["tokenizer"].decode(ids, skip_special_tokens=True)
+    assert names["printed"] == [expected]
+    # A process of its own: it cannot import the package, and what it loads from the folder registers itself.
+    alone = 'import sys; sys.modules["hf_encdec_distill"] = None; source = "a b a"\n' + blocks[0] + blocks[2]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", alone], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert found.stdout.strip() == expected.strip(), found.stderr
+    # the call that needs no trust is offered only with the package, and trust is called the reader's decision
+    assert "trust_remote_code" not in blocks[1] and "import hf_encdec_distill" in blocks[1]
+    assert "`trust_remote_code=True` is your decision" in text
+
+
+def test_estimates():
+    assert estimate([1.0, 4.0, 2.5]) == {"value": 2.5, "low": 1.0, "high": 4.0, "n": 3}
+    assert bounds(2, "x") == (2, 2, 2) and bounds({"value": 2, "low": 1, "high": 4}, "x") == (2, 1, 4)
+    assert bounds({"value": 2, "low": 1}, "x") == (2, 1, 2)
+    with pytest.raises(ValueError, match="at least one"):
+        estimate([])
+
+
+def changed(**entries):
+    return {**metrics(), **entries}
+
+
+def with_rouge(value):
+    return changed(models={"student_kd": {"n": 1, "rouge_l": value}}, differences=[])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (changed(seeds=[]), "models but no seeds"),
+        (changed(published="student"), "published='student' is not among models"),
+        (changed(spread=None), r"models\['student_kd'\]\['rouge_l'\] has a spread"),
+        (changed(models={"student_kd": {"rouge_l": 0.1}}), r"models\['student_kd'\] has n=None"),
+        (changed(differences=[{"of": "student_kd", "minus": "x"}]), r"differences\[0\] names 'x'"),
+        (with_rouge(29.9), "in 0 to 1; divide percentages by 100"),
+        (with_rouge(float("nan")), "expected a finite number"),
+        (with_rouge({"low": 0.1, "high": 0.2}), "expected a finite number"),
+        (with_rouge({"value": 0.3, "low": 0.1, "high": 0.2}), "value 0.3 outside its spread, 0.1 to 0.2"),
+    ],
+)
+def test_contradictions_are_errors_and_write_nothing(wrong, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        write_model_card(tmp_path / "card", wrong)
+    assert not list(tmp_path.iterdir())

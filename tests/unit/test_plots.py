@@ -1,0 +1,119 @@
+"""What is drawn: the artists of the figures against the numbers that went in."""
+
+import sys
+
+import matplotlib.image
+import pytest
+
+from hf_encdec_distill import bench
+from hf_encdec_distill.bench import plot_latency, plot_loss_curves, plot_quality, plots
+
+
+MODELS = {
+    "mine": {"n": 9, "label": "my own", "rouge_l": 0.2},
+    "student_kd": {"n": 9, "rouge_l": {"value": 0.3, "low": 0.25, "high": 0.4}, "ce": 3.5},
+    "teacher": {"n": 9, "rouge_l": 0.5, "ce": {"value": 2.5, "low": 2.25, "high": 2.75}},
+}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figure that the next call would have saved."""
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    return figures
+
+
+def visible_axes(figure):
+    return [axis for axis in figure.axes if axis.get_visible()]
+
+
+def test_quality_bars_have_the_values_errors_and_names(drawn):
+    plot_quality(MODELS, "x.png", spread="95 % interval")
+    rouge, ce = visible_axes(drawn[0])
+    assert [label.get_text() for label in rouge.get_yticklabels()] == [
+        "teacher, tuned",
+        "student, distilled",
+        "my own",
+    ]
+    assert rouge.get_title(loc="left").startswith("ROUGE-L") and ce.get_title(loc="left").endswith("lower is better")
+    assert [bar.get_width() for bar in rouge.patches] == pytest.approx([50, 30, 20])
+    assert [bar.get_width() for bar in ce.patches] == pytest.approx([2.5, 3.5])
+    # an error bar is drawn twice, white under dark; a plain number has none
+    segments = [collection.get_segments()[0] for collection in rouge.collections]
+    assert [(segment[:, 0].tolist(), segment[0, 1]) for segment in segments] == [([25, 40], 1)] * 2
+    assert [text.get_text() for text in ce.texts] == ["2.500", "3.500", "not measured"]
+    assert drawn[0].get_supxlabel() == "error bars: 95 % interval"
+    assert len({bar.get_facecolor() for bar in rouge.patches}) == 3
+
+
+def test_all_five_metrics_fit_three_to_a_row(drawn):
+    row = {"n": 1, "rouge_l": 0.1, "ce": 1.0, "kl": 1.0, "teacher_agreement": 0.5, "distinct": 0.5}
+    plot_quality({"student_kd": row}, "x.png")
+    assert len(visible_axes(drawn[0])) == 5 and len(drawn[0].axes) == 6
+
+
+def test_loss_curves_are_the_logged_rows(drawn):
+    curves = {
+        "student_ce": [{"step": 5, "loss": 4.0}, {"step": 10, "loss": 3.0}, {"step": 10, "eval_loss": 9.0}],
+        "student_kd": [
+            {"step": 5, "loss": 1.0, "ce_loss": 3.5, "distill_loss": 0.7},
+            {"step": 10, "loss": 0.9, "ce_loss": 3.25, "distill_loss": 0.6},
+            {"step": 10, "train_runtime": 1.0},
+        ],
+    }
+    plot_loss_curves(curves, "x.png", labels={"student_ce": "plain"})
+    ce, distillation = visible_axes(drawn[0])
+    assert [line.get_xydata().tolist() for line in ce.lines] == [[[5, 4.0], [10, 3.0]], [[5, 3.5], [10, 3.25]]]
+    assert [line.get_xydata().tolist() for line in distillation.lines] == [[[5, 0.7], [10, 0.6]]]
+    assert [text.get_text() for text in ce.get_legend().get_texts()] == ["plain", "student, distilled"]
+    # a run looks the same in every panel, and no two runs look alike, in colour or in dashes
+    assert distillation.lines[0].get_color() == ce.lines[1].get_color() != ce.lines[0].get_color()
+    assert ce.lines[0].get_linestyle() != ce.lines[1].get_linestyle()
+
+
+def test_latency_bars(drawn):
+    def side(first):
+        return {
+            name: {"value": first, "low": first - 1, "high": first + 2}
+            for name in ("first_token_ms", "step_ms", "request_ms")
+        }
+
+    latency = {
+        "prompt_length": 8,
+        "new_tokens": 4,
+        "dtype": "float32",
+        "batch_size": 1,
+        "spread": "median and quartiles",
+    }
+    plot_latency({**latency, "teacher": side(20), "student": side(5)}, "x.png")
+    assert [[bar.get_width() for bar in axis.patches] for axis in visible_axes(drawn[0])] == [[20, 5]] * 3
+    assert visible_axes(drawn[0])[0].collections[0].get_segments()[0][:, 0].tolist() == [19, 22]
+
+
+def test_files_are_pictures_written_whole_and_repeatable(tmp_path):
+    first, second = (plot_quality(MODELS, tmp_path / "new" / name) for name in ("a.png", "b.png"))
+    height, width, _ = matplotlib.image.imread(first).shape
+    assert width > 600 and height > 200
+    assert first.read_bytes() == second.read_bytes()
+    assert b"<svg" in plot_quality(MODELS, tmp_path / "c.svg").read_bytes()
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["a.png", "b.png", "c.svg"]
+
+
+def test_nothing_to_draw_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no training loss in the curves of student_kd"):
+        plot_loss_curves({"student_kd": [{"step": 1, "eval_loss": 1.0}]}, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="nothing to draw: none of teacher"):
+        plot_quality({"teacher": {"n": 1}}, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="'x.pdf'.*png or .svg"):
+        plot_quality(MODELS, tmp_path / "x.pdf")
+    with pytest.raises(ValueError, match="0 to 1"):
+        plot_quality({"teacher": {"n": 1, "rouge_l": 32.0}}, tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, "hf_encdec_distill.bench.plots")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install .hf-encdec-distill\[demo\]"):
+        bench.plot_quality  # noqa: B018
