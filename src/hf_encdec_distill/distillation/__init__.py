@@ -1,0 +1,39 @@
+"""Distillation of a decoder-only teacher into an encoder-decoder student; everything is imported on first use."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+_EXPORTS = {
+    "DistillationCollator": "collator",
+    "DistillationTrainer": "trainer",
+    "DistillationTrainingArguments": "arguments",
+    "LiveTeacher": "teachers",
+    "SharedVocabulary": "alignment",
+    "TeacherSignal": "teachers",
+}
+__all__ = [
+    "DistillationCollator",
+    "DistillationTrainer",
+    "DistillationTrainingArguments",
+    "LiveTeacher",
+    "SharedVocabulary",
+    "TeacherSignal",
+]
+
+if TYPE_CHECKING:
+    from .alignment import SharedVocabulary
+    from .arguments import DistillationTrainingArguments
+    from .collator import DistillationCollator
+    from .teachers import LiveTeacher, TeacherSignal
+    from .trainer import DistillationTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,177 @@
+"""What has to match between student and teacher before their distributions can be compared: positions and ids.
+
+Positions. The teacher reads one sequence, its prompt and then the target; the student's decoder reads the target
+alone. A causal model predicts at column c what stands at column c + 1, so a target that starts at column s of the
+teacher's sequence is predicted by columns `[s - 1 : s - 1 + T]`, and these go with the student's labels **unshifted**.
+In a batch:
+
+| key | shape | meaning |
+|---|---|---|
+| `teacher_input_ids` | `[B, L]` | the teacher's prompt, then the target; padded on either side |
+| `teacher_attention_mask` | `[B, L]` | 1 where the teacher reads; comes from lengths, never from token ids |
+| `teacher_labels_start` | `[B]` | column of `teacher_input_ids` that holds what column 0 of `labels` labels |
+
+So column t of `labels` is predicted at column `teacher_labels_start - 1 + t`, wherever `labels` is not -100.
+
+Vocabulary. Ids are compared one to one: `SharedVocabulary` says which ids both sides have.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+TEACHER_COLUMNS = ("teacher_input_ids", "teacher_attention_mask", "teacher_labels_start")
+IGNORED = -100
+
+
+def target_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column, `[N]` and `[N]`, of the N target tokens of `labels` `[B, T]`: those that are not -100."""
+    return (labels != IGNORED).nonzero(as_tuple=True)
+
+
+def teacher_columns(labels_start: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The columns of the teacher's sequence, `[N]`, whose logits predict labels `[rows, columns]`.
+
+    Args:
+        labels_start: `[B]`, `teacher_labels_start` of the batch.
+        rows, columns: `[N]` and `[N]`, as from `target_positions`.
+    """
+    return labels_start[rows] - 1 + columns
+
+
+def teacher_inputs(
+    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, start_token_id: int | None = None
+) -> dict[str, Tensor]:
+    """The `teacher_*` tensors of a batch of ready rows: the teacher reads `input_ids`, then `labels`, nothing added.
+
+    Padding on either side of prompt and labels is taken out; what comes back is padded on the right.
+
+    Args:
+        input_ids: `[B, S]`.
+        attention_mask: `[B, S]`, or None if every token of `input_ids` is read.
+        labels: `[B, T]`, -100 where there is no target token.
+        start_token_id: the start token of a merged student's decoder, read between the two as that decoder does.
+
+    Raises:
+        ValueError: -100 between the target tokens of a row, so that what the teacher should read there is unknown.
+    """
+    is_target = labels != IGNORED
+    count = is_target.sum(dim=1)
+    first = is_target.int().argmax(dim=1)
+    span = torch.arange(labels.shape[1], device=labels.device)
+    inside = (span >= first[:, None]) & (span < (first + count)[:, None])
+    if bool((is_target != inside).any()):
+        row = int((is_target != inside).any(dim=1).int().argmax())
+        raise ValueError(
+            f"labels of row {row} have -100 between target tokens: {labels[row].tolist()}. The teacher cannot read a "
+            "token that is not there; give the column teacher_input_ids (the teacher's prompt and the whole target)."
+        )
+    read = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    ids, mask = [input_ids, labels], [read.bool(), is_target]
+    if start_token_id is not None:
+        ids.insert(1, input_ids.new_full((len(input_ids), 1), start_token_id))
+        mask.insert(1, torch.ones_like(ids[1], dtype=torch.bool))
+    ids, mask = torch.cat(ids, dim=1), torch.cat(mask, dim=1)
+    # A stable sort moves the gaps to the right and keeps the order of all that is read.
+    order = (~mask).int().argsort(dim=1, stable=True)[:, : int(mask.sum(dim=1).max())]
+    ids, mask = ids.gather(1, order), mask.gather(1, order)
+    return {
+        "teacher_input_ids": ids.masked_fill(~mask, 0),
+        "teacher_attention_mask": mask.to(read.dtype),
+        "teacher_labels_start": mask.sum(dim=1) - count - first,
+    }
+
+
+@dataclass(frozen=True)
+class SharedVocabulary:
+    """The ids that student and teacher both have: all below `size` but `one_sided`.
+
+    Both distributions are taken over these ids alone: an id that only one side has gets probability 0 there, and the
+    others share its mass. The cross-entropy is not concerned; it is over all rows of the student.
+    """
+
+    size: int
+    teacher_size: int
+    one_sided: tuple[int, ...] = ()
+
+    @classmethod
+    def between(
+        cls,
+        student_size: int,
+        teacher_size: int,
+        student_tokenizer=None,
+        teacher_tokenizer=None,
+        policy="mask_padding",
+    ) -> "SharedVocabulary":
+        """Compares rows of the two output embeddings and, where both are given, the two tokenizers.
+
+        Args:
+            student_size, teacher_size: rows of the output embeddings; padded rows may differ.
+            student_tokenizer, teacher_tokenizer: anything with `get_vocab()`, or None.
+            policy: `mask_padding`, or `strict`: no id may be on one side only.
+
+        Raises:
+            ValueError: the tokenizers give one id two tokens or one token two ids; or `strict` and a one-sided id.
+        """
+        size = min(student_size, teacher_size)
+        one_sided: tuple[int, ...] = ()
+        if student_tokenizer is not None and teacher_tokenizer is not None:
+            ours, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+            _check_same_tokens(ours, theirs)
+            one_sided = tuple(sorted(i for i in set(ours.values()) ^ set(theirs.values()) if i < size))
+        if policy == "strict" and (student_size != teacher_size or one_sided):
+            raise ValueError(
+                f"vocab_policy='strict': the student has {student_size} output rows and the teacher {teacher_size}"
+                + (f", and ids {list(one_sided[:5])} are in one tokenizer only" if one_sided else "")
+                + ". Resize one of them, or set vocab_policy='mask_padding' to compare the shared ids only."
+            )
+        return cls(size=size, teacher_size=teacher_size, one_sided=one_sided)
+
+    def restrict(self, logits: Tensor) -> Tensor:
+        """`[..., V]` of either side -> `[..., size]`, with -inf at the ids that only one side has."""
+        logits = logits[..., : self.size]
+        if self.one_sided:
+            logits = logits.index_fill(-1, torch.tensor(self.one_sided, device=logits.device), -torch.inf)
+        return logits
+
+    def check(self, labels: Tensor, teacher_input_ids: Tensor) -> None:
+        """Raises ValueError for a label that only one side has, or a teacher id beyond the teacher's embedding.
+
+        Args:
+            labels: `[N]`, target tokens without -100.
+            teacher_input_ids: `[B, L]`.
+        """
+        unknown = labels >= self.size
+        if self.one_sided:
+            unknown |= torch.isin(labels, torch.tensor(self.one_sided, device=labels.device))
+        beyond = teacher_input_ids >= self.teacher_size
+        if bool(unknown.any()):
+            raise ValueError(
+                f"labels hold id {int(labels[unknown][0])}, which is not in the vocabulary that student and teacher "
+                f"share ({self.size} ids"
+                + (f" without {list(self.one_sided[:5])}" if self.one_sided else "")
+                + "). Encode the targets with tokens that both have, or set such labels to -100 and give "
+                "teacher_input_ids."
+            )
+        if bool(beyond.any()):
+            raise ValueError(
+                f"teacher_input_ids hold id {int(teacher_input_ids[beyond][0])}, but the teacher has "
+                f"{self.teacher_size} ids. Encode the prompt with the teacher's own tokenizer."
+            )
+
+
+def _check_same_tokens(ours: dict[str, int], theirs: dict[str, int]) -> None:
+    moved = [(token, i, theirs[token]) for token, i in ours.items() if theirs.get(token, i) != i]
+    token_at = {i: token for token, i in theirs.items()}
+    replaced = [(i, token, token_at[i]) for token, i in ours.items() if token not in theirs and i in token_at]
+    if not moved and not replaced:
+        return
+    examples = [f"{token!r} is {here} for the student and {there} for the teacher" for token, here, there in moved[:3]]
+    examples += [f"{i} is {here!r} for the student and {there!r} for the teacher" for i, here, there in replaced[:3]]
+    raise ValueError(
+        f"student and teacher have different tokenizers: {len(moved) + len(replaced)} of {len(ours)} tokens do not "
+        f"match, e.g. {'; '.join(examples)}. Distillation compares distributions id by id: use a student with the "
+        "teacher's tokenizer (added tokens and padded rows at the end may differ)."
+    )

@@ -1,0 +1,165 @@
+"""`DistillationTrainingArguments`: `Seq2SeqTrainingArguments` and what distillation adds to them."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.utils import logging
+
+from .losses import DIVERGENCES
+
+
+logger = logging.get_logger(__name__)
+
+VOCAB_POLICIES = ("mask_padding", "strict")
+TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class DistillationTrainingArguments(Seq2SeqTrainingArguments):
+    """Arguments of `DistillationTrainer`, all those of `Seq2SeqTrainingArguments` among them.
+
+    The loss is `distill_weight * distill_temperature**2 * divergence + (1 - distill_weight) * cross-entropy`, each a
+    mean over the target tokens of the whole accumulated, distributed batch.
+
+    Raises:
+        ValueError: a value outside its range; the message names the field, the value and what is allowed.
+    """
+
+    divergence: str = field(
+        default="forward_kl",
+        metadata={"help": "How far the student is from the teacher.", "choices": list(DIVERGENCES)},
+    )
+    distill_weight: float = field(
+        default=0.9,
+        metadata={
+            "help": "Share of the divergence in the loss, 0 to 1; the rest is cross-entropy on the labels. At 0 the "
+            "teacher is asked in evaluation only."
+        },
+    )
+    distill_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Divides the logits of student and teacher in the divergence; above 0. The "
+            "cross-entropy is always taken at 1."
+        },
+    )
+    jsd_beta: float = field(
+        default=0.5,
+        metadata={
+            "help": "generalized_jsd mixes jsd_beta * teacher + (1 - jsd_beta) * student; strictly between 0 and 1."
+        },
+    )
+    skew_alpha: float = field(
+        default=0.1,
+        metadata={
+            "help": "Share of the first distribution in the mixture of skew_kl (teacher) and skew_reverse_kl "
+            "(student); from 0 to below 1."
+        },
+    )
+    vocab_policy: str = field(
+        default="mask_padding",
+        metadata={
+            "help": "Vocabulary ids that only one side has: 'mask_padding' gives them probability 0 in the "
+            "divergence, 'strict' refuses such a pair.",
+            "choices": list(VOCAB_POLICIES),
+        },
+    )
+    max_source_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cuts the source text so that the student's input, and the teacher's whole prompt, have at "
+            "most so many tokens; no cut if not set."
+        },
+    )
+    max_target_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cuts target texts to so many tokens; a target that was cut does not end in EOS, since the "
+            "text did not end there. No cut if not set."
+        },
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the teacher reads before the target, with {source} where the text goes. Without it the "
+            "teacher's chat template is used, and without that the source as it is."
+        },
+    )
+    teacher_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "The teacher's own dtype, independent of bf16/fp16 training. Not set: a loaded teacher stays as "
+            "it is, a path or Hub id is loaded in its checkpoint's dtype.",
+            "choices": list(TEACHER_DTYPES),
+        },
+    )
+    source_column: str = field(default="source", metadata={"help": "Column with the source text."})
+    target_column: str = field(default="target", metadata={"help": "Column with the target text."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        _one_of("divergence", self.divergence, tuple(DIVERGENCES))
+        _one_of("vocab_policy", self.vocab_policy, VOCAB_POLICIES)
+        if self.teacher_dtype is not None:
+            _one_of("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
+        _within("distill_weight", self.distill_weight, 0 <= self.distill_weight <= 1, "between 0 and 1")
+        _within(
+            "distill_temperature",
+            self.distill_temperature,
+            0 < self.distill_temperature < float("inf"),
+            "a finite number above 0",
+        )
+        _within(
+            "jsd_beta",
+            self.jsd_beta,
+            0 < self.jsd_beta < 1,
+            "strictly between 0 and 1 (at the ends the "
+            "divergence vanishes: use forward_kl in place of 0, reverse_kl in place of 1)",
+        )
+        _within(
+            "skew_alpha",
+            self.skew_alpha,
+            0 <= self.skew_alpha < 1,
+            "at least 0 and below 1 (at 1 the divergence is 0 for every student)",
+        )
+        for name, least in (("max_source_length", 2), ("max_target_length", 1)):
+            value = getattr(self, name)
+            _within(name, value, value is None or value >= least, f"at least {least}, or None for no cut")
+        if self.prompt_template is not None and "{source}" not in self.prompt_template:
+            raise ValueError(
+                f"prompt_template={self.prompt_template!r} has no place for the source; write {{source}} in it."
+            )
+        if self.source_column == self.target_column:
+            raise ValueError(
+                f"source_column and target_column are both {self.source_column!r}; name two different columns."
+            )
+
+
+def with_distillation_defaults(args: TrainingArguments) -> TrainingArguments:
+    """Gives plain `Seq2SeqTrainingArguments` the fields of `DistillationTrainingArguments` at their defaults.
+
+    In place, so that a script that swaps only the trainer class keeps its own object and its own subclass of it.
+    """
+    if isinstance(args, DistillationTrainingArguments):
+        return args
+    added = {}
+    for spec in dataclasses.fields(DistillationTrainingArguments):
+        if not hasattr(args, spec.name):
+            added[spec.name] = spec.default
+            setattr(args, spec.name, spec.default)
+    logger.warning(
+        f"{type(args).__name__} has no distillation fields; using the defaults of DistillationTrainingArguments: "
+        + ", ".join(f"{name}={value!r}" for name, value in added.items())
+    )
+    return args
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}.")
+
+
+def _within(name: str, value, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={value!r} is out of range; it has to be {expected}.")

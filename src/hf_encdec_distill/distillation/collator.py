@@ -1,0 +1,216 @@
+"""`DistillationCollator`: rows of a dataset -> one batch with the student's inputs and the teacher's side by side."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import DataCollatorForSeq2Seq, default_data_collator
+
+from ..models.prompts import encode_prompt, prompt_start_token_id
+from .alignment import IGNORED, TEACHER_COLUMNS
+
+
+MESSAGES = "messages"
+
+
+class DistillationCollator:
+    """Tokenises text rows, pads the student's part with an ordinary collator and the `teacher_*` part beside it.
+
+    A row is one of:
+    - `source` and `target` texts (`source` may be a list of chat messages too);
+    - `messages`, a conversation whose last message is the assistant's and is the target;
+    - ready `input_ids` and `labels`, and, if the teacher should read something else, `teacher_input_ids` (its prompt
+      and then the target) with `teacher_labels_start` (where the target starts; by default the row ends with it) and
+      `teacher_attention_mask` (by default all ones). Without those, the trainer derives what the teacher reads.
+
+    Text targets end in EOS. The teacher's prompt is encoded with its own template and tokenizer; the student reads
+    that prompt without its last token if it is merged (`start_token_id`), its own encoding of the source if not. The
+    keys added to a batch are listed in `alignment`.
+
+    Args:
+        processing_class: the student's tokenizer (or a processor with one); None for ready rows of equal length.
+        teacher_processing_class: the teacher's; needed for text rows.
+        source_column, target_column: names of the text columns.
+        prompt_template: what the teacher reads around the source, see `DistillationTrainingArguments`.
+        max_source_length, max_target_length: see `DistillationTrainingArguments`; ready rows are never cut.
+        start_token_id: for a merged student, the token its decoder starts with.
+        student_collator: pads rows of `input_ids` and `labels`; by default `DataCollatorForSeq2Seq`.
+        keep_text_columns: leave the text columns of ready rows to `student_collator`.
+    """
+
+    def __init__(
+        self,
+        processing_class=None,
+        teacher_processing_class=None,
+        *,
+        source_column: str = "source",
+        target_column: str = "target",
+        prompt_template: str | None = None,
+        max_source_length: int | None = None,
+        max_target_length: int | None = None,
+        start_token_id: int | None = None,
+        student_collator: Callable[[list], Mapping[str, Any]] | None = None,
+        keep_text_columns: bool = False,
+    ):
+        self.tokenizer = tokenizer_of(processing_class)
+        if self.tokenizer is None:
+            self.tokenizer = getattr(student_collator, "tokenizer", None)
+        self.teacher_tokenizer = tokenizer_of(teacher_processing_class)
+        self.source_column = source_column
+        self.target_column = target_column
+        self.prompt_template = prompt_template
+        self.max_source_length = max_source_length
+        self.max_target_length = max_target_length
+        self.start_token_id = start_token_id
+        self.keep_text_columns = keep_text_columns
+        self._prompt_checked = False
+        if student_collator is None:
+            student_collator = (
+                default_data_collator if self.tokenizer is None else DataCollatorForSeq2Seq(self.tokenizer)
+            )
+        self.student_collator = student_collator
+
+    def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+        """Rows -> batch; raises ValueError where a row is none of the kinds above or contradicts itself."""
+        rows = [self.encode(row) for row in rows]
+        if len({("teacher_input_ids" in row, row.get("labels") is None) for row in rows}) > 1:
+            raise ValueError(
+                "some rows of the batch have a target or teacher_input_ids and some have not; give all rows the same "
+                "columns."
+            )
+        teacher_rows = [{name: row.pop(name) for name in TEACHER_COLUMNS if name in row} for row in rows]
+        batch = {name: value for name, value in self.student_collator(rows).items() if value is not None}
+        if "teacher_input_ids" in teacher_rows[0] and "labels" in batch:
+            batch.update(_pad_teacher_rows(teacher_rows, rows, batch["labels"]))
+        return batch
+
+    def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """One row -> its ready form, lists of ids; a row that is ready already stays as it is."""
+        text_columns = (self.source_column, self.target_column, MESSAGES)
+        if "input_ids" in row:
+            dropped = () if self.keep_text_columns else text_columns
+            return {name: value for name, value in row.items() if name not in dropped}
+        if row.get(MESSAGES) is not None:
+            source, target = _split_conversation(row[MESSAGES])
+        elif row.get(self.source_column) is not None:
+            source, target = row[self.source_column], row.get(self.target_column)
+        else:
+            raise ValueError(
+                f"a row has the columns {sorted(row)}, but needs {self.source_column!r} and {self.target_column!r} "
+                f"(named by source_column and target_column), {MESSAGES!r}, or 'input_ids' and 'labels'."
+            )
+        if self.tokenizer is None or self.teacher_tokenizer is None:
+            raise ValueError("text rows need tokenizers: give processing_class (and teacher_processing_class).")
+        if self.start_token_id is not None and not self._prompt_checked:
+            self._check_student_reads_prompt()
+        prompt = self._teacher_prompt(source)
+        input_ids = prompt[:-1] if self.start_token_id is not None else self._student_source(source)
+        ready = {"input_ids": input_ids, "attention_mask": [1] * len(input_ids)}
+        if target is not None:
+            labels = self._target(target)
+            ready |= {"labels": labels, "teacher_input_ids": prompt + labels, "teacher_labels_start": len(prompt)}
+        return ready
+
+    def _teacher_prompt(self, source: str | list[dict]) -> list[int]:
+        template_end = prompt_start_token_id(self.teacher_tokenizer, self.prompt_template)
+        limit = self.max_source_length
+        if self.start_token_id is None:
+            return encode_prompt(self.teacher_tokenizer, source, self.prompt_template, limit)
+        if template_end is None:
+            # The start token takes the place of the template's last token, within the limit as that one would be.
+            limit = None if limit is None else limit - 1
+            return [*encode_prompt(self.teacher_tokenizer, source, None, limit), self.start_token_id]
+        prompt = encode_prompt(self.teacher_tokenizer, source, self.prompt_template, limit)
+        if prompt[-1] != self.start_token_id:
+            raise ValueError(
+                f"the student's decoder_start_token_id is {self.start_token_id}, but the teacher's prompt ends in "
+                f"{prompt[-1]}. A merged student starts with the last token of its teacher's prompt: train with the "
+                "prompt_template (or chat template) that the student was made with."
+            )
+        return prompt
+
+    def _check_student_reads_prompt(self) -> None:
+        """A merged student's tokenizer has its prompt built in; that has to be the one it is trained on.
+
+        One that could not hold the template encodes the bare source (`models.prompts.student_tokenizer`) and passes.
+        """
+        probe = "a"
+        own, expected = self.tokenizer(probe)["input_ids"], self._teacher_prompt(probe)[:-1]
+        bare = self.tokenizer(probe, add_special_tokens=False)["input_ids"]
+        if own not in (expected, bare, [self.tokenizer.bos_token_id, *bare]):
+            raise ValueError(
+                f"the student's tokenizer encodes {probe!r} as {own}, but the teacher's prompt for it begins with "
+                f"{expected}. Give the teacher_processing_class and prompt_template that the student was made with."
+            )
+        self._prompt_checked = True
+
+    def _student_source(self, source: str | list[dict]) -> list[int]:
+        if not isinstance(source, str):
+            if self.tokenizer.chat_template is not None:
+                return encode_prompt(self.tokenizer, source, None, self.max_source_length)
+            if len(source) != 1:
+                raise ValueError(
+                    f"the student's tokenizer has no chat template to encode {len(source)} messages before the target "
+                    "with; set processing_class.chat_template or give a source column."
+                )
+            source = source[0]["content"]
+        cut = self.max_source_length is not None
+        return self.tokenizer(source, truncation=cut, max_length=self.max_source_length)["input_ids"]
+
+    def _target(self, target: str) -> list[int]:
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("the student's tokenizer has no eos_token, but text targets end in one; set it.")
+        ids = self.tokenizer(target, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
+        # A cut target did not end there, and neither teacher nor student should be told that it did.
+        return ids[: self.max_target_length]
+
+
+def tokenizer_of(processing_class):
+    """The tokenizer of a processor, or what was given if it is one (or None)."""
+    return getattr(processing_class, "tokenizer", processing_class)
+
+
+def _split_conversation(messages: list[dict]) -> tuple[list[dict], str | None]:
+    """A conversation -> what comes before the target, and the target; None if it waits for the assistant's answer."""
+    if not messages or "content" not in messages[-1]:
+        raise ValueError(f"{MESSAGES}={messages!r} is not a conversation: a list of dicts with role and content.")
+    if messages[-1]["role"] != "assistant":
+        return list(messages), None
+    if not isinstance(messages[-1]["content"], str):
+        raise ValueError(
+            f"the last message's content is a {type(messages[-1]['content']).__name__}; the target has to be text."
+        )
+    return list(messages[:-1]), messages[-1]["content"]
+
+
+def _pad_teacher_rows(teacher_rows: list[dict], rows: list[dict], labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Right-padded `teacher_*`, `[B, L]`, `[B, L]` and `[B]`, for `labels` `[B, T]` as a collator padded them."""
+    ids, masks, starts = [], [], []
+    for teacher_row, row, padded in zip(teacher_rows, rows, labels, strict=True):
+        row_ids = _as_list(teacher_row["teacher_input_ids"])
+        row_labels = _as_list(row["labels"])
+        start = int(teacher_row.get("teacher_labels_start", len(row_ids) - len(row_labels)))
+        read = row_ids[max(start, 0) : start + len(row_labels)]
+        if (
+            start < 1
+            or any(label not in (IGNORED, token) for label, token in zip(row_labels, read, strict=False))
+            or len(read) != len(row_labels)
+        ):
+            raise ValueError(
+                f"teacher_input_ids {row_ids} do not hold the labels {row_labels} from teacher_labels_start={start} "
+                "on; they have to be the teacher's prompt (one token at least) and then the target."
+            )
+        # Where the collator padded labels on the left, column 0 is that much before the row's first label.
+        shift = len(padded) - len(row_labels) if padded[: len(row_labels)].tolist() != row_labels else 0
+        ids.append(torch.tensor(row_ids))
+        masks.append(torch.tensor(_as_list(teacher_row.get("teacher_attention_mask", [1] * len(row_ids)))))
+        starts.append(start - shift)
+    return {
+        "teacher_input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
+        "teacher_attention_mask": torch.nn.utils.rnn.pad_sequence(masks, batch_first=True),
+        "teacher_labels_start": torch.tensor(starts),
+    }
+
+
+def _as_list(values) -> list[int]:
+    return values.tolist() if hasattr(values, "tolist") else list(values)

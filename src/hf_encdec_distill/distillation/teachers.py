@@ -1,0 +1,120 @@
+"""Where the teacher's distribution comes from."""
+
+import inspect
+import os
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+
+class TeacherSignal(Protocol):
+    """What the trainer asks of a teacher."""
+
+    vocab_size: int
+
+    def to(self, device: torch.device) -> "TeacherSignal":
+        """Moves the teacher to the training device; called once, before training."""
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Logits `[N, V]` at positions `[rows, columns]` of a batch `[B, L]`, without gradient."""
+
+
+class LiveTeacher:
+    """A causal language model that answers batch by batch: frozen, in eval mode, in a dtype of its own.
+
+    It is no `nn.Module`, so nothing that walks, wraps or saves the student ever meets it.
+
+    Args:
+        model: a decoder-only model with an output embedding. It is frozen and set to eval mode in place.
+        dtype: "float32", "bfloat16" or "float16" casts it in place; None or "auto" leaves it as it is.
+
+    Raises:
+        ValueError: the model is an encoder-decoder or has no output embedding.
+    """
+
+    def __init__(self, model: nn.Module, dtype: str | None = None):
+        config = model.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"the teacher is an encoder-decoder ({config.model_type}); it has to be a decoder-only model, one "
+                "that AutoModelForCausalLM loads."
+            )
+        if model.get_output_embeddings() is None:
+            raise ValueError(
+                f"the teacher {type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
+            )
+        if dtype not in (None, "auto"):
+            model = model.to(getattr(torch, dtype))
+        self.model = model.requires_grad_(False).eval()
+        self.vocab_size = vocab_size(config)
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._accepts = inspect.signature(inner.forward).parameters
+
+    @classmethod
+    def load(cls, teacher: "nn.Module | str | os.PathLike", dtype: str | None = None) -> "LiveTeacher":
+        """From a loaded model, a folder or a Hub id; code from a repository is never run."""
+        if isinstance(teacher, nn.Module):
+            return cls(teacher, dtype)
+        if not isinstance(teacher, str | os.PathLike):
+            raise ValueError(
+                f"teacher={teacher!r} is a {type(teacher).__name__}; give a loaded causal language model, a folder or "
+                "a Hub id."
+            )
+        return cls(AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype or "auto"))
+
+    def to(self, device: torch.device) -> "LiveTeacher":
+        # A model spread over devices by accelerate, or quantised, stays where it was loaded.
+        if getattr(self.model, "hf_device_map", None) is None and not getattr(self.model, "is_quantized", False):
+            self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Logits at the asked positions only; `[B, L, V]` is never made.
+
+        Args:
+            input_ids, attention_mask: `[B, L]`; padding may be on either side.
+            rows, columns: `[N]` each, the positions whose next-token logits are wanted.
+
+        Returns:
+            `[N, V]`, in the teacher's dtype.
+        """
+        self.model.eval()
+        head = self.model.get_output_embeddings()
+        picked = False
+
+        # Handing the head only the hidden states that matter leaves what a model does around its head (soft-capping,
+        # scaling) to the model, and works for those without `logits_to_keep`, which also can't pick by row.
+        def pick(_module: nn.Module, args: tuple) -> tuple:
+            nonlocal picked
+            picked = True
+            hidden_BLH = args[0]
+            hidden_NH = hidden_BLH[rows.to(hidden_BLH.device), columns.to(hidden_BLH.device)]
+            return (hidden_NH.unsqueeze(0), *args[1:])
+
+        options = {
+            # Left padding moves the first token away from column 0; models count columns unless they are told.
+            "position_ids": (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0),
+            "use_cache": False,
+            "return_dict": True,
+        }
+        handle = head.register_forward_pre_hook(pick)
+        try:
+            output = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                **{name: value for name, value in options.items() if name in self._accepts},
+            )
+        finally:
+            handle.remove()
+        # A model that multiplies by the head's weight without calling it gives logits everywhere.
+        logits = output.logits[0] if picked else output.logits[rows, columns]
+        return logits.to(input_ids.device)
+
+
+def vocab_size(config) -> int:
+    """Rows of a model's output embedding, text part."""
+    size = getattr(config, "vocab_size", None)
+    return size if size is not None else config.get_text_config(decoder=True).vocab_size

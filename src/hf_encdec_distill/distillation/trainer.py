@@ -1,0 +1,330 @@
+"""`DistillationTrainer`: a `Seq2SeqTrainer` whose loss also follows a teacher."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, Seq2SeqTrainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
+
+from ._compat import refuse_legacy_prediction_loop
+from .alignment import (
+    TEACHER_COLUMNS,
+    SharedVocabulary,
+    target_positions,
+    teacher_columns,
+    teacher_inputs,
+)
+from .arguments import DistillationTrainingArguments, with_distillation_defaults
+from .collator import MESSAGES, DistillationCollator, tokenizer_of
+from .losses import cross_entropy, select_divergence, token_mean
+from .teachers import LiveTeacher, vocab_size
+
+
+logger = logging.get_logger(__name__)
+
+
+class DistillationTrainer(Seq2SeqTrainer):
+    """Trains an encoder-decoder student on labels and on a decoder-only teacher's distribution over each target token.
+
+    loss = `distill_weight * T**2 * divergence + (1 - distill_weight) * cross-entropy`, T being `distill_temperature`.
+    Both are sums over target tokens (labels that are not -100) divided by the number of target tokens of the whole
+    accumulated, distributed batch, so that the loss does not depend on how a batch is cut up.
+
+    Logs `loss`, `ce_loss` and `distill_loss` (with its T**2: `loss` is their weighted sum) in training, and in
+    evaluation also `eval_teacher_agreement`, the share of target tokens where student and teacher put the same id
+    first. All evaluation numbers are means over the target tokens of the whole set, whatever the batch size or the
+    number of processes.
+
+    Takes what `Seq2SeqTrainer` takes, in the same order, so that a script only swaps the class and names a teacher.
+    Plain `Seq2SeqTrainingArguments` are given the distillation fields at their defaults.
+
+    Args:
+        model: any `AutoModelForSeq2SeqLM` model.
+        args: `DistillationTrainingArguments`.
+        data_collator: pads ready rows; text rows are encoded before it sees them. See `DistillationCollator`.
+        processing_class: the student's tokenizer; `model.tokenizer` where the model brings one.
+        teacher: a causal language model (it is frozen in place), a folder or a Hub id.
+        teacher_processing_class: the teacher's tokenizer; by default the one at the teacher's path, and if there is
+            none, the student's.
+
+    Raises:
+        ValueError: no teacher, one that shares parameters with the student, tokenizers that disagree, or a
+            `compute_loss_func` (this class computes the loss: override `compute_loss`).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *remaining,
+        teacher: "PreTrainedModel | nn.Module | str | os.PathLike | None" = None,
+        teacher_processing_class=None,
+        **kwargs,
+    ):
+        args = with_distillation_defaults(args or DistillationTrainingArguments(output_dir="tmp_trainer"))
+        refuse_legacy_prediction_loop(args)
+        if teacher is None:
+            raise ValueError(
+                "DistillationTrainer needs teacher=: a causal language model, a folder or a Hub id. To train on "
+                "labels alone use Seq2SeqTrainer."
+            )
+        if processing_class is None:
+            processing_class = kwargs.pop("tokenizer", getattr(model, "tokenizer", None))
+        super().__init__(
+            model, args, data_collator, train_dataset, eval_dataset, processing_class, *remaining, **kwargs
+        )
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                "compute_loss_func would replace the distillation loss; leave it out, or override compute_loss."
+            )
+        if isinstance(teacher, nn.Module):
+            _check_nothing_shared(self.model, teacher)
+        self.teacher = LiveTeacher.load(teacher, args.teacher_dtype).to(args.device)
+        if teacher_processing_class is None:
+            teacher_processing_class = _teacher_tokenizer(teacher)
+        if teacher_processing_class is None:
+            teacher_processing_class = processing_class
+        self.teacher_processing_class = teacher_processing_class
+
+        config = self.model.config
+        # A merged student's decoder starts with the last token of the teacher's prompt, which its encoder leaves out.
+        merged = getattr(config, "cross_attention", None) == "merged"
+        self._start_token_id = config.decoder_start_token_id if merged else None
+        self._vocabulary = SharedVocabulary.between(
+            vocab_size(config),
+            self.teacher.vocab_size,
+            tokenizer_of(processing_class),
+            tokenizer_of(teacher_processing_class),
+            args.vocab_policy,
+        )
+        self._divergence = select_divergence(args.divergence, args.jsd_beta, args.skew_alpha)
+        self.data_collator = DistillationCollator(
+            processing_class,
+            teacher_processing_class,
+            source_column=args.source_column,
+            target_column=args.target_column,
+            prompt_template=args.prompt_template,
+            max_source_length=args.max_source_length,
+            max_target_length=args.max_target_length,
+            start_token_id=self._start_token_id,
+            student_collator=data_collator,
+            keep_text_columns=data_collator is not None and not args.remove_unused_columns,
+        )
+        # The loss is already divided by the tokens of the whole step, whatever the model's forward accepts.
+        self.model_accepts_loss_kwargs = True
+        # Smoothing is part of our cross-entropy; the base class would put its own loss in place of ours.
+        self.label_smoother = None
+        self._train_sums: dict[str, Tensor] = {}
+        self._train_steps = 0
+        self._eval_sums: dict[str, Tensor] | None = None
+
+    # --- the loss ---
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        """The distillation loss of one batch, and the student's outputs (with that loss) if `return_outputs`.
+
+        Args:
+            model: the student, perhaps wrapped.
+            inputs: a batch on the training device: what the student's forward takes, `labels` `[B, T]`, and the
+                `teacher_*` of `alignment` (derived from `input_ids` and `labels` if absent).
+            num_items_in_batch: target tokens of the whole accumulated, distributed batch; None: of this batch.
+        """
+        labels = inputs.get("labels")
+        if labels is None:
+            raise ValueError(f"the batch has no labels, only {sorted(inputs)}; distillation needs targets.")
+        outputs = model(**self._student_inputs(model, inputs))
+        logits_BTV = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        rows, columns = target_positions(labels)
+        per_token = self._per_token(logits_BTV[rows, columns], labels[rows, columns], rows, columns, inputs)
+        # Gradients are averaged over processes, but the tokens were counted over all of them.
+        scale = self._token_processes() if num_items_in_batch is not None else 1
+        means = {name: token_mean(values, num_items_in_batch) * scale for name, values in per_token.items()}
+        loss = self._combine(means)
+        if self._eval_sums is not None:
+            self._record_evaluation(rows, len(labels), per_token)
+        elif model.training:
+            self._record_training(means)
+        if not return_outputs:
+            return loss
+        if isinstance(outputs, Mapping):
+            return loss, type(outputs)(**{**outputs, "loss": loss})
+        return loss, (loss, *outputs)
+
+    def _student_inputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the student's forward gets: no `teacher_*`, no cache, its decoder's input in place of the labels."""
+        student = {name: value for name, value in inputs.items() if name not in TEACHER_COLUMNS}
+        if "use_cache" in self._forward_columns():
+            student["use_cache"] = False
+        if student.get("decoder_input_ids") is None and student.get("decoder_inputs_embeds") is None:
+            shift = getattr(self.accelerator.unwrap_model(model), "prepare_decoder_input_ids_from_labels", None)
+            if shift is None:  # the model shifts labels itself, and computes a loss that nobody looks at
+                return student
+            student["decoder_input_ids"] = shift(labels=student["labels"])
+        del student["labels"]
+        return student
+
+    def _per_token(
+        self, student_NV: Tensor, labels_N: Tensor, rows: Tensor, columns: Tensor, inputs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """`[N]` for each term of the loss (and of the evaluation), one number for each target token."""
+        # Autocast is left: the teacher has a dtype of its own and the divergences are at least float32.
+        with torch.autocast(student_NV.device.type, enabled=False):
+            terms = {"ce_loss": cross_entropy(student_NV, labels_N, self.args.label_smoothing_factor)}
+            evaluating = self._eval_sums is not None
+            if self.args.distill_weight == 0 and not evaluating:
+                return terms
+            if inputs.get("teacher_input_ids") is None:
+                inputs = teacher_inputs(
+                    inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"], self._start_token_id
+                )
+            ids = inputs["teacher_input_ids"]
+            self._vocabulary.check(labels_N, ids)
+            teacher_NV = self.teacher.logits(
+                ids,
+                inputs["teacher_attention_mask"],
+                rows,
+                teacher_columns(inputs["teacher_labels_start"], rows, columns),
+            )
+            student_NV, teacher_NV = self._vocabulary.restrict(student_NV), self._vocabulary.restrict(teacher_NV)
+            temperature = self.args.distill_temperature
+            terms["distill_loss"] = self._divergence(student_NV, teacher_NV, temperature) * temperature**2
+            if evaluating:
+                terms["teacher_agreement"] = (student_NV.argmax(-1) == teacher_NV.argmax(-1)).float()
+        return terms
+
+    def _combine(self, means: Mapping[str, Any]):
+        weight = self.args.distill_weight
+        loss = (1 - weight) * means["ce_loss"]
+        return loss + weight * means["distill_loss"] if "distill_loss" in means else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
+        # With DataParallel the loss is taken once, on the gathered logits, so the count is that of the whole batch.
+        if self.args.n_gpu > 1 and batch_samples and batch_samples[0].get("labels") is not None:
+            return sum(batch["labels"].ne(-100).sum() for batch in batch_samples).to(device)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _token_processes(self) -> int:
+        """Over how many processes with batches of their own the target tokens were counted."""
+        if not self.args.average_tokens_across_devices or self.args.n_gpu > 1:
+            return 1
+        return self.accelerator.num_processes // self.get_tp_size()
+
+    # --- training log ---
+
+    def train(self, *args, **kwargs):
+        self._train_sums, self._train_steps = {}, 0
+        return super().train(*args, **kwargs)
+
+    def _record_training(self, means: Mapping[str, Tensor]) -> None:
+        for name, value in means.items():
+            self._train_sums[name] = self._train_sums.get(name, 0) + value.detach()
+        self._train_steps += int(self.accelerator.sync_gradients)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the terms of the loss, averaged over the same steps and processes, where the base class logs `loss`."""
+        if "loss" in logs and self._train_steps:
+            for name, total in self._train_sums.items():
+                logs[name] = self.accelerator.gather(total.reshape(1)).mean().item() / self._train_steps
+            self._train_sums, self._train_steps = {}, 0
+        super().log(logs, start_time)
+
+    # --- evaluation ---
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """As the base class, with every loss a mean over the target tokens of the whole set."""
+        self._eval_sums = {}
+        try:
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            sums = {name: total.item() for name, total in self._eval_sums.items()}
+        finally:
+            self._eval_sums = None
+        if sums:
+            tokens = max(sums.pop("tokens"), 1)
+            means = {name: total / tokens for name, total in sums.items()}
+            means["loss"] = self._combine(means)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **gen_kwargs,
+    ):
+        """As the base class: loss, logits or generated tokens, labels; `generate` never sees the teacher's inputs."""
+        student = {name: value for name, value in inputs.items() if name not in TEACHER_COLUMNS and value is not None}
+        if "labels" not in student:
+            return super().prediction_step(model, student, prediction_loss_only, ignore_keys, **gen_kwargs)
+        if not self.args.predict_with_generate or prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+        inputs = self._prepare_inputs(inputs)
+
+        # The base class generates with self.model, and calls `model` only for a loss: it gets ours.
+        def with_our_loss(**_student_inputs) -> dict[str, Tensor]:
+            return {"loss": self.compute_loss(model, inputs)}
+
+        return super().prediction_step(with_our_loss, student, prediction_loss_only, ignore_keys, **gen_kwargs)
+
+    def _record_evaluation(self, rows: Tensor, batch_size: int, per_token: Mapping[str, Tensor]) -> None:
+        """Adds a batch to the sums over the whole set, without the rows that fill up the last distributed batch."""
+        terms = {"tokens": torch.ones_like(per_token["ce_loss"]), **per_token}
+        by_row = torch.stack(
+            [values.new_zeros(batch_size).index_add_(0, rows, values) for values in terms.values()], dim=1
+        )
+        totals = self.accelerator.gather_for_metrics(by_row).cpu().double().sum(dim=0)
+        for name, total in zip(terms, totals, strict=True):
+            self._eval_sums[name] = self._eval_sums.get(name, 0) + total
+
+    # --- columns ---
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns += [
+                self.args.source_column,
+                self.args.target_column,
+                MESSAGES,
+                *TEACHER_COLUMNS,
+            ]
+
+    def _forward_columns(self) -> list[str]:
+        self._set_signature_columns_if_needed()
+        return self._signature_columns
+
+
+def _teacher_tokenizer(teacher: "nn.Module | str | os.PathLike"):
+    """The tokenizer beside the teacher's weights, or None if there is none to be had."""
+    where = getattr(teacher.config, "_name_or_path", None) if isinstance(teacher, nn.Module) else teacher
+    if not where:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        logger.warning(f"no tokenizer at the teacher's {where!r} ({error}); using the student's for both.")
+        return None
+
+
+def _check_nothing_shared(student: nn.Module, teacher: nn.Module) -> None:
+    frozen = {id(parameter) for parameter in teacher.parameters()}
+    shared = [name for name, parameter in student.named_parameters() if id(parameter) in frozen]
+    if shared:
+        raise ValueError(
+            f"student and teacher share {len(shared)} parameters, {shared[0]} among them; the teacher is frozen, so "
+            "they would be too. Load the teacher a second time, or copy it."
+        )

@@ -1,0 +1,92 @@
+"""Toy students and teachers of the distillation tests; EOS is 2, as for the toy tokenizer of conftest.py."""
+
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from hf_encdec_distill import DistillationTrainingArguments
+
+
+EOS = 2
+
+
+def spread(model, std=0.2, seed=0):
+    """Random weights large enough that a wrong position or an ignored mask shows; norms stay as they are."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, std, generator=generator)
+    return model.eval()
+
+
+def make_teacher(vocab_size=280, seed=1):
+    """Two layers of Llama, eval mode."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=3,
+        eos_token_id=EOS,
+        pad_token_id=0,
+    )
+    return spread(LlamaForCausalLM(config), seed=seed)
+
+
+def make_t5(vocab_size=280, dropout=0.0, seed=2):
+    """Two layers of T5 on each side, eval mode."""
+    config = T5Config(
+        vocab_size=vocab_size,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=dropout,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=EOS,
+    )
+    return spread(T5ForConditionalGeneration(config), seed=seed)
+
+
+def ragged_rows(count, vocab_size=60, seed=0):
+    """Ready rows of different lengths, the targets from 1 to 9 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(length):
+        return torch.randint(4, vocab_size, (length,), generator=generator).tolist()
+
+    def length(least, most):
+        return int(torch.randint(least, most + 1, (1,), generator=generator))
+
+    rows = [{"input_ids": ids(length(2, 7)), "labels": [*ids(length(0, 8)), EOS]} for _ in range(count)]
+    return [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+
+
+def arguments(output_dir, cls=DistillationTrainingArguments, **changed):
+    """Arguments of a short run on the CPU that writes nothing but what a test asks for."""
+    settings = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+    return cls(output_dir=str(output_dir), **{**settings, **changed})
+
+
+def token_terms(student, teacher, rows, temperature=1.0):
+    """CE, KL(teacher || student) and top-1 agreement, `[N]` each, over the target tokens of ready rows.
+
+    One row at a time without any padding, with the models' own shifts: no part of it is the package's.
+    """
+    ce, kl, agree = [], [], []
+    for row in rows:
+        source, target = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        student_logits = student(input_ids=source, labels=target[None]).logits[0]
+        sequence = torch.cat([source[0], target])[None]
+        with torch.no_grad():
+            teacher_logits = teacher(sequence).logits[0, source.shape[1] - 1 : -1, : student_logits.shape[-1]]
+        ce.append(F.cross_entropy(student_logits, target, reduction="none"))
+        log_q, log_p = (F.log_softmax(logits / temperature, -1) for logits in (student_logits, teacher_logits))
+        kl.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
+        agree.append((student_logits.argmax(-1) == teacher_logits.argmax(-1)).float())
+    return torch.cat(ce), torch.cat(kl), torch.cat(agree)

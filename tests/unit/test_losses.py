@@ -1,0 +1,223 @@
+"""Divergences against torch's own, hand-computed values and numerical gradients."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Categorical, kl_divergence
+from transformers.trainer_pt_utils import LabelSmoother
+
+from hf_encdec_distill.distillation.losses import (
+    DIVERGENCES,
+    cross_entropy,
+    forward_kl,
+    generalized_jsd,
+    reverse_kl,
+    select_divergence,
+    skew_kl,
+    skew_reverse_kl,
+    token_mean,
+    total_variation,
+)
+
+
+def logits_pair(*shape, scale=2.0, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(*shape, generator=generator, dtype=torch.float64).mul(scale).to(dtype) for _ in range(2))
+
+
+def categorical_reference(name, student, teacher, temperature, beta, alpha):
+    """Each divergence from explicit mixtures of probabilities, by torch.distributions."""
+    p = Categorical(probs=torch.softmax(teacher / temperature, -1))
+    q = Categorical(probs=torch.softmax(student / temperature, -1))
+
+    def mixture(share_of_p):
+        return Categorical(probs=share_of_p * p.probs + (1 - share_of_p) * q.probs)
+
+    return {
+        "forward_kl": lambda: kl_divergence(p, q),
+        "reverse_kl": lambda: kl_divergence(q, p),
+        "generalized_jsd": lambda: (
+            beta * kl_divergence(p, mixture(beta)) + (1 - beta) * kl_divergence(q, mixture(beta))
+        ),
+        "skew_kl": lambda: kl_divergence(p, mixture(alpha)),
+        "skew_reverse_kl": lambda: kl_divergence(q, mixture(1 - alpha)),
+        "total_variation": lambda: (p.probs - q.probs).abs().sum(-1) / 2,
+    }[name]()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_equals_torch_distributions(name, temperature):
+    student, teacher = logits_pair(3, 5, 11)
+    for beta, alpha in [(0.5, 0.1), (0.2, 0.4), (0.9, 0.01)]:
+        ours = select_divergence(name, beta, alpha)(student, teacher, temperature)
+        theirs = categorical_reference(name, student, teacher, temperature, beta, alpha)
+        assert ours.shape == (3, 5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_kl_equals_functional_kl_div():
+    student, teacher = logits_pair(7, 13)
+    log_q, log_p = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
+    theirs = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    torch.testing.assert_close(forward_kl(student, teacher), theirs)
+    theirs = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+    torch.testing.assert_close(reverse_kl(student, teacher), theirs)
+
+
+def test_values_by_hand():
+    teacher, student = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+    kl_pq = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    kl_qp = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert forward_kl(student, teacher).item() == pytest.approx(kl_pq, rel=1e-5)
+    assert reverse_kl(student, teacher).item() == pytest.approx(kl_qp, rel=1e-5)
+    assert total_variation(student, teacher).item() == pytest.approx(0.25, rel=1e-5)
+    # m = 0.8 p + 0.2 q = (0.45, 0.55)
+    jsd = 0.8 * (0.5 * math.log(0.5 / 0.45) + 0.5 * math.log(0.5 / 0.55))
+    jsd += 0.2 * (0.25 * math.log(0.25 / 0.45) + 0.75 * math.log(0.75 / 0.55))
+    assert generalized_jsd(student, teacher, beta=0.8).item() == pytest.approx(jsd, rel=1e-4)
+    # 0.4 p + 0.6 q = (0.35, 0.65) and 0.6 p + 0.4 q = (0.4, 0.6)
+    skew = 0.5 * math.log(0.5 / 0.35) + 0.5 * math.log(0.5 / 0.65)
+    assert skew_kl(student, teacher, alpha=0.4).item() == pytest.approx(skew, rel=1e-4)
+    skew = 0.25 * math.log(0.25 / 0.4) + 0.75 * math.log(0.75 / 0.6)
+    assert skew_reverse_kl(student, teacher, alpha=0.4).item() == pytest.approx(skew, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_never_negative_and_zero_when_equal(name):
+    divergence = select_divergence(name, 0.3, 0.1)
+    student, _ = logits_pair(500, 40, scale=6.0, dtype=torch.float32)
+    assert torch.equal(divergence(student, student.clone()), torch.zeros(500))
+    for size in (1e-7, 1e-5, 1e-3):
+        noise = torch.randn(500, 40, generator=torch.Generator().manual_seed(1)) * size
+        assert (divergence(student, student + noise) >= 0).all()
+    other, _ = logits_pair(500, 40, scale=6.0, dtype=torch.float32, seed=9)
+    assert (divergence(student, other) > 0).all()
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_gradients_are_numerically_right(name):
+    student, teacher = (x.requires_grad_() for x in logits_pair(4, 6))
+    divergence = select_divergence(name, 0.3, 0.2)
+    assert torch.autograd.gradcheck(lambda s, t: divergence(s, t, 1.7), (student, teacher))
+
+
+def test_forward_kl_gradient_is_the_difference_of_probabilities():
+    student, teacher = logits_pair(5, 9)
+    student.requires_grad_()
+    forward_kl(student, teacher, 2.0).sum().backward()
+    difference = torch.softmax(student.detach() / 2, -1) - torch.softmax(teacher / 2, -1)
+    torch.testing.assert_close(student.grad, difference / 2)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_ids_masked_on_both_sides_do_not_count(name):
+    divergence = select_divergence(name)
+    student, teacher = logits_pair(4, 6)
+    reduced = student[:, :4].clone().requires_grad_()
+    expected = divergence(reduced, teacher[:, :4])
+    expected.sum().backward()
+    student[:, 4:], teacher[:, 4:] = -torch.inf, -torch.inf
+    student.requires_grad_()
+    masked = divergence(student, teacher)
+    masked.sum().backward()
+    torch.testing.assert_close(masked, expected)
+    torch.testing.assert_close(student.grad[:, :4], reduced.grad)
+    assert torch.equal(student.grad[:, 4:], torch.zeros(4, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_ids_masked_on_one_side(name):
+    """Teacher without the last id: finite unless it is reverse KL; the student without it: unless forward KL."""
+    student, teacher = logits_pair(3, 5)
+    masked = teacher.clone()
+    masked[:, -1] = -torch.inf
+    divergence = select_divergence(name, 0.4, 0.3)
+    for one, two, infinite in ((student, masked, "reverse_kl"), (masked, student, "forward_kl")):
+        one = one.clone().requires_grad_()
+        value = divergence(one, two)
+        if name == infinite:
+            assert torch.isinf(value).all()
+            continue
+        value.sum().backward()
+        torch.testing.assert_close(
+            value, categorical_reference(name, one.detach(), two, 1.0, 0.4, 0.3), rtol=1e-6, atol=1e-6
+        )
+        assert torch.isfinite(one.grad).all()
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_huge_logits_stay_finite(name):
+    student = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4]], requires_grad=True)
+    teacher = torch.tensor([[-1e4, 1e4, 0.0], [-1e4, 1e4, 1e4]])
+    value = select_divergence(name, 0.5, 0.1)(student, teacher)
+    value.sum().backward()
+    expected = {
+        "forward_kl": 2e4,
+        "reverse_kl": 2e4,
+        "generalized_jsd": math.log(2),
+        "skew_kl": math.log(10),
+        "skew_reverse_kl": math.log(10),
+        "total_variation": 1.0,
+    }[name]
+    torch.testing.assert_close(value, torch.tensor([expected, 0.0]))
+    assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_half_precision_is_computed_in_float32(name, dtype):
+    student, teacher = logits_pair(6, 50, dtype=dtype)
+    value = select_divergence(name)(student, teacher)
+    assert value.dtype == torch.float32
+    exact = select_divergence(name)(student.double(), teacher.double())
+    torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_ends_of_the_generalized_jsd():
+    student, teacher = logits_pair(5, 8)
+    for tiny in (1e-4, 1e-6):
+        torch.testing.assert_close(
+            generalized_jsd(student, teacher, beta=tiny) / tiny, forward_kl(student, teacher), rtol=200 * tiny, atol=0
+        )
+        torch.testing.assert_close(
+            generalized_jsd(student, teacher, beta=1 - tiny) / tiny,
+            reverse_kl(student, teacher),
+            rtol=200 * tiny,
+            atol=0,
+        )
+
+
+def test_skew_of_zero_is_the_kl():
+    student, teacher = logits_pair(5, 8)
+    torch.testing.assert_close(skew_kl(student, teacher, alpha=0.0), forward_kl(student, teacher))
+    torch.testing.assert_close(skew_reverse_kl(student, teacher, alpha=0.0), reverse_kl(student, teacher))
+
+
+def test_unknown_divergence_names_the_known():
+    with pytest.raises(ValueError, match="'kl'.*forward_kl.*total_variation"):
+        select_divergence("kl")
+
+
+def test_cross_entropy_equals_torch_and_transformers():
+    student, _ = logits_pair(9, 12, dtype=torch.float32)
+    labels = torch.arange(9)
+    torch.testing.assert_close(cross_entropy(student, labels).mean(), F.cross_entropy(student, labels))
+    smoothed = LabelSmoother(epsilon=0.2)({"logits": student}, labels)
+    torch.testing.assert_close(cross_entropy(student, labels, 0.2).mean(), smoothed)
+    torch.testing.assert_close(
+        cross_entropy(student.bfloat16(), labels),
+        F.cross_entropy(student.bfloat16().float(), labels, reduction="none"),
+    )
+
+
+def test_token_mean():
+    values = torch.tensor([1.0, 2.0, 6.0])
+    assert token_mean(values).item() == 3.0
+    assert token_mean(values, 6).item() == 1.5
+    assert token_mean(values, torch.tensor(9)).item() == 1.0
+    empty = torch.zeros(0, requires_grad=True)
+    token_mean(empty, 0).backward()
+    assert token_mean(empty).item() == 0.0 and token_mean(empty, torch.tensor(0)).item() == 0.0
