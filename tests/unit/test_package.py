@@ -1,0 +1,83 @@
+"""The package as a whole: which way imports point, what travels to the Hub, what an import costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_encdec_distill
+
+
+ROOT = Path(hf_encdec_distill.__file__).parent
+# From what nobody of ours imports to what everybody may: a layer imports those after it.
+LAYERS = ["cli", "bench", "export", "model_card", "distillation", "data", "models"]
+NOT_EACH_OTHER = {("export", "distillation"), ("distillation", "export")}
+TRAVELS = ["configuration_rope_encdec", "modeling_rope_encdec", "compat_rope_encdec"]
+
+
+def imported_modules(path):
+    """Absolute names of all modules that a file imports, at whatever depth of nesting."""
+    package = ["hf_encdec_distill", *path.relative_to(ROOT).with_suffix("").parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module
+            if node.module is None or module == "hf_encdec_distill":
+                yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts == ("__init__",):
+        return  # the front door: it knows everything, and imports most of it on first use
+    own = LAYERS.index(parts[0])
+    for module in imported_modules(path):
+        names = module.split(".")
+        if names[0] != "hf_encdec_distill" or len(names) < 2 or names[1] not in LAYERS:
+            continue
+        assert LAYERS.index(names[1]) >= own, f"{parts[0]} must not import {names[1]}"
+        assert (parts[0], names[1]) not in NOT_EACH_OTHER
+
+
+@pytest.mark.parametrize("name", TRAVELS)
+def test_what_travels_imports_torch_transformers_and_its_siblings(name):
+    path = ROOT / "models" / "rope_encdec" / f"{name}.py"
+    siblings = {f"hf_encdec_distill.models.rope_encdec.{sibling}" for sibling in TRAVELS}
+    allowed_by_name = {"torch", "transformers", *sys.stdlib_module_names}
+    for module in imported_modules(path):
+        if module == "hf_encdec_distill.models.rope_encdec.initialization":
+            continue  # in `from_decoder_only`, which says what to install where the package is not there
+        assert module.split(".")[0] in allowed_by_name or module in siblings
+
+
+def modules_after(code):
+    """Names of the modules that a fresh interpreter has loaded after `code`."""
+    program = f"{code}\nimport sys\nprint('\\n'.join(sys.modules))"
+    return set(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_importing_the_package_loads_little_more_than_transformers():
+    before = modules_after("from transformers import PreTrainedModel, AutoModelForSeq2SeqLM")
+    added = modules_after("import hf_encdec_distill") - before
+    heavy = {"datasets", "evaluate", "peft", "matplotlib", "rich", "optimum", "openvino", "coremltools", "onnxruntime"}
+    assert not {name.split(".")[0] for name in added} & heavy
+    assert not {name for name in added if name.startswith("transformers.trainer")}
+    ours = {name for name in added if name.startswith("hf_encdec_distill")}
+    assert len(ours) == 6, ours
+    assert len(added) < 60
+
+
+def test_names_are_there_on_first_use():
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    assert issubclass(hf_encdec_distill.DistillationTrainer, Seq2SeqTrainer)
+    assert issubclass(hf_encdec_distill.DistillationTrainingArguments, Seq2SeqTrainingArguments)
+    assert set(hf_encdec_distill.__all__) <= set(dir(hf_encdec_distill))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        hf_encdec_distill.no_such_name  # noqa: B018
