@@ -50,7 +50,7 @@ def make_t5(vocab_size=280, dropout=0.0, seed=2):
         pad_token_id=0,
         eos_token_id=EOS,
     )
-    return spread(T5ForConditionalGeneration(config), seed=seed)
+    return spread(T5ForConditionalGeneration(config), std=0.5, seed=seed)
 
 
 def ragged_rows(count, vocab_size=60, seed=0):

@@ -62,7 +62,14 @@ class LiveTeacher:
                 f"teacher={teacher!r} is a {type(teacher).__name__}; give a loaded causal language model, a folder or "
                 "a Hub id."
             )
-        return cls(AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype or "auto"))
+        try:
+            model = AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype or "auto")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"teacher={str(teacher)!r} cannot be loaded with AutoModelForCausalLM: {error}\nGive a folder or "
+                "Hub id of a decoder-only model, or load the teacher yourself and give the model."
+            ) from error
+        return cls(model)
 
     def to(self, device: torch.device) -> "LiveTeacher":
         # A model spread over devices by accelerate, or quantised, stays where it was loaded.

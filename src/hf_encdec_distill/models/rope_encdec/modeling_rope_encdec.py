@@ -438,8 +438,8 @@ def _wanted(kwargs, config, name):
     return bool(getattr(config, name, False) if value is None else value)
 
 
-def _prompt_positions(attention_mask, length, device):
-    """`(B, S)`: each row's real tokens counted from 0, so that padding on either side moves nothing."""
+def _real_positions(attention_mask, length, device):
+    """`(B, L)`: each row's real tokens counted from 0, so that padding moves nothing, wherever it stands."""
     if attention_mask is None:
         return torch.arange(length, device=device).unsqueeze(0)
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -487,9 +487,10 @@ class RopeEncDecEncoder(RopeEncDecPreTrainedModel):
             )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            # `separate` needs only distances, for which the plain count serves any padding; `merged` goes on.
+            # `separate` needs only distances, for which the plain count serves padding on either side, as in Mu;
+            # `merged` goes on from here.
             mask = attention_mask if self.config.cross_attention == "merged" else None
-            position_ids = _prompt_positions(mask, hidden_states.shape[1], hidden_states.device)
+            position_ids = _real_positions(mask, hidden_states.shape[1], hidden_states.device)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         layer_mask = make_attention_mask(
             self.config._attn_implementation,
@@ -611,7 +612,7 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
             position_ids = positions.unsqueeze(0)
             if merged and attention_mask is not None and attention_mask.dim() == 2:
                 # A mask may be shorter than the target (what it lacks is not real) or as long as a static cache.
-                counted = _prompt_positions(attention_mask, None, device)
+                counted = _real_positions(attention_mask, None, device)
                 position_ids = counted[:, positions.clamp(max=counted.shape[1] - 1)]
         encoder_position_embeddings = None
         if merged:
@@ -621,7 +622,7 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
                 position_ids = position_ids + encoder_attention_mask.long().sum(-1, keepdim=True)
             if not cache_holds_prompt:
                 if encoder_position_ids is None:
-                    encoder_position_ids = _prompt_positions(encoder_attention_mask, prompt_length, device)
+                    encoder_position_ids = _real_positions(encoder_attention_mask, prompt_length, device)
                 encoder_position_embeddings = self.rotary_emb(hidden_states, encoder_position_ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
 

@@ -1,0 +1,71 @@
+"""Say what a model costs: parameters a side, FLOPs and bytes a token, and the first token against its teacher.
+
+Counted from the config alone; no weights are loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from ._inputs import BUILT_IN, teacher_path
+
+
+SUMMARY = "parameters, FLOPs and bytes of a model"
+EXAMPLE = "hf-encdec-distill info runs/quickstart/student --teacher HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder or Hub id of a student or of a decoder-only model")
+    parser.add_argument("--teacher", metavar="MODEL", help=f"decoder-only model to compare with, or {BUILT_IN!r}")
+    parser.add_argument("--prompt-length", type=int, default=192, metavar="TOKENS", help="default: %(default)s")
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="TOKENS", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoConfig
+
+    from ..bench import compare_cost, model_cost
+
+    config = AutoConfig.from_pretrained(args.model)
+    request = (args.prompt_length, args.new_tokens, getattr(torch, args.dtype))
+    if args.teacher is None:
+        costs, ratio = {"model": model_cost(config, *request).to_dict()}, None
+        content = costs["model"]
+    else:
+        content = compare_cost(config, AutoConfig.from_pretrained(teacher_path(args.teacher)), *request).to_dict()
+        costs, ratio = {"model": content["student"], "teacher": content["teacher"]}, content["ratio"]
+        ratio["total"] = ratio["parameters"]
+    print(json.dumps(content, indent=1) if args.json else _page(args, costs, ratio))
+
+
+def _page(args: argparse.Namespace, costs: dict[str, dict], ratio: dict[str, float] | None) -> str:
+    from ._display import table
+
+    lines = [
+        (f"parameters, {side}", 1e6, "M", lambda cost, side=side: cost["parameters"][side], side)
+        for side in ("embedding", "encoder", "decoder", "head", "total")
+    ]
+    lines += [
+        (title, unit, suffix, lambda cost, name=name: cost[name], name)
+        for title, unit, suffix, name in (
+            ("first token", 1e9, "GFLOP", "first_token_flops"),
+            ("each further token", 1e9, "GFLOP", "flops_per_token"),
+            ("read for a token", 1e6, "MB", "bytes_per_token"),
+            ("cache at the end", 1e6, "MB", "kv_cache_bytes"),
+        )
+    ]
+    body = [
+        [
+            f"{title}, {suffix}",
+            *(f"{value(cost) / unit:.2f}" for cost in costs.values()),
+            *([f"{ratio[name]:.2f}" if name in ratio else ""] if ratio else []),
+        ]
+        for title, unit, suffix, value, name in lines
+    ]
+    header = [costs["model"]["kind"], *(["model", "teacher", "model / teacher"] if ratio else ["model"])]
+    request = f"{args.prompt_length} tokens in, {args.new_tokens} out, batch 1, {args.dtype}"
+    return f"{args.model}: {request}\n\n{table(header, body)}"

@@ -1,0 +1,90 @@
+"""`hf-encdec-distill COMMAND ...`: the parser, and what a person sees when something goes wrong.
+
+Exit codes: 0 done, 2 an error that the user can mend (one line on stderr), 130 interrupted. Any other exception is a
+fault of ours and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from . import convert_mu, distill, evaluate, info, init, quickstart
+
+
+PROGRAM = "hf-encdec-distill"
+COMMANDS = {
+    "quickstart": quickstart,
+    "init": init,
+    "distill": distill,
+    "evaluate": evaluate,
+    "convert-mu": convert_mu,
+    "info": info,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; the namespace it returns carries the command's module as `module`."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Distil a decoder-only language model into a small, fast encoder-decoder.",
+        epilog=f"example: {PROGRAM} quickstart --minutes 12",
+        parents=[shared],
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.__doc__,
+            epilog=f"example:\n  {module.EXAMPLE}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[shared],
+            allow_abbrev=False,  # an abbreviation could swallow a training argument that is passed through
+        )
+        module.add_arguments(command)
+        command.set_defaults(module=module, parser=command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = build_parser()
+    args, extra = parser.parse_known_args(argv)
+    if args.version:
+        print(__version__)
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 0
+    if extra and not getattr(args.module, "PASSES_ARGUMENTS_ON", False):
+        args.parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    args.extra = extra
+    try:
+        args.module.run(args)
+    except KeyboardInterrupt as interrupt:
+        print(f"{PROGRAM} {args.command}: {interrupt if interrupt.args else 'interrupted'}", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        if getattr(args, "debug", False):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"{PROGRAM} {args.command}: error: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

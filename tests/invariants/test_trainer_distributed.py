@@ -1,0 +1,133 @@
+"""One process equals two: weights, logs and evaluation, on ragged rows; those of the evaluation do not divide evenly.
+
+Run as a script (by torchrun, or alone) this file trains, evaluates, and has rank 0 write what came out.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distillation_toys import arguments, make_t5, make_teacher, ragged_rows, token_terms
+from torch.utils.data import SequentialSampler
+
+from hf_encdec_distill import DistillationTrainer
+
+
+ROWS = ragged_rows(8)
+EVAL_ROWS = ragged_rows(7, seed=5)
+
+
+class InOrder(DistillationTrainer):
+    """Rows in their order, so that the same rows make up a step however many processes share it."""
+
+    def _get_train_sampler(self, *_):
+        return SequentialSampler(self.train_dataset)
+
+
+def collate(rows):
+    """Padded on the right with 0, without a tokenizer."""
+
+    def pad(values, fill):
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(v) for v in values], True, padding_value=fill)
+
+    fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {name: pad([row[name] for row in rows], fill) for name, fill in fills.items()}
+
+
+def run(folder: Path) -> None:
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    results = {}
+    for name, accumulation in (("accumulated", 2), ("plain", 1)):
+        trainer = InOrder(
+            make_t5(),
+            arguments(
+                folder,
+                optim="sgd",
+                learning_rate=0.1,
+                lr_scheduler_type="constant",
+                num_train_epochs=1,
+                max_grad_norm=0.0,
+                per_device_train_batch_size=4 // processes // accumulation,
+                gradient_accumulation_steps=accumulation,
+                per_device_eval_batch_size=2,
+                predict_with_generate=accumulation == 2,
+                generation_max_length=6,
+                distill_weight=0.7,
+                distill_temperature=2.0,
+                ddp_backend="gloo" if processes > 1 else None,
+            ),
+            teacher=make_teacher(),
+            train_dataset=ROWS,
+            eval_dataset=EVAL_ROWS,
+            data_collator=collate,
+        )
+        trainer.train()
+        untrained = InOrder(
+            make_t5(), trainer.args, teacher=make_teacher(), eval_dataset=EVAL_ROWS, data_collator=collate
+        )
+        assert trainer.accelerator.num_processes == processes
+        assert all(p.device.type == "cpu" for p in trainer.teacher.model.parameters())
+        assert not isinstance(trainer.teacher.model, torch.nn.parallel.DistributedDataParallel)
+        kept = ("loss", "ce_loss", "distill_loss")
+        metrics = untrained.evaluate()
+        results[name] = {
+            "logs": [{k: log[k] for k in kept} for log in trainer.state.log_history if "loss" in log],
+            "eval": {k: v for k, v in metrics.items() if k.startswith("eval_") and ("loss" in k or "agree" in k)},
+        }
+        if trainer.is_world_process_zero():
+            torch.save(trainer.model.state_dict(), folder / f"{name}-{processes}.pt")
+    if trainer.is_world_process_zero():
+        (folder / f"results-{processes}.json").write_text(json.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Both runs' numbers, and the folder with their weights."""
+    folder = tmp_path_factory.mktemp("distributed")
+    here = Path(__file__)
+    paths = [str(here.parents[1]), str(Path(sys.modules["hf_encdec_distill"].__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(here), str(folder)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    run(folder)
+    return folder, *(json.loads((folder / f"results-{n}.json").read_text()) for n in (1, 2))
+
+
+@pytest.mark.parametrize("name", ["plain", "accumulated"])
+def test_weights_and_logs_of_two_processes(runs, name):
+    """Two steps of four ragged rows: 4, 2 accumulated twice, 2 on 2 processes, 1 on 2 accumulated twice agree."""
+    folder, one, two = runs
+    reference = torch.load(folder / "plain-1.pt", weights_only=True)
+    for processes in (1, 2):
+        weights = torch.load(folder / f"{name}-{processes}.pt", weights_only=True)
+        for key, value in reference.items():
+            torch.testing.assert_close(weights[key], value, rtol=1e-4, atol=1e-6, msg=key)
+    assert len(one[name]["logs"]) == 2
+    for single, double in zip(one[name]["logs"], two[name]["logs"], strict=True):
+        assert double == pytest.approx(single, rel=1e-4, abs=1e-4)  # 4.57 rounds its loss to four digits
+
+
+@pytest.mark.parametrize("name", ["plain", "accumulated"])
+def test_evaluation_of_two_processes(runs, name):
+    """7 rows, batches of 2 on each: the row that fills up the last batch is not counted, generating or not."""
+    _, one, two = runs
+    ce, kl, agree = token_terms(make_t5(), make_teacher(), EVAL_ROWS, temperature=2.0)
+    expected = {
+        "eval_loss": (0.7 * 4 * kl + 0.3 * ce).mean().item(),
+        "eval_ce_loss": ce.mean().item(),
+        "eval_distill_loss": 4 * kl.mean().item(),
+        "eval_teacher_agreement": agree.mean().item(),
+    }
+    for results in (one, two):
+        assert results[name]["eval"] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))

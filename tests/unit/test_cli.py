@@ -1,0 +1,398 @@
+"""The command line and what the quickstart is made of, held against transformers, torch and numbers done by hand."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from distillation_toys import ragged_rows, spread
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM
+
+from hf_encdec_distill.cli import _display, _evaluation, _training
+from hf_encdec_distill.cli._state import open_run
+from hf_encdec_distill.cli._teacher import _completion_loss
+from hf_encdec_distill.cli.main import COMMANDS, build_parser, main
+
+
+TEMPLATE = "{source}\n#"
+
+
+@pytest.fixture
+def teacher_folder(tmp_path, make_bpe_tokenizer):
+    tokenizer = make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    folder = tmp_path / "teacher"
+    spread(LlamaForCausalLM(config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    path = tmp_path / "pairs.csv"
+    colours = ("red", "green", "blue", "black", "white")
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["text", "short"])
+        for number in range(200):
+            first, last = colours[number % 5], colours[number // 5 % 5]
+            writer.writerow([f"{first} {number} {last}", f"It is {first} and {last}."])
+    return path
+
+
+@pytest.fixture
+def data_arguments(pairs_file):
+    return ["--dataset", str(pairs_file), "--source-column", "text", "--target-column", "short"]
+
+
+@pytest.fixture
+def student_folder(tmp_path, teacher_folder, data_arguments, capsys):
+    folder = tmp_path / "student"
+    options = [
+        "--encoder-layers",
+        "4",
+        "--decoder-layers",
+        "4",
+        "--prompt-template",
+        TEMPLATE,
+        "--output",
+        str(folder),
+    ]
+    assert main(["init", str(teacher_folder), *options, *data_arguments]) == 0
+    capsys.readouterr()
+    return folder
+
+
+# What a person sees --------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_are_those_that_work():
+    assert set(COMMANDS) == {"quickstart", "init", "distill", "evaluate", "convert-mu", "info"}
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_help_shows_an_example_that_the_parser_understands(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    example = capsys.readouterr().out.rpartition("example:\n")[2].split()
+    assert example[:2] == ["hf-encdec-distill", command]
+    args, extra = build_parser().parse_known_args(example[1:])
+    assert (args.command, extra) == (command, [])
+
+
+def test_the_parser_costs_no_import_beyond_the_package():
+    code = """
+import sys, hf_encdec_distill
+before = set(sys.modules)
+from hf_encdec_distill.cli.main import build_parser
+build_parser().format_help()
+print("\\n".join(sorted({name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["hf_encdec_distill"]
+
+
+def one_line_error(capsys, *argv) -> str:
+    capsys.readouterr()
+    try:
+        code = main(list(argv))
+    except SystemExit as stop:  # argparse's way
+        code = stop.code
+    output = capsys.readouterr()
+    assert code == 2
+    assert output.out == ""
+    assert output.err.count("\n") == 1 and "Traceback" not in output.err
+    return output.err
+
+
+def test_errors_are_one_line_with_exit_code_2(capsys, tmp_path, teacher_folder):
+    missing = str(tmp_path / "nothing")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").touch()
+    assert "invalid choice: 'teleport'" in one_line_error(capsys, "teleport")
+    assert "--turbo" in one_line_error(capsys, "info", missing, "--turbo")
+    assert "nothing" in one_line_error(capsys, "info", missing)
+    assert "invalid int value: 'many'" in one_line_error(capsys, "evaluate", missing, "--rows", "many")
+    assert "choose another folder" in one_line_error(capsys, "init", missing, "--output", str(full))
+    assert "--resume" in one_line_error(capsys, "quickstart", "--output", str(full))
+    assert "no run" in one_line_error(capsys, "quickstart", "--output", missing, "--resume")
+    assert "minutes=0.0" in one_line_error(capsys, "quickstart", "--output", missing, "--minutes", "0")
+
+
+def test_more_layers_than_the_teacher_has_are_refused_before_anything_is_trained(capsys, tmp_path, teacher_folder):
+    options = ["--encoder-layers", "9", "--teacher", str(teacher_folder), "--output", str(tmp_path / "run")]
+    assert main(["quickstart", *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "encoder_layers=9" in error and "has 4 layers" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_debug_shows_where(tmp_path):
+    with pytest.raises(ValueError, match="no run"):
+        main(["quickstart", "--output", str(tmp_path / "nothing"), "--resume", "--debug"])
+
+
+def test_an_interrupt_is_130_and_says_how_to_go_on(capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt("go on with --resume")
+
+    monkeypatch.setattr(COMMANDS["info"], "run", interrupted)
+    assert main(["info", "model"]) == 130
+    assert capsys.readouterr().err == "hf-encdec-distill info: go on with --resume\n"
+
+
+def test_lines_in_place_of_bars_where_there_is_no_terminal(monkeypatch):
+    stream = io.StringIO()
+    times = iter([0.0, 0.0, 16.0, 16.0, 17.0, 75.0])
+    monkeypatch.setattr(_display.time, "monotonic", lambda: next(times))
+    display = _display.Display(lambda: 3700.0, stages=2, stream=stream)
+    with display.stage("train") as update:
+        update(0.25, "step 7")
+        update(0.5, "step 8")  # a second after the last line: nothing is printed
+    assert stream.getvalue().splitlines() == [
+        "[1/2] train ... 1:01:40 left",
+        "     25% step 7, 1:01:40 left",
+        "[1/2] train: 1:15, 1:01:40 left",
+    ]
+
+
+def test_a_bar_on_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    with _display.Display(lambda: 60.0, stages=1, stream=stream).stage("train") as update:
+        update(0.5, "step 7")
+    assert "step 7" in stream.getvalue() and "\x1b[" in stream.getvalue()
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+def test_init_keeps_the_teacher_whole_where_no_layer_is_taken_out(student_folder, teacher_folder):
+    student = AutoModelForSeq2SeqLM.from_pretrained(student_folder).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
+    prompt, target = torch.arange(20, 31)[None], torch.arange(40, 45)[None]
+    start = torch.full((1, 1), student.config.decoder_start_token_id)
+    with torch.no_grad():
+        ours = student(input_ids=prompt, decoder_input_ids=torch.cat([start, target[:, :-1]], 1)).logits
+        theirs = teacher(torch.cat([prompt, start, target[:, :-1]], 1)).logits[:, prompt.shape[1] :]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_info_counts_what_the_models_have(student_folder, teacher_folder, capsys):
+    assert main(["info", str(student_folder), "--teacher", str(teacher_folder), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    for side, model in (
+        ("student", AutoModelForSeq2SeqLM.from_pretrained(student_folder)),
+        ("teacher", AutoModelForCausalLM.from_pretrained(teacher_folder)),
+    ):
+        assert content[side]["parameters"]["total"] == sum(parameter.numel() for parameter in model.parameters())
+    assert main(["info", str(student_folder), "--teacher", str(teacher_folder)]) == 0
+    assert "model / teacher" in capsys.readouterr().out
+    assert main(["info", str(teacher_folder)]) == 0
+    assert "decoder-only" in capsys.readouterr().out
+
+
+def test_evaluate_agrees_with_the_teachers_own_loss(student_folder, teacher_folder, data_arguments, capsys):
+    """A student of full depth is the teacher: the same cross-entropy, and nothing between the two."""
+    options = ["--rows", "6", "--max-target-length", "8", "--prompt-template", TEMPLATE, "--json", *data_arguments]
+    results = []
+    for model in (student_folder, teacher_folder):
+        assert main(["evaluate", str(model), "--teacher", str(teacher_folder), *options]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    student, teacher = results
+    assert student["n"] == teacher["n"] == 6
+    assert teacher["kl"]["value"] == 0.0 and teacher["teacher_agreement"]["value"] == 1.0
+    assert student["ce"]["value"] == pytest.approx(teacher["ce"]["value"], abs=0.05)  # bfloat16 where the CPU has it
+    assert student["kl"]["value"] < 0.01
+
+
+def test_distill_passes_training_arguments_on(student_folder, teacher_folder, data_arguments, tmp_path, capsys):
+    output = tmp_path / "distilled"
+    options = [
+        "--teacher",
+        str(teacher_folder),
+        "--output",
+        str(output),
+        "--prompt-template",
+        TEMPLATE,
+        *data_arguments,
+    ]
+    options += ["--max-steps", "2", "--learning-rate", "1e-2", "--save-steps", "1"]
+    options += ["--lr_scheduler_type", "constant", "--logging-steps", "1", "--use-cpu", "--report-to", "none"]
+    assert "--no-such-thing" in one_line_error(capsys, "distill", str(student_folder), *options, "--no-such-thing")
+    assert main(["distill", str(student_folder), *options]) == 0
+    assert "eval_teacher_agreement" in capsys.readouterr().out
+    log = json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert [row["learning_rate"] for row in log if "loss" in row] == [1e-2, 1e-2]
+    before, after = (AutoModelForSeq2SeqLM.from_pretrained(folder) for folder in (student_folder, output))
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    assert "not empty" in one_line_error(capsys, "distill", str(student_folder), *options)
+
+
+def test_convert_mu_writes_what_auto_model_loads(tmp_path):
+    data = Path(__file__).parents[1] / "model" / "data"
+    tensors = load_file(data / "mu_weights.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    torch.save({"model_state_dict": tensors}, tmp_path / "mu.pt")
+    options = ["--eos-token-id", "2", "--output", str(tmp_path / "mu")]
+    assert main(["convert-mu", str(tmp_path / "mu.pt"), str(data / "mu_config.json"), *options]) == 0
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "mu", dtype="auto")
+    torch.testing.assert_close(model.get_input_embeddings().weight, tensors["lm_head.weight"], atol=0, rtol=0)
+
+
+# The memory of a run -------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_knows_what_was_done_and_asked_for(tmp_path):
+    folder = tmp_path / "run"
+    state = open_run(folder, {"minutes": 3.0, "seed": 5}, resume=False)
+    assert not folder.exists()
+    assert state.begin("data", 12.0) == 12.0
+    state.finish("data", {"rows": 7})
+    assert state.begin("adapt", 40.0) == 40.0
+    again = open_run(folder, {"seed": 5}, resume=True)
+    assert (again.settings.minutes, again.settings.seed, again.results) == (3.0, 5, {"data": {"rows": 7}})
+    assert again.begin("adapt", 99.0) == 40.0
+    assert 0 < again.seconds_used < 180 and again.seconds_left == pytest.approx(180 - again.seconds_used, abs=1)
+    with pytest.raises(ValueError, match="seed=5, not 6"):
+        open_run(folder, {"seed": 6}, resume=True)
+    with pytest.raises(ValueError, match=r"--resume.*--output"):
+        open_run(folder, {}, resume=False)
+
+
+# Training within a share of the clock --------------------------------------------------------------------------------
+
+
+def test_the_order_of_training_uses_each_row_once_a_pass_in_batches_of_like_length():
+    lengths = np.random.default_rng(1).integers(5, 200, size=1000)
+    order = np.array(_training.training_order(lengths, 8, 125 * 2, seed=3)).reshape(-1, 8)
+    for one_pass in (order[:125], order[125:]):
+        assert sorted(one_pass.ravel()) == list(range(1000))
+    padding = (lengths[order].max(axis=1, keepdims=True) - lengths[order]).sum() / lengths[order].sum()
+    shuffled = lengths[np.random.default_rng(0).permutation(1000)].reshape(-1, 8)
+    assert padding < 0.25 * (shuffled.max(axis=1, keepdims=True) - shuffled).sum() / shuffled.sum()
+    # A run that lays out more steps begins with the same ones: a twin sees the same rows.
+    assert order[:30].ravel().tolist() == _training.training_order(lengths, 8, 30, seed=3)
+    assert order[:30].ravel().tolist() != _training.training_order(lengths, 8, 30, seed=4)
+    with pytest.raises(ValueError, match="cannot fill a batch"):
+        _training.training_order(lengths[:7], 8, 1, seed=0)
+
+
+def test_the_learning_rate_follows_the_clock(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(_training.time, "monotonic", lambda: now)
+    share = _training.TimeShare(50.0, 1000, 0.1, lambda *_: None)
+    assert share.rate(0) == pytest.approx(1 / 20)
+    now = 110.0
+    assert share.rate(4) == pytest.approx(5 / 20 * 0.8)
+    assert share.rate(100) == pytest.approx(0.8)
+    now = 151.0
+    assert share.rate(200) == 0.0
+    share.rates = [0.1] * 900
+    now = 101.0
+    assert share.rate(900) == pytest.approx(0.1)  # the steps end before the time does
+    replay = _training.TimeShare(float("inf"), 3, 0.1, lambda *_: None, [0.02, 0.1, 0.05])
+    assert [replay.rate(step) for step in range(4)] == pytest.approx([0.2, 1.0, 0.5, 0.5])
+
+
+# Numbers -------------------------------------------------------------------------------------------------------------
+
+
+def toy_rows(count):
+    rows = ragged_rows(count)
+    return [{"prompt": row["input_ids"], "inputs": row["input_ids"][:-1], "labels": row["labels"]} for row in rows]
+
+
+def test_the_completion_loss_is_that_of_transformers(teacher_folder):
+    model = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
+    rows = toy_rows(5)
+    batch = _evaluation.completion_batch(rows, pad_token_id=0)
+    labels = batch.pop("labels")
+    tokens = sum(len(row["labels"]) for row in rows)
+    ours = _completion_loss(model(**batch), labels, torch.tensor(tokens))
+    sums = []
+    for row in rows:
+        ids = torch.tensor([row["prompt"] + row["labels"]])
+        masked = torch.tensor([[-100] * len(row["prompt"]) + row["labels"]])
+        sums.append(model(input_ids=ids, labels=masked).loss * len(row["labels"]))
+    torch.testing.assert_close(ours, sum(sums) / tokens, atol=1e-5, rtol=0)
+
+
+def test_scores_are_the_sums_of_each_row(teacher_folder, student_folder):
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
+    student = spread(AutoModelForSeq2SeqLM.from_pretrained(student_folder), seed=4)
+    start = student.config.decoder_start_token_id
+    rows = [{**row, "prompt": [*row["inputs"], start]} for row in toy_rows(2 * _evaluation.BATCH_SIZE + 3)]
+    sums = _evaluation.score({"student": student, "teacher": teacher}, rows, teacher)
+    for index, row in enumerate(rows):
+        target = torch.tensor(row["labels"])
+        with torch.no_grad():
+            theirs = teacher(torch.tensor([row["prompt"] + row["labels"]])).logits[0, len(row["prompt"]) - 1 : -1]
+            ours = student(
+                input_ids=torch.tensor([row["inputs"]]), decoder_input_ids=torch.tensor([[start, *row["labels"][:-1]]])
+            ).logits[0]
+        expected = {
+            "ce": F.cross_entropy(ours, target, reduction="sum"),
+            "kl": F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), reduction="sum", log_target=True),
+            "teacher_agreement": (ours.argmax(-1) == theirs.argmax(-1)).sum(),
+        }
+        for name, value in expected.items():
+            assert sums["student"][name][index] == pytest.approx(value.item(), rel=1e-3, abs=1e-4)
+        assert sums["teacher"]["kl"][index] == pytest.approx(0.0, abs=1e-5)
+        assert sums["teacher"]["teacher_agreement"][index] == len(row["labels"])
+
+
+def test_answers_of_a_batch_are_those_of_each_row_alone(teacher_folder, student_folder, make_bpe_tokenizer):
+    tokenizer = make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>")
+    for model in (
+        AutoModelForCausalLM.from_pretrained(teacher_folder).eval(),
+        AutoModelForSeq2SeqLM.from_pretrained(student_folder).eval(),
+    ):
+        side = "inputs" if model.config.is_encoder_decoder else "prompt"
+        rows = toy_rows(6)
+        alone = []
+        for row in rows:
+            ids = torch.tensor([row[side]])
+            tokens = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False
+            )
+            text = tokenizer.decode(tokens[0, ids.shape[1] * (side == "prompt") :], skip_special_tokens=True)
+            alone.append(text.strip())
+        assert _evaluation.generate(model, tokenizer, rows, 5) == alone
+        assert len(set(alone)) > 1
+
+
+def test_the_interval_is_that_of_a_ratio_of_sums():
+    generator = np.random.default_rng(7)
+    weights = np.full(400, 10.0)
+    sums = 10 * generator.normal(3.0, 1.0, size=400)
+    estimate = _evaluation.interval(sums, weights)
+    assert estimate["value"] == pytest.approx(sums.sum() / 4000)
+    # A mean of 400 numbers of standard deviation s: plus and minus 1.96 s / 20.
+    half = 1.96 * (sums / 10).std() / 20
+    assert estimate["high"] - estimate["value"] == pytest.approx(half, rel=0.15)
+    assert estimate["value"] - estimate["low"] == pytest.approx(half, rel=0.15)
+    assert _evaluation.interval(np.zeros(5), np.ones(5)) == {"value": 0.0, "low": 0.0, "high": 0.0}

@@ -1,0 +1,177 @@
+"""Rows from files, folders and names; carving; what is wrong with them."""
+
+import logging
+
+import datasets
+import pandas as pd
+import pytest
+from datasets import Dataset, DatasetDict
+
+from hf_encdec_distill import data
+from hf_encdec_distill.data.loading import load_pairs
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+
+
+def _frame(count, start=0):
+    return pd.DataFrame(
+        {
+            "code": [f"code, {n}\nünï" for n in range(start, start + count)],
+            "text": [f"t\t{n}" for n in range(start, start + count)],
+        }
+    )
+
+
+WRITERS = {
+    "rows.csv": lambda frame, file: frame.to_csv(file, index=False),
+    "rows.tsv": lambda frame, file: frame.to_csv(file, index=False, sep="\t"),
+    "rows.json": lambda frame, file: frame.to_json(file, orient="records"),
+    "rows.jsonl": lambda frame, file: frame.to_json(file, orient="records", lines=True),
+    "ROWS.PARQUET": lambda frame, file: frame.to_parquet(file),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_gives_its_rows(tmp_path, name):
+    frame = _frame(40)
+    WRITERS[name](frame, tmp_path / name)
+    splits = load_pairs(tmp_path / name, "code", "text")
+    assert {split: rows.column_names for split, rows in splits.items()} == {
+        split: ["source", "target"] for split in ("train", "validation", "test")
+    }
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 26, "validation": 6, "test": 8}
+    pairs = [(row["source"], row["target"]) for rows in splits.values() for row in rows]
+    assert sorted(pairs) == sorted(zip(frame["code"], frame["text"]))
+
+
+def test_folder_with_a_file_for_each_split(tmp_path):
+    for name, start in (("train", 0), ("validation", 100), ("test", 200)):
+        _frame(5, start).to_csv(tmp_path / f"{name}.csv", index=False)
+    splits = load_pairs(str(tmp_path), "code", "text")
+    assert splits["validation"]["source"][0] == "code, 100\nünï"
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 5, "validation": 5, "test": 5}
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_what_save_to_disk_wrote(tmp_path, one):
+    rows = Dataset.from_pandas(_frame(20))
+    (rows if one else DatasetDict(train=rows, dev=rows.select([3]), extra=rows)).save_to_disk(tmp_path / "saved")
+    splits = load_pairs(tmp_path / "saved", "code", "text")
+    if one:
+        assert [len(splits[name]) for name in ("train", "validation", "test")] == [13, 3, 4]
+    else:
+        assert splits["validation"]["target"][:] == ["t\t3"]  # "dev" is validation, and only test is carved
+        assert [len(splits[name]) for name in ("train", "validation", "test")] == [16, 1, 4]
+
+
+def test_columns_may_swap_names(tmp_path):
+    frame = _frame(20).rename(columns={"code": "target", "text": "source"})
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    assert load_pairs(tmp_path / "a.csv", "target", "source")["train"]["source"][0].startswith("code")
+
+
+def test_no_dataset_is_the_built_in_task(monkeypatch):
+    from hf_encdec_distill.data import python_docstrings
+
+    monkeypatch.setattr(python_docstrings, "load_python_docstrings", lambda **options: options)
+    assert load_pairs(cache_dir="there", progress=False) == {"cache_dir": "there", "progress": False}
+
+
+def test_carving_depends_on_the_rows_and_not_on_their_order(tmp_path):
+    frame = _frame(2000)
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.sample(frac=1, random_state=1).to_csv(tmp_path / "b.csv", index=False)
+    a, b = (load_pairs(tmp_path / name, "code", "text") for name in ("a.csv", "b.csv"))
+    for name, size in {"test": 100, "validation": 95, "train": 1805}.items():  # 5 % of 2000, 5 % of the 1900 left
+        assert len(a[name]) == size
+        assert sorted(a[name]["source"]) == sorted(b[name]["source"])
+
+
+def test_rows_with_the_same_source_stay_together(tmp_path):
+    frame = pd.DataFrame({"source": [f"s{n % 30}" for n in range(300)], "target": [f"t{n}" for n in range(300)]})
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    sources = [set(rows["source"]) for rows in load_pairs(tmp_path / "a.csv").values()]
+    assert [len(group) for group in sources] == [20, 4, 6]  # a fifth of 30, a fifth of the 24 left
+    assert sum(map(len, sources)) == len(set.union(*sources)) == 30
+
+
+def test_rows_without_text_are_left_out_and_counted(tmp_path, caplog):
+    frame = pd.DataFrame({"source": ["a", None, " \n", *"bcdefg"], "target": ["A", "B", "C", "", *"DEFGH"]})
+    frame.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    with caplog.at_level(logging.WARNING):
+        splits = load_pairs(tmp_path / "a.jsonl")
+    assert sorted(text for rows in splits.values() for text in rows["source"]) == ["a", *"cdefg"]
+    assert "3 of 9 rows left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("columns", "arguments", "message"),
+    [
+        ({"code": ["a"], "text": ["b"]}, {}, "no column 'source'; the columns are code, text: .*--source-column"),
+        ({"source": ["a"], "text": ["b"]}, {}, "no column 'target'; the columns are source, text: .*--target-column"),
+        ({"source": ["a"], "target": [1]}, {}, "'target' holds int64, expected text"),
+        ({"source": ["a"], "target": [["b"]]}, {}, "'target' holds List, expected text"),
+        ({"source": ["a"], "target": ["b"]}, {"target_column": "source"}, "both column 'source'"),
+        ({"source": [""], "target": ["b"]}, {}, r"\(train\): none of the 1 rows has text"),
+        ({"source": [None], "target": ["b"]}, {}, "none of the 1 rows has text"),
+        ({"source": ["a", "b"], "target": ["c", "d"]}, {}, "1 distinct sources are too few"),
+    ],
+)
+def test_columns_and_rows_that_cannot_do(tmp_path, columns, arguments, message):
+    pd.DataFrame(columns).to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    with pytest.raises(ValueError, match=message):
+        load_pairs(tmp_path / "a.jsonl", **arguments)
+
+
+def test_splits_none_of_which_is_train(tmp_path):
+    rows = Dataset.from_pandas(_frame(3))
+    DatasetDict(one=rows, two=rows).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="has the splits one, two: expected one that is called 'train'"):
+        load_pairs(tmp_path / "saved", "code", "text")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./gone.csv", "gone.csv is not there"),
+        ("gone.parquet", "gone.parquet is not there"),
+        ("nobody/no-such-dataset", "neither a readable file or folder nor a dataset that the Hub gives us"),
+    ],
+)
+def test_datasets_that_are_not_there(name, message):
+    with pytest.raises(ValueError, match=message):
+        load_pairs(name)
+
+
+def test_file_of_an_unknown_kind(tmp_path):
+    (tmp_path / "rows.xlsx").write_text("")
+    with pytest.raises(ValueError, match=r"suffix '.xlsx', expected one of .csv, .tsv"):
+        load_pairs(tmp_path / "rows.xlsx")
+
+
+def test_file_that_is_no_table(tmp_path):
+    (tmp_path / "rows.json").write_text("{not json")
+    with pytest.raises(ValueError, match="rows.json is neither a readable file.*JSON parse error"):
+        load_pairs(tmp_path / "rows.json")
+
+
+def test_cache_root(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("HF_ENCDEC_DISTILL_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert data.cache_root() == tmp_path / ".cache/hf_encdec_distill"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert data.cache_root() == tmp_path / "xdg/hf_encdec_distill"
+    monkeypatch.setenv("HF_ENCDEC_DISTILL_CACHE", "~/mine")
+    assert data.cache_root() == tmp_path / "mine"
+    assert data.cache_root(tmp_path / "given") == tmp_path / "given"
+
+
+def test_names_of_the_package():
+    assert {name for name in data.__all__ if getattr(data, name) is None} == set()
+    assert data.load_pairs is load_pairs
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        data.nothing  # noqa: B018

@@ -1,0 +1,198 @@
+"""Metrics against hand values, rouge_score itself, and a real `Seq2SeqTrainer`."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from rouge_score.rouge_scorer import RougeScorer
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+)
+
+from hf_encdec_distill.distillation import metrics
+from hf_encdec_distill.distillation.metrics import (
+    DistinctShare,
+    ExactMatch,
+    Rouge,
+    distinct_share,
+    exact_match,
+    generation_metrics,
+    rouge_l,
+)
+
+
+PREDICTIONS = ["the cat sat", "Returning the numbers.", "a b c", ""]
+REFERENCES = ["the cat sat on the mat", "return the number", "c b a", "x y"]
+
+
+@pytest.fixture
+def tokenizer(make_bpe_tokenizer):
+    return make_bpe_tokenizer()
+
+
+def _f1(prediction, reference):
+    """ROUGE-L F1 by its definition, for words that stemming leaves alone."""
+    a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (prediction, reference))
+    table = np.zeros((len(a) + 1, len(b) + 1))
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1, j + 1] = table[i, j] + 1 if x == y else max(table[i, j + 1], table[i + 1, j])
+    return 2 * table[-1, -1] / (len(a) + len(b))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "value"),
+    [
+        ("the cat sat", "the cat sat on the mat", 2 / 3),  # 3 in order; precision 1, recall 1/2
+        ("a b c", "c b a", 1 / 3),
+        ("Return the sum!", "return  the sum", 1.0),
+        ("returned numbers", "returning number", 1.0),  # stemmed
+        ("", "x", 0.0),
+        ("x", "y", 0.0),
+    ],
+)
+def test_rouge_l_by_hand(prediction, reference, value):
+    assert rouge_l(prediction, reference) == pytest.approx(value)
+
+
+def test_rouge_l_by_definition():
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        prediction, reference = (" ".join(draw.choice(list("abcdef"), draw.integers(1, 9))) for _ in range(2))
+        assert rouge_l(prediction, reference) == pytest.approx(_f1(prediction, reference))
+
+
+def test_rouge_is_the_mean_of_rouge_score():
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scores = [scorer.score(b, a) for a, b in zip(PREDICTIONS, REFERENCES)]
+    result = Rouge().compute(predictions=PREDICTIONS, references=REFERENCES)
+    assert result == pytest.approx({name: np.mean([s[name].fmeasure for s in scores]) for name in scores[0]})
+    assert result["rougeL"] == pytest.approx((2 / 3 + 1 + 1 / 3 + 0) / 4)
+
+
+def test_rouge_in_batches_is_rouge_at_once():
+    metric = Rouge()
+    for start in (0, 3):
+        metric.add_batch(predictions=PREDICTIONS[start : start + 3], references=REFERENCES[start : start + 3])
+    assert metric.compute() == Rouge().compute(predictions=PREDICTIONS, references=REFERENCES)
+
+
+def test_distinct_and_exact_by_hand():
+    assert distinct_share(["a b", "a  b\n", "c", "A b"]) == 3 / 4
+    assert distinct_share(["same"] * 10) == 1 / 10
+    assert exact_match(["a b ", "c", "d"], ["a  b", "C", "d"]) == 2 / 3
+    assert ExactMatch().compute(predictions=["a", "b"], references=["a", "c"]) == {"exact_match": 0.5}
+    assert DistinctShare().compute(predictions=["a", "a"], references=["b", "c"]) == {"distinct": 0.5}
+
+
+@pytest.mark.parametrize(("predictions", "references"), [([], []), (["a"], ["a", "b"])])
+def test_texts_that_do_not_match_in_number(predictions, references):
+    with pytest.raises(ValueError, match=f"{len(predictions)} predictions and {len(references)} references"):
+        exact_match(predictions, references)
+    with pytest.raises(ValueError):
+        Rouge().compute(predictions=predictions, references=references)
+
+
+def test_no_texts_are_never_distinct():
+    with pytest.raises(ValueError, match="0 predictions"):
+        distinct_share([])
+
+
+def test_missing_rouge_score(monkeypatch):
+    metrics._scorer.cache_clear()
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(ImportError, match=r'pip install "hf-encdec-distill\[demo\]"'):
+        rouge_l("a", "b")
+
+
+@pytest.mark.parametrize("filler", [-100, "pad"])
+def test_fillers_and_special_tokens_do_not_count(tokenizer, filler):
+    if filler == "pad":
+        filler = tokenizer.pad_token_id
+    texts, references = ["return a", "return the sum"], ["return a", "two numbers or more"]
+    predicted, labels = (
+        [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in side] for side in (texts, references)
+    )
+    lengths = [len(ids) - 1 for ids in predicted]
+    # As `generate` returns them: the decoder's start in front, fillers behind.
+    predicted = [[tokenizer.bos_token_id, *ids] for ids in predicted]
+    result = generation_metrics(tokenizer)(EvalPrediction(_padded(predicted, filler), _padded(labels, filler)))
+    expected = Rouge().compute(predictions=texts, references=references)
+    assert result == pytest.approx(
+        {**expected, "exact_match": 0.5, "distinct": 1, "generated_tokens": np.mean(lengths)}
+    )
+
+
+def _padded(rows, filler):
+    array = np.full((len(rows), max(map(len, rows)) + 3), filler)
+    for row, ids in zip(array, rows):
+        row[: len(ids)] = ids
+    return array
+
+
+def test_tuple_of_predictions(tokenizer):
+    ids = np.array([tokenizer("return a")["input_ids"]])
+    assert generation_metrics(tokenizer)(EvalPrediction((ids, np.zeros(3)), ids))["exact_match"] == 1
+
+
+def test_logits_in_place_of_tokens(tokenizer):
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 5\).*predict_with_generate=True"):
+        generation_metrics(tokenizer)(EvalPrediction(np.zeros((2, 3, 5)), np.zeros((2, 3))))
+
+
+def test_tokenizer_that_cannot_fill(make_bpe_tokenizer):
+    tokenizer = make_bpe_tokenizer(pad_token=None)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="neither pad_token nor eos_token"):
+        generation_metrics(tokenizer)
+
+
+def test_in_a_seq2seq_trainer(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=len(tokenizer),
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.eos_token_id,
+        forced_eos_token_id=None,
+    )
+    model = BartForConditionalGeneration(config).eval()
+    texts = ["return a", "sum of two numbers", "add b"]
+    columns = {name: [tokenizer(text)["input_ids"] for text in texts] for name in ("input_ids", "labels")}
+    rows = Dataset.from_dict(columns)
+    trainer = Seq2SeqTrainer(
+        model,
+        Seq2SeqTrainingArguments(
+            str(tmp_path), predict_with_generate=True, generation_max_length=7, report_to=[], use_cpu=True
+        ),
+        eval_dataset=rows,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model),
+        compute_metrics=generation_metrics(tokenizer),
+    )
+    result = trainer.evaluate()
+    with torch.no_grad():
+        outputs = [
+            model.generate(torch.tensor([ids]), max_length=7, do_sample=False)[0] for ids in columns["input_ids"]
+        ]
+    outputs = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in outputs]
+    assert result["eval_rougeL"] == pytest.approx(np.mean([rouge_l(a, b) for a, b in zip(outputs, texts)]))
+    assert result["eval_distinct"] == distinct_share(outputs)
+    assert result["eval_generated_tokens"] <= 6
