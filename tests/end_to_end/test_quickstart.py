@@ -163,7 +163,7 @@ def test_a_person_gets_a_table_and_the_lines_that_load_the_student(run):
     names = {}
     exec("\n".join(lines), names)  # the three lines work as they are printed
     assert names["student"].config.model_type == "rope_encdec"
-    for picture in ("loss.png", "quality.png"):
+    for picture in ("loss.png", "quality.png", "student/loss.png", "student/quality.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     samples = (folder / "samples.md").read_text()
     metrics = json.loads((folder / "metrics.json").read_text())

@@ -376,11 +376,15 @@ class Pipeline:
 
     def report(self, update, share) -> dict:
         metrics = self._metrics()
-        plot_loss_curves(metrics["curves"], self.folder / "loss.png")
-        plot_quality(metrics["models"], self.folder / "quality.png", spread=metrics["spread"])
+        # Beside the card too, which goes to the Hub with the student's folder.
+        for folder in (self.folder, self.folder / "student"):
+            plot_loss_curves(metrics["curves"], folder / "loss.png")
+            plot_quality(metrics["models"], folder / "quality.png", spread=metrics["spread"])
         write_json(self.folder / "metrics.json", metrics)
         write_json(self.folder / "recipe.json", self._recipe_file())
-        (self.folder / "samples.md").write_text(samples_page(metrics["samples"]), encoding="utf-8")
+        (self.folder / "samples.md").write_text(
+            samples_page(metrics["samples"], "python" if self.built_in_task else ""), encoding="utf-8"
+        )
         write_model_card(self.folder / "student", metrics)
         return {"metrics": metrics}
 
@@ -433,7 +437,7 @@ class Pipeline:
             "machine": machine_description(),
             "curves": {"student_ce": results["twin"]["curve"], "student_kd": results["distill"]["curve"]},
             "samples": results["evaluate"]["samples"],
-            "figures": {"Loss": "../loss.png", "Quality": "../quality.png"},
+            "figures": {"Loss": "loss.png", "Quality": "quality.png"},
         }
 
     def _task(self) -> dict:

@@ -15,11 +15,11 @@ def percent(estimate: Any) -> str:
     return f"{100 * (estimate['value'] if isinstance(estimate, Mapping) else estimate):.1f}"
 
 
-def samples_page(samples: list[dict]) -> str:
+def samples_page(samples: list[dict], language: str = "") -> str:
     """Markdown: each source with its reference and what each model wrote."""
     parts = ["# Samples, held out\n"]
     for number, sample in enumerate(samples, 1):
-        lines = [f"## {number}\n", f"```python\n{sample['source']}\n```\n", "| | |", "|---|---|"]
+        lines = [f"## {number}\n", f"```{language}\n{sample['source']}\n```\n", "| | |", "|---|---|"]
         lines += [
             f"| {model_label(name, {}) if name != 'reference' else name} | {text.replace('|', chr(92) + '|')} |"
             for name, text in sample.items()

@@ -80,6 +80,14 @@ class RopeEncDecRotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        # `model.to(torch.bfloat16)` is for weights: rounded frequencies turn position 1000 by a radian.
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != torch.float32:
+            inv_freq, self.attention_scaling = self.rope_init_fn(self.config, self.inv_freq.device)
+            self.inv_freq, self.original_inv_freq = inv_freq, inv_freq.clone()
+        return self
+
     @staticmethod
     def compute_default_rope_parameters(config, device=None, seq_len=None, **kwargs):
         """Frequencies `theta^(-2i / width)` of shape `(width / 2,)` and the factor 1.0 on cosines and sines."""
