@@ -1,6 +1,6 @@
 """Distil the built-in teacher into a student on the built-in task: Seq2SeqTrainer's script with the class swapped.
 
-    python examples/distill.py --output_dir runs/distill --max_steps 100 --learning_rate 1e-3
+    python examples/distill.py
 
 The teacher should know the task; `hf-encdec-distill quickstart` adapts one first and leaves it in work/teacher of its
 folder, for --teacher. Every argument of DistillationTrainingArguments is an option: --divergence reverse_kl,
@@ -28,7 +28,9 @@ class ScriptArguments:
 
 
 def main() -> None:
-    script, args = HfArgumentParser((ScriptArguments, DistillationTrainingArguments)).parse_args_into_dataclasses()
+    parser = HfArgumentParser((ScriptArguments, DistillationTrainingArguments))
+    parser.set_defaults(output_dir="runs/distill", max_steps=100, learning_rate=1e-3, logging_steps=10)
+    script, args = parser.parse_args_into_dataclasses()
     args.prompt_template = args.prompt_template or '{source}\n"""'
     args.max_source_length = args.max_source_length or 256
     args.max_target_length = args.max_target_length or 32

@@ -1,6 +1,6 @@
 """Fine-tune an encoder-decoder with transformers' own Seq2SeqTrainer: nothing in the training knows this package.
 
-    python examples/finetune_seq2seq.py --output_dir runs/finetune --max_steps 100 --learning_rate 1e-3
+    python examples/finetune_seq2seq.py
 
 Without --student one is made out of the built-in teacher; any folder of `hf-encdec-distill init` or `quickstart` will
 do too. The task is the built-in one, a Python function to the first sentence of its docstring. Every training argument
@@ -36,7 +36,9 @@ class ScriptArguments:
 
 
 def main() -> None:
-    script, args = HfArgumentParser((ScriptArguments, Seq2SeqTrainingArguments)).parse_args_into_dataclasses()
+    parser = HfArgumentParser((ScriptArguments, Seq2SeqTrainingArguments))
+    parser.set_defaults(output_dir="runs/finetune", max_steps=100, learning_rate=1e-3, logging_steps=10)
+    script, args = parser.parse_args_into_dataclasses()
     args.predict_with_generate, args.generation_max_length = True, script.max_target_length
 
     if script.student is not None:

@@ -12,7 +12,7 @@ import torch
 from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
 
 
-# Runs isolated (`-I`: no PYTHONPATH, no user site, no current folder), and where the package is installed it is hidden.
+# Runs isolated (`-I`: no PYTHONPATH, no user site, no current folder); where the package is installed, it is hidden.
 ELSEWHERE = """
 import sys
 import torch

@@ -191,7 +191,10 @@ def test_a_separate_decoder_with_silent_cross_attention_is_llama_on_the_target()
     model = make_model(
         "separate", decoder_num_hidden_layers=2, tie_word_embeddings=False, rms_norm_eps=llama.config.rms_norm_eps
     )
-    weights = {"model.encoder.embed_tokens.weight": llama.model.embed_tokens.weight, "lm_head.weight": llama.lm_head.weight}
+    weights = {
+        "model.encoder.embed_tokens.weight": llama.model.embed_tokens.weight,
+        "lm_head.weight": llama.lm_head.weight,
+    }
     for name, weight in llama.model.state_dict().items():
         if name.startswith(("layers.", "norm.")):
             weights[f"model.decoder.{name}"] = weight

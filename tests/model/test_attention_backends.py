@@ -1,7 +1,7 @@
 """Every attention implementation that the classes declare gives what the plain formula gives.
 
-Flash attention has no CPU kernels. Its calling contract is shown with a plain-torch implementation of the functions that
-the flash packages export, put in their place: packed rows with boundaries, causal masks aligned at the bottom right.
+Flash attention has no CPU kernels. Its calling contract is shown with a plain-torch implementation of the functions
+that the flash packages export, put in their place: packed rows with boundaries, causal masks aligned bottom right.
 """
 
 import importlib.machinery
@@ -57,7 +57,9 @@ def test_a_ragged_batch_equals_its_rows_alone(kind, side, implementation):
     target, (_, target_mask, _) = random_ids(3, 5), ragged(side, lengths=(5, 3, 4))
     together = forward(model, ids, mask, target, target_mask)
     junk = ids.masked_fill(mask == 0, 50)
-    torch.testing.assert_close(forward(model, junk, mask, target, target_mask)[target_mask.bool()], together[target_mask.bool()])
+    torch.testing.assert_close(
+        forward(model, junk, mask, target, target_mask)[target_mask.bool()], together[target_mask.bool()]
+    )
     for index, row in enumerate(rows):
         real = target_mask[index].bool()
         alone = forward(model, row, None, target[index : index + 1, real])
@@ -91,7 +93,9 @@ def test_attention_can_be_chosen_at_construction_and_on_load(kind, tmp_path):
     model.save_pretrained(tmp_path)
     for name in ("eager", "sdpa"):
         loaded = type(model).from_pretrained(tmp_path, attn_implementation=name)
-        assert {module.config._attn_implementation for module in loaded.modules() if hasattr(module, "config")} == {name}
+        assert {module.config._attn_implementation for module in loaded.modules() if hasattr(module, "config")} == {
+            name
+        }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,6 +117,18 @@ def test_attention_probabilities(kind):
             torch.testing.assert_close(cross_mass, torch.ones(3, 4, 5))
         assert own.triu(1).abs().max() == 0
         assert cross.masked_select(mask[:, None, None, :] == 0).abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_probabilities_that_are_handed_out_get_gradients(kind):
+    """What attribution methods read: the derivative of a logit by each probability."""
+    model = make_model(kind, attn_implementation="eager")
+    outputs = model(input_ids=random_ids(1, 6), decoder_input_ids=random_ids(1, 4), output_attentions=True)
+    layers = [*outputs.decoder_attentions, *outputs.cross_attentions, outputs.encoder_attentions[0]]
+    for probabilities in layers:
+        probabilities.retain_grad()
+    outputs.logits[0, -1].amax().backward()
+    assert all(probabilities.grad.abs().max() > 0 for probabilities in layers)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,7 +171,7 @@ def test_flex_equals_eager(kind, side):
 
 @pytest.mark.slow  # a minute of C++ compilation
 def test_compiled_flex_equals_eager():
-    """With static shapes: with dynamic ones, inductor's CPU template replaces the text `ks1` inside `ks10` (torch 2.13,
+    """Static shapes: with dynamic ones, inductor's CPU template replaces the text `ks1` inside `ks10` (torch 2.13,
     codegen/cpp_flex_attention_template.py) and its C++ does not compile. GPUs use another template."""
     model = make_model("merged", encoder_num_hidden_layers=2, decoder_num_hidden_layers=1)
     ids, mask, _ = ragged("left")

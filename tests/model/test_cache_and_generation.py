@@ -1,4 +1,4 @@
-"""Caches, and every way of `generate`: each against greedy without a cache, or against a Llama that holds the weights."""
+"""Caches and every way of `generate`, each against greedy without a cache or a Llama that holds the weights."""
 
 import contextlib
 import copy
@@ -131,7 +131,8 @@ def user_cache(model, kind, prompt_length):
     if kind == "dynamic of a config":
         return EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
     return EncoderDecoderCache(
-        StaticCache(config=model.config, max_cache_len=16), StaticCache(config=model.config, max_cache_len=prompt_length)
+        StaticCache(config=model.config, max_cache_len=16),
+        StaticCache(config=model.config, max_cache_len=prompt_length),
     )
 
 
@@ -160,7 +161,8 @@ def test_cache_formats(model, implementation, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]  # a minute of C++ compilation
+    "backend",
+    ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],  # a minute of C++ compilation
 )
 def test_a_compiled_decode_step_on_a_static_cache(model, backend):
     """One graph without breaks, compiled once for all steps."""
@@ -168,6 +170,7 @@ def test_a_compiled_decode_step_on_a_static_cache(model, backend):
     target = random_ids(3, 6)
     takes_positions = transformers.__version__.startswith("4.")
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model.model.decoder, fullgraph=True, backend=backend, dynamic=False)
     with torch.no_grad():
         whole = model.model(input_ids=ids, attention_mask=mask, decoder_input_ids=target).last_hidden_state
@@ -271,7 +274,13 @@ def test_several_sequences_a_prompt(model):
 def test_scores_are_the_logits_of_the_whole_sequence(model):
     ids, mask, _ = ragged("left")
     out = generate(
-        model, ids, mask, output_scores=True, output_logits=True, return_dict_in_generate=True, output_hidden_states=True
+        model,
+        ids,
+        mask,
+        output_scores=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+        output_hidden_states=True,
     )
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=out.sequences[:, :-1]).logits
@@ -281,7 +290,9 @@ def test_scores_are_the_logits_of_the_whole_sequence(model):
     assert [state.shape for state in out.encoder_hidden_states] == [(3, 7, 32)] * 4
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"num_beams": 4, "length_penalty": 2.0, "early_stopping": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_beams": 3}, {"num_beams": 4, "length_penalty": 2.0, "early_stopping": True}]
+)
 def test_full_depth_merged_generates_what_llama_generates(settings):
     """Greedy and beams, ragged: the prompt of Llama ends in our start token."""
     llama = make_llama(layers=2)

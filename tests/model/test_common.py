@@ -72,7 +72,9 @@ def test_hidden_states(kind):
     assert outputs.logits.shape == (3, 5, VOCAB)
     assert [tuple(state.shape) for state in outputs.encoder_hidden_states] == [(3, 7, 32)] * 4
     assert [tuple(state.shape) for state in outputs.decoder_hidden_states] == [(3, 5, 32)] * 3
-    assert len(outputs.encoder_attentions) == 3 and len(outputs.decoder_attentions) == len(outputs.cross_attentions) == 2
+    assert (
+        len(outputs.encoder_attentions) == 3 and len(outputs.decoder_attentions) == len(outputs.cross_attentions) == 2
+    )
     torch.testing.assert_close(outputs.encoder_hidden_states[-1], outputs.encoder_last_hidden_state)
     torch.testing.assert_close(model.lm_head(outputs.decoder_hidden_states[-1]), outputs.logits)
     # The first is the embedding, before anything else.
@@ -211,7 +213,11 @@ def test_torch_export_with_dynamic_lengths(kind):
         traced_inputs("right", (7, 4, 2), 5),
         dynamic_shapes=({0: axes[0], 1: axes[1]}, {0: axes[0], 1: axes[1]}, {0: axes[0], 1: axes[2]}),
     )
-    for inputs in (traced_inputs("right", (7, 4, 2), 5), traced_inputs("left", (9, 3), 11), traced_inputs("left", (6, 6), 3)):
+    for inputs in (
+        traced_inputs("right", (7, 4, 2), 5),
+        traced_inputs("left", (9, 3), 11),
+        traced_inputs("left", (6, 6), 3),
+    ):
         with torch.no_grad():
             torch.testing.assert_close(program.module()(*inputs), model(*inputs), atol=2e-5, rtol=1e-5)
 

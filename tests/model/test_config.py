@@ -106,7 +106,10 @@ LEGACY = [
     {"rope_theta": 500.0},
     {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     {"rope_scaling": {"type": "linear", "factor": 4.0}},
-    {"rope_theta": 500.0, "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}},
+    {
+        "rope_theta": 500.0,
+        "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+    },
     {"rope_theta": 500.0, "rope_scaling": None},
 ]
 

@@ -1,4 +1,4 @@
-"""Several processes and several devices: data parallel, tensor parallel, and a model that does not fit in one place."""
+"""Several processes, several devices: data parallel, tensor parallel, a model that does not fit in one place."""
 
 import os
 import re
@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate import cpu_offload, disk_offload, dispatch_model, infer_auto_device_map
-from toys import KINDS, make_model, ragged, random_ids
 from torch.nn.parallel import DistributedDataParallel
+from toys import KINDS, make_model, ragged, random_ids
 
 from hf_encdec_distill import RopeEncDecEncoderModel, RopeEncDecForConditionalGeneration, RopeEncDecModel
 

@@ -123,7 +123,11 @@ def test_missing_weights_are_initialised(kind, low_memory, tmp_path):
     model = make_model(kind, **EVERYTHING)
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    kept = {name: weight for name, weight in weights.items() if "decoder.layers.1" not in name and "encoder.norm" not in name}
+    kept = {
+        name: weight
+        for name, weight in weights.items()
+        if "decoder.layers.1" not in name and "encoder.norm" not in name
+    }
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     loaded, info = RopeEncDecForConditionalGeneration.from_pretrained(
         tmp_path, output_loading_info=True, low_cpu_mem_usage=low_memory
@@ -174,16 +178,21 @@ def test_device_maps(kind, device_map, tmp_path):
     assert torch.equal(loaded.generate(ids, **settings), model.generate(ids, **settings))
 
 
-@pytest.mark.parametrize("rope", [{"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 2.0}])
+@pytest.mark.parametrize(
+    "rope", [{"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 2.0}]
+)
 @pytest.mark.parametrize("cls", CLASSES)
-def test_meta_init_then_weights(cls, rope):
-    """A model built on the meta device and filled later: buffers that no checkpoint holds are there as well."""
+def test_meta_init(cls, rope, tmp_path):
+    """Built on the meta device, a model has the same weights to fill, and loading brings what no checkpoint holds."""
     config = make_config("merged", rope_parameters={**rope, "rope_theta": 500.0})
     model = cls(config).eval()
     with torch.device("meta"):
         empty = cls(config)
     assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
     assert empty.state_dict().keys() == model.state_dict().keys()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(call(cls.from_pretrained(tmp_path))[0], call(model)[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)

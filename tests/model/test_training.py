@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from toys import KINDS, make_model, ragged, random_ids
 from torch.nn import functional as F
+from toys import KINDS, make_model, ragged, random_ids
 
 
 @pytest.fixture(params=KINDS)

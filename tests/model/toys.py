@@ -1,7 +1,7 @@
 """Toy models and ragged prompts that the model tests share.
 
-Weights have a spread of 0.2, norms and biases are moved off one and zero: tiny weights hide wrong positions and ignored
-masks, norms of one hide a norm that is not applied.
+Weights have a spread of 0.2, norms and biases are moved off one and zero: tiny weights hide wrong positions and
+ignored masks, norms of one hide a norm that is not applied.
 """
 
 import torch
@@ -73,7 +73,10 @@ def merged_twin(llama, **fields):
         rms_norm_eps=llama.config.rms_norm_eps,
         **fields,
     )
-    weights = {"lm_head.weight": llama.lm_head.weight, "model.encoder.embed_tokens.weight": llama.model.embed_tokens.weight}
+    weights = {
+        "lm_head.weight": llama.lm_head.weight,
+        "model.encoder.embed_tokens.weight": llama.model.embed_tokens.weight,
+    }
     for name, weight in llama.model.state_dict().items():
         if name.startswith(("layers.", "norm.")):
             weights[f"model.encoder.{name}"] = weights[f"model.decoder.{name}"] = weight

@@ -59,7 +59,9 @@ def test_what_travels_imports_torch_transformers_and_its_siblings(name):
 def modules_after(code):
     """Names of the modules that a fresh interpreter has loaded after `code`."""
     program = f"{code}\nimport sys\nprint('\\n'.join(sys.modules))"
-    return set(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    )
 
 
 def test_importing_the_package_loads_little_more_than_transformers():

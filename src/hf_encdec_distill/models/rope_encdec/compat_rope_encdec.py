@@ -12,9 +12,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 
 # transformers < 5.0 spells it `PretrainedConfig`. Goes when 4.57 is dropped.
 try:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig  # noqa: F401
 except ImportError:
-    from transformers import PretrainedConfig as PreTrainedConfig
+    from transformers import PretrainedConfig as PreTrainedConfig  # noqa: F401
 
 # transformers >= 5.0 keeps RoPE in `config.rope_parameters` and no longer has "default" among its functions.
 # Goes when 4.57 is dropped.

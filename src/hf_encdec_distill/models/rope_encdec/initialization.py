@@ -419,7 +419,7 @@ def measure_teacher(teacher, batches):
     """
     logprobs, counts = [], {"encoder": 0, "decoder": 0}
     sums = {side: torch.zeros(teacher.config.num_hidden_layers) for side in counts}
-    for batch in batches:
+    for batch in tqdm(batches, desc="Measuring the teacher", disable=None):  # None: only on a terminal
         outputs = teacher.model(
             input_ids=batch["sequence"],
             attention_mask=batch["sequence_mask"],
@@ -466,7 +466,7 @@ class _Greedy:
         kept[side] = list(candidates)
         states = None if side == "encoder" else self._encoder_states(kept["encoder"])
         steps = len(candidates) - count
-        with tqdm(total=steps, desc=f"Taking layers out of the {side}") as progress:
+        with tqdm(total=steps, desc=f"Taking layers out of the {side}", disable=None) as progress:
             for _ in range(steps):
                 trials = [[x for x in kept[side] if x != layer] for layer in kept[side]]
                 kept[side] = min(trials, key=lambda layers: self._divergence({**kept, side: layers}, states))

@@ -16,8 +16,12 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
-from transformers.modeling_outputs import Seq2SeqLMOutput, Seq2SeqModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
@@ -105,11 +109,10 @@ class RopeEncDecRotaryEmbedding(nn.Module):
             # Upstream keeps the frequencies of the longest batch so far; a batch must not depend on earlier ones.
             inv_freq, _ = self.rope_init_fn(self.config, x.device, seq_len=position_ids.max() + 1)
         inv_freq = inv_freq.to(device=x.device, dtype=torch.float)
-        # Autocast would round the angles: at position 4000 bf16 is off by several radians.
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            angles = position_ids[..., None].float() * inv_freq
-            angles = torch.cat((angles, angles), dim=-1)
-            cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        # Products, not a matmul: autocast would round those, and at position 4000 bf16 is off by several radians.
+        angles = position_ids[..., None].float() * inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
@@ -129,11 +132,14 @@ def apply_rotary_pos_emb(x, position_embeddings):
     return torch.cat((rotated * cos + rotate_half(rotated) * sin, passed), dim=-1)
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention_forward(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, prompt_length=None, **kwargs
+):
     """The plain formula, and the twin that every faster implementation is compared with.
 
     `query` `(B, N, T, D)`, `key` and `value` `(B, G, K, D)`, `attention_mask` additive `(B, 1, T, K)`; returns
-    `(B, T, N, D)` and the probabilities `(B, N, T, K)`.
+    `(B, T, N, D)` and the probabilities `(B, N, T, K)`. Where the first `prompt_length` keys are the prompt's, these
+    are two tensors, split before they are used, so that `retain_grad` works on either.
     """
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
@@ -142,7 +148,11 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+    handed_out = weights
+    if prompt_length is not None:
+        handed_out = weights.split((prompt_length, weights.shape[-1] - prompt_length), dim=-1)
+        weights = torch.cat(handed_out, dim=-1)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), handed_out
 
 
 class RopeEncDecAttention(nn.Module):
@@ -286,11 +296,9 @@ class RopeEncDecMergedAttention(RopeEncDecAttention):
             cache, self.layer_idx, lambda: self.project_prompt(encoder_states, encoder_position_embeddings)
         )
         key, value = torch.cat((prompt_key, key), dim=2), torch.cat((prompt_value, value), dim=2)
-        output, weights = self.attend(query, key, value, attention_mask, **kwargs)
-        if weights is None or weights.dim() != 4:  # flex attention hands out log-sum-exps in this place
-            return output, None, None
-        prompt_length = prompt_key.shape[2]
-        return output, weights[..., prompt_length:], weights[..., :prompt_length]
+        output, weights = self.attend(query, key, value, attention_mask, prompt_length=prompt_key.shape[2], **kwargs)
+        cross_weights, self_weights = weights if isinstance(weights, tuple) else (None, None)
+        return output, self_weights, cross_weights
 
 
 def _once_per_prompt(cache, layer_idx, project):
