@@ -1,8 +1,8 @@
 """What a decoder-only teacher reads before the target, and a tokenizer that has it built in.
 
-A teacher sees `prompt + target`. The prompt is the source inside a template of the user's, or inside the tokenizer's own
-chat template, or the source as it is. A `merged` student reads the same prompt: its encoder all tokens but the last, its
-decoder the last one as start token.
+A teacher sees `prompt + target`. The prompt is the source inside a template of the user's, or inside the tokenizer's
+own chat template, or the source as it is. A `merged` student reads the same prompt: its encoder all tokens but the
+last, its decoder the last one as start token.
 """
 
 import json
@@ -146,8 +146,9 @@ def student_tokenizer(tokenizer, prompt_template=None, cross_attention="merged")
     for probe in _PROBES:
         if student(probe)["input_ids"] != encode_prompt(tokenizer, probe, prompt_template)[:-1]:
             logger.warning(
-                "The prompt template cannot be built into this tokenizer: tokens merge across its seams. The student's "
-                "tokenizer encodes the bare source; make prompts with hf_encdec_distill.models.prompts.encode_prompt."
+                "The prompt template cannot be built into this tokenizer: tokens merge across its seams. The "
+                "student's tokenizer encodes the bare source; make prompts with "
+                "hf_encdec_distill.models.prompts.encode_prompt."
             )
             return wrap(backend)
     return student

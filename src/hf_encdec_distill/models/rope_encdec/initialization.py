@@ -42,10 +42,10 @@ def from_decoder_only(
 ):
     """Build an encoder-decoder out of a decoder-only model.
 
-    With `cross_attention="merged"`, a causal encoder and all layers kept, the student computes what the teacher computes:
-    a target token of a decoder-only model attends, layer by layer, to the keys and values of the prompt, and the encoder
-    hands over exactly the states that these are made from. Every layer taken out costs some of that; distillation heals
-    it. With `"separate"` (arXiv 2501.16273; initialised as in T5Gemma, arXiv 2504.06225) each decoder layer gets a
+    With `cross_attention="merged"`, a causal encoder and all layers kept, the student computes what the teacher
+    computes: a target token of a decoder-only model attends, layer by layer, to the keys and values of the prompt, and
+    the encoder hands over exactly the states that these are made from. Every layer taken out costs some of that;
+    distillation heals it. With `"separate"` (arXiv 2501.16273; initialised as in T5Gemma, arXiv 2504.06225) each decoder layer gets a
     cross-attention copied from the self-attention that it joins, its output projection at zero, so that a decoder of
     full depth starts as the teacher reading the target alone.
 
@@ -58,10 +58,10 @@ def from_decoder_only(
         encoder_layers, decoder_layers (`list[int]`, *optional*): The teacher's layers to keep, instead of a number.
         cross_attention (`str`), encoder_attention (`str`): As in [`RopeEncDecConfig`].
         layer_selection (`str`): `"influence"` keeps the layers that change their input most, `1 - cos(in, out)` on the
-            calibration rows (ShortGPT, arXiv 2403.03853), on prompt tokens for the encoder and on target tokens for the
-            decoder, always with the first two and the last; `"greedy"` takes out, one by one, the layer whose absence
-            raises the KL divergence from the teacher least; `"even"` spaces them evenly; `"first"` keeps the first
-            ones and the last.
+            calibration rows (ShortGPT, arXiv 2403.03853), on prompt tokens for the encoder and on target tokens for
+            the decoder, always with the first two and the last; `"greedy"` takes out, one by one, the layer whose
+            absence raises the KL divergence from the teacher least; `"even"` spaces them evenly; `"first"` keeps the
+            first ones and the last.
         calibration (`list` of pairs, *optional*): `(source, target)` texts, or `(prompt ids, target ids)` as lists. By
             default 32 passages of the Python documentation that the standard library carries.
         tokenizer (`PreTrainedTokenizerFast`, *optional*): The teacher's; by default the one saved with it.
@@ -285,7 +285,8 @@ def _load(model_class, config, teacher, encoder_layers, decoder_layers, share_me
     missing, unexpected = student.load_state_dict(state, strict=False, assign=True)
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise ValueError(
-            f"The teacher's tensors do not fit the student: missing {sorted(missing)}, unexpected {sorted(unexpected)}."
+            f"The teacher's tensors do not fit the student: missing {sorted(missing)}, unexpected "
+            f"{sorted(unexpected)}."
         )
     device = next(iter(state.values())).device
     for side in (student.model.encoder, student.model.decoder):
