@@ -209,7 +209,10 @@ def test_info_counts_what_the_models_have(student_folder, teacher_folder, capsys
         ("teacher", AutoModelForCausalLM.from_pretrained(teacher_folder)),
     ):
         assert content[side]["parameters"]["total"] == sum(parameter.numel() for parameter in model.parameters())
-    assert main(["info", str(student_folder), "--teacher", str(teacher_folder)]) == 0
+    # Without --teacher, the model that the student came from is counted out of the student's own config.
+    assert main(["info", str(student_folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == content
+    assert main(["info", str(student_folder)]) == 0
     assert "model / teacher" in capsys.readouterr().out
     assert main(["info", str(teacher_folder)]) == 0
     assert "decoder-only" in capsys.readouterr().out

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import EncoderDecoderCache
 
 from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
-from hf_encdec_distill.bench import compare_cost, greedy_decode, model_cost
+from hf_encdec_distill.bench import compare_cost, decoder_only_config, greedy_decode, model_cost
 
 
 PROMPT, NEW = 13, 5
@@ -212,3 +212,27 @@ def test_what_cannot_be_counted_is_refused():
         model_cost(config, 8, 1)
     with pytest.raises(ValueError, match="model_type 'gpt2'.*llama, mistral"):
         model_cost(CONFIG_MAPPING["gpt2"](), 8)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_model_that_a_student_came_from_is_counted_from_the_students_config(family):
+    teacher = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            family,
+            vocab_size=60,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(teacher, encoder_layers=[0], decoder_layers=[0, 3])
+    counted = model_cost(decoder_only_config(student.config), prompt_length=10)
+    assert counted == model_cost(teacher, prompt_length=10)
+    assert counted.parameters["total"] == sum(parameter.numel() for parameter in teacher.parameters())
+    assert decoder_only_config(RopeEncDecConfig()) is None

@@ -12,6 +12,7 @@ _EXPORTS = {
     "CostComparison": "cost",
     "model_cost": "cost",
     "compare_cost": "cost",
+    "decoder_only_config": "cost",
     "LatencyComparison": "latency",
     "compare_latency": "latency",
     "greedy_decode": "latency",

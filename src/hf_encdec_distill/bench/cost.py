@@ -22,6 +22,7 @@ layer, which is where `merged` saves).
 import dataclasses
 
 import torch
+from transformers import AutoConfig
 
 from ..models.rope_encdec.initialization import SUPPORTED_FAMILIES
 
@@ -228,6 +229,28 @@ def model_cost(
         cache_bytes_per_token=cache_read,
         kv_cache_bytes=int(layers * cache_row * cache_length * dtype.itemsize),
     )
+
+
+def decoder_only_config(config):
+    """A config of the decoder-only model that a student's layers came from: the same blocks, its depth.
+
+    Args:
+        config: a `rope_encdec` config.
+
+    Returns:
+        A Llama, Qwen2 or Qwen3 config, whichever has the student's biases and norms; None if the student was not made
+        by `from_decoder_only`.
+    """
+    depth = config.teacher_num_hidden_layers
+    if depth is None:
+        return None
+    family = "qwen3" if config.qk_norm else "qwen2" if config.attention_bias == "qkv" else "llama"
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    names += ("head_dim", "attention_bias", "mlp_bias", "tie_word_embeddings", "max_position_embeddings")
+    fields = {name: getattr(config, name) for name in names}
+    if family == "qwen2":
+        del fields["attention_bias"]
+    return AutoConfig.for_model(family, num_hidden_layers=depth, **fields)
 
 
 @dataclasses.dataclass(frozen=True)

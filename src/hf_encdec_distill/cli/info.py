@@ -12,12 +12,16 @@ from ._inputs import BUILT_IN, teacher_path
 
 
 SUMMARY = "parameters, FLOPs and bytes of a model"
-EXAMPLE = "hf-encdec-distill info runs/quickstart/student --teacher HuggingFaceTB/SmolLM2-135M-Instruct"
+EXAMPLE = "hf-encdec-distill info runs/quickstart/student --prompt-length 512"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hub id of a student or of a decoder-only model")
-    parser.add_argument("--teacher", metavar="MODEL", help=f"decoder-only model to compare with, or {BUILT_IN!r}")
+    parser.add_argument(
+        "--teacher",
+        metavar="MODEL",
+        help=f"decoder-only model to compare with, or {BUILT_IN!r} (default: the one that the student came from)",
+    )
     parser.add_argument("--prompt-length", type=int, default=192, metavar="TOKENS", help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=32, metavar="TOKENS", help="default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
@@ -28,15 +32,19 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoConfig
 
-    from ..bench import compare_cost, model_cost
+    from ..bench import compare_cost, decoder_only_config, model_cost
 
     config = AutoConfig.from_pretrained(args.model)
     request = (args.prompt_length, args.new_tokens, getattr(torch, args.dtype))
-    if args.teacher is None:
+    if args.teacher is not None:
+        teacher = AutoConfig.from_pretrained(teacher_path(args.teacher))
+    else:
+        teacher = decoder_only_config(config) if config.model_type == "rope_encdec" else None
+    if teacher is None:
         costs, ratio = {"model": model_cost(config, *request).to_dict()}, None
         content = costs["model"]
     else:
-        content = compare_cost(config, AutoConfig.from_pretrained(teacher_path(args.teacher)), *request).to_dict()
+        content = compare_cost(config, teacher, *request).to_dict()
         costs, ratio = {"model": content["student"], "teacher": content["teacher"]}, content["ratio"]
         ratio["total"] = ratio["parameters"]
     print(json.dumps(content, indent=1) if args.json else _page(args, costs, ratio))

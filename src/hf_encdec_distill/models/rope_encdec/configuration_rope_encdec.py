@@ -66,6 +66,8 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
             `encoder_num_hidden_layers` the one that leaves the last. `None` means the last for `separate`; for
             `merged`, the state that enters the matching layer.
         encoder_attention (`"bidirectional"` or `"causal"`, defaults to `"bidirectional"`): Mask of the encoder.
+        teacher_num_hidden_layers (`int`, *optional*): Depth of the decoder-only model that the layers came from, for
+            those who compare costs; nothing is computed from it.
         pad_token_id, bos_token_id, eos_token_id, decoder_start_token_id: Special tokens. A decoder start is needed.
 
     Raises:
@@ -103,6 +105,7 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
         cross_attention="separate",
         cross_attention_layers=None,
         encoder_attention="bidirectional",
+        teacher_num_hidden_layers=None,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
@@ -134,6 +137,7 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
         self.cross_attention = cross_attention
         self.cross_attention_layers = None if cross_attention_layers is None else list(cross_attention_layers)
         self.encoder_attention = encoder_attention
+        self.teacher_num_hidden_layers = teacher_num_hidden_layers
         self._validate_sizes()
         if self.head_dim is None:
             self.head_dim = hidden_size // num_attention_heads

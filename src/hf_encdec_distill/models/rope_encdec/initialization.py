@@ -45,7 +45,9 @@ def from_decoder_only(
     With `cross_attention="merged"`, a causal encoder and all layers kept, the student computes what the teacher
     computes: a target token of a decoder-only model attends, layer by layer, to the keys and values of the prompt, and
     the encoder hands over exactly the states that these are made from. Every layer taken out costs some of that;
-    distillation heals it. With `"separate"` (arXiv 2501.16273; initialised as in T5Gemma, arXiv 2504.06225) each decoder layer gets a
+    distillation heals it.
+
+    With `"separate"` (arXiv 2501.16273; initialised as in T5Gemma, arXiv 2504.06225) each decoder layer gets a
     cross-attention copied from the self-attention that it joins, its output projection at zero, so that a decoder of
     full depth starts as the teacher reading the target alone.
 
@@ -242,6 +244,7 @@ def _student_config(teacher, encoder_layers, decoder_layers, cross_attention, **
             "cross_attention": cross_attention,
             # The state that enters teacher layer d has passed every kept encoder layer below d.
             "cross_attention_layers": [sum(e < d for e in encoder_layers) for d in decoder_layers] if merged else None,
+            "teacher_num_hidden_layers": config.num_hidden_layers,
             "attn_implementation": config._attn_implementation,
             **fields,
         }
