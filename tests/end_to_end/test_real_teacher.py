@@ -53,7 +53,7 @@ def test_at_full_depth_the_student_writes_what_the_teacher_writes(teacher_and_to
 def test_the_default_student_has_81_million_parameters(teacher_and_tokenizer):
     teacher, _ = teacher_and_tokenizer
     student = RopeEncDecForConditionalGeneration.from_decoder_only(
-        teacher, encoder_layers=list(range(11)), decoder_layers=[0, 1, 24, 29]
+        teacher, encoder_layers=list(range(11)), decoder_layers=[0, 1, 24, 29], calibration=[([1, 2, 3], [4, 5])]
     )
     total = sum(parameter.numel() for parameter in student.parameters())
     # One embedding (49152 x 576), 15 blocks of 3,540,096 and two final norms.
