@@ -216,7 +216,8 @@ class RopeEncDecAttention(nn.Module):
 class RopeEncDecSelfAttention(RopeEncDecAttention):
     """Attention of a sequence to itself, RoPE on queries and keys."""
 
-    def forward(self, hidden_states, position_embeddings, attention_mask, cache=None, positions=None, **kwargs):
+    def project_own(self, hidden_states, position_embeddings, cache, positions):
+        """`(B, T, H)` to the sequence's own queries, and keys and values together with those of earlier calls."""
         query = self.project_query(hidden_states)
         key, value = self.project_key_value(hidden_states)
         if position_embeddings is not None:
@@ -224,6 +225,10 @@ class RopeEncDecSelfAttention(RopeEncDecAttention):
             key = apply_rotary_pos_emb(key, position_embeddings)
         if cache is not None:
             key, value = update_cache(cache.self_attention_cache, key, value, self.layer_idx, positions)
+        return query, key, value
+
+    def forward(self, hidden_states, position_embeddings, attention_mask, cache=None, positions=None, **kwargs):
+        query, key, value = self.project_own(hidden_states, position_embeddings, cache, positions)
         return self.attend(query, key, value, attention_mask, **kwargs)
 
 
@@ -260,7 +265,7 @@ class RopeEncDecCrossAttention(RopeEncDecAttention):
         return output.view(batch, length, -1), weights
 
 
-class RopeEncDecMergedAttention(RopeEncDecAttention):
+class RopeEncDecMergedAttention(RopeEncDecSelfAttention):
     """One softmax over the prompt's keys and the decoder's own.
 
     What a decoder-only model does at its target tokens: the prompt's keys and values come out of the same projections
@@ -285,13 +290,7 @@ class RopeEncDecMergedAttention(RopeEncDecAttention):
         positions=None,
         **kwargs,
     ):
-        query = self.project_query(hidden_states)
-        key, value = self.project_key_value(hidden_states)
-        if position_embeddings is not None:
-            query = apply_rotary_pos_emb(query, position_embeddings)
-            key = apply_rotary_pos_emb(key, position_embeddings)
-        if cache is not None:
-            key, value = update_cache(cache.self_attention_cache, key, value, self.layer_idx, positions)
+        query, key, value = self.project_own(hidden_states, position_embeddings, cache, positions)
         prompt_key, prompt_value = _once_per_prompt(
             cache, self.layer_idx, lambda: self.project_prompt(encoder_states, encoder_position_embeddings)
         )
