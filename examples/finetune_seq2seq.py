@@ -29,7 +29,7 @@ class ScriptArguments:
     teacher: str | None = None  # what the student is made from; default: the built-in teacher
     encoder_layers: int = 11
     decoder_layers: int = 4
-    prompt_template: str = '{source}\n"""'
+    prompt_template: str = '{source}\n"""\n'
     eval_rows: int = 64
     max_source_length: int = 256
     max_target_length: int = 32

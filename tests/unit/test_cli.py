@@ -368,24 +368,22 @@ def test_scores_are_the_sums_of_each_row(teacher_folder, student_folder):
         assert sums["teacher"]["teacher_agreement"][index] == len(row["labels"])
 
 
-def test_answers_of_a_batch_are_those_of_each_row_alone(teacher_folder, student_folder, make_bpe_tokenizer):
+def test_answers_are_those_of_the_teacher_on_each_row_alone(teacher_folder, student_folder, make_bpe_tokenizer):
+    """A student of full depth answers as its teacher does; neither the prompt nor a start token is in the answer."""
     tokenizer = make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>")
-    for model in (
-        AutoModelForCausalLM.from_pretrained(teacher_folder).eval(),
-        AutoModelForSeq2SeqLM.from_pretrained(student_folder).eval(),
-    ):
-        side = "inputs" if model.config.is_encoder_decoder else "prompt"
-        rows = toy_rows(6)
-        alone = []
-        for row in rows:
-            ids = torch.tensor([row[side]])
-            tokens = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False
-            )
-            text = tokenizer.decode(tokens[0, ids.shape[1] * (side == "prompt") :], skip_special_tokens=True)
-            alone.append(text.strip())
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
+    student = AutoModelForSeq2SeqLM.from_pretrained(student_folder).eval()
+    rows = [{**row, "prompt": [*row["inputs"], student.config.decoder_start_token_id]} for row in toy_rows(6)]
+    alone = []
+    for row in rows:
+        ids = torch.tensor([row["prompt"]])
+        tokens = teacher.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False
+        )
+        alone.append(tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    assert len(set(alone)) > 1
+    for model in (teacher, student):
         assert _evaluation.generate(model, tokenizer, rows, 5) == alone
-        assert len(set(alone)) > 1
 
 
 def test_the_interval_is_that_of_a_ratio_of_sums():

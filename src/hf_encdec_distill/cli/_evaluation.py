@@ -144,8 +144,8 @@ def generate(
         ids = pad([row[side] for row in batch], tokenizer.pad_token_id, left=not encdec).to(model.device)
         mask = pad([[1] * len(row[side]) for row in batch], 0, left=not encdec).to(model.device)
         tokens = model.generate(input_ids=ids, attention_mask=mask, **options)
-        if not encdec:
-            tokens = tokens[:, ids.shape[1] :]
+        # What comes back begins with the prompt, or with the token that the decoder started from.
+        tokens = tokens[:, 1 if encdec else ids.shape[1] :]
         for index, text in zip(indices, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
             answers[index] = text.strip()
     return answers

@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
 BUILT_IN = "built-in"
-# A docstring follows code of its own accord: of ten templates tried on the untuned teacher this one is the shortest
-# and within 0.05 nats a token of the best. Its last token, the quotes, is where the student starts.
-BUILT_IN_TEMPLATE = '{source}\n"""'
+# A docstring follows code of its own accord: of all templates tried on the untuned teacher this one is the best, 3.97
+# nats a token against 4.12 for "Summary:" and 4.25 without the newline. That is also where the student starts, so that
+# a decoded answer has nothing but white space in front.
+BUILT_IN_TEMPLATE = '{source}\n"""\n'
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -36,7 +36,7 @@ from ._state import State, open_run, write_json
 from ._training import InOrder, TimeShare, device, precision_arguments, train, training_order, working_dtype
 
 
-BATCH_SIZE = 16
+BATCH_SIZE = 8
 STUDENT_LEARNING_RATE = 1e-3
 DIVERGENCE, DISTILL_WEIGHT = "forward_kl", 0.9
 MAX_PROMPT, MAX_TARGET = 256, 32  # tokens
