@@ -69,6 +69,7 @@ def path_of():
         ("Return the\n  sum of all. Then more.", "Return the sum of all."),
         ("Return the sum", "Return the sum."),
         ("Add e.g. two numbers, i.e. a pair. Not more.", "Add e.g. two numbers, i.e. a pair."),
+        ("Create a file (eg. a zip) in one go. Then more.", "Create a file (eg. a zip) in one go."),
         ("Read version 3.11 of J. Doe. next", "Read version 3.11 of J. Doe."),
         ("Take the name. name is optional.", "Take the name."),
         ("Is it so? It is.", "Is it so?"),
