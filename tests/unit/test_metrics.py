@@ -143,6 +143,15 @@ def test_tuple_of_predictions(tokenizer):
     assert generation_metrics(tokenizer)(EvalPrediction((ids, np.zeros(3)), ids))["exact_match"] == 1
 
 
+def test_the_start_token_is_no_part_of_a_prediction(tokenizer):
+    start = tokenizer(":")["input_ids"][0]
+    labels = np.array([tokenizer("return a")["input_ids"], tokenizer("return b")["input_ids"]])
+    generated = EvalPrediction(np.insert(labels, 0, start, axis=1), labels)
+    assert generation_metrics(tokenizer, start)(generated)["exact_match"] == 1
+    assert generation_metrics(tokenizer, start)(EvalPrediction(labels, labels))["exact_match"] == 1
+    assert generation_metrics(tokenizer)(generated)["exact_match"] == 0
+
+
 def test_logits_in_place_of_tokens(tokenizer):
     with pytest.raises(ValueError, match=r"shape \(2, 3, 5\).*predict_with_generate=True"):
         generation_metrics(tokenizer)(EvalPrediction(np.zeros((2, 3, 5)), np.zeros((2, 3))))

@@ -119,12 +119,19 @@ class DistinctShare(_TextMetric):
         return {"distinct": distinct_share(predictions)}
 
 
-def generation_metrics(tokenizer: PreTrainedTokenizerBase) -> Callable[[EvalPrediction], dict[str, float]]:
+def generation_metrics(
+    tokenizer: PreTrainedTokenizerBase, decoder_start_token_id: int | None = None
+) -> Callable[[EvalPrediction], dict[str, float]]:
     """A `compute_metrics` for `Seq2SeqTrainer` with `predict_with_generate=True`.
 
     The function takes predictions (rows, generated tokens) and labels (rows, target tokens), both padded with -100 or
     the pad token, and returns `rouge1 rouge2 rougeL exact_match distinct` (0 to 1) and `generated_tokens`, the mean
     number without pads and special tokens.
+
+    Args:
+        tokenizer: the student's.
+        decoder_start_token_id: what `generate` puts in front of every prediction. A `merged` student starts with an
+            ordinary token, which decoding would not drop; special ones (T5's pad) need not be named.
 
     Raises:
         ValueError: the tokenizer has neither pad nor EOS; and, by the function that is returned, predictions are
@@ -142,6 +149,8 @@ def generation_metrics(tokenizer: PreTrainedTokenizerBase) -> Callable[[EvalPred
             raise ValueError(
                 f"Predictions of shape {predicted.shape}, expected (rows, tokens): set predict_with_generate=True"
             )
+        if decoder_start_token_id is not None and (predicted[:, 0] == decoder_start_token_id).all():
+            predicted = predicted[:, 1:]
         predicted, labels = (np.where(ids < 0, filler, ids) for ids in (predicted, np.asarray(prediction.label_ids)))
         texts, references = (
             [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
