@@ -16,7 +16,7 @@ from hf_encdec_distill import (
     DistillationTrainingArguments,
     RopeEncDecForConditionalGeneration,
 )
-from hf_encdec_distill.data import fetch_builtin_teacher, load_python_docstrings
+from hf_encdec_distill.data import PROMPT_TEMPLATE, fetch_builtin_teacher, load_python_docstrings
 
 
 @dataclass
@@ -31,7 +31,7 @@ def main() -> None:
     parser = HfArgumentParser((ScriptArguments, DistillationTrainingArguments))
     parser.set_defaults(output_dir="runs/distill", max_steps=100, learning_rate=1e-3, logging_steps=10)
     script, args = parser.parse_args_into_dataclasses()
-    args.prompt_template = args.prompt_template or '{source}\n"""\n'
+    args.prompt_template = args.prompt_template or PROMPT_TEMPLATE
     args.max_source_length = args.max_source_length or 256
     args.max_target_length = args.max_target_length or 32
     teacher = script.teacher or fetch_builtin_teacher()

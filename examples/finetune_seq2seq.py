@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
-from hf_encdec_distill.data import fetch_builtin_teacher, load_python_docstrings
+from hf_encdec_distill.data import PROMPT_TEMPLATE, fetch_builtin_teacher, load_python_docstrings
 from hf_encdec_distill.distillation.metrics import generation_metrics
 
 
@@ -29,7 +29,7 @@ class ScriptArguments:
     teacher: str | None = None  # what the student is made from; default: the built-in teacher
     encoder_layers: int = 11
     decoder_layers: int = 4
-    prompt_template: str = '{source}\n"""\n'
+    prompt_template: str = PROMPT_TEMPLATE
     eval_rows: int = 64
     max_source_length: int = 256
     max_target_length: int = 32
@@ -69,7 +69,7 @@ def main() -> None:
         eval_dataset=data["test"],
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=student),
         processing_class=tokenizer,
-        compute_metrics=generation_metrics(tokenizer),
+        compute_metrics=generation_metrics(tokenizer, student.config.decoder_start_token_id),
     )
     trainer.train()
     print(trainer.evaluate())

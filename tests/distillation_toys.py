@@ -1,4 +1,6 @@
-"""Toy students and teachers of the distillation tests; EOS is 2, as for the toy tokenizer of conftest.py."""
+"""Toy students and teachers; EOS is 2, as for the toy tokenizer of conftest.py."""
+
+import csv
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,37 @@ def make_teacher(vocab_size=280, seed=1):
         pad_token_id=0,
     )
     return spread(LlamaForCausalLM(config), seed=seed)
+
+
+def write_teacher(folder, tokenizer, layers=4, std=0.2):
+    """A folder with a small Llama and `tokenizer`, as `from_pretrained` takes it; returns the folder."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    spread(LlamaForCausalLM(config), std=std).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_pairs(path, rows):
+    """A CSV file with the columns `text` and `short`, whose target can be read off the source; returns the path."""
+    colours = ("red", "green", "blue", "black", "white")
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["text", "short"])
+        for number in range(rows):
+            first, last = colours[number % 5], colours[number // 5 % 5]
+            writer.writerow([f"{first} {number} {last}", f"It is {first} and {last}."])
+    return path
 
 
 def make_t5(vocab_size=280, dropout=0.0, seed=2):

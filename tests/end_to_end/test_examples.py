@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distillation_toys import spread
-from transformers import AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM
+from distillation_toys import write_teacher
+from transformers import AutoModelForSeq2SeqLM
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -17,22 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory, make_bpe_tokenizer):
-    folder = tmp_path_factory.mktemp("toy") / "teacher"
-    tokenizer = make_bpe_tokenizer(chat_template=None)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    spread(LlamaForCausalLM(config)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_teacher(tmp_path_factory.mktemp("toy") / "teacher", make_bpe_tokenizer(chat_template=None), layers=3)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The quickstart with a toy teacher and a file of rows: interrupted, resumed, and its output loaded elsewhere."""
 
-import csv
 import json
 import os
 import re
@@ -12,8 +11,8 @@ import time
 
 import pytest
 import torch
-from distillation_toys import spread
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from distillation_toys import write_pairs, write_teacher
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 
 MODELS = {"teacher_before", "teacher", "student_start", "student_ce", "student_kd", "lead_baseline"}
@@ -43,29 +42,8 @@ print(json.dumps(tokens.tolist()))
 def inputs(tmp_path_factory, make_bpe_tokenizer):
     """Arguments of a run: a toy teacher in a folder, and rows whose target can be read off the source."""
     folder = tmp_path_factory.mktemp("inputs")
-    tokenizer = make_bpe_tokenizer(chat_template=None)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    spread(LlamaForCausalLM(config), std=0.15).save_pretrained(folder / "teacher")
-    tokenizer.save_pretrained(folder / "teacher")
-    colours = ("red", "green", "blue", "black", "white")
-    with (folder / "pairs.csv").open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["text", "short"])
-        for number in range(300):
-            first, last = colours[number % 5], colours[number // 5 % 5]
-            writer.writerow([f"{first} {number} {last}", f"It is {first} and {last}."])
+    write_teacher(folder / "teacher", make_bpe_tokenizer(chat_template=None), std=0.15)
+    write_pairs(folder / "pairs.csv", 300)
     options = ["--teacher", str(folder / "teacher"), "--dataset", str(folder / "pairs.csv")]
     options += [
         "--source-column",

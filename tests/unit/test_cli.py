@@ -1,6 +1,5 @@
 """The command line and what the quickstart is made of, held against transformers, torch and numbers done by hand."""
 
-import csv
 import io
 import json
 import subprocess
@@ -11,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from distillation_toys import ragged_rows, spread
+from distillation_toys import ragged_rows, spread, write_pairs, write_teacher
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hf_encdec_distill.cli import _display, _evaluation, _training
 from hf_encdec_distill.cli._state import open_run
@@ -27,35 +26,12 @@ TEMPLATE = "{source}\n#"
 @pytest.fixture
 def teacher_folder(tmp_path, make_bpe_tokenizer):
     tokenizer = make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
-    folder = tmp_path / "teacher"
-    spread(LlamaForCausalLM(config)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_teacher(tmp_path / "teacher", tokenizer)
 
 
 @pytest.fixture
 def pairs_file(tmp_path):
-    path = tmp_path / "pairs.csv"
-    colours = ("red", "green", "blue", "black", "white")
-    with path.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["text", "short"])
-        for number in range(200):
-            first, last = colours[number % 5], colours[number // 5 % 5]
-            writer.writerow([f"{first} {number} {last}", f"It is {first} and {last}."])
-    return path
+    return write_pairs(tmp_path / "pairs.csv", 200)
 
 
 @pytest.fixture

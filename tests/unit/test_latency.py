@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from distillation_toys import spread
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
 from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
@@ -13,15 +14,6 @@ from hf_encdec_distill.bench import (
     greedy_decode,
     machine_description,
 )
-
-
-def spread_out(model):
-    """Weights wide enough that neighbouring logits differ clearly: an argmax that hides nothing."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(0, 0.5, generator=generator)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +29,7 @@ def llama():
         bos_token_id=None,
         pad_token_id=0,
     )
-    return spread_out(LlamaForCausalLM(config))
+    return spread(LlamaForCausalLM(config), std=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +49,7 @@ def bart():
         forced_eos_token_id=None,
         bos_token_id=None,
     )
-    return spread_out(BartForConditionalGeneration(config))
+    return spread(BartForConditionalGeneration(config), std=0.5)
 
 
 def student(cross_attention):
@@ -75,7 +67,7 @@ def student(cross_attention):
         bos_token_id=None,
         pad_token_id=0,
     )
-    return spread_out(RopeEncDecForConditionalGeneration(config))
+    return spread(RopeEncDecForConditionalGeneration(config), std=0.5)
 
 
 @pytest.fixture(scope="module")

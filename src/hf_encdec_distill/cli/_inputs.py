@@ -10,10 +10,6 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
 BUILT_IN = "built-in"
-# A docstring follows code of its own accord: of all templates tried on the untuned teacher this one is the best, 3.97
-# nats a token against 4.12 for "Summary:" and 4.25 without the newline. That is also where the student starts, so that
-# a decoded answer has nothing but white space in front.
-BUILT_IN_TEMPLATE = '{source}\n"""\n'
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,4 +51,6 @@ def load_splits(dataset: str, source_column: str, target_column: str, packages: 
 
 def prompt_template(given: str | None, dataset: str) -> str | None:
     """The template that was asked for, else the one of the built-in task; `None` leaves it to the chat template."""
-    return BUILT_IN_TEMPLATE if given is None and dataset == BUILT_IN else given
+    from ..data import PROMPT_TEMPLATE
+
+    return PROMPT_TEMPLATE if given is None and dataset == BUILT_IN else given

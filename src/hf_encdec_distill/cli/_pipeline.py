@@ -30,7 +30,7 @@ from ..models.rope_encdec import RopeEncDecForConditionalGeneration
 from . import _teacher
 from ._display import Display, clock
 from ._evaluation import encode_rows, generate, interval, score
-from ._inputs import BUILT_IN, BUILT_IN_TEMPLATE, load_splits, teacher_path
+from ._inputs import BUILT_IN, load_splits, prompt_template, teacher_path
 from ._report import percent, samples_page, summary
 from ._state import State, open_run, write_json
 from ._training import InOrder, TimeShare, device, precision_arguments, train, training_order, working_dtype
@@ -151,7 +151,7 @@ class Pipeline:
 
     @property
     def template(self) -> str:
-        return self.settings.prompt_template or (BUILT_IN_TEMPLATE if self.built_in_task else OTHER_TEMPLATE)
+        return prompt_template(self.settings.prompt_template, self.settings.dataset) or OTHER_TEMPLATE
 
     @property
     def teacher_path(self) -> str:
@@ -237,10 +237,9 @@ class Pipeline:
             sums.append(score({"teacher": teacher}, chunk)["teacher"]["ce"])
             count += len(chunk)
             update((self.state.seconds_used - start) / share, f"{count} rows")
-        tokens = np.array([len(row["labels"]) for row in rows[:count]])
         entry = self._entry({"ce": np.concatenate(sums)}, texts, rows[:count])
         note = f"{count} held-out rows: CE {entry['ce']['value']:.2f} a token, ROUGE-L {percent(entry['rouge_l'])}"
-        return {"rows": count, "tokens": int(tokens.sum()), "entry": entry, "note": note}
+        return {"rows": count, "entry": entry, "note": note}
 
     def adapt(self, update, share) -> dict:
         teacher = self.load_teacher(self.teacher_path, torch.float32)

@@ -18,11 +18,12 @@ from pathlib import Path
 _EXPORTS = {
     "fetch_builtin_teacher": "builtin_teacher",
     "load_builtin_teacher": "builtin_teacher",
+    "PROMPT_TEMPLATE": "python_docstrings",
     "lead_sentence": "python_docstrings",
     "load_python_docstrings": "python_docstrings",
     "load_pairs": "loading",
 }
-__all__ = [*_EXPORTS, "cache_root", "cached_folder"]
+__all__ = [*_EXPORTS, "cache_root", "cached_folder", "fingerprint"]
 
 _RECORD = "files.sha256.json"
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
         partial.mkdir()
         try:
             build(partial)
-            record = {file.relative_to(partial).as_posix(): _fingerprint(file) for file in _files(partial)}
+            record = {file.relative_to(partial).as_posix(): fingerprint(file) for file in _files(partial)}
             (partial / _RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
             os.replace(partial, folder)
         finally:
@@ -87,7 +88,7 @@ def _damage(folder: Path) -> str | None:
         for name, (size, digest) in record.items():
             file = folder / name
             # The size first: it costs nothing, and most damage is a file that was cut.
-            if file.stat().st_size != size or _fingerprint(file) != [size, digest]:
+            if file.stat().st_size != size or fingerprint(file) != [size, digest]:
                 return f"{name} is not what was written"
     except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -98,7 +99,8 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
-def _fingerprint(file: Path) -> list:
+def fingerprint(file: Path) -> list:
+    """Size in bytes and SHA-256 of a file, read in blocks."""
     with file.open("rb") as stream:
         digest = hashlib.sha256()
         while block := stream.read(1 << 20):

