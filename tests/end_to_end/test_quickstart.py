@@ -169,6 +169,11 @@ def test_the_student_generates_the_same_where_the_package_is_not(run, tmp_path):
     assert json.loads(elsewhere.stdout) == tokens.tolist()
 
 
+def test_the_students_tokenizer_loads_in_either_version_of_transformers(run):
+    saved = json.loads((run["folder"] / "student" / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
 def test_a_used_folder_is_not_overwritten_and_a_finished_run_shows_its_table_again(run, inputs):
     before = (run["folder"] / "metrics.json").read_bytes()
     again = subprocess.run([*COMMAND, *inputs, "--output", str(run["folder"])], capture_output=True, text=True)

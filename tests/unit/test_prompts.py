@@ -1,10 +1,13 @@
 """The teacher's prompt, compared with transformers' own `apply_chat_template` and tokenizer calls."""
 
+import json
+
 import pytest
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from hf_encdec_distill.models.prompts import (
+    PreTrainedTokenizerFast,
     distinct_pad_token,
     encode_prompt,
     prompt_start_token_id,
@@ -119,6 +122,14 @@ def test_the_template_is_built_into_the_students_tokenizer(make_bpe_tokenizer, t
     assert set(batch) == {"input_ids", "attention_mask"}
     target = student(text_target="Add.", add_special_tokens=False)["input_ids"]
     assert target == teacher("Add.", add_special_tokens=False)["input_ids"]
+
+
+def test_either_version_of_transformers_loads_what_the_other_one_saved(make_bpe_tokenizer, tmp_path):
+    student_tokenizer(make_bpe_tokenizer(), TEMPLATE).save_pretrained(tmp_path / "made")
+    PreTrainedTokenizerFast.from_pretrained(tmp_path / "made").save_pretrained(tmp_path / "trained")
+    for folder in ("made", "trained"):
+        saved = json.loads((tmp_path / folder / "tokenizer_config.json").read_text())
+        assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"  # 5.x alone would write "TokenizersBackend"
 
 
 def test_a_separate_student_reads_the_bare_source(make_bpe_tokenizer):

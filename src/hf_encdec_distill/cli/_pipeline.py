@@ -25,7 +25,7 @@ from ..data.builtin_teacher import HUB_ID
 from ..distillation import DistillationTrainer, DistillationTrainingArguments
 from ..distillation.metrics import distinct_share, rouge_l
 from ..model_card import write_model_card
-from ..models.prompts import prompt_start_token_id
+from ..models.prompts import PreTrainedTokenizerFast, prompt_start_token_id
 from ..models.rope_encdec import RopeEncDecForConditionalGeneration
 from . import _teacher
 from ._display import Display, clock
@@ -292,7 +292,7 @@ class Pipeline:
 
     def _train_student(self, share: TimeShare, distill_weight: float, target: str) -> dict:
         student = self.load_student(self.work / "start", torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(self.work / "start")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(self.work / "start")
         rows = self.rows["train"]
         order = training_order([len(row["prompt"]) for row in rows], BATCH_SIZE, share.steps, self.settings.seed + 1)
         ready = [{"input_ids": row["inputs"], "labels": row["labels"]} for row in rows]

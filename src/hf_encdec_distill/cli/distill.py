@@ -51,10 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, HfArgumentParser
+    from transformers import AutoModelForSeq2SeqLM, HfArgumentParser
     from transformers.trainer_utils import get_last_checkpoint
 
     from ..distillation import DistillationTrainer, DistillationTrainingArguments
+    from ..models.prompts import PreTrainedTokenizerFast
 
     output = Path(args.output)
     if not args.resume and output.exists() and any(output.iterdir()):
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
 
     splits = load_splits(args.dataset, args.source_column, args.target_column)
     student = AutoModelForSeq2SeqLM.from_pretrained(args.student)
-    tokenizer = AutoTokenizer.from_pretrained(args.student)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.student)
     trainer = DistillationTrainer(
         model=student,
         args=training,

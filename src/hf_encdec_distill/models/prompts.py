@@ -8,9 +8,9 @@ last, its decoder the last one as start token.
 import json
 import logging
 
+import transformers
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,16 @@ _PAD_CANDIDATES = (
     "<unk>",
     "<|reserved_special_token_0|>",
 )
+
+
+class PreTrainedTokenizerFast(transformers.PreTrainedTokenizerFast):
+    """What a student's tokenizer is, so that either major version of transformers loads what the other one saved.
+
+    A tokenizer writes the name of its class into its folder. In 5.x upstream's class is an alias of
+    `TokenizersBackend`, which 4.57 has never heard of; this name both know.
+    """
+
+    can_save_slow_tokenizer = False  # there is none, and 5.x would drop "Fast" from the name
 
 
 def encode_prompt(tokenizer, source, prompt_template=None, max_length=None) -> list[int]:
