@@ -4,9 +4,16 @@ import functools
 
 import pytest
 import torch
-from distillation_toys import EOS, arguments, make_t5, make_teacher, ragged_rows, token_terms
+from distillation_toys import EOS, arguments, make_t5, make_teacher, ragged_rows, spread, token_terms
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import SequentialSampler
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    GraniteConfig,
+    GraniteForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+)
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_encdec_distill import DistillationTrainer
@@ -45,13 +52,15 @@ def tokenizer(make_bpe_tokenizer):
     return make_bpe_tokenizer(pad_token="<|endoftext|>")
 
 
+@pytest.mark.parametrize("chunk_size", [1000, 3])
 @pytest.mark.parametrize("pad_token", ["<|endoftext|>", "<|im_end|>"])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_loss_and_gradient_of_a_padded_batch(tmp_path, make_bpe_tokenizer, side, pad_token):
+def test_loss_and_gradient_of_a_padded_batch(tmp_path, make_bpe_tokenizer, side, pad_token, chunk_size):
     """weight * T^2 * KL + (1 - weight) * CE, a mean over target tokens: value and gradient, pad == EOS, both sides."""
     tokenizer = make_bpe_tokenizer(pad_token=pad_token)
     tokenizer.padding_side = side
-    trainer = make_trainer(tmp_path, tokenizer, distill_weight=0.7, distill_temperature=2.0)
+    settings = {"distill_weight": 0.7, "distill_temperature": 2.0, "loss_chunk_size": chunk_size}
+    trainer = make_trainer(tmp_path, tokenizer, **settings)
     batch = trainer.data_collator(ROWS)
     if side == "left":  # T5's decoder would attend to the start token and pads in front: mask what is not the row's
         lengths = torch.tensor([len(row["labels"]) for row in ROWS])
@@ -87,8 +96,9 @@ def test_loss_is_the_same_for_a_padded_vocabulary(tmp_path, tokenizer):
         )
 
 
+@pytest.mark.parametrize("chunk_size", [1000, 3])
 @pytest.mark.parametrize("batch_size, accumulation", [(4, 1), (2, 2), (1, 4)])
-def test_a_step_is_the_same_however_it_is_cut(tmp_path, tokenizer, batch_size, accumulation):
+def test_a_step_is_the_same_however_it_is_cut(tmp_path, tokenizer, batch_size, accumulation, chunk_size):
     """6 ragged rows in 2 steps, the second one short, equal SGD written by hand on the whole step's token mean."""
     rows = ROWS[:6]
     trainer = make_trainer(
@@ -97,6 +107,7 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path, tokenizer, batch_size, a
         rows=rows,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
+        loss_chunk_size=chunk_size,
         num_train_epochs=1,
         max_grad_norm=0.0,
     )
@@ -169,7 +180,7 @@ def test_without_weight_on_the_teacher_it_is_seq2seq_trainer(tmp_path, tokenizer
         teacher=make_teacher(),
     )
     with monkeypatch.context() as patch:
-        patch.delattr(LiveTeacher, "logits")
+        patch.delattr(LiveTeacher, "logits_at")
         ours.train()
     for one, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
@@ -356,8 +367,14 @@ def test_bf16_autocast_leaves_teacher_and_divergence_alone(tmp_path, tokenizer, 
     """Student in bf16 autocast: the teacher's logits are those of its own float32, the loss is close to float32's."""
     plain = make_trainer(tmp_path, tokenizer, per_device_train_batch_size=8, max_steps=1)
     mixed = make_trainer(tmp_path, tokenizer, per_device_train_batch_size=8, max_steps=1, bf16=True)
-    seen, logits = [], LiveTeacher.logits
-    monkeypatch.setattr(LiveTeacher, "logits", lambda *args: seen.append(logits(*args)) or seen[-1])
+    seen, logits_at = [], LiveTeacher.logits_at
+
+    def spy(*args, **kwargs):
+        at = logits_at(*args, **kwargs)
+        seen.append(at(slice(None)))
+        return at
+
+    monkeypatch.setattr(LiveTeacher, "logits_at", spy)
     plain.train()
     mixed.train()
     assert seen[0].dtype == seen[1].dtype == torch.float32
@@ -396,3 +413,90 @@ def test_labels_that_only_the_student_has(tmp_path):
     trainer = DistillationTrainer(make_t5(), arguments(tmp_path), teacher=make_teacher(64), train_dataset=rows)
     with pytest.raises(ValueError, match="labels hold id 270"):
         trainer.train()
+
+
+# The loss chunk by chunk ---------------------------------------------------------------------------------------------
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many elements the largest tensor has that is made meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_no_side_holds_logits_of_all_targets(tmp_path, tokenizer):
+    vocabulary, rows = 5000, ragged_rows(12)
+    largest = {}
+    for chunk_size in (1000, 4):
+        args = arguments(tmp_path, loss_chunk_size=chunk_size)
+        student, teacher = make_t5(vocabulary), make_teacher(vocabulary)
+        trainer = InOrder(student, args, teacher=teacher, processing_class=tokenizer, train_dataset=rows)
+        batch = trainer.data_collator(rows)
+        trainer.compute_loss(trainer.model, batch)  # finds out about the heads
+        with LargestTensor() as watch:
+            trainer.compute_loss(trainer.model, batch).backward()
+        largest[chunk_size] = watch.elements
+    targets = sum(len(row["labels"]) for row in rows)
+    assert targets > 40
+    assert largest[1000] >= targets * vocabulary
+    assert largest[4] == 32 * vocabulary  # the gradient of the head: less than of seven targets
+
+
+class SoftCapped(type(make_t5())):
+    """A student that does something to what its head gives."""
+
+    def forward(self, **inputs):
+        outputs = super().forward(**inputs)
+        outputs.logits = 3.0 * torch.tanh(outputs.logits / 3.0)
+        return outputs
+
+
+def test_a_head_that_is_not_last_is_left_whole(tmp_path, tokenizer):
+    """On either side: T5 with a cap, and a teacher that scales its logits."""
+    losses = {}
+    for chunk_size in (1000, 3):
+        student = make_t5()
+        student.__class__ = SoftCapped
+        config = GraniteConfig(**make_teacher().config.to_diff_dict() | {"logits_scaling": 2.0})
+        args = arguments(tmp_path, loss_chunk_size=chunk_size)
+        teacher = spread(GraniteForCausalLM(config))
+        trainer = InOrder(student, args, teacher=teacher, processing_class=tokenizer, train_dataset=ROWS)
+        loss = trainer.compute_loss(trainer.model, trainer.data_collator(ROWS))
+        loss.backward()
+        losses[chunk_size] = (loss, [parameter.grad for parameter in trainer.model.parameters()])
+        ce, kl, _ = token_terms(student, teacher, ROWS)
+        torch.testing.assert_close(loss, 0.9 * kl.mean() + 0.1 * ce.mean(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses[3], losses[1000])
+
+
+def test_finding_out_about_the_head_draws_no_random_numbers(tmp_path, tokenizer):
+    """Or a run that was resumed, and finds out again, would have other dropout masks."""
+    student = make_t5(dropout=0.3).train()
+    trainer = make_trainer(tmp_path, tokenizer, student=student, loss_chunk_size=3)
+    batch = trainer.data_collator(ROWS)
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        losses.append(trainer.compute_loss(trainer.model, batch))
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
+
+
+def test_chunks_under_autocast_are_those_of_the_whole(tmp_path, tokenizer):
+    results = {}
+    for chunk_size in (1000, 3):
+        trainer = make_trainer(tmp_path, tokenizer, bf16=True, loss_chunk_size=chunk_size, max_steps=1)
+        trainer.train()
+        assert trainer._student_head_is_last is (True if chunk_size == 3 else None)
+        results[chunk_size] = [parameter.detach() for parameter in trainer.model.parameters()]
+    for ours, theirs, before in zip(results[3], results[1000], make_t5().parameters(), strict=True):
+        step = (theirs - before).norm()
+        assert (ours - theirs).norm() <= 0.05 * step + 1e-6  # bfloat16 has 8 bits

@@ -95,7 +95,7 @@ def test_live_teacher_equals_each_row_alone(family, side):
     offset = torch.tensor([ids.shape[1] - len(s) if side == "left" else 0 for s in sequences])
     start = offset + torch.tensor([len(p) for p in PROMPTS])
     rows, columns = target_positions(labels)
-    ours = LiveTeacher(model).logits(ids, mask, rows, teacher_columns(start, rows, columns))
+    ours = LiveTeacher(model).logits_at(ids, mask, rows, teacher_columns(start, rows, columns))(slice(None))
     theirs, losses = [], 0.0
     for prompt, target in zip(PROMPTS, TARGETS, strict=True):
         sequence = torch.tensor([prompt + target])
@@ -115,11 +115,11 @@ def test_only_target_positions_reach_the_head():
     model.lm_head.register_forward_hook(lambda _module, args, out: seen.append((args[0].shape, out.shape)))
     ids = torch.arange(4, 40).reshape(3, 12)
     rows, columns = torch.tensor([0, 2]), torch.tensor([4, 11])
-    ours = LiveTeacher(model).logits(ids, torch.ones_like(ids), rows, columns)
+    ours = LiveTeacher(model).logits_at(ids, torch.ones_like(ids), rows, columns)(slice(None))
     assert seen == [(torch.Size([1, 2, 32]), torch.Size([1, 2, 64]))]
     # The hook is gone: an ordinary call gives logits everywhere again.
     torch.testing.assert_close(ours, model(ids).logits[rows, columns])
-    none = LiveTeacher(model).logits(ids, torch.ones_like(ids), rows[:0], columns[:0])
+    none = LiveTeacher(model).logits_at(ids, torch.ones_like(ids), rows[:0], columns[:0])(slice(None))
     assert none.shape == (0, 64)
 
 
@@ -134,7 +134,7 @@ def test_model_that_never_calls_its_head():
     other.load_state_dict(model.state_dict())
     ids = torch.arange(4, 24).reshape(2, 10)
     rows, columns = torch.tensor([0, 1, 1]), torch.tensor([3, 0, 9])
-    ours = LiveTeacher(other).logits(ids, torch.ones_like(ids), rows, columns)
+    ours = LiveTeacher(other).logits_at(ids, torch.ones_like(ids), rows, columns)(slice(None))
     torch.testing.assert_close(ours, model(ids).logits[rows, columns])
 
 
@@ -145,10 +145,10 @@ def test_live_teacher_is_frozen_and_in_its_own_dtype():
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     ids = torch.arange(4, 10).reshape(1, 6)
     with torch.enable_grad():
-        logits = teacher.logits(ids, torch.ones_like(ids), torch.tensor([0]), torch.tensor([2]))
+        logits = teacher.logits_at(ids, torch.ones_like(ids), torch.tensor([0]), torch.tensor([2]))(slice(None))
     assert logits.dtype == torch.bfloat16 and not logits.requires_grad
     model.train()  # somebody's callback
-    teacher.logits(ids, torch.ones_like(ids), torch.tensor([0]), torch.tensor([2]))
+    teacher.logits_at(ids, torch.ones_like(ids), torch.tensor([0]), torch.tensor([2]))(slice(None))
     assert not model.training
 
 

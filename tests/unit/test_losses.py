@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributions import Categorical, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_encdec_distill.distillation.losses import (
     DIVERGENCES,
+    chunked_sum,
     cross_entropy,
     forward_kl,
     generalized_jsd,
@@ -221,3 +223,150 @@ def test_token_mean():
     empty = torch.zeros(0, requires_grad=True)
     token_mean(empty, 0).backward()
     assert token_mean(empty).item() == 0.0 and token_mean(empty, torch.tensor(0)).item() == 0.0
+
+
+# Chunk by chunk, from hidden states and the head, against the same function on all logits at once -------------------
+
+
+def head_inputs(rows=23, width=8, vocabulary=31, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((rows, width), (vocabulary, width), (vocabulary,))
+    hidden, weight, bias = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    teacher = torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64) * 2
+    labels = torch.randint(vocabulary, (rows,), generator=generator)
+    return [x.to(dtype).requires_grad_() for x in (hidden, weight, bias)], teacher.to(dtype), labels
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 23, 100])
+@pytest.mark.parametrize("name", [*DIVERGENCES, "cross_entropy"])
+def test_chunked_equals_dense(name, chunk_size):
+    inputs, teacher, labels = head_inputs()
+    hidden, weight, bias = inputs
+
+    def per_token(logits, chunk):
+        if name == "cross_entropy":
+            return cross_entropy(logits, labels[chunk], 0.1)[None]
+        return select_divergence(name, 0.3, 0.2)(logits, teacher[chunk], 1.7)[None]
+
+    dense = per_token(F.linear(hidden, weight, bias), slice(None))
+    expected = torch.autograd.grad(3 * dense.sum() / 7, inputs)
+    total, terms = chunked_sum(per_token, hidden, weight, bias, chunk_size=chunk_size)
+    assert not terms.requires_grad
+    torch.testing.assert_close(terms, dense.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(total, dense.sum(), rtol=1e-10, atol=1e-12)
+    for ours, theirs in zip(torch.autograd.grad(3 * total / 7, inputs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_chunked_gradients_are_numerically_right():
+    inputs, teacher, _ = head_inputs(rows=5, width=3, vocabulary=4)
+
+    def function(hidden, weight, bias):
+        return chunked_sum(
+            lambda logits, chunk: forward_kl(logits, teacher[chunk])[None], hidden, weight, bias, chunk_size=2
+        )[0]
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_chunked_terms_are_weighed():
+    inputs, teacher, labels = head_inputs(dtype=torch.float32)
+    hidden, weight, _ = inputs
+
+    def both(logits, chunk):
+        return torch.stack([cross_entropy(logits, labels[chunk]), reverse_kl(logits, teacher[chunk])])
+
+    dense = both(F.linear(hidden, weight), slice(None))
+    total, terms = chunked_sum(both, hidden, weight, chunk_size=4, term_weights=(0.0, 0.9))
+    assert terms.shape == (2, 23)
+    torch.testing.assert_close(terms, dense.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(total, 0.9 * dense[1].sum())
+    expected = torch.autograd.grad(0.9 * dense[1].sum(), (hidden, weight))
+    for ours, theirs in zip(torch.autograd.grad(total, (hidden, weight)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_chunked_in_half_precision_keeps_its_sums_in_float32():
+    inputs, teacher, _ = head_inputs(rows=400, dtype=torch.bfloat16)
+    hidden, weight, bias = inputs
+
+    def per_token(logits, chunk):
+        return forward_kl(logits, teacher[chunk])[None]
+
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    dense = forward_kl(F.linear(*exact), teacher.double()).sum()
+    total, _ = chunked_sum(per_token, hidden, weight, bias, chunk_size=4)
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total.double(), dense, rtol=0.01, atol=0)
+    pairs = zip(torch.autograd.grad(total, inputs), torch.autograd.grad(dense, exact), strict=True)
+    for ours, theirs in pairs:
+        assert ours.dtype == torch.bfloat16
+        assert (ours.double() - theirs).norm() <= 0.02 * theirs.norm()
+
+
+def test_chunked_never_holds_all_logits():
+    """No tensor of the chunked loss, forward or backward, has as many elements as two chunks of logits."""
+    rows, width, vocabulary, chunk_size = 64, 4, 500, 8
+    inputs, teacher, _ = head_inputs(rows, width, vocabulary, torch.float32)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple) else (result,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return result
+
+    teacher_hidden = torch.randn(rows, 3)
+    teacher_weight = torch.randn(vocabulary, 3)
+    with Watch():
+        total, _ = chunked_sum(
+            lambda logits, chunk: generalized_jsd(logits, teacher_hidden[chunk] @ teacher_weight.T)[None],
+            *inputs,
+            chunk_size=chunk_size,
+        )
+        total.backward()
+    assert largest <= chunk_size * vocabulary
+    largest = 0
+    with Watch():
+        generalized_jsd(F.linear(*inputs), teacher_hidden @ teacher_weight.T).sum().backward()
+    assert largest == rows * vocabulary
+
+
+def test_chunked_without_gradient_makes_none():
+    inputs, teacher, _ = head_inputs()
+    with torch.no_grad():
+        total, terms = chunked_sum(
+            lambda logits, chunk: forward_kl(logits, teacher[chunk])[None], *inputs, chunk_size=4
+        )
+    assert not total.requires_grad
+    torch.testing.assert_close(terms[0], forward_kl(F.linear(*inputs), teacher).detach())
+
+
+def test_chunked_refuses_what_has_no_meaning():
+    inputs, _, _ = head_inputs()
+    with pytest.raises(ValueError, match="chunk_size=0"):
+        chunked_sum(lambda logits, chunk: logits.T[:1], *inputs, chunk_size=0)
+    with pytest.raises(ValueError, match="no rows"):
+        chunked_sum(lambda logits, chunk: logits.T[:1], inputs[0][:0], *inputs[1:])
+
+
+def test_chunked_takes_its_products_in_the_dtype_of_the_hidden_states():
+    inputs, teacher, _ = head_inputs(rows=200, dtype=torch.float32)
+    hidden, weight, bias = inputs
+    with torch.autocast("cpu", torch.bfloat16):  # does to the dense one what half-precision states do to the other
+        dense = forward_kl(F.linear(hidden, weight, bias), teacher).sum()
+        total, _ = chunked_sum(
+            lambda logits, chunk: forward_kl(logits, teacher[chunk])[None],
+            hidden.bfloat16(),
+            weight,
+            bias,
+            chunk_size=16,
+        )
+    torch.testing.assert_close(total, dense, rtol=1e-5, atol=0)
+    pairs = zip(torch.autograd.grad(total, inputs), torch.autograd.grad(dense, inputs), strict=True)
+    for ours, theirs in pairs:
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() <= 0.01 * theirs.norm()

@@ -65,6 +65,15 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             "choices": list(VOCAB_POLICIES),
         },
     )
+    loss_chunk_size: int = field(
+        default=512,
+        metadata={
+            "help": "Target tokens whose logits are held at once. A batch with more of them takes its training loss "
+            "chunk by chunk, each going backward before the next, with the same result in a fraction of the memory. "
+            "Where a head cannot be taken apart (FSDP, DeepSpeed, torch.compile, a model that changes its head's "
+            "output) all are held."
+        },
+    )
     max_source_length: int | None = field(
         default=None,
         metadata={
@@ -123,6 +132,7 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             0 <= self.skew_alpha < 1,
             "at least 0 and below 1 (at 1 the divergence is 0 for every student)",
         )
+        _within("loss_chunk_size", self.loss_chunk_size, self.loss_chunk_size >= 1, "at least 1")
         for name, least in (("max_source_length", 2), ("max_target_length", 1)):
             value = getattr(self, name)
             _within(name, value, value is None or value >= least, f"at least {least}, or None for no cut")

@@ -7,6 +7,9 @@ temperature**2 that keeps gradients comparable (Hinton et al. 2015, arXiv 1503.0
 
 A logit of -inf is a probability of exactly 0: `0 * log 0` counts as 0, in the value and in the gradient. Where the
 divergence is infinite (`forward_kl`: the student excludes what the teacher allows) the result is infinite.
+
+`chunked_sum` takes any of them from hidden states and the language-model head instead, a few rows at a time, so that
+`[N, V]` is never held.
 """
 
 from collections.abc import Callable
@@ -110,6 +113,84 @@ def token_mean(per_token: Tensor, num_items: Tensor | int | None = None) -> Tens
     """Sum of `per_token` `[N]` over `num_items` tokens (all N of them when None); 0 when there is no token at all."""
     count = per_token.numel() if num_items is None else num_items
     return per_token.sum() / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+
+
+def chunked_sum(
+    per_token: Callable[[Tensor, slice], Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    chunk_size: int = 256,
+    term_weights: tuple[float, ...] = (1.0,),
+) -> tuple[Tensor, Tensor]:
+    """Sum over N positions of a loss on logits `hidden @ weight.T + bias`, which are made `chunk_size` rows at a time.
+
+    Where a gradient is asked for, each chunk goes backward before the next one is made: what is kept is the gradient
+    of `hidden`, `weight` and `bias`, and nothing is computed twice. That is the idea of Liger Kernel's fused linear
+    losses (arXiv 2410.10989, section 3.2), for any loss. Products are taken in the dtype of `hidden`, autocast or not.
+
+    Args:
+        per_token: `(logits [C, V], chunk) -> [K, C]`, K terms at the C of the N positions that the slice `chunk`
+            takes. What else it reads gets no gradient.
+        hidden: `[N, H]`, what the head would be given.
+        weight: `[V, H]`, of the head.
+        bias: `[V]`, of the head.
+        chunk_size: rows at a time.
+        term_weights: what each of the K terms counts in the sum.
+
+    Returns:
+        The weighted sum, a scalar to call `backward` on, and the terms as they are, `[K, N]`, without gradient.
+
+    Raises:
+        ValueError: `chunk_size` is below 1, or there is no position to take a loss at.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size} is out of range; it has to be at least 1.")
+    if not len(hidden):
+        raise ValueError("hidden has no rows; take the mean of no token with token_mean, which is 0.")
+    return _ChunkedSum.apply(hidden, weight, bias, per_token, chunk_size, term_weights)
+
+
+class _ChunkedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, per_token, chunk_size, term_weights):
+        wanted = ctx.needs_input_grad[:3]
+        inputs = (hidden, weight, bias)
+        # Sums over thousands of rows are kept in float32: in half precision small terms would be lost.
+        of_hidden, of_weight, of_bias = (
+            torch.zeros_like(tensor, dtype=_at_least_float32(tensor.dtype)) if want else None
+            for tensor, want in zip(inputs, wanted, strict=True)
+        )
+        terms = []
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight, bias = (None if tensor is None else tensor.to(hidden.dtype) for tensor in (weight, bias))
+            for first in range(0, len(hidden), chunk_size):
+                chunk = slice(first, min(first + chunk_size, len(hidden)))
+                logits = F.linear(hidden[chunk], weight, bias).requires_grad_(any(wanted))
+                with torch.set_grad_enabled(any(wanted)):
+                    values = per_token(logits, chunk)
+                    total = (values * values.new_tensor(term_weights)[:, None]).sum()
+                terms.append(values.detach())
+                if not any(wanted):
+                    continue
+                (of_logits,) = torch.autograd.grad(total, logits)
+                if of_hidden is not None:
+                    of_hidden[chunk] = of_logits @ weight
+                if of_weight is not None:
+                    of_weight += of_logits.T @ hidden[chunk]
+                if of_bias is not None:
+                    of_bias += of_logits.sum(dim=0)
+        gradients = zip((of_hidden, of_weight, of_bias), inputs, strict=True)
+        ctx.save_for_backward(*(g if g is None else g.to(tensor.dtype) for g, tensor in gradients))
+        terms = torch.cat(terms, dim=1)
+        ctx.mark_non_differentiable(terms)
+        return (terms.sum(dim=1) * terms.new_tensor(term_weights)).sum(), terms
+
+    @staticmethod
+    def backward(ctx, of_sum, _of_terms):
+        gradients = (None if gradient is None else gradient * of_sum for gradient in ctx.saved_tensors)
+        return *gradients, None, None, None
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -2,11 +2,14 @@
 
 import inspect
 import os
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+
+from .heads import catch_head_input
 
 
 class TeacherSignal(Protocol):
@@ -17,8 +20,11 @@ class TeacherSignal(Protocol):
     def to(self, device: torch.device) -> "TeacherSignal":
         """Moves the teacher to the training device; called once, before training."""
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Logits `[N, V]` at positions `[rows, columns]` of a batch `[B, L]`, without gradient."""
+    def logits_at(
+        self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor, chunked: bool
+    ) -> Callable[[slice], Tensor]:
+        """What gives the logits `[C, V]` at a slice of the N positions `[rows, columns]` of a batch `[B, L]`, without
+        gradient; `chunked` if it will be asked for a few at a time."""
 
 
 class LiveTeacher:
@@ -51,6 +57,7 @@ class LiveTeacher:
         self.vocab_size = vocab_size(config)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._accepts = inspect.signature(inner.forward).parameters
+        self._head_is_last = True  # until a forward shows that the model does something to its head's output
 
     @classmethod
     def load(cls, teacher: "nn.Module | str | os.PathLike", dtype: str | None = None) -> "LiveTeacher":
@@ -78,47 +85,41 @@ class LiveTeacher:
         return self
 
     @torch.no_grad()
-    def logits(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Logits at the asked positions only; `[B, L, V]` is never made.
+    def logits_at(
+        self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor, chunked: bool = False
+    ) -> Callable[[slice], Tensor]:
+        """Runs the model once; its logits are made at the asked positions only, `[B, L, V]` never is.
 
         Args:
             input_ids, attention_mask: `[B, L]`; padding may be on either side.
             rows, columns: `[N]` each, the positions whose next-token logits are wanted.
+            chunked: keep hidden states and make logits when a slice is asked for, so that `[N, V]` is never made
+                either. A model that scales, caps or shifts what its head gives makes all N at once in any case.
 
         Returns:
-            `[N, V]`, in the teacher's dtype.
+            A slice of the N positions -> `[C, V]`, in the teacher's dtype.
         """
         self.model.eval()
         head = self.model.get_output_embeddings()
-        picked = False
-
-        # Handing the head only the hidden states that matter leaves what a model does around its head (soft-capping,
-        # scaling) to the model, and works for those without `logits_to_keep`, which also can't pick by row.
-        def pick(_module: nn.Module, args: tuple) -> tuple:
-            nonlocal picked
-            picked = True
-            hidden_BLH = args[0]
-            hidden_NH = hidden_BLH[rows.to(hidden_BLH.device), columns.to(hidden_BLH.device)]
-            return (hidden_NH.unsqueeze(0), *args[1:])
-
         options = {
             # Left padding moves the first token away from column 0; models count columns unless they are told.
             "position_ids": (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0),
             "use_cache": False,
             "return_dict": True,
         }
-        handle = head.register_forward_pre_hook(pick)
-        try:
-            output = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                **{name: value for name, value in options.items() if name in self._accepts},
-            )
-        finally:
-            handle.remove()
+        options = {name: value for name, value in options.items() if name in self._accepts}
+        chunked = chunked and self._head_is_last
+        with catch_head_input(head, rows, columns, keep=1 if chunked else None) as caught:
+            output = self.model(input_ids=input_ids, attention_mask=attention_mask, **options)
+        if chunked:
+            self._head_is_last = caught.is_all_of(output.logits)
+            if not self._head_is_last:
+                return self.logits_at(input_ids, attention_mask, rows, columns)
+            return torch.no_grad()(lambda chunk: head(caught.hidden[chunk]).to(input_ids.device))
         # A model that multiplies by the head's weight without calling it gives logits everywhere.
-        logits = output.logits[0] if picked else output.logits[rows, columns]
-        return logits.to(input_ids.device)
+        logits = output.logits[0] if caught.hidden is not None else output.logits[rows, columns]
+        logits = logits.to(input_ids.device)
+        return lambda chunk: logits[chunk]
 
 
 def vocab_size(config) -> int:

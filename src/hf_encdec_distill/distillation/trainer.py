@@ -1,10 +1,11 @@
 """`DistillationTrainer`: a `Seq2SeqTrainer` whose loss also follows a teacher."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, Seq2SeqTrainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -20,7 +21,8 @@ from .alignment import (
 )
 from .arguments import DistillationTrainingArguments, with_distillation_defaults
 from .collator import MESSAGES, DistillationCollator, tokenizer_of
-from .losses import cross_entropy, select_divergence, token_mean
+from .heads import catch_head_input
+from .losses import chunked_sum, cross_entropy, select_divergence, token_mean
 from .teachers import LiveTeacher, vocab_size
 
 
@@ -122,6 +124,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.model_accepts_loss_kwargs = True
         # Smoothing is part of our cross-entropy; the base class would put its own loss in place of ours.
         self.label_smoother = None
+        self._student_head_is_last: bool | None = None  # not known yet
         self._train_sums: dict[str, Tensor] = {}
         self._train_steps = 0
         self._eval_sums: dict[str, Tensor] | None = None
@@ -146,18 +149,24 @@ class DistillationTrainer(Seq2SeqTrainer):
         labels = inputs.get("labels")
         if labels is None:
             raise ValueError(f"the batch has no labels, only {sorted(inputs)}; distillation needs targets.")
-        outputs = model(**self._student_inputs(model, inputs))
-        logits_BTV = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         rows, columns = target_positions(labels)
-        per_token = self._per_token(logits_BTV[rows, columns], labels[rows, columns], rows, columns, inputs)
+        score = self._score(labels[rows, columns], rows, columns, inputs)
+        student = self._student_inputs(model, inputs)
+        if self._goes_in_chunks(model, student, len(rows), return_outputs):
+            total, terms = self._chunked_total(model, student, rows, columns, score)
+        else:
+            outputs = model(**student)
+            logits_BTV = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+            terms = score(logits_BTV[rows, columns])
+            total = self._combine({name: values.sum() for name, values in terms.items()})
+        count = len(rows) if num_items_in_batch is None else num_items_in_batch
         # Gradients are averaged over processes, but the tokens were counted over all of them.
         scale = self._token_processes() if num_items_in_batch is not None else 1
-        means = {name: token_mean(values, num_items_in_batch) * scale for name, values in per_token.items()}
-        loss = self._combine(means)
+        loss = token_mean(total.unsqueeze(0), count) * scale
         if self._eval_sums is not None:
-            self._record_evaluation(rows, len(labels), per_token)
+            self._record_evaluation(rows, len(labels), terms)
         elif model.training:
-            self._record_training(means)
+            self._record_training({name: token_mean(values, count) * scale for name, values in terms.items()})
         if not return_outputs:
             return loss
         if isinstance(outputs, Mapping):
@@ -177,39 +186,104 @@ class DistillationTrainer(Seq2SeqTrainer):
         del student["labels"]
         return student
 
-    def _per_token(
-        self, student_NV: Tensor, labels_N: Tensor, rows: Tensor, columns: Tensor, inputs: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
-        """`[N]` for each term of the loss (and of the evaluation), one number for each target token."""
+    def _score(
+        self, labels_N: Tensor, rows: Tensor, columns: Tensor, inputs: Mapping[str, Any]
+    ) -> Callable[..., dict[str, Tensor]]:
+        """What turns the student's logits at a slice of the N target tokens, `[C, V]`, into `[C]` for each term of the
+        loss (and of the evaluation)."""
+        evaluating = self._eval_sums is not None
+        temperature, smoothing = self.args.distill_temperature, self.args.label_smoothing_factor
+        teacher = None
         # Autocast is left: the teacher has a dtype of its own and the divergences are at least float32.
-        with torch.autocast(student_NV.device.type, enabled=False):
-            terms = {"ce_loss": cross_entropy(student_NV, labels_N, self.args.label_smoothing_factor)}
-            evaluating = self._eval_sums is not None
-            if self.args.distill_weight == 0 and not evaluating:
-                return terms
+        without_autocast = torch.autocast(labels_N.device.type, enabled=False)
+        if self.args.distill_weight > 0 or evaluating:
             if inputs.get("teacher_input_ids") is None:
                 inputs = teacher_inputs(
                     inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"], self._start_token_id
                 )
             ids = inputs["teacher_input_ids"]
             self._vocabulary.check(labels_N, ids)
-            teacher_NV = self.teacher.logits(
-                ids,
-                inputs["teacher_attention_mask"],
-                rows,
-                teacher_columns(inputs["teacher_labels_start"], rows, columns),
-            )
-            student_NV, teacher_NV = self._vocabulary.restrict(student_NV), self._vocabulary.restrict(teacher_NV)
-            temperature = self.args.distill_temperature
-            terms["distill_loss"] = self._divergence(student_NV, teacher_NV, temperature) * temperature**2
-            if evaluating:
-                terms["teacher_agreement"] = (student_NV.argmax(-1) == teacher_NV.argmax(-1)).float()
-        return terms
+            with without_autocast:
+                teacher = self.teacher.logits_at(
+                    ids,
+                    inputs["teacher_attention_mask"],
+                    rows,
+                    teacher_columns(inputs["teacher_labels_start"], rows, columns),
+                    chunked=len(rows) > self.args.loss_chunk_size,
+                )
+
+        def score(student_CV: Tensor, chunk: slice = slice(None)) -> dict[str, Tensor]:
+            with without_autocast:
+                terms = {"ce_loss": cross_entropy(student_CV, labels_N[chunk], smoothing)}
+                if teacher is None:
+                    return terms
+                student_CV, teacher_CV = (
+                    self._vocabulary.restrict(student_CV),
+                    self._vocabulary.restrict(teacher(chunk)),
+                )
+                terms["distill_loss"] = self._divergence(student_CV, teacher_CV, temperature) * temperature**2
+                if evaluating:
+                    terms["teacher_agreement"] = (student_CV.argmax(-1) == teacher_CV.argmax(-1)).float()
+            return terms
+
+        return score
+
+    def _goes_in_chunks(self, model: nn.Module, student: Mapping[str, Any], tokens: int, return_outputs: bool) -> bool:
+        """Whether the student's logits at the targets are made a few at a time, by `losses.chunked_sum`."""
+        if tokens <= self.args.loss_chunk_size or return_outputs or "labels" in student:
+            return False
+        # A sharded head is whole inside its module's forward only; a compiled model was traced without our hooks.
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.n_gpu > 1 or is_compiled_module(model):
+            return False
+        if self._student_head_is_last is None:
+            self._student_head_is_last = self._find_out_about_head(model, student)
+        return self._student_head_is_last
+
+    @torch.no_grad()
+    def _find_out_about_head(self, model: nn.Module, student: Mapping[str, Any]) -> bool:
+        """Whether logits are a plain linear function of what the student's head is given."""
+        # Unwrapped: DistributedDataParallel would talk to processes that may have nothing to find out yet.
+        model = self.accelerator.unwrap_model(model)
+        head = model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            return False
+        devices = [head.weight.device] if head.weight.device.type == "cuda" else []
+        zero = torch.zeros(1, dtype=torch.long, device=head.weight.device)
+        # One forward more, once; dropout must not draw other numbers because of it, or a resumed run would differ.
+        with torch.random.fork_rng(devices), catch_head_input(head, zero, zero) as caught:
+            outputs = model(**student)
+        return caught.is_all_of(outputs["logits"] if isinstance(outputs, Mapping) else outputs[0])
+
+    def _chunked_total(
+        self, model: nn.Module, student: Mapping[str, Any], rows: Tensor, columns: Tensor, score: Callable
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum over all targets, with a gradient, and its terms, `[N]` each, without."""
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        with catch_head_input(head, rows, columns, keep=1) as caught:
+            model(**student)
+        weights = self._term_weights()
+        loss, terms = chunked_sum(
+            lambda student_CV, chunk: torch.stack(list(score(student_CV, chunk).values())),
+            caught.hidden.to(caught.logits.dtype),  # what autocast made of them for the head
+            head.weight,
+            head.bias,
+            chunk_size=self.args.loss_chunk_size,
+            term_weights=tuple(weights.values()),
+        )
+        return loss, dict(zip(weights, terms, strict=True))
+
+    def _term_weights(self) -> dict[str, float]:
+        """The terms that `_score` gives, in their order, and what each counts in the loss."""
+        weight, evaluating = self.args.distill_weight, self._eval_sums is not None
+        weights = {"ce_loss": 1 - weight}
+        if weight > 0 or evaluating:
+            weights["distill_loss"] = weight
+        if evaluating:
+            weights["teacher_agreement"] = 0.0
+        return weights
 
     def _combine(self, means: Mapping[str, Any]):
-        weight = self.args.distill_weight
-        loss = (1 - weight) * means["ce_loss"]
-        return loss + weight * means["distill_loss"] if "distill_loss" in means else loss
+        return sum(weight * means[name] for name, weight in self._term_weights().items())
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         # With DataParallel the loss is taken once, on the gathered logits, so the count is that of the whole batch.
