@@ -40,7 +40,11 @@ _TRAINING = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("student", help="folder or Hub id of an encoder-decoder, as `init` makes it")
-    parser.add_argument("--teacher", required=True, help=f"causal language model: folder, Hub id, or {BUILT_IN!r}")
+    parser.add_argument(
+        "--teacher",
+        required=True,
+        help=f"causal language model: folder, Hub id, or {BUILT_IN!r}; or a folder that `cache` made",
+    )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder for checkpoints and the student")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     add_data_arguments(parser)

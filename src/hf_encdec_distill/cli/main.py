@@ -11,13 +11,14 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import convert_mu, distill, evaluate, info, init, quickstart
+from . import cache, convert_mu, distill, evaluate, info, init, quickstart
 
 
 PROGRAM = "hf-encdec-distill"
 COMMANDS = {
     "quickstart": quickstart,
     "init": init,
+    "cache": cache,
     "distill": distill,
     "evaluate": evaluate,
     "convert-mu": convert_mu,

@@ -8,22 +8,27 @@ _EXPORTS = {
     "DistillationCollator": "collator",
     "DistillationTrainer": "trainer",
     "DistillationTrainingArguments": "arguments",
+    "CachedTeacher": "cache",
     "LiveTeacher": "teachers",
     "SharedVocabulary": "alignment",
     "TeacherSignal": "teachers",
+    "capture": "cache",
 }
 __all__ = [
+    "CachedTeacher",
     "DistillationCollator",
     "DistillationTrainer",
     "DistillationTrainingArguments",
     "LiveTeacher",
     "SharedVocabulary",
     "TeacherSignal",
+    "capture",
 ]
 
 if TYPE_CHECKING:
     from .alignment import SharedVocabulary
     from .arguments import DistillationTrainingArguments
+    from .cache import CachedTeacher, capture
     from .collator import DistillationCollator
     from .teachers import LiveTeacher, TeacherSignal
     from .trainer import DistillationTrainer

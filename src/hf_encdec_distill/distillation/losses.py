@@ -105,7 +105,7 @@ def cross_entropy(student_logits: Tensor, labels: Tensor, label_smoothing: float
 
     `label_smoothing` moves that share of the target to the uniform distribution over V, as LabelSmoother does.
     """
-    logits = student_logits.to(_at_least_float32(student_logits.dtype))
+    logits = student_logits.to(at_least_float32(student_logits.dtype))
     return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
 
 
@@ -159,7 +159,7 @@ class _ChunkedSum(torch.autograd.Function):
         inputs = (hidden, weight, bias)
         # Sums over thousands of rows are kept in float32: in half precision small terms would be lost.
         of_hidden, of_weight, of_bias = (
-            torch.zeros_like(tensor, dtype=_at_least_float32(tensor.dtype)) if want else None
+            torch.zeros_like(tensor, dtype=at_least_float32(tensor.dtype)) if want else None
             for tensor, want in zip(inputs, wanted, strict=True)
         )
         terms = []
@@ -193,12 +193,13 @@ class _ChunkedSum(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """What losses are computed in: half precision is not enough for sums over a vocabulary."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    dtype = _at_least_float32(student_logits.dtype)
+    dtype = at_least_float32(student_logits.dtype)
     return (
         torch.log_softmax(student_logits.to(dtype) / temperature, dim=-1),
         torch.log_softmax(teacher_logits.to(dtype) / temperature, dim=-1),

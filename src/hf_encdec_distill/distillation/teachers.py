@@ -3,28 +3,65 @@
 import inspect
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from .alignment import SharedVocabulary
 from .heads import catch_head_input
+from .losses import Divergence
+
+
+class TeacherScores(Protocol):
+    """The teacher's distributions at N positions, compared with the student's a slice of them at a time."""
+
+    def divergence(self, student_logits: Tensor, chunk: slice, divergence: Divergence, temperature: float) -> Tensor:
+        """`[C, V]` of the student at the slice `chunk` of the positions -> `[C]` nats, at `temperature`."""
+
+    def top(self, chunk: slice) -> Tensor:
+        """The id that the teacher puts first, `[C]`."""
 
 
 class TeacherSignal(Protocol):
-    """What the trainer asks of a teacher."""
+    """What the trainer asks of a teacher, whether it is a model or a record of one."""
 
     vocab_size: int
 
     def to(self, device: torch.device) -> "TeacherSignal":
         """Moves the teacher to the training device; called once, before training."""
 
-    def logits_at(
-        self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor, chunked: bool
-    ) -> Callable[[slice], Tensor]:
-        """What gives the logits `[C, V]` at a slice of the N positions `[rows, columns]` of a batch `[B, L]`, without
-        gradient; `chunked` if it will be asked for a few at a time."""
+    def check(self, prompt_template: str | None, divergence: str, temperature: float) -> None:
+        """Raises ValueError where training asks for what this teacher cannot give; called once, before training."""
+
+    def scores(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        vocabulary: SharedVocabulary,
+        chunked: bool,
+    ) -> TeacherScores:
+        """The distributions at the N positions `[rows, columns]` of a batch `[B, L]`, over the shared vocabulary;
+        `chunked` if they will be asked for a few at a time."""
+
+
+@dataclass(frozen=True)
+class DenseScores:
+    """`TeacherScores` from logits over the whole vocabulary; `logits_at` gives them for a slice, `[C, V]`."""
+
+    logits_at: Callable[[slice], Tensor]
+    vocabulary: SharedVocabulary
+
+    def divergence(self, student_logits: Tensor, chunk: slice, divergence: Divergence, temperature: float) -> Tensor:
+        restrict = self.vocabulary.restrict
+        return divergence(restrict(student_logits), restrict(self.logits_at(chunk)), temperature)
+
+    def top(self, chunk: slice) -> Tensor:
+        return self.vocabulary.restrict(self.logits_at(chunk)).argmax(dim=-1)
 
 
 class LiveTeacher:
@@ -83,6 +120,26 @@ class LiveTeacher:
         if getattr(self.model, "hf_device_map", None) is None and not getattr(self.model, "is_quantized", False):
             self.model.to(device)
         return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where it takes its inputs."""
+        return self.model.get_input_embeddings().weight.device
+
+    def check(self, prompt_template: str | None, divergence: str, temperature: float) -> None:
+        """A model can be asked for anything."""
+
+    def scores(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        vocabulary: SharedVocabulary,
+        chunked: bool = False,
+    ) -> DenseScores:
+        """See `TeacherSignal`."""
+        return DenseScores(self.logits_at(input_ids, attention_mask, rows, columns, chunked), vocabulary)
 
     @torch.no_grad()
     def logits_at(

@@ -20,6 +20,7 @@ from .alignment import (
     teacher_inputs,
 )
 from .arguments import DistillationTrainingArguments, with_distillation_defaults
+from .cache import CachedTeacher, is_cache
 from .collator import MESSAGES, DistillationCollator, tokenizer_of
 from .heads import catch_head_input
 from .losses import chunked_sum, cross_entropy, select_divergence, token_mean
@@ -49,7 +50,8 @@ class DistillationTrainer(Seq2SeqTrainer):
         args: `DistillationTrainingArguments`.
         data_collator: pads ready rows; text rows are encoded before it sees them. See `DistillationCollator`.
         processing_class: the student's tokenizer; `model.tokenizer` where the model brings one.
-        teacher: a causal language model (it is frozen in place), a folder or a Hub id.
+        teacher: a causal language model (it is frozen in place), a folder or a Hub id; or the folder of a cache
+            that `cache.capture` made of one, and then no teacher is in memory.
         teacher_processing_class: the teacher's tokenizer; by default the one at the teacher's path, and if there is
             none, the student's.
 
@@ -89,7 +91,11 @@ class DistillationTrainer(Seq2SeqTrainer):
             )
         if isinstance(teacher, nn.Module):
             _check_nothing_shared(self.model, teacher)
-        self.teacher = LiveTeacher.load(teacher, args.teacher_dtype).to(args.device)
+        if is_cache(teacher):
+            self.teacher = CachedTeacher(teacher)
+        else:
+            self.teacher = LiveTeacher.load(teacher, args.teacher_dtype).to(args.device)
+        self.teacher.check(args.prompt_template, args.divergence, args.distill_temperature)
         if teacher_processing_class is None:
             teacher_processing_class = _teacher_tokenizer(teacher)
         if teacher_processing_class is None:
@@ -204,11 +210,12 @@ class DistillationTrainer(Seq2SeqTrainer):
             ids = inputs["teacher_input_ids"]
             self._vocabulary.check(labels_N, ids)
             with without_autocast:
-                teacher = self.teacher.logits_at(
+                teacher = self.teacher.scores(
                     ids,
                     inputs["teacher_attention_mask"],
                     rows,
                     teacher_columns(inputs["teacher_labels_start"], rows, columns),
+                    self._vocabulary,
                     chunked=len(rows) > self.args.loss_chunk_size,
                 )
 
@@ -217,13 +224,11 @@ class DistillationTrainer(Seq2SeqTrainer):
                 terms = {"ce_loss": cross_entropy(student_CV, labels_N[chunk], smoothing)}
                 if teacher is None:
                     return terms
-                student_CV, teacher_CV = (
-                    self._vocabulary.restrict(student_CV),
-                    self._vocabulary.restrict(teacher(chunk)),
-                )
-                terms["distill_loss"] = self._divergence(student_CV, teacher_CV, temperature) * temperature**2
+                of_teacher = teacher.divergence(student_CV, chunk, self._divergence, temperature)
+                terms["distill_loss"] = of_teacher * temperature**2
                 if evaluating:
-                    terms["teacher_agreement"] = (student_CV.argmax(-1) == teacher_CV.argmax(-1)).float()
+                    first = self._vocabulary.restrict(student_CV).argmax(dim=-1)
+                    terms["teacher_agreement"] = (first == teacher.top(chunk)).float()
             return terms
 
         return score

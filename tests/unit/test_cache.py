@@ -1,0 +1,433 @@
+"""Cached teachers: against the live one, against explicit distributions, and after everything that can go wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet
+import pytest
+import torch
+from distillation_toys import arguments, make_t5, make_teacher, ragged_rows, write_teacher
+from torch.distributions import Categorical, kl_divergence
+from transformers import AutoTokenizer
+
+from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
+from hf_encdec_distill.distillation.cache import CachedTeacher, capture, sampled_forward_kl, top_k_divergence
+from hf_encdec_distill.distillation.losses import DIVERGENCES, forward_kl, select_divergence
+from hf_encdec_distill.distillation.teachers import LiveTeacher
+
+
+ROWS = ragged_rows(13)
+TARGETS = sum(len(row["labels"]) for row in ROWS)
+
+
+@pytest.fixture
+def tokenizer(make_bpe_tokenizer):
+    return make_bpe_tokenizer(pad_token="<|endoftext|>")
+
+
+@pytest.fixture(autouse=True)
+def _own_datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+def make_cache(folder, tokenizer, rows=ROWS, teacher=None, **options):
+    teacher = LiveTeacher(teacher or make_teacher())
+    return capture(teacher, rows, folder, tokenizer, batch_size=4, progress=False, **options)
+
+
+def logits_pair(rows=6, vocabulary=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64) * 2 for _ in range(2))
+    return student, teacher
+
+
+# The losses ----------------------------------------------------------------------------------------------------------
+
+
+def top_k(teacher, k, temperature=1.0):
+    log_probs = torch.log_softmax(teacher / temperature, -1)
+    values, ids = log_probs.topk(k, -1)
+    return ids, values, torch.log1p(-values.exp().sum(-1))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_top_k_is_the_divergence_of_the_merged_events(name, temperature):
+    student, teacher = logits_pair()
+    ids, log_probs, tail = top_k(teacher, 4, temperature)
+    divergence = select_divergence(name, 0.3, 0.2)
+    ours = top_k_divergence(student, ids, log_probs, tail, divergence, temperature)
+
+    def merged(logits):
+        probs = torch.softmax(logits / temperature, -1)
+        kept = probs.gather(-1, ids)
+        return torch.cat((kept, 1 - kept.sum(-1, keepdim=True)), -1).log()
+
+    torch.testing.assert_close(ours, divergence(merged(student), merged(teacher)))
+    assert (ours <= divergence(student, teacher, temperature)).all()  # data processing inequality
+    same = top_k_divergence(teacher, ids, log_probs, tail, divergence, temperature)
+    torch.testing.assert_close(same, torch.zeros(6, dtype=torch.float64), atol=1e-12, rtol=0)
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda logits: top_k_divergence(logits, ids, log_probs, tail, divergence, temperature), student
+    )
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_top_k_of_all_tokens_is_dense(name):
+    student, teacher = logits_pair()
+    student.requires_grad_()
+    ids, log_probs, _ = top_k(teacher, 9)
+    ours = top_k_divergence(student, ids, log_probs, torch.full((6,), -torch.inf), select_divergence(name))
+    dense = select_divergence(name)(student, teacher)
+    torch.testing.assert_close(ours, dense)
+    for gradient in torch.autograd.grad(ours.sum() - dense.sum(), student):
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
+
+
+def test_without_its_tail_a_student_could_put_mass_elsewhere():
+    """All of the student's mass on a token that the teacher's top 2 does not name: the tail says what that costs."""
+    teacher = torch.tensor([[0.5, 0.3, 0.1, 0.1]]).log()
+    student = torch.tensor([[0.05, 0.03, 0.9, 0.02]]).log()
+    ours = top_k_divergence(student, *top_k(teacher, 2))
+    by_hand = kl_divergence(Categorical(torch.tensor([0.5, 0.3, 0.2])), Categorical(torch.tensor([0.05, 0.03, 0.92])))
+    torch.testing.assert_close(ours, by_hand[None])
+
+
+def test_ids_that_the_student_lacks_are_taken_out_of_top_k():
+    student, teacher = logits_pair(vocabulary=9)
+    ids, log_probs, tail = top_k(teacher, 4)
+    student[:, 5] = -torch.inf  # an id that only one side has
+    ours = top_k_divergence(student[:, :7], ids, log_probs, tail)  # and the student ends at 7
+
+    def merged(logits):
+        probs = logits.exp()
+        probs[:, 5], probs[:, 7:] = 0, 0
+        kept = torch.where(ids < 7, probs.gather(-1, ids), 0.0)
+        return kept, probs
+
+    kept, probs = merged(torch.log_softmax(student, -1))
+    student_events = torch.cat((kept, (probs.sum(-1) - kept.sum(-1))[:, None]), -1)
+    of_teacher = torch.where((ids < 7) & (ids != 5), log_probs.exp(), 0.0)
+    teacher_events = torch.cat((of_teacher, tail.exp()[:, None]), -1)
+    torch.testing.assert_close(ours, kl_divergence(Categorical(teacher_events), Categorical(student_events)))
+
+
+def test_samples_are_unbiased():
+    """The expectation over what is drawn, taken exactly: value and gradient are those of the dense KL."""
+    student, teacher = logits_pair()
+    student.requires_grad_()
+    log_p = torch.log_softmax(teacher / 1.7, -1)
+    one = torch.ones(6, 1, dtype=torch.float64)
+    expected = 0.0
+    for token in range(9):
+        ids = torch.full((6, 1), token)
+        expected = expected + log_p[:, token].exp() * sampled_forward_kl(student, ids, log_p[:, [token]], one, 1.7)
+    dense = forward_kl(student, teacher, 1.7)
+    torch.testing.assert_close(expected, dense)
+    torch.testing.assert_close(*(torch.autograd.grad(v.sum(), student)[0] for v in (expected, dense)))
+
+
+# Training from a cache -----------------------------------------------------------------------------------------------
+
+
+def train(folder, teacher, tokenizer, rows=ROWS, student=None, **changed):
+    settings = {"optim": "sgd", "learning_rate": 0.1, "num_train_epochs": 1, "per_device_train_batch_size": 4}
+    trainer = DistillationTrainer(
+        student or make_t5(),
+        arguments(folder, **{**settings, **changed}),
+        teacher=teacher,
+        train_dataset=rows,
+        eval_dataset=rows[:6],
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "kind, width, divergence, tolerance",
+    [("top_k", 280, "generalized_jsd", 1e-5), ("dense", 1, "reverse_kl", 2e-3), ("top_k", 279, "skew_kl", 1e-5)],
+)
+@pytest.mark.parametrize("chunk_size", [1000, 3])
+def test_all_of_the_distribution_trains_as_the_live_teacher(
+    tmp_path, tokenizer, kind, width, divergence, tolerance, chunk_size
+):
+    assert make_cache(tmp_path / "cache", tokenizer, kind=kind, width=width) == len(ROWS)
+    settings = {"divergence": divergence, "loss_chunk_size": chunk_size}
+    live = train(tmp_path / "live", make_teacher(), tokenizer, **settings)
+    cached = train(tmp_path / "cached", tmp_path / "cache", tokenizer, **settings)
+    assert isinstance(cached.teacher, CachedTeacher)
+    for (name, ours), theirs in zip(cached.model.named_parameters(), live.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, msg=name)
+    ours, theirs = cached.evaluate(), live.evaluate()
+    for name in ("eval_loss", "eval_ce_loss", "eval_distill_loss", "eval_teacher_agreement"):
+        assert ours[name] == pytest.approx(theirs[name], rel=2 * tolerance)
+
+
+@pytest.mark.parametrize("kind", ["top_k", "sampled"])
+def test_part_of_the_distribution_gives_the_loss_by_hand(tmp_path, tokenizer, kind):
+    make_cache(tmp_path / "cache", tokenizer, kind=kind, width=5, temperature=2.0)
+    args = arguments(tmp_path, distill_weight=1.0, distill_temperature=2.0)
+    trainer = DistillationTrainer(
+        make_t5(), args, teacher=tmp_path / "cache", processing_class=tokenizer, train_dataset=ROWS
+    )
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(ROWS[3:7]))
+    expected = []
+    student, teacher, record = make_t5(), make_teacher(), CachedTeacher(tmp_path / "cache")
+    for row in ROWS[3:7]:
+        source, target = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        with torch.no_grad():
+            sequence = torch.cat((source, target), 1)
+            log_p = torch.log_softmax(teacher(sequence).logits[0, source.shape[1] - 1 : -1] / 2, -1)
+            log_q = torch.log_softmax(student(input_ids=source, labels=target).logits[0] / 2, -1)
+        if kind == "top_k":
+            ids = log_p.topk(5).indices
+            p, q = (
+                torch.cat((x.gather(1, ids), (1 - x.gather(1, ids).sum(1))[:, None]), 1)
+                for x in (log_p.exp(), log_q.exp())
+            )
+            expected.append((p * (p / q).log()).sum(1))
+        else:
+            columns = torch.arange(source.shape[1] - 1, sequence.shape[1] - 1)
+            scores = record.scores(
+                sequence, torch.ones_like(sequence), torch.zeros_like(columns), columns, trainer._vocabulary
+            )
+            assert scores.ids.shape == (len(columns), 5)
+            torch.testing.assert_close(scores.log_probs, log_p.gather(1, scores.ids), rtol=1e-5, atol=1e-5)
+            expected.append((log_p.gather(1, scores.ids) - log_q.gather(1, scores.ids)).mean(1))
+    torch.testing.assert_close(loss, 4 * torch.cat(expected).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_samples_are_drawn_from_the_teacher(tmp_path, tokenizer):
+    """4,000 draws at one position against its probabilities, within five standard deviations; and the same draws in
+    whatever order rows are captured."""
+    row = ROWS[0]
+    make_cache(tmp_path / "one", tokenizer, rows=[row], kind="sampled", width=4000)
+    make_cache(tmp_path / "two", tokenizer, rows=[ROWS[1], row], kind="sampled", width=4000)
+    sequence = torch.tensor([row["input_ids"] + row["labels"]])
+    columns = torch.arange(len(row["input_ids"]) - 1, sequence.shape[1] - 1)
+    where = (sequence, torch.ones_like(sequence), torch.zeros_like(columns), columns, None)
+    one, two = (CachedTeacher(tmp_path / name).scores(*where) for name in ("one", "two"))
+    assert torch.equal(one.ids, two.ids)
+    probs = torch.softmax(make_teacher()(sequence).logits[0, columns[0]].detach(), -1)
+    counts = torch.bincount(one.ids[0], minlength=280)
+    spread = (4000 * probs * (1 - probs)).sqrt() + 1
+    assert ((counts - 4000 * probs).abs() <= 5 * spread).all()
+
+
+def test_rows_may_be_shuffled_left_out_and_padded_on_either_side(tmp_path, make_bpe_tokenizer):
+    right = make_bpe_tokenizer(pad_token="<|endoftext|>")
+    make_cache(tmp_path / "cache", right, width=280)
+    left = make_bpe_tokenizer(pad_token="<|endoftext|>")
+    left.padding_side = "left"
+    rows = [ROWS[index] for index in (7, 2, 11)]
+    for tokenizer in (right, left):
+        losses = []
+        for teacher in (tmp_path / "cache", make_teacher()):
+            trainer = DistillationTrainer(
+                make_t5(), arguments(tmp_path), teacher=teacher, processing_class=tokenizer, train_dataset=rows
+            )
+            losses.append(trainer.compute_loss(trainer.model, trainer.data_collator(rows)))
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
+def test_text_rows_of_a_merged_student(tmp_path, make_bpe_tokenizer):
+    template = "{source}\n# In short:"
+    teacher = write_teacher(tmp_path / "teacher", make_bpe_tokenizer(chat_template=None))
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(
+        teacher, encoder_num_hidden_layers=3, decoder_num_hidden_layers=2, prompt_template=template
+    )
+    live = LiveTeacher.load(teacher)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    rows = [{"source": f"def f{i}(): return {i}", "target": f"Return {i}."} for i in range(9)]
+    capture(live, rows, tmp_path / "cache", tokenizer, width=len(tokenizer), progress=False, prompt_template=template)
+    losses = []
+    for source in (str(tmp_path / "cache"), str(teacher)):
+        trainer = DistillationTrainer(
+            student, arguments(tmp_path, prompt_template=template), teacher=source, train_dataset=rows
+        )
+        losses.append(trainer.compute_loss(trainer.model, trainer.data_collator(rows)))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="prompt_template=None.*In short"):
+        DistillationTrainer(student, arguments(tmp_path), teacher=str(tmp_path / "cache"), train_dataset=rows)
+
+
+# What goes wrong -----------------------------------------------------------------------------------------------------
+
+
+def test_a_capture_goes_on_where_it_was_stopped(tmp_path, tokenizer, monkeypatch):
+    asked = []
+    logits_at = LiveTeacher.logits_at
+
+    def spy(self, ids, mask, rows, columns, chunked=False):
+        asked.append(len(rows))
+        return logits_at(self, ids, mask, rows, columns, chunked)
+
+    monkeypatch.setattr(LiveTeacher, "logits_at", spy)
+    assert make_cache(tmp_path / "cache", tokenizer, rows=ROWS[:8], rows_per_shard=3) == 8
+    (tmp_path / "cache" / "partial-000").write_bytes(b"torn")
+    asked.clear()
+    assert make_cache(tmp_path / "cache", tokenizer, rows=ROWS, rows_per_shard=3) == 5
+    assert sum(asked) == sum(len(row["labels"]) for row in ROWS[8:])
+    assert not list((tmp_path / "cache").glob("partial-*"))
+    assert len(CachedTeacher(tmp_path / "cache")) == len(ROWS)
+    assert make_cache(tmp_path / "cache", tokenizer) == 0
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_a_damaged_shard_is_found_and_captured_again(tmp_path, tokenizer, damage):
+    make_cache(tmp_path / "cache", tokenizer, rows_per_shard=4)
+    shard = sorted((tmp_path / "cache").glob("shard-*"))[1]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content if damage == "flipped" else content[:-1])
+    for use in (lambda: CachedTeacher(tmp_path / "cache"), lambda: make_cache(tmp_path / "cache", tokenizer)):
+        with pytest.raises(ValueError, match=f"{shard.name} is not what was written.*delete it"):
+            use()
+    shard.unlink()
+    assert make_cache(tmp_path / "cache", tokenizer) == 4
+    assert len(CachedTeacher(tmp_path / "cache")) == len(ROWS)
+
+
+def test_another_teacher_tokenizer_template_or_kind_is_refused(tmp_path, tokenizer, make_bpe_tokenizer):
+    make_cache(tmp_path / "cache", tokenizer)
+    before = sorted((tmp_path / "cache").iterdir())
+    other = make_bpe_tokenizer(pad_token="<|endoftext|>")
+    other.add_tokens("more")
+    for name, changed in {
+        "teacher_weights": {"teacher": make_teacher(seed=5)},
+        "kind": {"kind": "dense"},
+        "width": {"width": 7},
+        "temperature": {"temperature": 2.0},
+        "prompt_template": {"prompt_template": "{source}!"},
+    }.items():
+        with pytest.raises(ValueError, match=f"captured with {name}="):
+            make_cache(tmp_path / "cache", tokenizer, **changed)
+    with pytest.raises(ValueError, match="captured with tokenizer="):
+        make_cache(tmp_path / "cache", other)
+    assert sorted((tmp_path / "cache").iterdir()) == before
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    with pytest.raises(ValueError, match="not empty and no cache"):
+        make_cache(tmp_path / "used", tokenizer)
+
+
+def test_what_a_cache_cannot_give_is_said_before_training(tmp_path, tokenizer):
+    make_cache(tmp_path / "sampled", tokenizer, kind="sampled")
+    make_cache(tmp_path / "cool", tokenizer, temperature=0.5)
+
+    def trainer(name, **changed):
+        return DistillationTrainer(
+            make_t5(),
+            arguments(tmp_path, **changed),
+            teacher=tmp_path / name,
+            processing_class=tokenizer,
+            train_dataset=ROWS,
+        )
+
+    with pytest.raises(ValueError, match="divergence='reverse_kl'.*samples"):
+        trainer("sampled", divergence="reverse_kl")
+    with pytest.raises(ValueError, match=r"distill_temperature=1.0.*at 0.5"):
+        trainer("cool")
+    strangers = ragged_rows(3, seed=9)
+    with pytest.raises(ValueError, match=r"2 of 3 rows of the batch are not in the cache.*capture this data set"):
+        trainer("sampled").compute_loss(make_t5(), trainer("sampled").data_collator([ROWS[0], *strangers[1:]]))
+
+
+def test_rows_without_target_are_left_out_and_bad_input_is_named(tmp_path, tokenizer):
+    masked = {**ROWS[0], "labels": [-100] * len(ROWS[0]["labels"])}
+    assert make_cache(tmp_path / "cache", tokenizer, rows=[masked, *ROWS[1:3]]) == 2
+    with pytest.raises(ValueError, match="no rows"):
+        make_cache(tmp_path / "none", tokenizer, rows=[])
+    with pytest.raises(ValueError, match="kind='top'"):
+        make_cache(tmp_path / "none", tokenizer, kind="top")
+    with pytest.raises(ValueError, match="width=0"):
+        make_cache(tmp_path / "none", tokenizer, width=0)
+    broken = make_teacher()
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[ROWS[5]["input_ids"][0]] = torch.nan
+    with pytest.raises(ValueError, match=r"logits for row \d+ are not finite"):
+        make_cache(tmp_path / "nan", tokenizer, teacher=broken)
+    assert not list((tmp_path / "nan").glob("partial-*"))
+
+
+def test_a_full_disk_loses_no_shard(tmp_path, tokenizer, monkeypatch):
+    write, calls = pyarrow.parquet.write_table, []
+
+    def fails_late(table, stream):
+        calls.append(1)
+        if len(calls) == 3:
+            stream.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        return write(table, stream)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pyarrow.parquet, "write_table", fails_late)
+        with pytest.raises(OSError, match="No space left"):
+            make_cache(tmp_path / "cache", tokenizer, rows_per_shard=4)
+    assert len(CachedTeacher(tmp_path / "cache")) == 8
+    assert not list((tmp_path / "cache").glob("partial-*"))
+    assert make_cache(tmp_path / "cache", tokenizer) == len(ROWS) - 8
+
+
+CAPTURE = """
+import sys
+from hf_encdec_distill.distillation.cache import capture
+from hf_encdec_distill.distillation.teachers import LiveTeacher
+from distillation_toys import make_teacher, ragged_rows
+folder, rows = sys.argv[1], ragged_rows(int(sys.argv[2]))
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[3])
+capture(LiveTeacher(make_teacher()), rows, folder, tokenizer, batch_size=2, rows_per_shard=2, progress=False)
+"""
+
+
+@pytest.fixture
+def command(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "capture.py").write_text(CAPTURE)
+    here = Path(__file__)
+    paths = [str(here.parents[1]), str(Path(sys.modules["hf_encdec_distill"].__file__).parents[1])]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "HF_DATASETS_CACHE": str(tmp_path / "theirs"),
+    }
+    return environment, [str(tmp_path / "capture.py"), str(tmp_path / "cache")], str(tmp_path / "tokenizer")
+
+
+def test_killed_at_any_moment_it_goes_on(tmp_path, tokenizer, command):
+    environment, words, where = command
+    rows, cache = 400, tmp_path / "cache"
+    process = subprocess.Popen([sys.executable, *words, str(rows), where], env=environment)
+    deadline = time.monotonic() + 120
+    while len(list(cache.glob("shard-*"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    held = len(CachedTeacher(cache))
+    assert 6 <= held < rows and held % 2 == 0
+    assert json.loads((cache / "manifest.json").read_text())["kind"] == "top_k"
+    teacher = LiveTeacher(make_teacher())
+    assert capture(teacher, ragged_rows(rows), cache, tokenizer, progress=False) == rows - held
+    assert len(CachedTeacher(cache)) == rows
+
+
+def test_two_processes_share_the_work(tmp_path, command):
+    environment, words, where = command
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, *words, "13", where], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    shards = [shard.name.split("-")[1] for shard in (tmp_path / "cache").glob("shard-*")]
+    assert shards.count("000") == 4 and shards.count("001") == 3
+    assert len(CachedTeacher(tmp_path / "cache")) == 13
