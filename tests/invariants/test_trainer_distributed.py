@@ -15,6 +15,7 @@ from distillation_toys import arguments, make_t5, make_teacher, ragged_rows, tok
 from torch.utils.data import SequentialSampler
 
 from hf_encdec_distill import DistillationTrainer
+from hf_encdec_distill.distillation.rollouts import draw
 
 
 ROWS = ragged_rows(8)
@@ -41,7 +42,7 @@ def collate(rows):
 def run(folder: Path) -> None:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     results = {}
-    for name, accumulation in (("accumulated", 2), ("plain", 1)):
+    for name, accumulation, on_policy in (("accumulated", 2, 0.0), ("plain", 1, 0.0), ("own", 1, 0.5)):
         trainer = InOrder(
             make_t5(),
             arguments(
@@ -59,6 +60,10 @@ def run(folder: Path) -> None:
                 distill_weight=0.7,
                 distill_temperature=2.0,
                 loss_chunk_size=3 if accumulation == 2 else 1000,
+                on_policy_fraction=on_policy,
+                sampling_temperature=0.0,
+                max_target_length=6,
+                seed=2,
                 ddp_backend="gloo" if processes > 1 else None,
             ),
             teacher=make_teacher(),
@@ -73,7 +78,7 @@ def run(folder: Path) -> None:
         assert trainer.accelerator.num_processes == processes
         assert all(p.device.type == "cpu" for p in trainer.teacher.model.parameters())
         assert not isinstance(trainer.teacher.model, torch.nn.parallel.DistributedDataParallel)
-        kept = ("loss", "ce_loss", "distill_loss")
+        kept = ("loss", "distill_loss") if on_policy else ("loss", "ce_loss", "distill_loss")
         metrics = untrained.evaluate()
         results[name] = {
             "logs": [{k: log[k] for k in kept} for log in trainer.state.log_history if "loss" in log],
@@ -115,6 +120,20 @@ def test_weights_and_logs_of_two_processes(runs, name):
     assert len(one[name]["logs"]) == 2
     for single, double in zip(one[name]["logs"], two[name]["logs"], strict=True):
         assert double == pytest.approx(single, rel=1e-4, abs=1e-4)  # 4.57 rounds its loss to four digits
+
+
+def test_steps_on_own_targets_of_two_processes(runs):
+    """Both kinds of step in two: the coin falls the same way on each process, and greedy answers are the same."""
+    folder, one, two = runs
+    assert [draw(2, step, 0) < 0.5 for step in range(2)] == [True, False]
+    single, double, plain = (
+        torch.load(folder / name, weights_only=True) for name in ("own-1.pt", "own-2.pt", "plain-1.pt")
+    )
+    for key, value in single.items():
+        torch.testing.assert_close(double[key], value, rtol=1e-4, atol=1e-6, msg=key)
+    assert any(not torch.allclose(plain[key], value, rtol=1e-3) for key, value in single.items())
+    for alone, together in zip(one["own"]["logs"], two["own"]["logs"], strict=True):
+        assert together == pytest.approx(alone, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["plain", "accumulated"])

@@ -129,6 +129,10 @@ class SharedVocabulary:
             )
         return cls(size=size, teacher_size=teacher_size, one_sided=one_sided)
 
+    def missing_below(self, size: int) -> list[int]:
+        """The ids below `size` that are not shared."""
+        return [*self.one_sided, *range(self.size, size)]
+
     def restrict(self, logits: Tensor) -> Tensor:
         """`[..., V]` of either side -> `[..., size]`, with -inf at the ids that only one side has."""
         logits = logits[..., : self.size]

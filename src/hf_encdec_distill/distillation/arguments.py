@@ -57,6 +57,26 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             "(student); from 0 to below 1."
         },
     )
+    on_policy_fraction: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of steps, 0 to 1, whose targets the student writes itself; the teacher scores them and the "
+            "loss of such a step is distill_weight * distill_temperature**2 * divergence alone."
+        },
+    )
+    on_policy_warmup_steps: int = field(
+        default=0, metadata={"help": "Steps in which that share rises from 0, on a straight line."}
+    )
+    sampling_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature at which the student writes its own targets; 0 is greedy."}
+    )
+    replay_buffer_size: int = field(
+        default=0, metadata={"help": "Batches of the student's own targets that are kept, on each process."}
+    )
+    replay_fraction: float = field(
+        default=0.0,
+        metadata={"help": "Share of the on-policy steps, 0 to 1, that take their batches from the replay buffer."},
+    )
     vocab_policy: str = field(
         default="mask_padding",
         metadata={
@@ -119,6 +139,20 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             0 < self.distill_temperature < float("inf"),
             "a finite number above 0",
         )
+        for name in ("on_policy_fraction", "replay_fraction"):
+            _within(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        for name in ("on_policy_warmup_steps", "replay_buffer_size", "sampling_temperature"):
+            _within(name, getattr(self, name), 0 <= getattr(self, name) < float("inf"), "a finite number, at least 0")
+        if self.on_policy_fraction > 0 and self.distill_weight == 0:
+            raise ValueError(
+                f"on_policy_fraction={self.on_policy_fraction} with distill_weight=0: the student's own targets teach "
+                "nothing without the teacher. Raise distill_weight."
+            )
+        if self.replay_fraction > 0 and not (self.replay_buffer_size and self.on_policy_fraction):
+            raise ValueError(
+                f"replay_fraction={self.replay_fraction} needs replay_buffer_size and on_policy_fraction above 0, got "
+                f"{self.replay_buffer_size} and {self.on_policy_fraction}."
+            )
         _within(
             "jsd_beta",
             self.jsd_beta,

@@ -1,6 +1,7 @@
 """`DistillationTrainer`: a `Seq2SeqTrainer` whose loss also follows a teacher."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from .cache import CachedTeacher, is_cache
 from .collator import MESSAGES, DistillationCollator, tokenizer_of
 from .heads import catch_head_input
 from .losses import chunked_sum, cross_entropy, select_divergence, token_mean
+from .rollouts import ReplayBuffer, draw, on_policy_fraction_at, roll_out
 from .teachers import LiveTeacher, vocab_size
 
 
@@ -37,10 +39,13 @@ class DistillationTrainer(Seq2SeqTrainer):
     Both are sums over target tokens (labels that are not -100) divided by the number of target tokens of the whole
     accumulated, distributed batch, so that the loss does not depend on how a batch is cut up.
 
-    Logs `loss`, `ce_loss` and `distill_loss` (with its T**2: `loss` is their weighted sum) in training, and in
-    evaluation also `eval_teacher_agreement`, the share of target tokens where student and teacher put the same id
-    first. All evaluation numbers are means over the target tokens of the whole set, whatever the batch size or the
-    number of processes.
+    Of a share of steps, `on_policy_fraction`, the student writes the targets itself (`rollouts`); their loss is the
+    divergence's part alone.
+
+    Logs `loss`, `ce_loss` and `distill_loss` (with its T**2: `loss` is their weighted sum, and `ce_loss` a mean over
+    the steps that are not on-policy) in training, and in evaluation also `eval_teacher_agreement`, the share of target
+    tokens where student and teacher put the same id first. All evaluation numbers are means over the target tokens of
+    the whole set, whatever the batch size or the number of processes.
 
     Takes what `Seq2SeqTrainer` takes, in the same order, so that a script only swaps the class and names a teacher.
     Plain `Seq2SeqTrainingArguments` are given the distillation fields at their defaults.
@@ -131,8 +136,12 @@ class DistillationTrainer(Seq2SeqTrainer):
         # Smoothing is part of our cross-entropy; the base class would put its own loss in place of ours.
         self.label_smoother = None
         self._student_head_is_last: bool | None = None  # not known yet
+        if args.on_policy_fraction > 0:
+            self._check_on_policy()
+        self._replay = ReplayBuffer(args.replay_buffer_size)
+        self._on_own_targets = False
         self._train_sums: dict[str, Tensor] = {}
-        self._train_steps = 0
+        self._train_steps: Counter[str] = Counter()
         self._eval_sums: dict[str, Tensor] | None = None
 
     # --- the loss ---
@@ -280,7 +289,8 @@ class DistillationTrainer(Seq2SeqTrainer):
     def _term_weights(self) -> dict[str, float]:
         """The terms that `_score` gives, in their order, and what each counts in the loss."""
         weight, evaluating = self.args.distill_weight, self._eval_sums is not None
-        weights = {"ce_loss": 1 - weight}
+        # Its own targets are no answers that the student should be more certain of.
+        weights = {"ce_loss": 0.0 if self._on_own_targets and not evaluating else 1 - weight}
         if weight > 0 or evaluating:
             weights["distill_loss"] = weight
         if evaluating:
@@ -302,23 +312,81 @@ class DistillationTrainer(Seq2SeqTrainer):
             return 1
         return self.accelerator.num_processes // self.get_tp_size()
 
+    # --- on-policy steps ---
+
+    def _check_on_policy(self) -> None:
+        if isinstance(self.teacher, CachedTeacher):
+            raise ValueError(
+                f"on_policy_fraction={self.args.on_policy_fraction} with the cache {self.teacher.folder}: nobody can "
+                "have recorded what the student is going to write. Give a live teacher."
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"on_policy_fraction={self.args.on_policy_fraction} needs the whole student on each process to "
+                "generate with: use DistributedDataParallel instead of FSDP or DeepSpeed."
+            )
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """As the base class; for an on-policy step the student's own targets, counted as those of any step."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        seed, step, args = self.args.seed, self.state.global_step, self.args
+        share = on_policy_fraction_at(step, args.on_policy_fraction, args.on_policy_warmup_steps)
+        self._on_own_targets = bool(batches) and draw(seed, step, 0) < share
+        if not self._on_own_targets:
+            return batches, count
+        if len(self._replay) and draw(seed, step, 1) < args.replay_fraction:
+            batches = [self._replay.pick(draw(seed, step, 2 + i), device) for i in range(len(batches))]
+        else:
+            batches = [self._roll_out(batch, step, i) for i, batch in enumerate(batches)]
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _roll_out(self, batch: Mapping[str, Any], step: int, number: int) -> dict[str, Any]:
+        batch = self._prepare_inputs(batch)
+        # Each process and each batch of a step draws tokens of its own.
+        process = self.accelerator.process_index
+        rolled = roll_out(
+            self.accelerator.unwrap_model(self.model),
+            batch,
+            max_new_tokens=self.args.max_target_length or batch["labels"].shape[1],
+            temperature=self.args.sampling_temperature,
+            forbidden=self._vocabulary.missing_below(vocab_size(self.model.config)),
+            seed=int(draw(self.args.seed, step, 1000 + 1000 * process + number) * (1 << 62)),
+        )
+        self._replay.add(rolled)
+        return rolled
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self._replay.save(output_dir, self.accelerator.process_index)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._replay.load(checkpoint, self.accelerator.process_index)
+
     # --- training log ---
 
     def train(self, *args, **kwargs):
-        self._train_sums, self._train_steps = {}, 0
-        return super().train(*args, **kwargs)
+        self._train_sums, self._train_steps = {}, Counter()
+        self._replay = ReplayBuffer(self.args.replay_buffer_size)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._on_own_targets = False
 
     def _record_training(self, means: Mapping[str, Tensor]) -> None:
         for name, value in means.items():
+            if name == "ce_loss" and self._on_own_targets:
+                continue
             self._train_sums[name] = self._train_sums.get(name, 0) + value.detach()
-        self._train_steps += int(self.accelerator.sync_gradients)
+            self._train_steps[name] += int(self.accelerator.sync_gradients)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the terms of the loss, averaged over the same steps and processes, where the base class logs `loss`."""
         if "loss" in logs and self._train_steps:
             for name, total in self._train_sums.items():
-                logs[name] = self.accelerator.gather(total.reshape(1)).mean().item() / self._train_steps
-            self._train_sums, self._train_steps = {}, 0
+                logs[name] = self.accelerator.gather(total.reshape(1)).mean().item() / self._train_steps[name]
+            self._train_sums, self._train_steps = {}, Counter()
         super().log(logs, start_time)
 
     # --- evaluation ---
@@ -329,13 +397,13 @@ class DistillationTrainer(Seq2SeqTrainer):
         try:
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
             sums = {name: total.item() for name, total in self._eval_sums.items()}
+            if sums:
+                tokens = max(sums.pop("tokens"), 1)
+                means = {name: total / tokens for name, total in sums.items()}
+                means["loss"] = self._combine(means)
+                output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         finally:
             self._eval_sums = None
-        if sums:
-            tokens = max(sums.pop("tokens"), 1)
-            means = {name: total / tokens for name, total in sums.items()}
-            means["loss"] = self._combine(means)
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     def prediction_step(
