@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from distillation_toys import EOS, arguments, make_t5, make_teacher, ragged_rows, token_terms
+from distillation_toys import EOS, arguments, make_t5, make_teacher, ragged_rows, token_terms, write_teacher
 from torch.utils.data import SequentialSampler
 
-from hf_encdec_distill import DistillationTrainer
+from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
 from hf_encdec_distill.distillation.cache import capture
 from hf_encdec_distill.distillation.rollouts import draw, on_policy_fraction_at, roll_out
 from hf_encdec_distill.distillation.teachers import LiveTeacher
@@ -145,6 +145,27 @@ def test_a_step_on_own_targets_by_hand(tmp_path, tokenizer, batch_size, accumula
     ce, kl, _ = token_terms(reference, teacher, ROWS, temperature=2.0)
     expected = (0.3 * ce + 0.7 * 4 * kl).mean().item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)  # of the given targets, whole
+
+
+def test_a_merged_student_of_full_depth_agrees_with_its_teacher_on_what_it_writes(tmp_path, make_bpe_tokenizer):
+    """It is its teacher: any column or prompt out of place on either side would show."""
+    template = "{source}\n# In short:"
+    teacher = write_teacher(tmp_path / "teacher", make_bpe_tokenizer(chat_template=None))
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(teacher, prompt_template=template)
+    rows = [{"source": f"def f{'g' * i}(): return {i}", "target": f"Return {i}."} for i in range(6)]
+    args = arguments(
+        tmp_path,
+        prompt_template=template,
+        learning_rate=0.0,
+        max_steps=3,
+        on_policy_fraction=1.0,
+        sampling_temperature=2.0,
+        max_target_length=9,
+    )
+    trainer = DistillationTrainer(student, args, teacher=str(teacher), train_dataset=rows)
+    trainer.train()
+    losses = [log["distill_loss"] for log in trainer.state.log_history if "distill_loss" in log]
+    assert len(losses) == 3 and max(losses) < 1e-5
 
 
 def test_the_coin_is_the_same_for_all_and_fair():

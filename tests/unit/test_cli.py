@@ -1,6 +1,7 @@
 """The command line and what the quickstart is made of, held against transformers, torch and numbers done by hand."""
 
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -12,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from distillation_toys import ragged_rows, spread, write_pairs, write_teacher
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_encdec_distill.cli import _display, _evaluation, _training
 from hf_encdec_distill.cli._state import open_run
-from hf_encdec_distill.cli._teacher import _completion_loss
+from hf_encdec_distill.cli._teacher import completion_loss
 from hf_encdec_distill.cli.main import COMMANDS, build_parser, main
+from hf_encdec_distill.distillation import LiveTeacher
 
 
 TEMPLATE = "{source}\n#"
@@ -61,7 +63,16 @@ def student_folder(tmp_path, teacher_folder, data_arguments, capsys):
 
 
 def test_the_commands_are_those_that_work():
-    assert set(COMMANDS) == {"quickstart", "init", "cache", "distill", "evaluate", "convert-mu", "info"}
+    assert set(COMMANDS) == {
+        "quickstart",
+        "init",
+        "teach",
+        "cache",
+        "distill",
+        "evaluate",
+        "convert-mu",
+        "info",
+    }
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
@@ -196,16 +207,27 @@ def test_info_counts_what_the_models_have(student_folder, teacher_folder, capsys
 
 def test_evaluate_agrees_with_the_teachers_own_loss(student_folder, teacher_folder, data_arguments, capsys):
     """A student of full depth is the teacher: the same cross-entropy, and nothing between the two."""
-    options = ["--rows", "6", "--max-target-length", "8", "--prompt-template", TEMPLATE, "--json", *data_arguments]
-    results = []
-    for model in (student_folder, teacher_folder):
-        assert main(["evaluate", str(model), "--teacher", str(teacher_folder), *options]) == 0
-        results.append(json.loads(capsys.readouterr().out))
-    student, teacher = results
+    options = ["--rows", "6", "--max-target-length", "8", "--prompt-template", TEMPLATE, *data_arguments]
+    options += ["--teacher", str(teacher_folder)]
+    names = [str(student_folder), str(teacher_folder)]
+    assert main(["evaluate", *names, *options, "--json", "--output", str(student_folder / "measured")]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert json.loads((student_folder / "measured" / "metrics.json").read_text()) == result
+    assert (student_folder / "measured" / "quality.png").read_bytes().startswith(b"\x89PNG")
+    student, teacher = (result["models"][name] for name in names)
     assert student["n"] == teacher["n"] == 6
     assert teacher["kl"]["value"] == 0.0 and teacher["teacher_agreement"]["value"] == 1.0
     assert student["ce"]["value"] == pytest.approx(teacher["ce"]["value"], abs=0.05)  # bfloat16 where the CPU has it
     assert student["kl"]["value"] < 0.01
+    (difference,) = result["differences"]
+    assert (difference["of"], difference["minus"]) == (names[1], names[0])
+    assert difference["ce"]["value"] == pytest.approx(teacher["ce"]["value"] - student["ce"]["value"])
+    assert main(["evaluate", *names, *options]) == 0
+    shown = capsys.readouterr().out
+    assert f"{names[1]} minus {names[0]}" in shown and "rouge_l" in shown
+    assert main(["evaluate", names[0], *options[:-2]]) == 0  # alone, and without a teacher
+    assert "minus" not in capsys.readouterr().out
+    assert "named twice" in one_line_error(capsys, "evaluate", names[0], names[0], *options)
 
 
 def test_distill_passes_training_arguments_on(student_folder, teacher_folder, data_arguments, tmp_path, capsys):
@@ -229,6 +251,31 @@ def test_distill_passes_training_arguments_on(student_folder, teacher_folder, da
     before, after = (AutoModelForSeq2SeqLM.from_pretrained(folder) for folder in (student_folder, output))
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
     assert "not empty" in one_line_error(capsys, "distill", str(student_folder), *options)
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_teach_trains_on_targets_alone(teacher_folder, data_arguments, tmp_path, capsys, kind):
+    """What it saves loads as a teacher, computes what peft's own adapter does, and knows the targets better."""
+    taught = tmp_path / "taught"
+    options = ["--output", str(taught), "--prompt-template", TEMPLATE, *data_arguments, "--rank", "4"]
+    options += ["--max-steps", "30", "--learning-rate", "2e-2", "--use-cpu", "--report-to", "none", "--logging-steps"]
+    options += ["1", *(["--adapter"] if kind == "adapter" else [])]
+    assert main(["teach", str(teacher_folder), *options]) == 0
+    assert kind in capsys.readouterr().out
+    assert (taught / "adapter_model.safetensors").exists() == (kind == "adapter")
+    before = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32)
+    after = LiveTeacher.load(taught).model
+    tokenizer = AutoTokenizer.from_pretrained(taught)
+    prompt, target = (tokenizer(text)["input_ids"] for text in ("red 3 green\n#", "It is red and green."))
+    ids = torch.tensor([prompt + target])
+    on_target, on_prompt = [-100] * len(prompt) + target, prompt + [-100] * len(target)
+    losses = [
+        [model(ids, labels=torch.tensor([labels])).loss.item() for labels in (on_target, on_prompt)]
+        for model in (before, after)
+    ]
+    assert losses[1][0] < losses[0][0] - 1.0  # the target
+    assert losses[1][1] > losses[0][1] - 0.5 * (losses[0][0] - losses[1][0])  # nobody asked for the prompt
+    assert "not empty" in one_line_error(capsys, "teach", str(teacher_folder), *options)
 
 
 def test_distill_from_a_cache(student_folder, teacher_folder, data_arguments, tmp_path, capsys):
@@ -324,13 +371,13 @@ def toy_rows(count):
     return [{"prompt": row["input_ids"], "inputs": row["input_ids"][:-1], "labels": row["labels"]} for row in rows]
 
 
-def test_the_completion_loss_is_that_of_transformers(teacher_folder):
+def test_thecompletion_loss_is_that_of_transformers(teacher_folder):
     model = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
     rows = toy_rows(5)
     batch = _evaluation.completion_batch(rows, pad_token_id=0)
     labels = batch.pop("labels")
     tokens = sum(len(row["labels"]) for row in rows)
-    ours = _completion_loss(model(**batch), labels, torch.tensor(tokens))
+    ours = completion_loss(model(**batch), labels, torch.tensor(tokens))
     sums = []
     for row in rows:
         ids = torch.tensor([row["prompt"] + row["labels"]])
@@ -379,6 +426,18 @@ def test_answers_are_those_of_the_teacher_on_each_row_alone(teacher_folder, stud
     assert len(set(alone)) > 1
     for model in (teacher, student):
         assert _evaluation.generate(model, tokenizer, rows, 5) == alone
+
+
+def test_the_p_value_is_that_of_all_sign_flips():
+    """Against all 2^n flips, and uniform where there is nothing to find."""
+    differences = np.array([0.4, -0.1, 0.3, 0.5, 0.2, -0.2, 0.6, 0.1, 0.3, -0.05])
+    signs = np.array(list(itertools.product((-1, 1), repeat=10)))
+    exact = (np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12).mean()
+    assert _evaluation.p_value(differences) == pytest.approx(exact, abs=0.012)
+    assert _evaluation.p_value(np.zeros(5)) == 1.0
+    assert _evaluation.p_value(np.full(40, 1.0)) == pytest.approx(1 / 2001)
+    noise = np.random.default_rng(1).normal(size=(200, 30))
+    assert 0.02 <= np.mean([_evaluation.p_value(row) < 0.05 for row in noise]) <= 0.09
 
 
 def test_the_interval_is_that_of_a_ratio_of_sums():

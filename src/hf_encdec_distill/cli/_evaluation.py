@@ -162,3 +162,15 @@ def interval(sums: np.ndarray, weights: np.ndarray, seed: int = 0) -> dict[str, 
     low, high = np.percentile(sums[drawn].sum(axis=1) / weights[drawn].sum(axis=1), [2.5, 97.5])
     # A value outside its own percentile interval happens for constant rows, by rounding.
     return {"value": value, "low": min(float(low), value), "high": max(float(high), value)}
+
+
+def p_value(differences: np.ndarray, seed: int = 0) -> float:
+    """Two-sided p of "the sign of each row's difference is a coin toss", `[rows]`: a paired permutation test.
+
+    Of `_RESAMPLES` random flips the share whose sum is at least as far from 0, the one observed among them (Phipson
+    and Smyth 2010), so never below 1 / (`_RESAMPLES` + 1).
+    """
+    signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(_RESAMPLES, len(differences)))
+    # What rounding makes of equal sums must not count as smaller.
+    as_far = np.abs(signs @ differences) >= abs(differences.sum()) * (1 - 1e-9)
+    return float((as_far.sum() + 1) / (_RESAMPLES + 1))

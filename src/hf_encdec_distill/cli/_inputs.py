@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
 BUILT_IN = "built-in"
+T = TypeVar("T")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +25,30 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--source-column", default="source", metavar="NAME", help="column that the student reads")
     parser.add_argument("--target-column", default="target", metavar="NAME", help="column that it shall write")
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, fields: Mapping[str, str]) -> None:
+    """Options for the training arguments that nearly every run sets; `training_arguments` takes all others too."""
+    group = parser.add_argument_group("training arguments")
+    for name, text in fields.items():
+        option = f"--{name.replace('_', '-')}"
+        group.add_argument(option, default=argparse.SUPPRESS, metavar=name.split("_")[-1].upper(), help=text)
+
+
+def training_arguments(cls: type[T], args: argparse.Namespace, fields: Mapping[str, str], output: Path) -> T:
+    """An instance of `cls`, a class of training arguments, from the options in `fields` and what was left over."""
+    from transformers import HfArgumentParser
+
+    words = ["--output_dir", str(output), *args.extra]
+    for name in fields:
+        if hasattr(args, name):
+            words += [f"--{name}", getattr(args, name)]
+    parser = HfArgumentParser(cls, prog=args.parser.prog)
+    parser.error = args.parser.error  # one line, without the usage of some two hundred options
+    training, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return training
 
 
 def teacher_path(teacher: str) -> str:

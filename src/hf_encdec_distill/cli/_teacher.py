@@ -22,7 +22,7 @@ class _Trainer(InOrder, Trainer):
     pass
 
 
-def _completion_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+def completion_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
     """Cross-entropy at the targets; `outputs.logits` is `[B, T + 1, V]` for labels `[B, T]`: column t predicts t."""
     logits = outputs.logits[:, :-1][labels != IGNORED]
     total = F.cross_entropy(logits.float(), labels[labels != IGNORED], reduction="sum")
@@ -109,7 +109,7 @@ def adapt_teacher(
         args=args,
         train_dataset=rows,
         data_collator=lambda batch: completion_batch(batch, tokenizer.pad_token_id),
-        compute_loss_func=_completion_loss,
+        compute_loss_func=completion_loss,
     )
     best = _BestPass(model, held_out, steps_a_pass)
     trainer.add_callback(best)

@@ -10,7 +10,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ._inputs import BUILT_IN, add_data_arguments, load_splits, prompt_template, teacher_path
+from ._inputs import (
+    BUILT_IN,
+    add_data_arguments,
+    add_training_arguments,
+    load_splits,
+    prompt_template,
+    teacher_path,
+    training_arguments,
+)
 
 
 SUMMARY = "distil a teacher into a student"
@@ -48,14 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder for checkpoints and the student")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     add_data_arguments(parser)
-    group = parser.add_argument_group("training arguments")
-    for name, text in _TRAINING.items():
-        option = f"--{name.replace('_', '-')}"
-        group.add_argument(option, default=argparse.SUPPRESS, metavar=name.split("_")[-1].upper(), help=text)
+    add_training_arguments(parser, _TRAINING)
 
 
 def run(args: argparse.Namespace) -> None:
-    from transformers import AutoModelForSeq2SeqLM, HfArgumentParser
+    from transformers import AutoModelForSeq2SeqLM
     from transformers.trainer_utils import get_last_checkpoint
 
     from ..distillation import DistillationTrainer, DistillationTrainingArguments
@@ -68,15 +73,7 @@ def run(args: argparse.Namespace) -> None:
     if args.resume and checkpoint is None:
         raise ValueError(f"there is no checkpoint in {output} to resume from: leave --resume out to begin")
 
-    words = ["--output_dir", str(output), *args.extra]
-    for name in _TRAINING:
-        if hasattr(args, name):
-            words += [f"--{name}", getattr(args, name)]
-    parser = HfArgumentParser(DistillationTrainingArguments, prog=args.parser.prog)
-    parser.error = args.parser.error  # one line, without the usage of some two hundred options
-    training, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
-    if unknown:
-        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    training = training_arguments(DistillationTrainingArguments, args, _TRAINING, output)
     training.prompt_template = prompt_template(training.prompt_template, args.dataset)
 
     splits = load_splits(args.dataset, args.source_column, args.target_column)

@@ -11,13 +11,14 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import cache, convert_mu, distill, evaluate, info, init, quickstart
+from . import cache, convert_mu, distill, evaluate, info, init, quickstart, teach
 
 
 PROGRAM = "hf-encdec-distill"
 COMMANDS = {
     "quickstart": quickstart,
     "init": init,
+    "teach": teach,
     "cache": cache,
     "distill": distill,
     "evaluate": evaluate,

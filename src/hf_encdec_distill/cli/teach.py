@@ -1,0 +1,112 @@
+"""Adapt a teacher to a task with LoRA, on the targets alone, before a student learns from it.
+
+What comes out is a whole model, or with --adapter the adapter beside the name of its base; either is a TEACHER for
+the other commands. Every field of transformers' TrainingArguments is an option too.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ._inputs import (
+    BUILT_IN,
+    add_data_arguments,
+    add_training_arguments,
+    load_splits,
+    prompt_template,
+    teacher_path,
+    training_arguments,
+)
+from .init import new_folder
+
+
+SUMMARY = "adapt a teacher to a task with LoRA"
+EXAMPLE = (
+    "hf-encdec-distill teach HuggingFaceTB/SmolLM2-135M-Instruct --dataset pairs.csv --output taught --max-steps 300 "
+    "--learning-rate 1e-3"
+)
+PASSES_ARGUMENTS_ON = True
+
+_TRAINING = {
+    "max_steps": "optimizer steps",
+    "num_train_epochs": "passes over the data, where max-steps is not given",
+    "learning_rate": "peak learning rate",
+    "per_device_train_batch_size": "rows a step and device",
+    "gradient_accumulation_steps": "batches a step",
+    "seed": "of the adapter and the data order",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("teacher", help=f"causal language model: folder, Hub id, or {BUILT_IN!r}")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="new folder for the taught teacher")
+    parser.add_argument("--rank", type=int, default=16, metavar="N", help="of the adapter (default: %(default)s)")
+    parser.add_argument(
+        "--adapter", action="store_true", help="save the adapter alone (default: merged into the model)"
+    )
+    parser.add_argument(
+        "--prompt-template",
+        metavar="TEXT",
+        help="what the teacher reads, with {source} in it (default: its chat template)",
+    )
+    parser.add_argument("--max-source-length", type=int, metavar="TOKENS", help="cut prompts to so many tokens")
+    parser.add_argument("--max-target-length", type=int, metavar="TOKENS", help="cut targets to so many tokens")
+    add_data_arguments(parser)
+    add_training_arguments(parser, _TRAINING)
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError as error:
+        raise ImportError(f'{error}; teach needs pip install "hf-encdec-distill[peft]"') from error
+
+    from ..distillation import DistillationCollator
+    from ._evaluation import completion_batch
+    from ._teacher import completion_loss
+
+    if args.rank < 1:
+        raise ValueError(f"--rank {args.rank}: give at least 1")
+    output = new_folder(args.output)
+    training = training_arguments(TrainingArguments, args, _TRAINING, output / "training")
+    training.remove_unused_columns = False  # the collator reads the texts
+    splits = load_splits(args.dataset, args.source_column, args.target_column)
+    path = teacher_path(args.teacher)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    encode = DistillationCollator(
+        tokenizer,
+        tokenizer,
+        prompt_template=prompt_template(args.prompt_template, args.dataset),
+        max_source_length=args.max_source_length,
+        max_target_length=args.max_target_length,
+    ).encode
+
+    def collate(rows: list[dict]) -> dict:
+        ready = [encode(row) for row in rows]
+        completions = [
+            {"prompt": row["teacher_input_ids"][: row["teacher_labels_start"]], "labels": row["labels"]}
+            for row in ready
+        ]
+        return completion_batch(completions, tokenizer.pad_token_id or 0)
+
+    set_seed(training.seed)  # the adapter's first weights are drawn
+    adapter = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), adapter)
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        data_collator=collate,
+        compute_loss_func=completion_loss,
+    )
+    trainer.train()
+    taught = trainer.accelerator.unwrap_model(trainer.model)
+    if not args.adapter:
+        taught = taught.merge_and_unload()
+    taught.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    print(f"{output}: {'adapter' if args.adapter else 'merged model'} after {trainer.state.global_step} steps")
