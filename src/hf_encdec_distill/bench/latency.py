@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from ..models.rope_encdec.compat_rope_encdec import CACHE_FIELD
+
 
 def _cpu_info(field: str) -> str:
     """The first value of a field of Linux' /proc/cpuinfo; empty on other systems."""
@@ -102,10 +104,10 @@ def greedy_decode(model, input_ids: torch.Tensor, new_tokens: int) -> tuple[list
     else:
         # The prompt's last position predicts the first token; logits of the others would be thrown away.
         name, fixed, first, step_ids = "input_ids", {}, {"logits_to_keep": 1}, input_ids
-    cache = None
+    fixed |= {CACHE_FIELD: None, "use_cache": True, "return_dict": True}
     for _ in range(new_tokens):
-        outputs = model(**{name: step_ids}, past_key_values=cache, use_cache=True, return_dict=True, **fixed, **first)
-        cache, first = outputs.past_key_values, {}
+        outputs = model(**{name: step_ids}, **fixed, **first)
+        fixed[CACHE_FIELD], first = outputs[CACHE_FIELD], {}
         step_ids = outputs.logits[:, -1:].argmax(dim=-1)
         tokens.append(int(step_ids))
         times.append(time.perf_counter() - start)

@@ -8,6 +8,7 @@ import inspect
 
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
 
 # transformers < 5.0 spells it `PretrainedConfig`. Goes when 4.57 is dropped.
@@ -60,6 +61,11 @@ else:
 # transformers >= 5.0 describes the queries of a mask by length and offset, 4.57 by their positions.
 # Goes when 4.57 is dropped.
 _MASKS_TAKE_CACHE_POSITION = "cache_position" in inspect.signature(ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]).parameters
+
+
+# transformers >= 5.24 calls `past_key_values` `cache`, in outputs and in what `generate` passes to a model. Goes when
+# 5.23 is dropped.
+CACHE_FIELD = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
 
 
 def _all_keys_mask_function(batch_idx, head_idx, q_idx, kv_idx):

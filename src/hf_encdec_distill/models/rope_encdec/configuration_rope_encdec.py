@@ -75,7 +75,7 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
     """
 
     model_type = "rope_encdec"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {"num_hidden_layers": "decoder_num_hidden_layers"}
 
     def __init__(

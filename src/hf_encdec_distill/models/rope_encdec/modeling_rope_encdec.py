@@ -26,7 +26,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .compat_rope_encdec import cache_key_length, make_attention_mask, update_cache
+from .compat_rope_encdec import CACHE_FIELD, cache_key_length, make_attention_mask, update_cache
 from .configuration_rope_encdec import RopeEncDecConfig
 
 
@@ -430,7 +430,7 @@ class RopeEncDecPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RopeEncDecEncoderLayer", "RopeEncDecDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -560,6 +560,7 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
         encoder_position_ids=None,
         past_key_values=None,
         use_cache=None,
+        cache=None,
         **kwargs,
     ):
         """
@@ -572,7 +573,8 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Positions counted from the first target
                 token; `merged` adds the length of each prompt.
             encoder_position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): RoPE positions of the prompt.
-            past_key_values ([`EncoderDecoderCache`], *optional*): Self and cross keys and values.
+            past_key_values ([`EncoderDecoderCache`], *optional*): Self and cross keys and values. transformers >= 5.24
+                calls it `cache`; either name will do.
 
         Returns:
             [`BaseModelOutputWithPastAndCrossAttentions`]
@@ -584,6 +586,7 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
         output_attentions = kwargs["output_attentions"] = _wanted(kwargs, self.config, "output_attentions")
         output_hidden_states = _wanted(kwargs, self.config, "output_hidden_states")
         merged = self.config.cross_attention == "merged"
+        past_key_values = past_key_values if cache is None else cache
         hidden_states = inputs_embeds
         target_length, device = hidden_states.shape[1], hidden_states.device
 
@@ -674,7 +677,7 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
+            **{CACHE_FIELD: past_key_values},
             hidden_states=(*entering, hidden_states) if output_hidden_states else None,
             attentions=tuple(self_attentions) if output_attentions else None,
             cross_attentions=tuple(cross_attentions) if output_attentions else None,
@@ -786,6 +789,7 @@ class RopeEncDecModel(RopeEncDecPreTrainedModel):
         inputs_embeds=None,
         decoder_inputs_embeds=None,
         use_cache=None,
+        cache=None,
         **kwargs,
     ):
         """
@@ -799,7 +803,8 @@ class RopeEncDecModel(RopeEncDecPreTrainedModel):
             decoder_position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Counted from the first target
                 token.
             encoder_outputs ([`RopeEncDecEncoderOutput`] or `tuple`, *optional*): What the encoder returned before.
-            past_key_values ([`EncoderDecoderCache`], *optional*): Keys and values of earlier calls.
+            past_key_values ([`EncoderDecoderCache`], *optional*): Keys and values of earlier calls. transformers
+                >= 5.24 calls it `cache`; either name will do.
 
         Returns:
             [`Seq2SeqModelOutput`]
@@ -851,7 +856,7 @@ class RopeEncDecModel(RopeEncDecPreTrainedModel):
             encoder_attention_mask=attention_mask,
             position_ids=decoder_position_ids,
             encoder_position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             use_cache=use_cache,
             return_dict=True,
             **flags,
@@ -859,7 +864,7 @@ class RopeEncDecModel(RopeEncDecPreTrainedModel):
         )
         return Seq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
-            past_key_values=decoder_outputs.past_key_values,
+            **{CACHE_FIELD: getattr(decoder_outputs, CACHE_FIELD)},
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
@@ -980,6 +985,7 @@ class RopeEncDecForConditionalGeneration(RopeEncDecPreTrainedModel, GenerationMi
         labels=None,
         use_cache=None,
         logits_to_keep=0,
+        cache=None,
         **kwargs,
     ):
         """
@@ -1006,7 +1012,7 @@ class RopeEncDecForConditionalGeneration(RopeEncDecPreTrainedModel, GenerationMi
             decoder_attention_mask=decoder_attention_mask,
             decoder_position_ids=decoder_position_ids,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
@@ -1027,7 +1033,7 @@ class RopeEncDecForConditionalGeneration(RopeEncDecPreTrainedModel, GenerationMi
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_FIELD: getattr(outputs, CACHE_FIELD)},
             decoder_hidden_states=outputs.decoder_hidden_states,
             decoder_attentions=outputs.decoder_attentions,
             cross_attentions=outputs.cross_attentions,
