@@ -54,8 +54,9 @@ def test_generate_on_ragged_prompts_is_argmax_row_by_row(model, side):
             assert trimmed(tokens, model) == greedy_by_hand(model, row)
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])  # before transformers 5.24 and since
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_token_by_token_in_chunks_and_at_once(model, implementation):
+def test_token_by_token_in_chunks_and_at_once(model, implementation, name):
     model.set_attn_implementation(implementation)
     ids, mask, _ = ragged("left")
     target = random_ids(3, 8)
@@ -65,9 +66,7 @@ def test_token_by_token_in_chunks_and_at_once(model, implementation):
             cache, logits = None, []
             encoded = model.get_encoder()(ids, attention_mask=mask)
             for chunk in target.split(chunks, dim=1):
-                outputs = model(
-                    encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=chunk, past_key_values=cache
-                )
+                outputs = model(encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=chunk, **{name: cache})
                 cache = outputs.past_key_values
                 logits.append(outputs.logits)
             torch.testing.assert_close(torch.cat(logits, dim=1), whole, atol=2e-5, rtol=1e-5)
