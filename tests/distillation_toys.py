@@ -4,6 +4,7 @@ import csv
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from hf_encdec_distill import DistillationTrainingArguments
@@ -123,3 +124,18 @@ def token_terms(student, teacher, rows, temperature=1.0):
         kl.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
         agree.append((student_logits.argmax(-1) == teacher_logits.argmax(-1)).float())
     return torch.cat(ce), torch.cat(kl), torch.cat(agree)
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many elements the largest tensor has that is made meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result

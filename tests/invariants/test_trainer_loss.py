@@ -4,8 +4,7 @@ import functools
 
 import pytest
 import torch
-from distillation_toys import EOS, arguments, make_t5, make_teacher, ragged_rows, spread, token_terms
-from torch.utils._python_dispatch import TorchDispatchMode
+from distillation_toys import EOS, LargestTensor, arguments, make_t5, make_teacher, ragged_rows, spread, token_terms
 from torch.utils.data import SequentialSampler
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -416,21 +415,6 @@ def test_labels_that_only_the_student_has(tmp_path):
 
 
 # The loss chunk by chunk ---------------------------------------------------------------------------------------------
-
-
-class LargestTensor(TorchDispatchMode):
-    """How many elements the largest tensor has that is made meanwhile."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
 
 
 def test_no_side_holds_logits_of_all_targets(tmp_path, tokenizer):

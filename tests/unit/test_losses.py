@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from distillation_toys import LargestTensor
 from torch.distributions import Categorical, kl_divergence
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_encdec_distill.distillation.losses import (
@@ -308,31 +308,19 @@ def test_chunked_never_holds_all_logits():
     """No tensor of the chunked loss, forward or backward, has as many elements as two chunks of logits."""
     rows, width, vocabulary, chunk_size = 64, 4, 500, 8
     inputs, teacher, _ = head_inputs(rows, width, vocabulary, torch.float32)
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, tuple) else (result,):
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.numel())
-            return result
-
     teacher_hidden = torch.randn(rows, 3)
     teacher_weight = torch.randn(vocabulary, 3)
-    with Watch():
+    with LargestTensor() as chunked:
         total, _ = chunked_sum(
             lambda logits, chunk: generalized_jsd(logits, teacher_hidden[chunk] @ teacher_weight.T)[None],
             *inputs,
             chunk_size=chunk_size,
         )
         total.backward()
-    assert largest <= chunk_size * vocabulary
-    largest = 0
-    with Watch():
+    assert chunked.elements <= chunk_size * vocabulary
+    with LargestTensor() as dense:
         generalized_jsd(F.linear(*inputs), teacher_hidden @ teacher_weight.T).sum().backward()
-    assert largest == rows * vocabulary
+    assert dense.elements == rows * vocabulary
 
 
 def test_chunked_without_gradient_makes_none():

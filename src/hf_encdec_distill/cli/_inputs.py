@@ -13,6 +13,14 @@ if TYPE_CHECKING:
 
 BUILT_IN = "built-in"
 T = TypeVar("T")
+# Training arguments that any run may want to set, with their help.
+SCHEDULE = {
+    "max_steps": "optimizer steps",
+    "num_train_epochs": "passes over the data, where max-steps is not given",
+    "learning_rate": "peak learning rate",
+    "per_device_train_batch_size": "rows a step and device",
+    "gradient_accumulation_steps": "batches a step",
+}
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +33,17 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--source-column", default="source", metavar="NAME", help="column that the student reads")
     parser.add_argument("--target-column", default="target", metavar="NAME", help="column that it shall write")
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--prompt-template`, `--max-source-length` and `--max-target-length`."""
+    parser.add_argument(
+        "--prompt-template",
+        metavar="TEXT",
+        help="what the teacher reads, with {source} in it (default: its chat template)",
+    )
+    parser.add_argument("--max-source-length", type=int, metavar="TOKENS", help="cut prompts to so many tokens")
+    parser.add_argument("--max-target-length", type=int, metavar="TOKENS", help="cut targets to so many tokens")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, fields: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ._inputs import BUILT_IN, add_data_arguments, load_splits, prompt_template, teacher_path
+from ._inputs import BUILT_IN, add_data_arguments, add_prompt_arguments, load_splits, prompt_template, teacher_path
 
 
 SUMMARY = "record a teacher once, to train from it without it"
@@ -37,13 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--splits", nargs="+", default=["train", "validation"], metavar="NAME", help="default: train validation"
     )
-    parser.add_argument(
-        "--prompt-template",
-        metavar="TEXT",
-        help="what the teacher reads, with {source} in it (default: its chat template)",
-    )
-    parser.add_argument("--max-source-length", type=int, metavar="TOKENS", help="cut prompts to so many tokens")
-    parser.add_argument("--max-target-length", type=int, metavar="TOKENS", help="cut targets to so many tokens")
+    add_prompt_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at once (default: %(default)s)")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ._inputs import (
     BUILT_IN,
+    SCHEDULE,
     add_data_arguments,
     add_training_arguments,
     load_splits,
@@ -30,11 +31,7 @@ PASSES_ARGUMENTS_ON = True
 
 # The training arguments that nearly every run sets; the others are passed on as they come.
 _TRAINING = {
-    "max_steps": "optimizer steps",
-    "num_train_epochs": "passes over the data, where max-steps is not given",
-    "learning_rate": "peak learning rate",
-    "per_device_train_batch_size": "rows a step and device",
-    "gradient_accumulation_steps": "batches a step",
+    **SCHEDULE,
     "divergence": "forward_kl, reverse_kl, generalized_jsd, skew_kl, skew_reverse_kl or total_variation",
     "distill_weight": "share of the divergence in the loss; the rest is cross-entropy",
     "distill_temperature": "divides the logits in the divergence",

@@ -68,21 +68,22 @@ def run(args: argparse.Namespace) -> None:
             )
     tokens = np.array([len(labels) for labels in measured[args.models[0]]["labels"]])
 
-    def per_row(name: str) -> dict:
-        """By measure, sums over the tokens or texts of each row and how many those are."""
-        sums = {measure: (values, tokens) for measure, values in measured[name]["sums"].items()}
-        return {**sums, "rouge_l": (measured[name]["rouge_l"], np.ones(len(pairs)))}
-
+    # By model and measure: sums over the tokens or texts of each row, and how many those are.
+    per_row = {
+        name: {measure: (values, tokens) for measure, values in measured[name]["sums"].items()}
+        | {"rouge_l": (measured[name]["rouge_l"], np.ones(len(pairs)))}
+        for name in args.models
+    }
     models = {
-        name: {measure: interval(values, weights) for measure, (values, weights) in per_row(name).items()}
+        name: {measure: interval(values, weights) for measure, (values, weights) in per_row[name].items()}
         | {"distinct": distinct_share(measured[name]["texts"]), "n": len(pairs)}
         for name in args.models
     }
     differences = []
     for name in args.models[1:]:
         difference = {"of": name, "minus": args.models[0]}
-        for measure, (values, weights) in per_row(name).items():
-            change = values - per_row(args.models[0])[measure][0]
+        for measure, (values, weights) in per_row[name].items():
+            change = values - per_row[args.models[0]][measure][0]
             difference[measure] = interval(change, weights) | {"p": p_value(change)}
         differences.append(difference)
     result = {"models": models, "differences": differences}

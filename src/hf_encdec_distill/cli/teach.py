@@ -10,7 +10,9 @@ import argparse
 
 from ._inputs import (
     BUILT_IN,
+    SCHEDULE,
     add_data_arguments,
+    add_prompt_arguments,
     add_training_arguments,
     load_splits,
     prompt_template,
@@ -28,11 +30,7 @@ EXAMPLE = (
 PASSES_ARGUMENTS_ON = True
 
 _TRAINING = {
-    "max_steps": "optimizer steps",
-    "num_train_epochs": "passes over the data, where max-steps is not given",
-    "learning_rate": "peak learning rate",
-    "per_device_train_batch_size": "rows a step and device",
-    "gradient_accumulation_steps": "batches a step",
+    **SCHEDULE,
     "seed": "of the adapter and the data order",
 }
 
@@ -44,13 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter", action="store_true", help="save the adapter alone (default: merged into the model)"
     )
-    parser.add_argument(
-        "--prompt-template",
-        metavar="TEXT",
-        help="what the teacher reads, with {source} in it (default: its chat template)",
-    )
-    parser.add_argument("--max-source-length", type=int, metavar="TOKENS", help="cut prompts to so many tokens")
-    parser.add_argument("--max-target-length", type=int, metavar="TOKENS", help="cut targets to so many tokens")
+    add_prompt_arguments(parser)
     add_data_arguments(parser)
     add_training_arguments(parser, _TRAINING)
 

@@ -16,6 +16,7 @@ So column t of `labels` is predicted at column `teacher_labels_start - 1 + t`, w
 Vocabulary. Ids are compared one to one: `SharedVocabulary` says which ids both sides have.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +83,13 @@ def teacher_inputs(
         "teacher_attention_mask": mask.to(read.dtype),
         "teacher_labels_start": mask.sum(dim=1) - count - first,
     }
+
+
+def with_teacher_inputs(batch: Mapping[str, Tensor], start_token_id: int | None = None) -> Mapping[str, Tensor]:
+    """The batch if it has the `teacher_*` tensors, else those that `teacher_inputs` derives from it."""
+    if batch.get("teacher_input_ids") is not None:
+        return batch
+    return teacher_inputs(batch["input_ids"], batch.get("attention_mask"), batch["labels"], start_token_id)
 
 
 @dataclass(frozen=True)

@@ -29,23 +29,33 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .alignment import SharedVocabulary, target_positions, teacher_columns, teacher_inputs
+from .alignment import SharedVocabulary, target_positions, teacher_columns, with_teacher_inputs
 from .collator import DistillationCollator
 from .losses import Divergence, at_least_float32, forward_kl
 from .teachers import DenseScores, LiveTeacher
 
 
 MANIFEST = "manifest.json"
-KINDS = ("top_k", "sampled", "dense")
 _FORMAT = 1
 _ROWS_PER_SHARD = 2048
 # What has to agree for two captures to be one. Names and versions are kept for people.
-_IDENTITY = ("format", "kind", "width", "temperature", "vocab_size", "teacher_weights", "teacher_config", "tokenizer")
+_IDENTITY = (
+    "format",
+    "kind",
+    "width",
+    "temperature",
+    "vocab_size",
+    "teacher_weights",
+    "teacher_config",
+    "tokenizer",
+    "prompt_template",
+)
 _COLUMNS = {
     "top_k": {"ids": "int32", "log_probs": "float32", "tail": "float32"},
     "sampled": {"ids": "int32", "log_probs": "float32", "top": "int32"},
     "dense": {"log_probs": "float16"},
 }
+KINDS = tuple(_COLUMNS)
 
 
 # Losses on what a cache holds ----------------------------------------------------------------------------------------
@@ -332,10 +342,7 @@ def capture(
             if "labels" not in batch:
                 raise ValueError(f"rows {numbers[0]} to {numbers[-1]} have no target; a teacher is asked at targets.")
             rows, columns = target_positions(batch["labels"])
-            inputs = batch
-            if "teacher_input_ids" not in batch:
-                ready = (batch["input_ids"], batch.get("attention_mask"), batch["labels"])
-                inputs = teacher_inputs(*ready, collating.get("start_token_id"))
+            inputs = with_teacher_inputs(batch, collating.get("start_token_id"))
             ids, mask = inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
             columns = teacher_columns(inputs["teacher_labels_start"], rows, columns)
             keys = row_keys(ids, mask, rows, columns)
@@ -427,7 +434,7 @@ class _Writer:
 def _open_folder(folder: Path, manifest: dict[str, Any], tokenizer) -> None:
     if (folder / MANIFEST).exists():
         found = read_manifest(folder)
-        for name in (*_IDENTITY, "prompt_template"):
+        for name in _IDENTITY:
             if found[name] != manifest[name]:
                 raise ValueError(
                     f"the cache {folder} was captured with {name}={found[name]!r}, not {manifest[name]!r}: capture "

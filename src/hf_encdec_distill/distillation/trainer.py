@@ -18,7 +18,7 @@ from .alignment import (
     SharedVocabulary,
     target_positions,
     teacher_columns,
-    teacher_inputs,
+    with_teacher_inputs,
 )
 from .arguments import DistillationTrainingArguments, with_distillation_defaults
 from .cache import CachedTeacher, is_cache
@@ -165,9 +165,10 @@ class DistillationTrainer(Seq2SeqTrainer):
         if labels is None:
             raise ValueError(f"the batch has no labels, only {sorted(inputs)}; distillation needs targets.")
         rows, columns = target_positions(labels)
-        score = self._score(labels[rows, columns], rows, columns, inputs)
         student = self._student_inputs(model, inputs)
-        if self._goes_in_chunks(model, student, len(rows), return_outputs):
+        chunked = self._goes_in_chunks(model, student, len(rows), return_outputs)
+        score = self._score(labels[rows, columns], rows, columns, inputs, chunked)
+        if chunked:
             total, terms = self._chunked_total(model, student, rows, columns, score)
         else:
             outputs = model(**student)
@@ -202,7 +203,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         return student
 
     def _score(
-        self, labels_N: Tensor, rows: Tensor, columns: Tensor, inputs: Mapping[str, Any]
+        self, labels_N: Tensor, rows: Tensor, columns: Tensor, inputs: Mapping[str, Any], chunked: bool
     ) -> Callable[..., dict[str, Tensor]]:
         """What turns the student's logits at a slice of the N target tokens, `[C, V]`, into `[C]` for each term of the
         loss (and of the evaluation)."""
@@ -212,10 +213,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         # Autocast is left: the teacher has a dtype of its own and the divergences are at least float32.
         without_autocast = torch.autocast(labels_N.device.type, enabled=False)
         if self.args.distill_weight > 0 or evaluating:
-            if inputs.get("teacher_input_ids") is None:
-                inputs = teacher_inputs(
-                    inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"], self._start_token_id
-                )
+            inputs = with_teacher_inputs(inputs, self._start_token_id)
             ids = inputs["teacher_input_ids"]
             self._vocabulary.check(labels_N, ids)
             with without_autocast:
@@ -225,7 +223,7 @@ class DistillationTrainer(Seq2SeqTrainer):
                     rows,
                     teacher_columns(inputs["teacher_labels_start"], rows, columns),
                     self._vocabulary,
-                    chunked=len(rows) > self.args.loss_chunk_size,
+                    chunked,
                 )
 
         def score(student_CV: Tensor, chunk: slice = slice(None)) -> dict[str, Tensor]:
