@@ -1,0 +1,298 @@
+"""What helps a student at equal steps: every arm is the baseline with one thing changed, over several seeds.
+
+    python studies/quality.py --task docstrings --work runs/studies
+
+Results go to docs/studies/quality/<task>.json as they come, one entry for each arm and seed; what is there is not run
+again, so that the program goes on after an interruption and takes new arms up. `--table` writes the tables and plots
+from what is there and runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tasks import MAX_SOURCE, MAX_TARGET, Task, load_task, write_json
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
+
+from hf_encdec_distill import DistillationTrainer, DistillationTrainingArguments, RopeEncDecForConditionalGeneration
+from hf_encdec_distill.bench import best_cpu_dtype
+from hf_encdec_distill.cli._evaluation import encode_rows, generate, score
+from hf_encdec_distill.distillation import LiveTeacher, capture
+from hf_encdec_distill.distillation.metrics import distinct_share, rouge_l
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`reference` is what its row in the table is compared with."""
+
+    question: str
+    label: str
+    init: dict = field(default_factory=dict)  # of `from_decoder_only`
+    training: dict = field(default_factory=dict)  # of `DistillationTrainingArguments`
+    teacher: str = "top_k"  # or live, or another cache in CACHES
+    reference: str = "base"
+
+
+CACHES = {"top_k": {"kind": "top_k", "width": 32}, "top_8": {"kind": "top_k", "width": 8}}
+CACHES["sampled"] = {"kind": "sampled", "width": 32}
+LIVE = {"teacher": "live", "reference": "live"}
+
+ARMS = {
+    "base": Arm("Loss", "forward KL, weight 0.9, top 32"),
+    "ce": Arm("Loss", "cross-entropy alone", training={"distill_weight": 0.0}),
+    "half": Arm("Loss", "weight 0.5", training={"distill_weight": 0.5}),
+    "pure": Arm("Loss", "weight 1", training={"distill_weight": 1.0}),
+    "live": Arm("Signal", "live teacher", teacher="live"),
+    "top_8": Arm("Signal", "top 8", teacher="top_8"),
+    "sampled": Arm("Signal", "32 samples", teacher="sampled"),
+    "reverse": Arm("Divergence, live teacher", "reverse KL", training={"divergence": "reverse_kl"}, **LIVE),
+    "jsd": Arm("Divergence, live teacher", "JSD, beta 0.5", training={"divergence": "generalized_jsd"}, **LIVE),
+    "skew": Arm("Divergence, live teacher", "skew KL, alpha 0.1", training={"divergence": "skew_kl"}, **LIVE),
+    "skew_reverse": Arm(
+        "Divergence, live teacher", "skew reverse KL, alpha 0.1", training={"divergence": "skew_reverse_kl"}, **LIVE
+    ),
+    "variation": Arm(
+        "Divergence, live teacher", "total variation", training={"divergence": "total_variation"}, **LIVE
+    ),
+    "warm": Arm("Divergence, live teacher", "forward KL, T = 2", training={"distill_temperature": 2.0}, **LIVE),
+    "policy_25": Arm("Policy", "on-policy, a quarter", training={"on_policy_fraction": 0.25}, **LIVE),
+    "policy_50": Arm("Policy", "on-policy, half", training={"on_policy_fraction": 0.5}, **LIVE),
+    "separate": Arm("Start", "separate cross-attention", init={"cross_attention": "separate"}),
+    "random": Arm("Start", "merged, random weights", init={"random": True}),
+    "even": Arm("Layers", "evenly spaced", init={"layer_selection": "even"}),
+    "first": Arm("Layers", "first, and the last", init={"layer_selection": "first"}),
+    "greedy": Arm("Layers", "greedy", init={"layer_selection": "greedy"}),
+    "bidirectional": Arm("Encoder", "bidirectional", init={"encoder_attention": "bidirectional"}),
+    "shallow": Arm("Depth", "13 + 2 layers", init={"layers": (13, 2)}),
+    "deep": Arm("Depth", "7 + 8 layers", init={"layers": (7, 8)}),
+}
+LAYERS = (11, 4)
+LOWER_IS_BETTER = ("ce", "kl")
+MEASURES = {"ce": (1, 3), "kl": (1, 3), "teacher_agreement": (100, 1), "rouge_l": (100, 1), "distinct": (100, 0)}
+GENERATED = 48  # test rows that are answered
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=("docstrings", "debian"), default="docstrings")
+    parser.add_argument("--work", type=Path, default=Path("runs/studies"), help="for rows, teacher and caches")
+    parser.add_argument("--output", type=Path, default=Path("docs/studies/quality"))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--test-rows", type=int, default=128)
+    parser.add_argument("--table", action="store_true", help="only write tables and plots")
+    args = parser.parse_args()
+    file = args.output / f"{args.task}.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    if not args.table:
+        task = load_task(args.task, args.work)
+        # Seeds choose their rows out of twice as many as a run takes: that is what caches have to hold.
+        for split, count in (("train", 2 * args.steps * args.batch_size), ("test", args.test_rows)):
+            task.rows[split] = task.rows[split].select(range(min(count, len(task.rows[split]))))
+        results.setdefault("setting", _setting(args, task))
+        for seed in args.seeds:
+            for name in args.arms:
+                runs = results.setdefault("arms", {}).setdefault(name, {})
+                if str(seed) not in runs:
+                    runs[str(seed)] = run(ARMS[name], task, seed, args)
+                    print(name, seed, runs[str(seed)], flush=True)
+                    write_json(file, results)
+    (args.output / f"{args.task}.md").write_text(tables(results), encoding="utf-8")
+
+
+def run(arm: Arm, task: Task, seed: int, args: argparse.Namespace) -> dict:
+    """Trains one student and measures it; the seed chooses and orders its rows, out of twice as many."""
+    dtype = torch.bfloat16 if torch.cuda.is_available() else best_cpu_dtype()
+    tokenizer = AutoTokenizer.from_pretrained(task.teacher)
+    student = _student(arm, task, tokenizer, seed)
+    rows = task.rows["train"].shuffle(seed=seed).select(range(args.steps * args.batch_size))
+    output = args.work / task.name / "student"
+    teacher = task.teacher if arm.teacher == "live" else _cache(arm.teacher, task, tokenizer, dtype)
+    arguments = {
+        "max_steps": args.steps,
+        "per_device_train_batch_size": args.batch_size,
+        "learning_rate": 1e-3,
+        "warmup_steps": args.steps // 8,
+        "seed": seed,
+        "max_source_length": MAX_SOURCE,
+        "max_target_length": MAX_TARGET,
+        "prompt_template": task.prompt_template,
+        "teacher_dtype": str(dtype).removeprefix("torch."),
+        "bf16": dtype is torch.bfloat16,
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    trainer = DistillationTrainer(
+        student,
+        DistillationTrainingArguments(str(output), **(arguments | arm.training)),
+        train_dataset=rows,
+        processing_class=student.tokenizer,
+        teacher=str(teacher),
+        teacher_processing_class=tokenizer,
+    )
+    start = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - start
+    shutil.rmtree(output, ignore_errors=True)
+    return measure(trainer.model, task, tokenizer, dtype) | {"seconds": round(seconds, 1)}
+
+
+def measure(student, task: Task, tokenizer, dtype: torch.dtype) -> dict:
+    """Cross-entropy, KL and agreement a target token of the test rows; ROUGE-L and distinct answers of the first."""
+    rows = encode_rows(task.rows["test"], tokenizer, task.prompt_template, MAX_SOURCE, MAX_TARGET)
+    for row in rows:
+        if student.config.cross_attention != "merged":
+            row["inputs"] = student.tokenizer(row["source"])["input_ids"]
+    student = student.to(dtype).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(task.teacher, dtype=dtype).to(student.device).eval()
+    tokens = sum(len(row["labels"]) for row in rows)
+    sums = score({"student": student}, rows, teacher)["student"]
+    answers = generate(student, student.tokenizer, rows[:GENERATED], MAX_TARGET)
+    scores = [rouge_l(answer, row["target"]) for answer, row in zip(answers, rows[:GENERATED], strict=True)]
+    result = {name: float(values.sum() / tokens) for name, values in sums.items()}
+    return result | {"rouge_l": float(np.mean(scores)), "distinct": distinct_share(answers)}
+
+
+def _student(arm: Arm, task: Task, tokenizer, seed: int):
+    set_seed(seed)
+    init = {"layers": LAYERS, "random": False} | arm.init
+    encoder, decoder = init.pop("layers")
+    random = init.pop("random")
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(
+        AutoModelForCausalLM.from_pretrained(task.teacher, dtype=torch.float32),
+        tokenizer=tokenizer,
+        encoder_num_hidden_layers=encoder,
+        decoder_num_hidden_layers=decoder,
+        prompt_template=task.prompt_template,
+        calibration=[(row["source"], row["target"]) for row in task.rows["validation"].select(range(32))],
+        **init,
+    )
+    if random:
+        weights = AutoModelForSeq2SeqLM.from_config(student.config)
+        weights.tokenizer, weights.generation_config = student.tokenizer, student.generation_config
+        student = weights
+    return student
+
+
+def _cache(name: str, task: Task, tokenizer, dtype: torch.dtype) -> Path:
+    """All training rows, captured once."""
+    folder = task.teacher.parent / f"cache-{name}"
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.partial")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        capture(
+            LiveTeacher.load(task.teacher, str(dtype).removeprefix("torch.")).to(torch.device(device)),
+            task.rows["train"],
+            partial,
+            tokenizer,
+            prompt_template=task.prompt_template,
+            max_source_length=MAX_SOURCE,
+            max_target_length=MAX_TARGET,
+            batch_size=16,
+            progress=False,
+            **CACHES[name],
+        )
+        os.replace(partial, folder)
+    return folder
+
+
+def _setting(args: argparse.Namespace, task: Task) -> dict:
+    """What all arms have in common."""
+    dtype = torch.bfloat16 if torch.cuda.is_available() else best_cpu_dtype()
+    tokenizer = AutoTokenizer.from_pretrained(task.teacher)
+    rows = encode_rows(task.rows["test"], tokenizer, task.prompt_template, MAX_SOURCE, MAX_TARGET)
+    teacher = AutoModelForCausalLM.from_pretrained(task.teacher, dtype=dtype).eval()
+    answers = generate(teacher, tokenizer, rows[:GENERATED], MAX_TARGET)
+    scores = [rouge_l(answer, row["target"]) for answer, row in zip(answers, rows[:GENERATED], strict=True)]
+    tokens = sum(len(row["labels"]) for row in rows)
+    ce = float(score({"teacher": teacher}, rows)["teacher"]["ce"].sum() / tokens)
+    return {
+        "task": task.name,
+        "steps": args.steps,
+        "batch_size": args.batch_size,
+        "test_rows": len(rows),
+        "test_tokens": tokens,
+        "generated_rows": GENERATED,
+        "layers": LAYERS,
+        "teacher": {"ce": ce, "rouge_l": float(np.mean(scores)), "distinct": distinct_share(answers)},
+    }
+
+
+def tables(results: dict) -> str:
+    """Markdown: for each question its arms, means over the seeds, and the difference to their references."""
+    setting, runs = results["setting"], results["arms"]
+    teacher = {name: setting["teacher"].get(name) for name in MEASURES}
+    parts = [
+        f"# Task `{setting['task']}`\n",
+        f"{setting['steps']} steps of {setting['batch_size']} rows, students of {setting['layers'][0]} + "
+        f"{setting['layers'][1]} layers, {setting['test_rows']} held-out rows ({setting['test_tokens']} tokens; "
+        f"ROUGE-L and distinct on {setting['generated_rows']} of them). Means over the seeds; in brackets the least "
+        "and the largest difference to the reference at the same seed. Bold: the same sign at every seed, three of "
+        "them at least.\n",
+    ]
+    header = [
+        "",
+        "seeds",
+        "CE",
+        "KL",
+        "agreement, %",
+        "ROUGE-L",
+        "distinct, %",
+        "CE minus reference",
+        "agreement minus",
+    ]
+    for question in dict.fromkeys(arm.question for arm in ARMS.values()):
+        names = [name for name, arm in ARMS.items() if arm.question == question and runs.get(name)]
+        if not names:
+            continue
+        references = dict.fromkeys(ARMS[name].reference for name in names)
+        lines = [f"## {question}\n", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        for name in [*(r for r in references if r not in names and r in runs), *names]:
+            lines.append(_row(name, runs))
+        parts.append("\n".join(lines) + "\n")
+    values = ", ".join(f"{name} {_number(value, name)}" for name, value in teacher.items() if value is not None)
+    parts.insert(2, f"The teacher: {values}.\n")
+    return "\n".join(parts)
+
+
+def _row(name: str, runs: dict) -> str:
+    seeds = sorted(runs[name])
+    cells = [ARMS[name].label, str(len(seeds))]
+    cells += [_number(statistics.mean(runs[name][seed][measure] for seed in seeds), measure) for measure in MEASURES]
+    reference = ARMS[name].reference
+    for measure in ("ce", "teacher_agreement"):
+        both = [seed for seed in seeds if seed in runs.get(reference, {})]
+        changes = [runs[name][seed][measure] - runs[reference][seed][measure] for seed in both]
+        if name == reference or not changes:
+            cells.append("")
+            continue
+        factor, digits = MEASURES[measure]
+        mean, least, most = (
+            f"{factor * v:+.{digits}f}" for v in (statistics.mean(changes), min(changes), max(changes))
+        )
+        same = len(changes) >= 3 and (min(changes) > 0 or max(changes) < 0)
+        cells.append(f"{f'**{mean}**' if same else mean} [{least}, {most}]")
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float, measure: str) -> str:
+    factor, digits = MEASURES[measure]
+    return f"{factor * value:.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The two tasks of the studies, on real text that needs no Hub, each with a teacher that has learnt it.
+
+- `docstrings`: a Python function of the machine's own packages -> the first sentence of its docstring.
+- `debian`: the long description of a Debian package -> its one-line synopsis, from Debian's own package index.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset, DatasetDict, load_from_disk
+
+from hf_encdec_distill.cli._evaluation import encode_rows
+from hf_encdec_distill.cli._teacher import PEAK_LEARNING_RATE, adapt_teacher
+from hf_encdec_distill.cli._training import TimeShare, training_order
+from hf_encdec_distill.data import (
+    PROMPT_TEMPLATE,
+    fetch_builtin_teacher,
+    load_builtin_teacher,
+    load_python_docstrings,
+)
+
+
+MAX_SOURCE, MAX_TARGET = 96, 24  # tokens; longer rows are left out, so that nothing is cut
+TRAIN_ROWS, TEST_ROWS = 2400, 200
+TEACHER_STEPS, TEACHER_BATCH = 150, 16
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows `source` and `target` in `train`, `validation` and `test`, and the folder of the teacher."""
+
+    name: str
+    rows: DatasetDict
+    prompt_template: str
+    teacher: Path
+
+
+def load_task(name: str, work: Path) -> Task:
+    """Rows in an order of their own (seed 0), and a teacher tuned on training rows that the students do not get.
+
+    Args:
+        name: `docstrings` or `debian`.
+        work: folder for rows and teacher; what is there already is taken as it is.
+    """
+    from transformers import AutoTokenizer
+
+    template = {"docstrings": PROMPT_TEMPLATE, "debian": "{source}\n\nIn one line:\n"}[name]
+    folder = work / name
+    tokenizer = AutoTokenizer.from_pretrained(fetch_builtin_teacher())
+    if not (folder / "rows").exists():
+        pairs = load_python_docstrings("all") if name == "docstrings" else _debian_pairs(folder)
+
+        def fits(row: dict) -> bool:
+            source, target = (len(tokenizer(text)["input_ids"]) for text in (row["source"], row["target"]))
+            return source <= MAX_SOURCE - 8 and 3 <= target < MAX_TARGET
+
+        short = {split: rows.filter(fits).shuffle(seed=0) for split, rows in pairs.items()}
+        rest = short["train"].select(range(TRAIN_ROWS, len(short["train"])))
+        for_teacher = rest.select(range(min(TEACHER_STEPS * TEACHER_BATCH, len(rest))))
+        limits = {"train": TRAIN_ROWS, "validation": 100, "test": TEST_ROWS}
+        rows = {split: short[split].select(range(min(n, len(short[split])))) for split, n in limits.items()}
+        DatasetDict(rows | {"teacher": for_teacher}).save_to_disk(folder / "rows")
+    rows = load_from_disk(str(folder / "rows"))
+    if not (folder / "teacher").exists():
+        _tune_teacher(folder, rows, template)
+    return Task(name, rows, template, folder / "teacher")
+
+
+def _tune_teacher(folder: Path, rows: DatasetDict, template: str) -> None:
+    """All layers but the embedding, as the quickstart does it, on rows of its own."""
+    model, tokenizer = load_builtin_teacher(torch.float32)
+    train, held_out = (
+        encode_rows(rows[split], tokenizer, template, MAX_SOURCE, MAX_TARGET) for split in ("teacher", "validation")
+    )
+    steps = len(train) // TEACHER_BATCH
+    order = training_order([len(row["prompt"]) for row in train], TEACHER_BATCH, steps, seed=0)
+    share = TimeShare(math.inf, steps, PEAK_LEARNING_RATE, lambda _, detail: print(detail, flush=True))
+    train = [train[i] for i in order]
+    result = adapt_teacher(model, tokenizer, train, held_out, steps, folder / "training", share, TEACHER_BATCH, seed=0)
+    print(f"teacher: held-out loss {result['held_out_loss']:.3f} after {result['steps']} steps", flush=True)
+    partial = folder / "teacher.partial"
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    os.replace(partial, folder / "teacher")
+
+
+def _debian_pairs(folder: Path) -> DatasetDict:
+    """Long description and synopsis of Debian's packages, read from the index that `apt-get update` fetches.
+
+    The index is fetched into a folder of its own, since most container images leave descriptions out of theirs, and
+    needs no rights. Families of packages (`foo`, `foo-doc`, `libfoo-dev`) copy each other's text: a description or a
+    synopsis is taken once, and a family lies in one split.
+    """
+    lists = folder / "apt" / "lists"
+    (lists / "partial").mkdir(parents=True, exist_ok=True)
+    options = ["-o", f"Dir::State={lists.parent}", "-o", f"Dir::Cache={lists.parent}", "-o", "Acquire::Languages=en"]
+    subprocess.run(["apt-get", "update", *options, "-o", "APT::Sandbox::User="], check=True, capture_output=True)
+    pairs, seen = [], set()
+    for file in sorted(lists.glob("*_main_i18n_Translation-en*")):
+        helper = ["/usr/lib/apt/apt-helper", "cat-file", str(file)]
+        index = subprocess.run(helper, check=True, capture_output=True, text=True).stdout
+        for stanza in index.split("\n\n"):
+            match = re.match(r"Package: (\S+)\n(?:.*\n)*?Description-en: (.+)\n((?: .*\n?)+)", stanza)
+            if match is None:
+                continue
+            package, synopsis, text = match.groups()
+            text = "\n".join("" if line == " ." else line[1:] for line in text.rstrip().split("\n"))
+            if len(text) < 60 or {text, synopsis} & seen:
+                continue
+            seen |= {text, synopsis}
+            family = re.sub(r"^(lib|python3?-|golang-|node-|r-|ruby-|rust-|fonts-|haskell-)+", "", package)
+            pairs.append({"source": text, "target": synopsis, "family": family[:4]})
+    rows = Dataset.from_list(pairs)
+    # By family, whose hash decides; `load_pairs` would carve by the text.
+    place = [sum(family.encode()) * 2654435761 % 100 for family in rows["family"]]
+    splits = {"train": range(10, 100), "validation": range(5), "test": range(5, 10)}
+    return DatasetDict({name: rows.select([i for i, p in enumerate(place) if p in of]) for name, of in splits.items()})
+
+
+def write_json(path: Path, content) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

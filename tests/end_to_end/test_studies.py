@@ -1,0 +1,82 @@
+"""The programs of `studies/` run, on toys: what they write can be read, and nothing is run twice."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict
+from distillation_toys import write_teacher
+
+
+STUDIES = Path(__file__).parents[2] / "studies"
+
+
+@pytest.fixture
+def studies(monkeypatch):
+    monkeypatch.syspath_prepend(str(STUDIES))
+    yield
+    for name in ("tasks", "quality", "cost"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def toy_task(tmp_path, make_bpe_tokenizer):
+    from tasks import Task
+
+    rows = Dataset.from_list([{"source": f"a{i} and b{i}", "target": f"the {i} pairs"} for i in range(40)])
+    splits = DatasetDict(dict.fromkeys(("train", "validation", "test"), rows))
+    teacher = write_teacher(tmp_path / "toy" / "teacher", make_bpe_tokenizer(pad_token="<|endoftext|>"))
+    return Task("toy", splits, "{source}\n", teacher)
+
+
+def test_quality(studies, toy_task, tmp_path, monkeypatch):
+    import quality
+
+    arms = ["base", "ce", "live", "sampled", "policy_50", "separate", "random"]
+    monkeypatch.setattr(quality, "LAYERS", (3, 2))
+    monkeypatch.setattr(quality, "load_task", lambda *_: toy_task)
+    options = ["quality", "--work", str(tmp_path), "--output", str(tmp_path / "out"), "--steps", "2"]
+    options += ["--batch-size", "2", "--test-rows", "6", "--arms", *arms]
+    monkeypatch.setattr(sys, "argv", [*options, "--seeds", "0", "1", "2"])
+    quality.main()
+    file = tmp_path / "out" / "docstrings.json"
+    results = json.loads(file.read_text())
+    assert set(results["arms"]) == set(arms)
+    for runs in results["arms"].values():
+        assert set(runs) == {"0", "1", "2"}
+        assert all(run["ce"] > 0 and run["kl"] >= 0 and 0 <= run["teacher_agreement"] <= 1 for run in runs.values())
+    assert results["arms"]["base"]["0"] != results["arms"]["base"]["1"]  # the seed does something
+    monkeypatch.setattr(quality, "run", lambda *_: pytest.fail("ran again"))
+    quality.main()
+    assert json.loads(file.read_text()) == results
+
+
+def test_differences_are_taken_seed_by_seed(studies):
+    import quality
+
+    def run(ce):
+        return {"ce": ce, "kl": 1.0, "teacher_agreement": 0.5, "rouge_l": 0.2, "distinct": 1.0}
+
+    runs = {
+        "base": {"0": run(3.0), "1": run(4.0), "2": run(5.0)},
+        "ce": {"0": run(3.1), "1": run(4.3), "2": run(5.2)},  # +0.1, +0.3, +0.2
+        "half": {"0": run(2.9), "1": run(4.3)},  # either sign
+    }
+    setting = {"task": "toy", "steps": 1, "batch_size": 1, "layers": [1, 1], "test_rows": 1, "test_tokens": 1}
+    setting |= {"generated_rows": 1, "teacher": {"ce": 2.5, "rouge_l": 0.3, "distinct": 1.0}}
+    table = quality.tables({"setting": setting, "arms": runs})
+    rows = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if line.startswith("| ")}
+    assert rows["cross-entropy alone"].split(" | ")[2:3] == ["4.200"]
+    assert "**+0.200** [+0.100, +0.300]" in rows["cross-entropy alone"]
+    assert "| +0.100 [-0.100, +0.300] |" in rows["weight 0.5"]
+
+
+def test_cost_table(studies):
+    import cost
+
+    def run(seconds):
+        return {"seconds": seconds, "peak_mb": 2000.0, "before_training_mb": 1000.0, "parameters": 5_000_000}
+
+    table = cost.table({"cross-entropy alone": [run(1.0), run(2.0)], "live teacher": [run(1.5), run(4.0)]})
+    assert "| live teacher | 5.0 | 2.75 [1.50, 4.00] | 1.75 [1.50, 2.00] | 2.91 | 2.00 |" in table
