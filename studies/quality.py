@@ -10,6 +10,8 @@ from what is there and runs nothing.
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import json
 import os
 import shutil
@@ -114,7 +116,7 @@ def main() -> None:
 def run(arm: Arm, task: Task, seed: int, args: argparse.Namespace) -> dict:
     """Trains one student and measures it; the seed chooses and orders its rows, out of twice as many."""
     dtype = torch.bfloat16 if torch.cuda.is_available() else best_cpu_dtype()
-    tokenizer = AutoTokenizer.from_pretrained(task.teacher)
+    tokenizer = _tokenizer(task.teacher)
     student = _student(arm, task, tokenizer, seed)
     rows = task.rows["train"].shuffle(seed=seed).select(range(args.steps * args.batch_size))
     output = args.work / task.name / "student"
@@ -158,7 +160,7 @@ def measure(student, task: Task, tokenizer, dtype: torch.dtype) -> dict:
         if student.config.cross_attention != "merged":
             row["inputs"] = student.tokenizer(row["source"])["input_ids"]
     student = student.to(dtype).eval()
-    teacher = AutoModelForCausalLM.from_pretrained(task.teacher, dtype=dtype).to(student.device).eval()
+    teacher = _remembering_teacher(task.teacher, dtype, student.device)
     tokens = sum(len(row["labels"]) for row in rows)
     sums = score({"student": student}, rows, teacher)["student"]
     answers = generate(student, student.tokenizer, rows[:GENERATED], MAX_TARGET)
@@ -167,25 +169,55 @@ def measure(student, task: Task, tokenizer, dtype: torch.dtype) -> dict:
     return result | {"rouge_l": float(np.mean(scores)), "distinct": distinct_share(answers)}
 
 
+@functools.cache
+def _tokenizer(folder: Path):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@functools.cache
+def _remembering_teacher(folder: Path, dtype: torch.dtype, device: torch.device):
+    """The teacher, which is asked about the same batches after every run and answers them once."""
+    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    forward, answers = teacher.forward, {}
+
+    def remembered(input_ids: torch.Tensor, **options):
+        key = tuple(input_ids.flatten().tolist())
+        if key not in answers:
+            answers[key] = forward(input_ids=input_ids, **options)
+        return answers[key]
+
+    teacher.forward = remembered
+    return teacher
+
+
 def _student(arm: Arm, task: Task, tokenizer, seed: int):
     set_seed(seed)
     init = {"layers": LAYERS, "random": False} | arm.init
-    encoder, decoder = init.pop("layers")
     random = init.pop("random")
-    student = RopeEncDecForConditionalGeneration.from_decoder_only(
-        AutoModelForCausalLM.from_pretrained(task.teacher, dtype=torch.float32),
+    built = _built(task.teacher, task.prompt_template, tuple(_calibration(task)), tokenizer, **init)
+    student = copy.deepcopy(built)
+    if random:
+        student = AutoModelForSeq2SeqLM.from_config(built.config)
+        student.tokenizer, student.generation_config = built.tokenizer, built.generation_config
+    return student
+
+
+@functools.lru_cache(maxsize=1)
+def _built(teacher: Path, template: str, calibration: tuple, tokenizer, layers: tuple[int, int], **init):
+    """Out of the teacher's layers: the same for all seeds, and for all arms that begin alike."""
+    return RopeEncDecForConditionalGeneration.from_decoder_only(
+        AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32),
         tokenizer=tokenizer,
-        encoder_num_hidden_layers=encoder,
-        decoder_num_hidden_layers=decoder,
-        prompt_template=task.prompt_template,
-        calibration=[(row["source"], row["target"]) for row in task.rows["validation"].select(range(32))],
+        encoder_num_hidden_layers=layers[0],
+        decoder_num_hidden_layers=layers[1],
+        prompt_template=template,
+        calibration=list(calibration),
         **init,
     )
-    if random:
-        weights = AutoModelForSeq2SeqLM.from_config(student.config)
-        weights.tokenizer, weights.generation_config = student.tokenizer, student.generation_config
-        student = weights
-    return student
+
+
+def _calibration(task: Task) -> list[tuple[str, str]]:
+    return [(row["source"], row["target"]) for row in task.rows["validation"].select(range(32))]
 
 
 def _cache(name: str, task: Task, tokenizer, dtype: torch.dtype) -> Path:
