@@ -1,21 +1,41 @@
-"""Measure models on held-out rows: ROUGE-L, share of distinct outputs, cross-entropy, closeness to a teacher.
+"""Measure models on held-out rows: texts against references, closeness to a teacher, calibration, a judge's opinion.
 
 MODEL may be an encoder-decoder or a decoder-only model. In brackets: 95 % interval, bootstrap over the rows. Several
 models are measured on the same rows, and each is compared with the first: difference, its interval, and p of a paired
-sign-flip permutation test.
+permutation test. What the measures are and what --output gets is in docs/distillation.md, "What came of it".
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ._inputs import BUILT_IN, add_data_arguments, load_splits, prompt_template, teacher_path
+from ._inputs import (
+    BUILT_IN,
+    add_data_arguments,
+    dataset_name,
+    load_splits,
+    prompt_template,
+    public_name,
+    teacher_path,
+)
 from .init import new_folder
 
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ._significance import Sums
+
 SUMMARY = "measure models on held-out rows"
 EXAMPLE = "hf-encdec-distill evaluate runs/quickstart/student --teacher runs/quickstart/work/teacher --rows 100"
+
+# Those that need a teacher are left out of the default without one. `judge` comes with --judge.
+_DEFAULT = ("rouge_l", "ce", "kl", "teacher_agreement", "distinct")
+_OTHERS = ("exact_match", "f1", "chrf", "bleu", "ece", "entropy_gap")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,25 +51,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what a decoder-only model reads, with {source} in it (default: its chat template); a merged student has "
         "it built in",
     )
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=(*_DEFAULT, *_OTHERS),
+        metavar="NAME",
+        help=f"any of {' '.join((*_DEFAULT, *_OTHERS))} (default: the first {len(_DEFAULT)})",
+    )
+    parser.add_argument(
+        "--judge", metavar="MODEL", help=f"causal language model that rates answers: folder, Hub id, or {BUILT_IN!r}"
+    )
+    parser.add_argument(
+        "--judge-template",
+        metavar="TEXT",
+        help="what the judge reads, or a file with it: {source}, {reference} and {prediction} are filled in",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--output", metavar="FOLDER", help="new folder for metrics.json and quality.png")
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="new folder for metrics.json, quality.png, answers.jsonl and a model-index for each model",
+    )
+    parser.add_argument(
+        "--update-card", action="store_true", help="write the results into README.md of each MODEL that is a folder"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    import numpy as np
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..distillation.metrics import distinct_share
-    from ._display import table
-    from ._evaluation import interval, p_value
-    from ._state import write_json
+    from ..model_card import OF_TEACHER, update_model_card
+    from ._significance import interval, p_value
     from ._training import device, working_dtype
 
     if args.rows < 1:
         raise ValueError(f"--rows {args.rows}: give at least 1")
     if len(set(args.models)) < len(args.models):
         raise ValueError("a model is named twice: name each once")
+    alone = [name for name in args.metrics or () if name in OF_TEACHER and args.teacher is None]
+    if alone:
+        raise ValueError(f"--metrics {alone[0]} compares with a teacher: name one with --teacher")
+    cards = [name for name in args.models if args.update_card and (Path(name) / "README.md").is_file()]
+    if args.update_card and not cards:
+        raise ValueError(f"--update-card: there is no README.md in {', '.join(args.models)}; leave the option out")
     output = None if args.output is None else new_folder(args.output)
+    asked = [name for name in args.metrics or _DEFAULT if args.teacher is not None or name not in OF_TEACHER]
+
     teacher = teacher_tokenizer = None
     if args.teacher is not None:
         path = teacher_path(args.teacher)
@@ -57,59 +104,104 @@ def run(args: argparse.Namespace) -> None:
         teacher_tokenizer = AutoTokenizer.from_pretrained(path)
     pairs = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")["test"]
     pairs = pairs.shuffle(seed=0).select(range(min(args.rows, len(pairs))))
+    judge = _Judge(args.judge, args.judge_template, pairs) if args.judge is not None else None
 
     measured: dict[str, dict] = {}
     for name in args.models:
-        measured[name] = _measure(name, pairs, args, teacher, teacher_tokenizer)
+        measured[name] = _measure(name, asked, pairs, args, teacher, teacher_tokenizer)
         if measured[name]["labels"] != measured[args.models[0]]["labels"]:
             raise ValueError(
                 f"{name} and {args.models[0]} cut targets into different tokens, so that their cross-entropies do not "
                 "compare: evaluate them one by one"
             )
-    tokens = np.array([len(labels) for labels in measured[args.models[0]]["labels"]])
+    del teacher
+    if judge is not None:
+        for name, scores in judge.rate({name: measured[name]["texts"] for name in args.models}).items():
+            measured[name]["sums"]["judge"] = scores
 
-    # By model and measure: sums over the tokens or texts of each row, and how many those are.
-    per_row = {
-        name: {measure: (values, tokens) for measure, values in measured[name]["sums"].items()}
-        | {"rouge_l": (measured[name]["rouge_l"], np.ones(len(pairs)))}
-        for name in args.models
-    }
-    models = {
-        name: {measure: interval(values, weights) for measure, (values, weights) in per_row[name].items()}
-        | {"distinct": distinct_share(measured[name]["texts"]), "n": len(pairs)}
-        for name in args.models
-    }
+    first = measured[args.models[0]]["sums"]
+    models: dict[str, dict] = {}
     differences = []
-    for name in args.models[1:]:
-        difference = {"of": name, "minus": args.models[0]}
-        for measure, (values, weights) in per_row[name].items():
-            change = values - per_row[args.models[0]][measure][0]
-            difference[measure] = interval(change, weights) | {"p": p_value(change)}
-        differences.append(difference)
-    result = {"models": models, "differences": differences}
+    for name in args.models:
+        sums = measured[name]["sums"]
+        models[name] = {measure: interval(sums[measure]) for measure in sums}
+        if "distinct" in asked:
+            models[name]["distinct"] = measured[name]["distinct"]
+        models[name]["n"] = len(pairs)
+        if name != args.models[0]:
+            difference: dict[str, Any] = {"of": name, "minus": args.models[0]}
+            for measure in sums:
+                p = p_value(sums[measure], first[measure])
+                difference[measure] = interval(sums[measure], first[measure]) | {"p": p}
+            differences.append(difference)
+    result = {
+        **_provenance(args, len(pairs)),
+        "signatures": {measure: sums.signature for measure, sums in first.items() if sums.signature},
+        "models": models,
+        "differences": differences,
+    }
+    if judge is not None:
+        result["judge"] = judge.description
     if output is not None:
-        from ..bench import plot_quality
-
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "metrics.json", result)
-        plot_quality(models, output / "quality.png", f"95 % interval, bootstrap over {len(pairs)} rows")
-    if args.json:
-        print(json.dumps(result, indent=1))
-        return
-    measures = [*models[args.models[0]]]
-    print(table(["", *args.models], [[m, *(_cell(models[name][m]) for name in args.models)] for m in measures]))
-    for difference in differences:
-        print(f"\n{difference['of']} minus {difference['minus']}")
-        print(table(["", "", "p"], [[m, _cell(d), f"{d['p']:.4f}"] for m, d in difference.items() if m in measures]))
+        _write(output, result, pairs, measured)
+    for name in cards:
+        update_model_card(name, result, name)
+    _show(args, result)
 
 
-def _measure(name: str, pairs, args: argparse.Namespace, teacher, teacher_tokenizer) -> dict:
-    """Row by row: `sums` as `_evaluation.score` gives them, `rouge_l`; and the `texts` and target `labels`."""
+class _Judge:
+    """A judge whose template and tokenizer are tried before anything is measured; its weights are loaded after that."""
+
+    def __init__(self, name: str, template: str | None, pairs):
+        from transformers import AutoConfig, AutoTokenizer
+
+        from ._judge import judge_prompts, load_template
+
+        self.path, self.rows = teacher_path(name), list(pairs)
+        self.template = load_template(template)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        config = AutoConfig.from_pretrained(self.path).get_text_config(decoder=True)
+        self.max_length = getattr(config, "max_position_embeddings", None)
+        self.prompts = lambda texts: judge_prompts(self.tokenizer, self.template, self.rows, texts, self.max_length)
+        self.prompts([row["target"] for row in self.rows])
+        self.description: dict[str, Any] = {"name": _model_name(name), "template": self.template}
+
+    def rate(self, texts: Mapping[str, list[str]]) -> dict[str, Sums]:
+        """The scores of each model's answers; adds to `description` the probability of a digit, their mean."""
+        import sys
+
+        import numpy as np
+        from transformers import AutoModelForCausalLM
+
+        from ._judge import judge
+        from ._significance import mean
+        from ._training import device, working_dtype
+
+        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=working_dtype()).to(device()).eval()
+        found, mass = {}, {}
+        for name, answers in texts.items():
+            scores, of_digits = judge(model, self.prompts(answers))
+            found[name], mass[name] = mean(scores, np.ones(len(scores))), float(of_digits.mean())
+        self.description["probability_of_a_digit"] = mass
+        if min(mass.values()) < 0.5:
+            print(
+                f"the judge answers with a digit from 1 to 5 with a probability of {min(mass.values()):.2f} only: its "
+                "scores say little; end --judge-template so that a digit has to follow, or take another judge",
+                file=sys.stderr,
+            )
+        return found
+
+
+def _measure(
+    name: str, measures: list[str], pairs, args: argparse.Namespace, teacher, teacher_tokenizer
+) -> dict[str, Any]:
+    """The `Sums` of each measure as `sums`, and the answers `texts`, the share `distinct` and the target `labels`."""
     import numpy as np
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    from ..distillation.metrics import rouge_l
-    from ._evaluation import encode_rows, generate, score
+    from ..distillation.metrics import distinct_share
+    from ._evaluation import OF_LOGITS, encode_rows, generate, measure_texts, score
+    from ._significance import calibration_error, mean
     from ._training import device, working_dtype
 
     config = AutoConfig.from_pretrained(name)
@@ -125,13 +217,82 @@ def _measure(name: str, pairs, args: argparse.Namespace, teacher, teacher_tokeni
             row["inputs"] = tokenizer(row["source"], truncation=True, max_length=length)["input_ids"]
             if merged:
                 row["prompt"] = [*row["inputs"], config.decoder_start_token_id]
-    texts = generate(model, tokenizer, rows, args.max_target_length)
+    of_logits = [measure for measure in measures if measure in OF_LOGITS]
+    of_texts = [measure for measure in measures if measure not in OF_LOGITS and measure != "distinct"]
+    labels = [row["labels"] for row in rows]
+    tokens = np.array([len(row) for row in labels])
+    found: dict[str, Sums] = {}
+    if of_logits:
+        for measure, values in score({"model": model}, rows, teacher, measures=of_logits)["model"].items():
+            found[measure] = (calibration_error if measure == "ece" else mean)(values, tokens)
+    result: dict[str, Any] = {"labels": labels}
+    if of_texts or "distinct" in measures or args.judge is not None:
+        texts = generate(model, tokenizer, rows, args.max_target_length)
+        found |= measure_texts(of_texts, texts, rows)
+        result |= {"texts": texts, "distinct": distinct_share(texts)}
+    return result | {"sums": {measure: found[measure] for measure in measures if measure in found}}
+
+
+def _provenance(args: argparse.Namespace, rows: int) -> dict[str, Any]:
+    """What was measured on, and against what, in the words of `hf_encdec_distill.model_card`."""
+    data = {"name": dataset_name(args.dataset), "test_rows": rows}
+    if args.dataset != BUILT_IN and not Path(args.dataset).exists():
+        data["hub_id"] = args.dataset
     return {
-        "sums": score({"model": model}, rows, teacher)["model"],
-        "rouge_l": np.array([rouge_l(text, row["target"]) for text, row in zip(texts, rows, strict=True)]),
-        "texts": texts,
-        "labels": [row["labels"] for row in rows],
+        "data": data,
+        **({} if args.teacher is None else {"teacher": {"name": _model_name(args.teacher)}}),
+        "spread": f"95 % interval, bootstrap over {rows} rows",
     }
+
+
+def _model_name(path: str) -> str:
+    from ..data.builtin_teacher import HUB_ID
+
+    return HUB_ID if path == BUILT_IN else public_name(path)
+
+
+def _write(output: Path, result: Mapping, pairs, measured: Mapping[str, Mapping]) -> None:
+    from ..bench import plot_quality
+    from ..model_card import model_index
+    from ._state import write_json, write_text
+
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "metrics.json", result)
+    plot_quality(result["models"], output / "quality.png", result["spread"])
+    for name in measured:
+        file = f"model-index-{name.strip('./').replace('/', '--')}.yml"
+        write_text(output / file, model_index(result, name, public_name(name)))
+    if any("texts" in entry for entry in measured.values()):
+        lines = (
+            {
+                "source": pair["source"],
+                "reference": pair["target"],
+                **{name: _answer(entry, index) for name, entry in measured.items()},
+            }
+            for index, pair in enumerate(pairs)
+        )
+        write_text(output / "answers.jsonl", "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
+
+
+def _answer(entry: Mapping, index: int) -> dict[str, Any]:
+    """What a model wrote for a row, and what each measure that is a mean over rows gave it."""
+    of_a_row = ("rouge_l", "exact_match", "f1", "judge")
+    scores = {name: float(entry["sums"][name].rows[index, 0]) for name in of_a_row if name in entry["sums"]}
+    return {"answer": entry["texts"][index], **scores}
+
+
+def _show(args: argparse.Namespace, result: Mapping) -> None:
+    from ._display import table
+
+    if args.json:
+        print(json.dumps(result, indent=1))
+        return
+    models = result["models"]
+    measures = [*models[args.models[0]]]
+    print(table(["", *args.models], [[m, *(_cell(models[name][m]) for name in args.models)] for m in measures]))
+    for difference in result["differences"]:
+        print(f"\n{difference['of']} minus {difference['minus']}")
+        print(table(["", "", "p"], [[m, _cell(d), f"{d['p']:.4f}"] for m, d in difference.items() if m in measures]))
 
 
 def _cell(value) -> str:
