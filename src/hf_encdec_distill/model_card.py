@@ -7,8 +7,8 @@
 
     Estimate    a number, or {"value": x, "low": lo, "high": hi} with lo <= x <= hi; what lo and hi are is said once,
                 in "spread". `estimate([...])` makes one out of one value a seed.
-    shares      rouge_l, exact_match, f1, teacher_agreement, ece and distinct lie in 0 ... 1 (cards and plots multiply by
-                100); chrf and bleu keep sacrebleu's scale, 0 ... 100; judge lies in 1 ... 5
+    shares      rouge_l, exact_match, f1, teacher_agreement, ece and distinct lie in 0 ... 1 (cards and plots multiply
+                by 100); chrf and bleu keep sacrebleu's scale, 0 ... 100; judge lies in 1 ... 5
     nats        ce, kl and entropy_gap (the model's entropy minus the teacher's), per target token
 
     title       heading, optional; default student["name"], then the folder's name
@@ -17,7 +17,7 @@
     student     {"name", "encoder_layers", "decoder_layers", "cross_attention", "encoder_attention", "parameters",
                 "license"}; the licence defaults to the teacher's
     data        {"name", "hub_id", "description", "license", "train_rows", "validation_rows", "test_rows"}
-    judge       {"name"}, the model whose scores are "judge"
+    judge       {"name", "template", "probability_of_a_digit"}, the model whose scores are "judge"
     signatures  {"bleu" or "chrf": sacrebleu's signature}
     recipe      {setting: value, ...}, printed in this order
     stages      [{"name", "steps", "seconds", "note"}, ...]

@@ -1,21 +1,24 @@
 """A language model as judge: how good it expects an answer to be, from 1 to 5, read off its next-token distribution.
 
-G-Eval (arXiv 2303.16634, section 2, scoring function): the sum over the five scores of score times probability. Nothing
-is sampled and nothing parsed, so that the same rows give the same scores, and a judge that hesitates between 3 and 4 is
-not forced to choose.
+G-Eval (arXiv 2303.16634, section 2, scoring function): the sum over the five scores of score times probability.
+Nothing is sampled and nothing parsed: the same rows give the same scores, and a judge that hesitates between 3 and 4
+need not choose.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..models.prompts import encode_rendered, render_prompt
-from ._evaluation import Update, batches, left_padded
+from ._evaluation import batches, left_padded
+from ._training import device, working_dtype
 
 
 DIGITS = "12345"
@@ -55,53 +58,86 @@ def load_template(given: str | None) -> str:
     return text.removesuffix("\n")
 
 
-def judge_prompts(
-    tokenizer, template: str, rows: Sequence[dict], predictions: Sequence[str], max_length: int | None = None
-) -> list[dict]:
-    """For each row the token ids of the judge's `prompt`, in its chat template if it has one, and of its five `digits`.
+class Judge:
+    """A causal language model that rates answers.
 
-    What comes before the digit is found by writing each of the five behind the prompt, as the tokenizer would have them:
-    a space at the end of the prompt may be part of the digit's token.
+    Its tokenizer and the template are tried on the rows' own targets at once; `rate` loads the weights.
+
+    Args:
+        path: folder or Hub id.
+        template: see `load_template`.
+        rows: `source` and `target` of each.
 
     Raises:
-        ValueError: a digit is not one token, or a prompt is longer than `max_length` tokens.
+        ValueError: one of the digits 1 to 5 is not one token, or a prompt is longer than the judge can read.
     """
-    found = []
-    for row, prediction in zip(rows, predictions, strict=True):
-        fields = {"source": row["source"], "reference": row["target"], "prediction": prediction}
-        # All at once: a source that has {reference} in it is a text like any other.
-        text = re.sub(r"\{(source|reference|prediction)\}", lambda match, fields=fields: fields[match[1]], template)
-        rendered = render_prompt(tokenizer, text)
-        ids = [encode_rendered(tokenizer, rendered + digit) for digit in DIGITS]
-        prompts, digits = {tuple(sequence[:-1]) for sequence in ids}, [sequence[-1] for sequence in ids]
-        if len(prompts) > 1 or len(set(digits)) < len(DIGITS):
-            raise ValueError(
-                "the judge's tokenizer has no token for each of the digits 1 to 5 that would follow its prompt "
-                f"(...{rendered[-20:]!r}): end --judge-template otherwise, or take another judge"
+
+    def __init__(self, path: str, template: str | None, rows: Sequence[Mapping[str, str]]):
+        self.path, self.template, self.rows = path, load_template(template), rows
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
+        self.max_length = getattr(config, "max_position_embeddings", None)
+        self.prompts([row["target"] for row in rows])
+
+    def prompts(self, answers: Sequence[str]) -> list[dict]:
+        """Token ids for each row: the `prompt`, in the judge's chat template if it has one, and the five `digits`.
+
+        They are found by writing each digit behind the prompt, as the tokenizer would have it: a space at the end of
+        the prompt may be part of the digit's token.
+        """
+        found = []
+        for row, answer in zip(self.rows, answers, strict=True):
+            fields = {"source": row["source"], "reference": row["target"], "prediction": answer}
+            # All at once: a source that has {reference} in it is a text like any other.
+            text = re.sub(
+                r"\{(source|reference|prediction)\}", lambda hit, fields=fields: fields[hit[1]], self.template
             )
-        prompt = list(prompts.pop())
-        if max_length is not None and len(prompt) > max_length:
-            raise ValueError(
-                f"a prompt of the judge takes {len(prompt)} tokens and the judge reads {max_length}: leave {{source}} "
-                "out of --judge-template, or take another judge"
+            text = render_prompt(self.tokenizer, text)
+            ids = [encode_rendered(self.tokenizer, text + digit) for digit in DIGITS]
+            prompts, digits = {tuple(sequence[:-1]) for sequence in ids}, [sequence[-1] for sequence in ids]
+            if len(prompts) > 1 or len(set(digits)) < len(DIGITS):
+                raise ValueError(
+                    f"the tokenizer of the judge {self.path} has no token for each of the digits 1 to 5 after "
+                    f"{text[-20:]!r}: end --judge-template otherwise, or take another judge"
+                )
+            prompt = list(prompts.pop())
+            if self.max_length is not None and len(prompt) > self.max_length:
+                raise ValueError(
+                    f"the judge {self.path} reads {self.max_length} tokens and would get {len(prompt)}: leave "
+                    "{source} out of --judge-template, or take another judge"
+                )
+            found.append({"prompt": prompt, "digits": digits})
+        return found
+
+    def rate(self, answers: Mapping[str, Sequence[str]]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """What it gives the answers of each model, which are in the order of the rows.
+
+        Returns:
+            Scores, `[rows]` from 1 to 5: the mean of the digits, given that it answers with one. And the probability
+            of that, the mean over the rows: where it is small the scores mean nothing.
+        """
+        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=working_dtype()).to(device()).eval()
+        rated = {name: score_digits(model, self.prompts(texts)) for name, texts in answers.items()}
+        scores = {name: values for name, (values, _) in rated.items()}
+        of_digits = {name: float(values.mean()) for name, (_, values) in rated.items()}
+        if min(of_digits.values()) < 0.5:
+            print(
+                f"the judge writes a digit from 1 to 5 with a probability of {min(of_digits.values()):.2f} only, "
+                "and its scores say little: end --judge-template so that a digit has to follow, or take another",
+                file=sys.stderr,
             )
-        found.append({"prompt": prompt, "digits": digits})
-    return found
+        return scores, of_digits
 
 
 @torch.inference_mode()
-def judge(model, prompts: Sequence[dict], update: Update = lambda *_: None) -> tuple[np.ndarray, np.ndarray]:
-    """Scores, 1 to 5, and the probability that the judge answers with one of the digits at all, `[rows]` each.
-
-    The score is the mean of the digits under that condition. Where the probability is small it means nothing.
-    """
-    scores, mass = np.zeros(len(prompts)), np.zeros(len(prompts))
-    for indices, batch in batches(prompts, update, "judging"):
-        inputs = left_padded([row["prompt"] for row in batch])
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+def score_digits(model, prompts: Sequence[Mapping[str, list[int]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the digits that may follow each prompt, and the probability that one of them does, `[rows]` each."""
+    scores, of_digits = np.zeros(len(prompts)), np.zeros(len(prompts))
+    for indices, batch in batches(prompts, lambda *_: None, "judging"):
+        inputs = {name: x.to(model.device) for name, x in left_padded([row["prompt"] for row in batch]).items()}
         logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].double()
         digits = logits.gather(1, torch.tensor([row["digits"] for row in batch], device=logits.device))
-        values = torch.arange(1.0, len(DIGITS) + 1, dtype=torch.float64, device=logits.device)
+        values = torch.arange(1.0, len(DIGITS) + 1, dtype=digits.dtype, device=digits.device)
         scores[indices] = (digits.softmax(1) @ values).cpu().numpy()
-        mass[indices] = (digits.logsumexp(1) - logits.logsumexp(1)).exp().cpu().numpy()
-    return scores, mass
+        of_digits[indices] = (digits.logsumexp(1) - logits.logsumexp(1)).exp().cpu().numpy()
+    return scores, of_digits

@@ -27,7 +27,7 @@ class Sums(NamedTuple):
 
 
 def mean(sums: np.ndarray, weights: np.ndarray) -> Sums:
-    """`sum(sums) / sum(weights)`, of `[rows]` each: a mean over tokens, from their sums and their number in each row."""
+    """`sum(sums) / sum(weights)`, of `[rows]` each: a mean over tokens out of their sum and number in each row."""
     return Sums(np.column_stack([sums, weights]), lambda totals: totals[..., 0] / totals[..., 1])
 
 
@@ -54,7 +54,8 @@ def interval(measure: Sums, minus: Sums | None = None, seed: int = 0) -> dict[st
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
     value = float(number(np.ones(count, dtype=drawn.dtype)))
     low, high = np.percentile(number(drawn), [2.5, 97.5])
-    # A value outside its own percentile interval happens for constant rows, by rounding.
+    # A value may lie outside its own percentile interval: by rounding where all rows are alike, and a calibration
+    # error since noise, of which a draw has more than the rows, only ever raises it.
     return {"value": value, "low": min(float(low), value), "high": max(float(high), value)}
 
 

@@ -26,8 +26,6 @@ from .init import new_folder
 
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ._significance import Sums
 
 SUMMARY = "measure models on held-out rows"
@@ -78,10 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    import numpy as np
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..model_card import OF_TEACHER, update_model_card
-    from ._significance import interval, p_value
+    from ._judge import Judge
+    from ._significance import mean
     from ._training import device, working_dtype
 
     if args.rows < 1:
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         teacher_tokenizer = AutoTokenizer.from_pretrained(path)
     pairs = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")["test"]
     pairs = pairs.shuffle(seed=0).select(range(min(args.rows, len(pairs))))
-    judge = _Judge(args.judge, args.judge_template, pairs) if args.judge is not None else None
+    judge = None if args.judge is None else Judge(teacher_path(args.judge), args.judge_template, list(pairs))
 
     measured: dict[str, dict] = {}
     for name in args.models:
@@ -116,32 +116,14 @@ def run(args: argparse.Namespace) -> None:
             )
     del teacher
     if judge is not None:
-        for name, scores in judge.rate({name: measured[name]["texts"] for name in args.models}).items():
-            measured[name]["sums"]["judge"] = scores
+        scores, of_digits = judge.rate({name: measured[name]["texts"] for name in args.models})
+        for name in args.models:
+            measured[name]["sums"]["judge"] = mean(scores[name], np.ones(len(pairs)))
 
-    first = measured[args.models[0]]["sums"]
-    models: dict[str, dict] = {}
-    differences = []
-    for name in args.models:
-        sums = measured[name]["sums"]
-        models[name] = {measure: interval(sums[measure]) for measure in sums}
-        if "distinct" in asked:
-            models[name]["distinct"] = measured[name]["distinct"]
-        models[name]["n"] = len(pairs)
-        if name != args.models[0]:
-            difference: dict[str, Any] = {"of": name, "minus": args.models[0]}
-            for measure in sums:
-                p = p_value(sums[measure], first[measure])
-                difference[measure] = interval(sums[measure], first[measure]) | {"p": p}
-            differences.append(difference)
-    result = {
-        **_provenance(args, len(pairs)),
-        "signatures": {measure: sums.signature for measure, sums in first.items() if sums.signature},
-        "models": models,
-        "differences": differences,
-    }
+    result = _compare(measured, len(pairs)) | _provenance(args, len(pairs))
     if judge is not None:
-        result["judge"] = judge.description
+        judged = {"name": _model_name(args.judge), "template": judge.template, "probability_of_a_digit": of_digits}
+        result["judge"] = judged
     if output is not None:
         _write(output, result, pairs, measured)
     for name in cards:
@@ -149,53 +131,10 @@ def run(args: argparse.Namespace) -> None:
     _show(args, result)
 
 
-class _Judge:
-    """A judge whose template and tokenizer are tried before anything is measured; its weights are loaded after that."""
-
-    def __init__(self, name: str, template: str | None, pairs):
-        from transformers import AutoConfig, AutoTokenizer
-
-        from ._judge import judge_prompts, load_template
-
-        self.path, self.rows = teacher_path(name), list(pairs)
-        self.template = load_template(template)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-        config = AutoConfig.from_pretrained(self.path).get_text_config(decoder=True)
-        self.max_length = getattr(config, "max_position_embeddings", None)
-        self.prompts = lambda texts: judge_prompts(self.tokenizer, self.template, self.rows, texts, self.max_length)
-        self.prompts([row["target"] for row in self.rows])
-        self.description: dict[str, Any] = {"name": _model_name(name), "template": self.template}
-
-    def rate(self, texts: Mapping[str, list[str]]) -> dict[str, Sums]:
-        """The scores of each model's answers; adds to `description` the probability of a digit, their mean."""
-        import sys
-
-        import numpy as np
-        from transformers import AutoModelForCausalLM
-
-        from ._judge import judge
-        from ._significance import mean
-        from ._training import device, working_dtype
-
-        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=working_dtype()).to(device()).eval()
-        found, mass = {}, {}
-        for name, answers in texts.items():
-            scores, of_digits = judge(model, self.prompts(answers))
-            found[name], mass[name] = mean(scores, np.ones(len(scores))), float(of_digits.mean())
-        self.description["probability_of_a_digit"] = mass
-        if min(mass.values()) < 0.5:
-            print(
-                f"the judge answers with a digit from 1 to 5 with a probability of {min(mass.values()):.2f} only: its "
-                "scores say little; end --judge-template so that a digit has to follow, or take another judge",
-                file=sys.stderr,
-            )
-        return found
-
-
 def _measure(
     name: str, measures: list[str], pairs, args: argparse.Namespace, teacher, teacher_tokenizer
 ) -> dict[str, Any]:
-    """The `Sums` of each measure as `sums`, and the answers `texts`, the share `distinct` and the target `labels`."""
+    """The `Sums` of each measure as `sums`, those without as `plain`; the target `labels` and the answers `texts`."""
     import numpy as np
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -225,12 +164,36 @@ def _measure(
     if of_logits:
         for measure, values in score({"model": model}, rows, teacher, measures=of_logits)["model"].items():
             found[measure] = (calibration_error if measure == "ece" else mean)(values, tokens)
-    result: dict[str, Any] = {"labels": labels}
+    texts, plain = None, {}
     if of_texts or "distinct" in measures or args.judge is not None:
         texts = generate(model, tokenizer, rows, args.max_target_length)
         found |= measure_texts(of_texts, texts, rows)
-        result |= {"texts": texts, "distinct": distinct_share(texts)}
-    return result | {"sums": {measure: found[measure] for measure in measures if measure in found}}
+    if "distinct" in measures:
+        plain["distinct"] = distinct_share(texts)  # the same answer twice in a draw is no repetition: no interval
+    sums = {measure: found[measure] for measure in measures if measure in found}  # in the order asked for
+    return {"sums": sums, "plain": plain, "labels": labels if of_logits else None, "texts": texts}
+
+
+def _compare(measured: Mapping[str, Mapping], rows: int) -> dict[str, Any]:
+    """`models` and `differences` from the first of them, as `hf_encdec_distill.model_card` has them, with p-values."""
+    from ._significance import interval, p_value
+
+    base, *others = measured
+    first = measured[base]["sums"]
+    differences = []
+    for name in others:
+        sums = measured[name]["sums"]
+        numbers = {
+            measure: interval(sums[measure], first[measure]) | {"p": p_value(sums[measure], first[measure])}
+            for measure in sums
+        }
+        differences.append({"of": name, "minus": base, **numbers})
+    models = {
+        name: {measure: interval(sums) for measure, sums in entry["sums"].items()} | entry["plain"] | {"n": rows}
+        for name, entry in measured.items()
+    }
+    signatures = {measure: sums.signature for measure, sums in first.items() if sums.signature}
+    return {"models": models, "differences": differences, "signatures": signatures}
 
 
 def _provenance(args: argparse.Namespace, rows: int) -> dict[str, Any]:
@@ -262,7 +225,7 @@ def _write(output: Path, result: Mapping, pairs, measured: Mapping[str, Mapping]
     for name in measured:
         file = f"model-index-{name.strip('./').replace('/', '--')}.yml"
         write_text(output / file, model_index(result, name, public_name(name)))
-    if any("texts" in entry for entry in measured.values()):
+    if all(entry["texts"] is not None for entry in measured.values()):
         lines = (
             {
                 "source": pair["source"],

@@ -37,8 +37,8 @@ def token_fidelity(student_logits: Tensor, teacher_logits: Tensor) -> dict[str, 
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
-            f"student_logits are {list(student_logits.shape)} and teacher_logits {list(teacher_logits.shape)}: expected "
-            "the same target tokens and ids (SharedVocabulary.restrict takes out those that only one side has)"
+            f"student_logits are {list(student_logits.shape)} and teacher_logits {list(teacher_logits.shape)}: "
+            "expected the same target tokens and ids (SharedVocabulary.restrict takes out ids that only one side has)"
         )
     return {
         "kl": forward_kl(student_logits, teacher_logits),
@@ -61,7 +61,7 @@ def token_calibration(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
 def calibration_gaps(confidence: Tensor, correct: Tensor, bins: int = BINS) -> Tensor:
     """`[N]` and `[N]` -> `[N, bins]`: confidence minus correctness in the column of the token's bin, 0 elsewhere.
 
-    Bin m of M takes what lies in ((m - 1) / M, m / M]. The ECE is the sum over bins of |sum over tokens|, divided by N.
+    Bin m of M takes what lies in ((m - 1) / M, m / M]. The ECE is the sum over bins of |sum over tokens|, over N.
     """
     bin_N = (confidence * bins).ceil().long().clamp(1, bins) - 1
     return F.one_hot(bin_N, bins) * (confidence - correct)[:, None]
@@ -91,8 +91,8 @@ class CalibrationError(evaluate.Metric):
         return _numbers(self, "confidence", "correct")
 
     def _compute(self, confidence: Sequence[float], correct: Sequence[float], bins: int = BINS) -> dict[str, float]:
-        gaps = calibration_gaps(*(torch.tensor(x, dtype=torch.float64) for x in (confidence, correct)), bins)
-        return {"ece": gaps.sum(dim=0).abs().sum().item() / len(gaps)}
+        gaps = calibration_gaps(torch.tensor(confidence), torch.tensor(correct), bins)
+        return {"ece": gaps.double().sum(dim=0).abs().sum().item() / len(gaps)}
 
 
 def _numbers(metric: evaluate.Metric, *names: str) -> evaluate.MetricInfo:

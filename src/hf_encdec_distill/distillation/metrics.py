@@ -1,8 +1,8 @@
 """How good generated text is: ROUGE, SQuAD's exact match and F1, BLEU, chrF, and how much differs from row to row.
 
 ROUGE alone misleads: one constant sentence scores 0.18 on the built-in task. The share of distinct outputs stands
-beside it and unmasks that. `rouge_l`, `exact_match` and `f1` are of one text; `rouge`, `squad`, `bleu` and `chrf` are of
-many and return a dict, as do the subclasses of `evaluate.Metric`, which work offline: `evaluate.load` asks the Hub.
+beside it and unmasks that. `rouge_l`, `exact_match` and `f1` are of one text; `rouge`, `squad`, `bleu` and `chrf` are
+of many and return a dict, as do the subclasses of `evaluate.Metric`, which work offline: `evaluate.load` asks the Hub.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def distinct_share(predictions: Sequence[str]) -> float:
 def normalize_answer(text: str) -> str:
     """What SQuAD's evaluation compares: lower case, without punctuation, articles and needless white space.
 
-    `evaluate-v1.1.py` of SQuAD (arXiv 1606.05250). It is made for answers in English prose: of code it drops operators.
+    `evaluate-v1.1.py` of SQuAD (arXiv 1606.05250). It is made for answers in English; out of code it takes operators.
     """
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
