@@ -249,7 +249,7 @@ def test_evaluate_measures_what_it_is_asked_for(student_folder, teacher_folder, 
     result = json.loads((output / "metrics.json").read_text())
     answers = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == result["data"]["test_rows"] == 7
-    assert set(result["models"][names[0]]) == {*METRICS, "n"} == {*every, "judge", "n"}
+    assert set(result["models"][names[0]]) == {*METRICS, "n", "label"} == {*every, "judge", "n", "label"}
     references = [row["reference"] for row in answers]
     for name in names:
         texts, numbers = [row[name]["answer"] for row in answers], result["models"][name]
@@ -278,7 +278,7 @@ def test_evaluate_measures_what_it_is_asked_for(student_folder, teacher_folder, 
 
     # Few measures cost little: without one of texts nothing is generated.
     assert main(["evaluate", names[1], *options, "--metrics", "ece", "--json", "--output", str(tmp_path / "few")]) == 0
-    assert set(json.loads(capsys.readouterr().out)["models"][names[1]]) == {"ece", "n"}
+    assert set(json.loads(capsys.readouterr().out)["models"][names[1]]) == {"ece", "n", "label"}
     assert not (tmp_path / "few" / "answers.jsonl").exists()
 
 

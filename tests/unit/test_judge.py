@@ -1,5 +1,7 @@
 """The judge: a model rigged so that its distribution after a prompt can be worked out by hand."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -132,6 +134,7 @@ def test_templates(tmp_path):
     assert load_template(str(file)) == "{prediction}\nRating: "
     assert load_template("rate {prediction}") == "rate {prediction}"
     default = load_template(None)
+    assert f"```\n{default}\n```" in (Path(__file__).parents[2] / "docs" / "distillation.md").read_text()
     assert all(f"{{{name}}}" in default for name in ("source", "reference", "prediction"))
     file.write_text("rate it")
     with pytest.raises(ValueError, match=r"has no \{prediction\}"):

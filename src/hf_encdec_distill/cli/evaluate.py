@@ -192,6 +192,10 @@ def _compare(measured: Mapping[str, Mapping], rows: int) -> dict[str, Any]:
         name: {measure: interval(sums) for measure, sums in entry["sums"].items()} | entry["plain"] | {"n": rows}
         for name, entry in measured.items()
     }
+    labels = [public_name(name) for name in models]
+    if len(set(labels)) == len(labels):
+        for entry, label in zip(models.values(), labels, strict=True):
+            entry["label"] = label
     signatures = {measure: sums.signature for measure, sums in first.items() if sums.signature}
     return {"models": models, "differences": differences, "signatures": signatures}
 
@@ -245,14 +249,16 @@ def _answer(entry: Mapping, index: int) -> dict[str, Any]:
 
 
 def _show(args: argparse.Namespace, result: Mapping) -> None:
+    from ..model_card import model_label
     from ._display import table
 
     if args.json:
         print(json.dumps(result, indent=1))
         return
     models = result["models"]
-    measures = [*models[args.models[0]]]
-    print(table(["", *args.models], [[m, *(_cell(models[name][m]) for name in args.models)] for m in measures]))
+    measures = [measure for measure in models[args.models[0]] if measure != "label"]
+    header = ["", *(model_label(name, models) for name in args.models)]
+    print(table(header, [[m, *(_cell(models[name][m]) for name in args.models)] for m in measures]))
     for difference in result["differences"]:
         print(f"\n{difference['of']} minus {difference['minus']}")
         print(table(["", "", "p"], [[m, _cell(d), f"{d['p']:.4f}"] for m, d in difference.items() if m in measures]))
