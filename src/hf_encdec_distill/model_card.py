@@ -1,11 +1,15 @@
 """The model card of a distilled student, written from `metrics.json` alone: what is not there is not in the card.
 
+`hf-encdec-distill evaluate` writes the same structure, without what concerns training; `model_index` and
+`update_model_card` take its numbers to a card that is there already.
+
 `metrics.json` is one JSON object. Every key is optional unless marked (required); extra keys are ignored.
 
     Estimate    a number, or {"value": x, "low": lo, "high": hi} with lo <= x <= hi; what lo and hi are is said once,
                 in "spread". `estimate([...])` makes one out of one value a seed.
-    shares      rouge_l, teacher_agreement and distinct lie in 0 ... 1 (cards and plots multiply by 100)
-    ce, kl      nats per target token
+    shares      rouge_l, exact_match, f1, teacher_agreement, ece and distinct lie in 0 ... 1 (cards and plots multiply
+                by 100); chrf and bleu keep sacrebleu's scale, 0 ... 100; judge lies in 1 ... 5
+    nats        ce, kl and entropy_gap (the model's entropy minus the teacher's), per target token
 
     title       heading, optional; default student["name"], then the folder's name
     task        {"name", "description", "pipeline_tag", "language", "prompt_template"}
@@ -13,14 +17,16 @@
     student     {"name", "encoder_layers", "decoder_layers", "cross_attention", "encoder_attention", "parameters",
                 "license"}; the licence defaults to the teacher's
     data        {"name", "hub_id", "description", "license", "train_rows", "validation_rows", "test_rows"}
+    judge       {"name", "template", "probability_of_a_digit"}, the model whose scores are "judge"
+    signatures  {"bleu" or "chrf": sacrebleu's signature}
     recipe      {setting: value, ...}, printed in this order
     stages      [{"name", "steps", "seconds", "note"}, ...]
     seeds       [0, 1, ...] (required with models)
     spread      what low and high of the models and differences are (required if any has them), for instance
                 "95 % interval, bootstrap over 229 held-out functions"
-    models      {key: {"n" (required, held-out items), "label", "parameters", and any of the Estimates "rouge_l", "ce",
-                "kl" (to the tuned teacher), "teacher_agreement", "distinct"}}; known keys, in the order shown:
-                teacher_before, teacher, student_start, student_ce, student_kd, lead_baseline; others follow
+    models      {key: {"n" (required, held-out items), "label", "parameters", and any Estimates that METRICS names
+                ("kl" is to the tuned teacher)}}; known keys, in the order shown: teacher_before, teacher,
+                student_start, student_ce, student_kd, lead_baseline; others follow
     differences [{"of": key, "minus": key, and the same Estimates as models, paired}, ...]
     published   the entry of models that the saved weights are, default "student_kd"; it becomes the model-index
     latency     `hf_encdec_distill.bench.compare_latency(...).to_dict()`
@@ -39,7 +45,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 
 PAPER = "https://arxiv.org/abs/2501.16273"
@@ -55,11 +61,19 @@ MODEL_LABELS = {
 # key -> (heading, factor for display, decimals, whether it is a share)
 METRICS = {
     "rouge_l": ("ROUGE-L", 100, 1, True),
+    "exact_match": ("Exact match, %", 100, 1, True),
+    "f1": ("F1", 100, 1, True),
+    "chrf": ("chrF", 1, 1, False),
+    "bleu": ("BLEU", 1, 1, False),
+    "judge": ("Judge, 1 to 5", 1, 2, False),
     "ce": ("CE, nats/token", 1, 3, False),
     "kl": ("KL to teacher, nats/token", 1, 3, False),
     "teacher_agreement": ("Agreement with teacher, %", 100, 1, True),
+    "ece": ("Calibration error, %", 100, 1, True),
+    "entropy_gap": ("Entropy minus teacher's, nats/token", 1, 3, False),
     "distinct": ("Distinct outputs, %", 100, 1, True),
 }
+OF_TEACHER = ("kl", "teacher_agreement", "entropy_gap")
 
 
 def estimate(values: Sequence[float]) -> dict[str, float]:
@@ -148,6 +162,77 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
     return path
 
 
+def eval_results(metrics: Mapping, key: str) -> list[EvalResult]:
+    """What `metrics` says of `models[key]`, for a model-index: the values as cards show them, and in `metric_args` the
+    number of rows, the spread, and the teacher or judge that a number depends on."""
+    task, data, entry = metrics.get("task", {}), metrics.get("data", {}), metrics["models"][key]
+
+    def args(name: str) -> dict:
+        _, factor, decimals, _ = METRICS[name]
+        value, low, high = bounds(entry[name], f"models[{key!r}][{name!r}]")
+        found = {"rows": entry["n"]}
+        if low < high:
+            found |= {"low": round(low * factor, decimals), "high": round(high * factor, decimals)}
+            found |= {"spread": metrics["spread"]}
+        other = "judge" if name == "judge" else "teacher" if name in OF_TEACHER else None
+        if other and metrics.get(other, {}).get("name"):
+            found[other] = metrics[other].get("hub_id") or metrics[other]["name"]
+        return found
+
+    return [
+        EvalResult(
+            task_type=task.get("pipeline_tag") or "text-generation",
+            task_name=task.get("name"),
+            dataset_type=data.get("hub_id") or data.get("name") or "unnamed",
+            dataset_name=data.get("name") or "unnamed",
+            dataset_split="test",
+            metric_type={"rouge_l": "rouge"}.get(name, name),
+            metric_name=heading,
+            metric_value=round(bounds(entry[name], name)[0] * factor, decimals),
+            metric_config=metrics.get("signatures", {}).get(name),
+            metric_args=args(name),
+        )
+        for name, (heading, factor, decimals, _) in METRICS.items()
+        if entry.get(name) is not None
+    ]
+
+
+def model_index(metrics: Mapping, key: str, name: str) -> str:
+    """`models[key]` as the `model-index` of a card's metadata, YAML; `name` is what the model is called there."""
+    return ModelCardData(model_name=name, eval_results=eval_results(metrics, key)).to_yaml() + "\n"
+
+
+def update_model_card(folder: str | Path, metrics: Mapping, key: str) -> Path:
+    """Writes `models[key]` into the model-index of the card in a folder; text and other metadata stay as they are.
+
+    A result of the same measure on the same dataset and split is replaced, others stay. Nothing is asked of the Hub.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: there is no card, or its metadata are no metadata.
+    """
+    path = Path(folder) / "README.md"
+    if not path.is_file():  # the name of a folder that is not there would be looked for on the Hub
+        raise ValueError(f"there is no model card {path}: write one first (write_model_card)")
+    card = ModelCard.load(path)
+    task = {"pipeline_tag": card.data.get("pipeline_tag"), **metrics.get("task", {})}
+    measured = eval_results({**metrics, "task": task}, key)
+
+    def what(result: EvalResult) -> tuple:
+        return (result.dataset_type, result.dataset_split, result.metric_type, result.metric_name)
+
+    again = set(map(what, measured))
+    kept = [result for result in card.data.eval_results or [] if what(result) not in again]
+    card.data.eval_results = kept + measured
+    card.data.model_name = card.data.get("model_name") or path.resolve().parent.name
+    temporary = path.with_name(path.name + ".tmp")
+    card.save(temporary)
+    os.replace(temporary, path)
+    return path
+
+
 def _check(metrics: Mapping):
     models, spread = metrics.get("models", {}), metrics.get("spread")
     if models and not metrics.get("seeds"):
@@ -182,7 +267,6 @@ def _check(metrics: Mapping):
 
 def _card_data(metrics: Mapping, title: str) -> ModelCardData:
     task, teacher, data = (metrics.get(key, {}) for key in ("task", "teacher", "data"))
-    published = metrics.get("models", {}).get(metrics.get("published", "student_kd"), {})
     known = {
         # base_model, datasets and the licence are links on the Hub: only ids that the caller gave, never a guess
         "base_model": teacher.get("hub_id"),
@@ -191,20 +275,8 @@ def _card_data(metrics: Mapping, title: str) -> ModelCardData:
         "license": _license(metrics),
         "pipeline_tag": task.get("pipeline_tag"),
     }
-    results = [
-        EvalResult(
-            task_type=task.get("pipeline_tag") or "text-generation",
-            task_name=task.get("name"),
-            dataset_type=data.get("hub_id") or data.get("name") or "unnamed",
-            dataset_name=data.get("name") or "unnamed",
-            dataset_split="test",
-            metric_type={"rouge_l": "rouge"}.get(name, name),
-            metric_name=heading,
-            metric_value=round(bounds(published[name], name)[0] * factor, decimals),
-        )
-        for name, (heading, factor, decimals, _) in METRICS.items()
-        if published.get(name) is not None
-    ]
+    key = metrics.get("published", "student_kd")
+    results = eval_results(metrics, key) if key in metrics.get("models", {}) else []
     return ModelCardData(
         library_name="transformers",
         tags=["encoder-decoder", "knowledge-distillation", "rope_encdec"],

@@ -1,10 +1,11 @@
-"""Metrics against hand values, rouge_score itself, and a real `Seq2SeqTrainer`."""
+"""Metrics against hand values, rouge_score and sacrebleu themselves, SQuAD's script, and a real `Seq2SeqTrainer`."""
 
 import re
 import sys
 
 import numpy as np
 import pytest
+import sacrebleu
 import torch
 from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
@@ -19,13 +20,22 @@ from transformers import (
 
 from hf_encdec_distill.distillation import metrics
 from hf_encdec_distill.distillation.metrics import (
+    Bleu,
+    ChrF,
     DistinctShare,
-    ExactMatch,
     Rouge,
+    Squad,
+    bleu,
+    chrf,
     distinct_share,
     exact_match,
+    f1,
     generation_metrics,
+    normalize_answer,
+    rouge,
     rouge_l,
+    squad,
+    text_statistics,
 )
 
 
@@ -85,18 +95,78 @@ def test_rouge_in_batches_is_rouge_at_once():
     assert metric.compute() == Rouge().compute(predictions=PREDICTIONS, references=REFERENCES)
 
 
-def test_distinct_and_exact_by_hand():
+def test_distinct_by_hand():
     assert distinct_share(["a b", "a  b\n", "c", "A b"]) == 3 / 4
     assert distinct_share(["same"] * 10) == 1 / 10
-    assert exact_match(["a b ", "c", "d"], ["a  b", "C", "d"]) == 2 / 3
-    assert ExactMatch().compute(predictions=["a", "b"], references=["a", "c"]) == {"exact_match": 0.5}
     assert DistinctShare().compute(predictions=["a", "a"], references=["b", "c"]) == {"distinct": 0.5}
+
+
+# What compute_exact and compute_f1 of transformers 4.57.6 (data/metrics/squad_metrics.py) give; 5.x has them no more.
+SQUAD = [
+    ("The cat, sat!", "a cat sat", 1, 1.0),
+    ("Returns the sum of two numbers.", "Return the sum of the two numbers", 0, 0.8),
+    ("the", "an", 1, 1),
+    ("x", "y", 0, 0),
+    ("the a", "x", 0, 0),
+    ("don't  stop", "dont stop now", 0, 0.8),
+    ("b b c", "b c c", 0, 2 / 3),
+]
+
+
+@pytest.mark.parametrize(("prediction", "reference", "exact", "overlap"), SQUAD)
+def test_squad_by_its_script(prediction, reference, exact, overlap):
+    assert (exact_match(prediction, reference), f1(prediction, reference)) == (exact, pytest.approx(overlap))
+
+
+def test_squad_means_and_several_references():
+    assert normalize_answer("An  anthem: The\tU.S.A.") == "anthem usa"
+    predictions, references = [row[0] for row in SQUAD], [row[1] for row in SQUAD]
+    means = {"exact_match": 2 / 7, "f1": (2 + 0.8 + 0.8 + 2 / 3) / 7}
+    assert squad(predictions, references) == pytest.approx(means)
+    assert Squad().compute(predictions=predictions, references=references) == pytest.approx(means)
+    # The better of each: "b c" of three and two words, 4 of 5; the second one of the other text.
+    several = [["x", "b c"], ["x", "y", "z"]]
+    assert Squad().compute(predictions=["b b c", "y"], references=several) == {"exact_match": 0.5, "f1": 0.9}
+    with pytest.raises(ValueError, match="empty list of references"):
+        squad(["a"], [[]])
+
+
+def test_bleu_and_chrf_are_those_of_sacrebleu():
+    predictions = ["the cat sat on a mat", "Returning the numbers in order .", "a b c d e"]
+    references = ["the cat sat on the mat", "return the numbers in order.", "a b c d e f"]
+    expected = {"bleu": sacrebleu.corpus_bleu(predictions, [references]).score}
+    expected["chrf"] = sacrebleu.corpus_chrf(predictions, [references]).score
+    assert 20 < expected["bleu"] < 80 < expected["chrf"] + 20
+    for function, metric in ((bleu, Bleu), (chrf, ChrF)):
+        name = function.__name__
+        assert function(predictions, references) == pytest.approx({name: expected[name]})
+        assert metric().compute(predictions=predictions, references=references) == pytest.approx(
+            function(predictions, references)
+        )
+    # BLEU-4 by hand: 3 of 4, 2 of 3, 1 of 2 and 0 of 1 n-grams, the last smoothed to 1/2; as long as the reference.
+    by_hand = 100 * (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25
+    assert bleu(["a b c x"], ["a b c d"]) == pytest.approx({"bleu": by_hand})
+
+
+def test_several_references_need_not_be_equally_many():
+    predictions, references = (
+        ["the cat sat on a mat", "one two three four"],
+        [["no", "the cat sat on the mat"], ["one two three"]],
+    )
+    streams = [["no", "one two three"], ["the cat sat on the mat", None]]
+    expected = sacrebleu.corpus_bleu(predictions, streams).score
+    assert Bleu().compute(predictions=predictions, references=references)["bleu"] == pytest.approx(expected)
+    expected = sacrebleu.corpus_chrf(predictions, streams).score
+    assert ChrF().compute(predictions=predictions, references=references)["chrf"] == pytest.approx(expected)
+    signature = text_statistics("bleu", predictions, references)[2]
+    assert signature == f"nrefs:var|case:mixed|eff:no|tok:13a|smooth:exp|version:{sacrebleu.__version__}"
 
 
 @pytest.mark.parametrize(("predictions", "references"), [([], []), (["a"], ["a", "b"])])
 def test_texts_that_do_not_match_in_number(predictions, references):
-    with pytest.raises(ValueError, match=f"{len(predictions)} predictions and {len(references)} references"):
-        exact_match(predictions, references)
+    for function in (rouge, squad, bleu, chrf):
+        with pytest.raises(ValueError, match=f"{len(predictions)} predictions and {len(references)} references"):
+            function(predictions, references)
     with pytest.raises(ValueError):
         Rouge().compute(predictions=predictions, references=references)
 
@@ -113,6 +183,12 @@ def test_missing_rouge_score(monkeypatch):
         rouge_l("a", "b")
 
 
+def test_missing_sacrebleu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    with pytest.raises(ImportError, match=r'pip install "hf-encdec-distill\[demo\]"'):
+        chrf(["a"], ["b"])
+
+
 @pytest.mark.parametrize("filler", [-100, "pad"])
 def test_fillers_and_special_tokens_do_not_count(tokenizer, filler):
     if filler == "pad":
@@ -126,9 +202,11 @@ def test_fillers_and_special_tokens_do_not_count(tokenizer, filler):
     predicted = [[tokenizer.bos_token_id, *ids] for ids in predicted]
     result = generation_metrics(tokenizer)(EvalPrediction(_padded(predicted, filler), _padded(labels, filler)))
     expected = Rouge().compute(predictions=texts, references=references)
-    assert result == pytest.approx(
-        {**expected, "exact_match": 0.5, "distinct": 1, "generated_tokens": np.mean(lengths)}
-    )
+    counted = {"distinct": 1, "generated_tokens": np.mean(lengths)}
+    assert result == pytest.approx({**expected, "exact_match": 0.5, "f1": 0.5, **counted})
+    chosen = generation_metrics(tokenizer, metrics=[chrf, Squad().compute])
+    result = chosen(EvalPrediction(_padded(predicted, filler), _padded(labels, filler)))
+    assert result == pytest.approx({**chrf(texts, references), "exact_match": 0.5, "f1": 0.5, **counted})
 
 
 def _padded(rows, filler):
@@ -144,7 +222,7 @@ def test_tuple_of_predictions(tokenizer):
 
 
 def test_the_start_token_is_no_part_of_a_prediction(tokenizer):
-    start = tokenizer(":")["input_ids"][0]
+    start = tokenizer("x")["input_ids"][0]
     labels = np.array([tokenizer("return a")["input_ids"], tokenizer("return b")["input_ids"]])
     generated = EvalPrediction(np.insert(labels, 0, start, axis=1), labels)
     assert generation_metrics(tokenizer, start)(generated)["exact_match"] == 1

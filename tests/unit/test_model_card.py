@@ -15,7 +15,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
 from hf_encdec_distill.bench import LatencyComparison, compare_cost
-from hf_encdec_distill.model_card import bounds, estimate, write_model_card
+from hf_encdec_distill.model_card import bounds, estimate, model_index, update_model_card, write_model_card
 
 
 SIZES = {
@@ -115,6 +115,11 @@ def test_huggingface_hub_reads_the_card_back(tmp_path):
     assert {(result.dataset_type, result.dataset_split) for result in data.eval_results} == {
         ("someone/echoes", "test")
     }
+    args = {result.metric_name: result.metric_args for result in data.eval_results}
+    spread = {"low": 28.0, "high": 32.0, "spread": "95 % interval, bootstrap over items"}
+    assert args["ROUGE-L"] == {"rows": 56, **spread}
+    assert args["CE, nats/token"] == {"rows": 56}
+    assert args["Agreement with teacher, %"] == {"rows": 56, "teacher": "someone/big-one"}
 
 
 def test_the_metadata_survive_a_round_trip(tmp_path):
@@ -126,6 +131,60 @@ def test_the_metadata_survive_a_round_trip(tmp_path):
     )
     assert first == second == card.data.to_dict()
     assert card.text == ModelCard.load(tmp_path / "again.md").text
+
+
+def evaluated(**numbers):
+    """What `evaluate` knows: no seeds and no published model."""
+    return {
+        "data": {"name": "someone/echoes", "hub_id": "someone/echoes"},
+        "judge": {"name": "wise/one"},
+        "signatures": {"bleu": "tok:13a"},
+        "models": {"runs/student": {"n": 90, **numbers}},
+    }
+
+
+def test_a_card_takes_new_results_and_keeps_all_else(tmp_path):
+    before = ModelCard.load(write_model_card(tmp_path / "student", metrics()))
+    path = update_model_card(tmp_path / "student", evaluated(rouge_l=0.5, bleu=12.34, judge=3.456), "runs/student")
+    assert path == tmp_path / "student" / "README.md"
+    card = ModelCard.load(path)
+    assert card.text == before.text
+    others = [{k: v for k, v in c.data.to_dict().items() if k != "model-index"} for c in (card, before)]
+    assert others[0] == others[1] and card.data.model_name == "Tiny one"
+    values = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert values == {
+        "CE, nats/token": 3.851,
+        "Agreement with teacher, %": 50.0,
+        "Distinct outputs, %": 96.0,
+        "ROUGE-L": 50.0,
+        "BLEU": 12.3,
+        "Judge, 1 to 5": 3.46,
+    }
+    found = {result.metric_name: result for result in card.data.eval_results}
+    assert found["BLEU"].metric_config == "tok:13a" and found["BLEU"].metric_args == {"rows": 90}
+    assert found["Judge, 1 to 5"].metric_args == {"rows": 90, "judge": "wise/one"}
+    assert found["CE, nats/token"].metric_args == {"rows": 56}  # what was measured on other rows says so still
+    # the same results again change nothing; one dataset and task is one entry
+    text = path.read_text()
+    update_model_card(tmp_path / "student", evaluated(rouge_l=0.5, bleu=12.34, judge=3.456), "runs/student")
+    assert path.read_text() == text and len(card.data.to_dict()["model-index"][0]["results"]) == 1
+    assert [child.name for child in path.parent.iterdir()] == ["README.md"]
+
+
+def test_a_card_without_metadata_and_none_at_all(tmp_path):
+    (tmp_path / "README.md").write_text("# Mine\n")
+    card = ModelCard.load(update_model_card(tmp_path, evaluated(f1=0.25), "runs/student"))
+    assert card.text.strip() == "# Mine" and card.data.model_name == tmp_path.name
+    assert [(result.metric_type, result.metric_value) for result in card.data.eval_results] == [("f1", 25.0)]
+    with pytest.raises(ValueError, match=r"no model card .*nothing.README\.md"):
+        update_model_card(tmp_path / "nothing", evaluated(f1=0.25), "runs/student")
+
+
+def test_a_model_index_is_metadata_of_its_own(tmp_path):
+    text = model_index(evaluated(ece=0.1234), "runs/student", "student")
+    assert list(yaml.safe_load(text)) == ["model-index"]
+    (result,) = ModelCard(f"---\n{text}---\n").data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_name) == ("ece", 12.3, "someone/echoes")
 
 
 def test_the_tables_hold_the_measured_numbers(tmp_path):

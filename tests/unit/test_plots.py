@@ -53,6 +53,19 @@ def test_all_five_metrics_fit_three_to_a_row(drawn):
     assert len(visible_axes(drawn[0])) == 5 and len(drawn[0].axes) == 6
 
 
+def test_bars_below_zero_are_in_the_picture(drawn):
+    gaps = {
+        "student_kd": {"value": -0.5, "low": -0.75, "high": -0.25},
+        "teacher": {"value": 0.1, "low": 0.1, "high": 0.1},
+    }
+    plot_quality({key: {"n": 1, "entropy_gap": gap} for key, gap in gaps.items()}, "x.png")
+    (axis,) = visible_axes(drawn[0])
+    left, right = axis.get_xlim()
+    assert left == -0.75 and right > 0.1
+    assert axis.get_title(loc="left").endswith("0: as sure as the teacher")
+    assert [text.xy[0] for text in axis.texts] == [0.1, 0]  # beside the bar, never on it
+
+
 def test_loss_curves_are_the_logged_rows(drawn):
     curves = {
         "student_ce": [{"step": 5, "loss": 4.0}, {"step": 10, "loss": 3.0}, {"step": 10, "eval_loss": 9.0}],

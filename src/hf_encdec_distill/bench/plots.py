@@ -29,7 +29,11 @@ _COLOURS = {
 _OTHER_COLOURS = ("#009E73", "#D55E00", "#F0E442")
 _DASHES = ("-", "--", "-.", ":")
 _LOSSES = {"ce_loss": "cross-entropy, nats per target token", "distill_loss": "distillation loss"}
-_READING = {"ce": "lower is better", "kl": "lower is better", "distinct": "100: no two alike"}
+_READING = {
+    **dict.fromkeys(("ce", "kl", "ece"), "lower is better"),
+    "entropy_gap": "0: as sure as the teacher",
+    "distinct": "100: no two alike",
+}
 
 
 _NOTE = {"textcoords": "offset points", "va": "center", "fontsize": 9}
@@ -129,10 +133,12 @@ def _bars(axis, rows: Sequence[tuple[str, tuple[float, float, float] | None, str
                 axis.errorbar(
                     value, position, xerr=[[value - low], [high - value]], color=line, elinewidth=width, capsize=3
                 )
-        axis.annotate(f"{value:.{decimals}f}", (high, position), (5, 0), **_NOTE)
+        axis.annotate(f"{value:.{decimals}f}", (max(high, 0), position), (5, 0), **_NOTE)
     axis.set_yticks(range(len(rows)), [label for label, _, _ in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)
-    axis.set_xlim(0, 1.24 * max(numbers[2] for _, numbers, _ in rows if numbers) or 1)
+    ends = [0, *(end for _, numbers, _ in rows if numbers for end in numbers)]
+    room = 0.24 * (max(ends) - min(ends)) or 1  # for the number beside the longest bar
+    axis.set_xlim(min(ends), max(ends) + room)
     axis.locator_params(axis="x", nbins=5)
     axis.grid(axis="x", color="#e6e6e6", linewidth=0.8)
     axis.tick_params(axis="y", length=0)

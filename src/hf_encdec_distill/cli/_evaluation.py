@@ -2,24 +2,29 @@
 
 A row is a dict with the texts `source` and `target`, the token ids of the teacher's `prompt`, of `inputs` (what an
 encoder reads of it) and of `labels` (the target with its EOS). Sums are kept row by row, so that two models can be
-compared on the same rows and the spread of their difference be drawn from them.
+compared on the same rows and the spread of their difference be drawn from them (`_significance`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from ..distillation.alignment import IGNORED
-from ..distillation.losses import cross_entropy, forward_kl
+from ..distillation.fidelity import calibration_gaps, token_calibration, token_fidelity
+from ..distillation.losses import cross_entropy
+from ..distillation.metrics import exact_match, f1, rouge_l, text_statistics
+from ..model_card import OF_TEACHER
 from ..models.prompts import encode_prompt
+from ._significance import Sums, mean
 
 
 Update = Callable[[float, str], None]
 BATCH_SIZE = 16
-_RESAMPLES = 2000
+OF_LOGITS = ("ce", "ece", *OF_TEACHER)
+_OF_A_TEXT = {"rouge_l": rouge_l, "exact_match": exact_match, "f1": f1}
 
 
 def encode_rows(
@@ -49,7 +54,7 @@ def pad(lists: Sequence[Sequence[int]], value: int, left: bool = False) -> torch
     return torch.tensor([[*f, *row] if left else [*row, *f] for f, row in zip(fill, lists, strict=True)])
 
 
-def _batches(rows: Sequence[dict], update: Update, what: str) -> Iterable[tuple[list[int], list[dict]]]:
+def batches(rows: Sequence[dict], update: Update, what: str) -> Iterable[tuple[list[int], list[dict]]]:
     """Indices and rows of batches of similar length, the longest first: what fails for memory fails at once."""
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["prompt"]))
     for first in range(0, len(order), BATCH_SIZE):
@@ -59,6 +64,16 @@ def _batches(rows: Sequence[dict], update: Update, what: str) -> Iterable[tuple[
         update(done / len(order), f"{what}: {done} of {len(order)} rows")
 
 
+def left_padded(lists: Sequence[Sequence[int]], pad_token_id: int = 0) -> dict[str, torch.Tensor]:
+    """What a decoder-only model reads of ragged rows: ids, mask, and positions that the pads do not move."""
+    mask = pad([[1] * len(ids) for ids in lists], 0, left=True)
+    return {
+        "input_ids": pad(lists, pad_token_id, left=True),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
+    }
+
+
 def completion_batch(rows: Sequence[dict], pad_token_id: int = 0) -> dict:
     """What a decoder-only model reads of rows: `prompt + labels`, padded on the left, so that targets end together.
 
@@ -66,13 +81,9 @@ def completion_batch(rows: Sequence[dict], pad_token_id: int = 0) -> dict:
     `logits_to_keep`: at prompt lengths of hundreds it would cost more than half of a training step. With T labels in
     the longest row, `labels` is `[B, T]` and the logits are `[B, T + 1, V]`, column t predicting label t.
     """
-    ids = [row["prompt"] + row["labels"] for row in rows]
     labels = pad([row["labels"] for row in rows], IGNORED, left=True)
-    mask = pad([[1] * len(row) for row in ids], 0, left=True)
     return {
-        "input_ids": pad(ids, pad_token_id, left=True),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
+        **left_padded([row["prompt"] + row["labels"] for row in rows], pad_token_id),
         "labels": labels,
         "logits_to_keep": labels.shape[1] + 1,
     }
@@ -99,34 +110,41 @@ def _logits(model, rows: Sequence[dict]) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.inference_mode()
 def score(
-    models: Mapping[str, torch.nn.Module], rows: Sequence[dict], teacher=None, update: Update = lambda *_: None
+    models: Mapping[str, torch.nn.Module],
+    rows: Sequence[dict],
+    teacher=None,
+    update: Update = lambda *_: None,
+    measures: Collection[str] = ("ce", "kl", "teacher_agreement"),
 ) -> dict[str, dict[str, np.ndarray]]:
     """Sums over the target tokens of each row, for each model.
 
     Args:
         models: encoder-decoders or decoder-only models, in evaluation mode.
         teacher: decoder-only model to compare with; its logits are computed once for all models.
+        measures: of `ce` (nats), `ece` and those that need a teacher, which are left out without one: `kl` (teacher to
+            model, nats), `teacher_agreement` (tokens where both put the same id first) and `entropy_gap` (nats).
 
     Returns:
-        For each model `ce` and, with a teacher, `kl` (teacher to model, nats) and `teacher_agreement` (tokens where
-        both put the same id first), each `[rows]`.
+        For each model and measure `[rows]`, or `[rows, bins]` for `ece` (see `fidelity.calibration_gaps`).
     """
-    names = ("ce", "kl", "teacher_agreement") if teacher is not None else ("ce",)
-    sums = {name: {measure: np.zeros(len(rows)) for measure in names} for name in models}
-    for indices, batch in _batches(rows, update, "scoring"):
+    measures = [name for name in measures if teacher is not None or name not in OF_TEACHER]
+    sums: dict[str, dict[str, np.ndarray]] = {name: {} for name in models}
+    for indices, batch in batches(rows, update, "scoring"):
         owner = torch.repeat_interleave(torch.tensor([len(row["labels"]) for row in batch]))
         theirs = None if teacher is None else _logits(teacher, batch)[0].float()
         for name, model in models.items():
             ours, labels = _logits(model, batch)
             per_token = {"ce": cross_entropy(ours, labels)}
+            if "ece" in measures:
+                per_token["ece"] = calibration_gaps(**token_calibration(ours, labels))
             if theirs is not None:
                 size = min(ours.shape[-1], theirs.shape[-1])  # padded vocabulary rows that only one side has
-                ours, shared = ours[:, :size], theirs[:, :size]
-                per_token["kl"] = forward_kl(ours, shared)
-                per_token["teacher_agreement"] = (ours.argmax(-1) == shared.argmax(-1)).float()
-            for measure, values in per_token.items():
-                by_row = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, owner, values.cpu().double())
-                sums[name][measure][indices] = by_row.numpy()
+                per_token |= token_fidelity(ours[:, :size], theirs[:, :size])
+            for measure in measures:
+                values = per_token[measure].cpu().double()
+                by_row = values.new_zeros(len(batch), *values.shape[1:]).index_add_(0, owner, values)
+                into = sums[name].setdefault(measure, np.zeros((len(rows), *by_row.shape[1:])))
+                into[indices] = by_row.numpy()
     return sums
 
 
@@ -140,7 +158,7 @@ def generate(
     side = "inputs" if encdec else "prompt"
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
     options |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    for indices, batch in _batches(rows, update, "generating"):
+    for indices, batch in batches(rows, update, "generating"):
         ids = pad([row[side] for row in batch], tokenizer.pad_token_id, left=not encdec).to(model.device)
         mask = pad([[1] * len(row[side]) for row in batch], 0, left=not encdec).to(model.device)
         tokens = model.generate(input_ids=ids, attention_mask=mask, **options)
@@ -151,26 +169,18 @@ def generate(
     return answers
 
 
-def interval(sums: np.ndarray, weights: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """`sum(sums) / sum(weights)` over rows, with the 95 % interval of a bootstrap over the rows.
+def measure_texts(names: Iterable[str], texts: Sequence[str], rows: Sequence[dict]) -> dict[str, Sums]:
+    """Answers against the rows' targets, by the measures of `distillation.metrics`.
 
     Args:
-        sums, weights: `[rows]` each; for a difference of two models `sums` is the difference of theirs.
+        names: of `rouge_l exact_match f1`, means over the rows, and `bleu chrf`, which are of all rows together.
     """
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(_RESAMPLES, len(sums)))
-    value = float(sums.sum() / weights.sum())
-    low, high = np.percentile(sums[drawn].sum(axis=1) / weights[drawn].sum(axis=1), [2.5, 97.5])
-    # A value outside its own percentile interval happens for constant rows, by rounding.
-    return {"value": value, "low": min(float(low), value), "high": max(float(high), value)}
-
-
-def p_value(differences: np.ndarray, seed: int = 0) -> float:
-    """Two-sided p of "the sign of each row's difference is a coin toss", `[rows]`: a paired permutation test.
-
-    Of `_RESAMPLES` random flips the share whose sum is at least as far from 0, the one observed among them (Phipson
-    and Smyth 2010), so never below 1 / (`_RESAMPLES` + 1).
-    """
-    signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(_RESAMPLES, len(differences)))
-    # What rounding makes of equal sums must not count as smaller.
-    as_far = np.abs(signs @ differences) >= abs(differences.sum()) * (1 - 1e-9)
-    return float((as_far.sum() + 1) / (_RESAMPLES + 1))
+    references = [row["target"] for row in rows]
+    found = {}
+    for name in names:
+        if name in _OF_A_TEXT:
+            scores = [_OF_A_TEXT[name](text, reference) for text, reference in zip(texts, references, strict=True)]
+            found[name] = mean(np.array(scores), np.ones(len(scores)))
+        else:
+            found[name] = Sums(*text_statistics(name, texts, references))
+    return found

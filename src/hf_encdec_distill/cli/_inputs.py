@@ -95,6 +95,16 @@ def load_splits(dataset: str, source_column: str, target_column: str, packages: 
     return load_pairs(dataset, source_column, target_column)
 
 
+def dataset_name(dataset: str) -> str:
+    """What a report calls the data that `load_splits` is given."""
+    return "python-docstrings" if dataset == BUILT_IN else public_name(dataset)
+
+
+def public_name(path: str) -> str:
+    """A Hub id as it is, a file or folder by its own name, wherever it lies."""
+    return Path(path).resolve().name if Path(path).exists() else path
+
+
 def prompt_template(given: str | None, dataset: str) -> str | None:
     """The template that was asked for, else the one of the built-in task; `None` leaves it to the chat template."""
     from ..data import PROMPT_TEMPLATE

@@ -23,15 +23,16 @@ from ..bench import compare_cost, compare_latency, machine_description, plot_los
 from ..data import lead_sentence
 from ..data.builtin_teacher import HUB_ID
 from ..distillation import DistillationTrainer, DistillationTrainingArguments
-from ..distillation.metrics import distinct_share, rouge_l
+from ..distillation.metrics import distinct_share
 from ..model_card import write_model_card
 from ..models.prompts import PreTrainedTokenizerFast, prompt_start_token_id
 from ..models.rope_encdec import RopeEncDecForConditionalGeneration
 from . import _teacher
 from ._display import Display, clock
-from ._evaluation import encode_rows, generate, interval, score
-from ._inputs import BUILT_IN, load_splits, prompt_template, teacher_path
+from ._evaluation import encode_rows, generate, measure_texts, score
+from ._inputs import BUILT_IN, dataset_name, load_splits, prompt_template, teacher_path
 from ._report import percent, samples_page, summary
+from ._significance import interval, mean
 from ._state import State, open_run, write_json
 from ._training import InOrder, TimeShare, device, precision_arguments, train, training_order, working_dtype
 
@@ -343,9 +344,11 @@ class Pipeline:
         tokens = np.array([len(row["labels"]) for row in rows])
         difference = {"of": "student_kd", "minus": "student_ce"}
         for measure in sums["student_kd"]:
-            difference[measure] = interval(sums["student_kd"][measure] - sums["student_ce"][measure], tokens)
-        rouge = {name: _rouge(texts[name], rows) for name in ("student_kd", "student_ce")}
-        difference["rouge_l"] = interval(rouge["student_kd"] - rouge["student_ce"], np.ones(len(rows)))
+            difference[measure] = interval(
+                *(mean(sums[name][measure], tokens) for name in ("student_kd", "student_ce"))
+            )
+        rouge = (measure_texts(["rouge_l"], texts[name], rows)["rouge_l"] for name in ("student_kd", "student_ce"))
+        difference["rouge_l"] = interval(*rouge)
 
         samples = [
             {"source": row["source"], "reference": row["target"], **{name: texts[name][index] for name in texts}}
@@ -357,9 +360,9 @@ class Pipeline:
         """One model of metrics.json, see `hf_encdec_distill.model_card`."""
         tokens = np.array([len(row["labels"]) for row in rows])
         entry: dict[str, Any] = {"n": len(rows)}
-        entry |= {measure: interval(values, tokens) for measure, values in sums.items()}
+        entry |= {measure: interval(mean(values, tokens)) for measure, values in sums.items()}
         if texts is not None:
-            entry["rouge_l"] = interval(_rouge(texts, rows), np.ones(len(rows)))
+            entry["rouge_l"] = interval(measure_texts(["rouge_l"], texts, rows)["rouge_l"])
             entry["distinct"] = distinct_share(texts)
         return entry
 
@@ -416,7 +419,7 @@ class Pipeline:
                 "parameters": results["start"]["parameters"],
             },
             "data": {
-                "name": "python-docstrings" if self.built_in_task else settings.dataset,
+                "name": dataset_name(settings.dataset),
                 "train_rows": sizes["train"],
                 "validation_rows": sizes.get("validation"),
                 "test_rows": held_out,
@@ -493,7 +496,3 @@ class _Parts:
     def next(self) -> Callable[[float, str], None]:
         before, self.begun = self.begun, self.begun + 1
         return lambda fraction, detail: self.update((before + fraction) / self.parts, detail)
-
-
-def _rouge(texts: list[str], rows: list[dict]) -> np.ndarray:
-    return np.array([rouge_l(text, row["target"]) for text, row in zip(texts, rows, strict=True)])

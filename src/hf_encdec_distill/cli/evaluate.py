@@ -1,21 +1,39 @@
-"""Measure models on held-out rows: ROUGE-L, share of distinct outputs, cross-entropy, closeness to a teacher.
+"""Measure models on held-out rows: texts against references, closeness to a teacher, calibration, a judge's opinion.
 
 MODEL may be an encoder-decoder or a decoder-only model. In brackets: 95 % interval, bootstrap over the rows. Several
 models are measured on the same rows, and each is compared with the first: difference, its interval, and p of a paired
-sign-flip permutation test.
+permutation test. What the measures are and what --output gets is in docs/distillation.md, "What came of it".
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ._inputs import BUILT_IN, add_data_arguments, load_splits, prompt_template, teacher_path
+from ._inputs import (
+    BUILT_IN,
+    add_data_arguments,
+    dataset_name,
+    load_splits,
+    prompt_template,
+    public_name,
+    teacher_path,
+)
 from .init import new_folder
 
 
+if TYPE_CHECKING:
+    from ._significance import Sums
+
 SUMMARY = "measure models on held-out rows"
 EXAMPLE = "hf-encdec-distill evaluate runs/quickstart/student --teacher runs/quickstart/work/teacher --rows 100"
+
+# Those that need a teacher are left out of the default without one. `judge` comes with --judge.
+_DEFAULT = ("rouge_l", "ce", "kl", "teacher_agreement", "distinct")
+_OTHERS = ("exact_match", "f1", "chrf", "bleu", "ece", "entropy_gap")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,25 +49,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what a decoder-only model reads, with {source} in it (default: its chat template); a merged student has "
         "it built in",
     )
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=(*_DEFAULT, *_OTHERS),
+        metavar="NAME",
+        help=f"any of {' '.join((*_DEFAULT, *_OTHERS))} (default: the first {len(_DEFAULT)})",
+    )
+    parser.add_argument(
+        "--judge", metavar="MODEL", help=f"causal language model that rates answers: folder, Hub id, or {BUILT_IN!r}"
+    )
+    parser.add_argument(
+        "--judge-template",
+        metavar="TEXT",
+        help="what the judge reads, or a file with it: {source}, {reference} and {prediction} are filled in",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--output", metavar="FOLDER", help="new folder for metrics.json and quality.png")
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="new folder for metrics.json, quality.png, answers.jsonl and a model-index for each model",
+    )
+    parser.add_argument(
+        "--update-card", action="store_true", help="write the results into README.md of each MODEL that is a folder"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     import numpy as np
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..distillation.metrics import distinct_share
-    from ._display import table
-    from ._evaluation import interval, p_value
-    from ._state import write_json
+    from ..model_card import OF_TEACHER, update_model_card
+    from ._judge import Judge
+    from ._significance import mean
     from ._training import device, working_dtype
 
     if args.rows < 1:
         raise ValueError(f"--rows {args.rows}: give at least 1")
     if len(set(args.models)) < len(args.models):
         raise ValueError("a model is named twice: name each once")
+    alone = [name for name in args.metrics or () if name in OF_TEACHER and args.teacher is None]
+    if alone:
+        raise ValueError(f"--metrics {alone[0]} compares with a teacher: name one with --teacher")
+    cards = [name for name in args.models if args.update_card and (Path(name) / "README.md").is_file()]
+    if args.update_card and not cards:
+        raise ValueError(f"--update-card: there is no README.md in {', '.join(args.models)}; leave the option out")
     output = None if args.output is None else new_folder(args.output)
+    asked = [name for name in args.metrics or _DEFAULT if args.teacher is not None or name not in OF_TEACHER]
+
     teacher = teacher_tokenizer = None
     if args.teacher is not None:
         path = teacher_path(args.teacher)
@@ -57,59 +104,43 @@ def run(args: argparse.Namespace) -> None:
         teacher_tokenizer = AutoTokenizer.from_pretrained(path)
     pairs = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")["test"]
     pairs = pairs.shuffle(seed=0).select(range(min(args.rows, len(pairs))))
+    judge = None if args.judge is None else Judge(teacher_path(args.judge), args.judge_template, list(pairs))
 
     measured: dict[str, dict] = {}
     for name in args.models:
-        measured[name] = _measure(name, pairs, args, teacher, teacher_tokenizer)
+        measured[name] = _measure(name, asked, pairs, args, teacher, teacher_tokenizer)
         if measured[name]["labels"] != measured[args.models[0]]["labels"]:
             raise ValueError(
                 f"{name} and {args.models[0]} cut targets into different tokens, so that their cross-entropies do not "
                 "compare: evaluate them one by one"
             )
-    tokens = np.array([len(labels) for labels in measured[args.models[0]]["labels"]])
+    del teacher
+    if judge is not None:
+        scores, of_digits = judge.rate({name: measured[name]["texts"] for name in args.models})
+        for name in args.models:
+            measured[name]["sums"]["judge"] = mean(scores[name], np.ones(len(pairs)))
 
-    # By model and measure: sums over the tokens or texts of each row, and how many those are.
-    per_row = {
-        name: {measure: (values, tokens) for measure, values in measured[name]["sums"].items()}
-        | {"rouge_l": (measured[name]["rouge_l"], np.ones(len(pairs)))}
-        for name in args.models
-    }
-    models = {
-        name: {measure: interval(values, weights) for measure, (values, weights) in per_row[name].items()}
-        | {"distinct": distinct_share(measured[name]["texts"]), "n": len(pairs)}
-        for name in args.models
-    }
-    differences = []
-    for name in args.models[1:]:
-        difference = {"of": name, "minus": args.models[0]}
-        for measure, (values, weights) in per_row[name].items():
-            change = values - per_row[args.models[0]][measure][0]
-            difference[measure] = interval(change, weights) | {"p": p_value(change)}
-        differences.append(difference)
-    result = {"models": models, "differences": differences}
+    result = _compare(measured, len(pairs)) | _provenance(args, len(pairs))
+    if judge is not None:
+        judged = {"name": _model_name(args.judge), "template": judge.template, "probability_of_a_digit": of_digits}
+        result["judge"] = judged
     if output is not None:
-        from ..bench import plot_quality
-
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "metrics.json", result)
-        plot_quality(models, output / "quality.png", f"95 % interval, bootstrap over {len(pairs)} rows")
-    if args.json:
-        print(json.dumps(result, indent=1))
-        return
-    measures = [*models[args.models[0]]]
-    print(table(["", *args.models], [[m, *(_cell(models[name][m]) for name in args.models)] for m in measures]))
-    for difference in differences:
-        print(f"\n{difference['of']} minus {difference['minus']}")
-        print(table(["", "", "p"], [[m, _cell(d), f"{d['p']:.4f}"] for m, d in difference.items() if m in measures]))
+        _write(output, result, pairs, measured)
+    for name in cards:
+        update_model_card(name, result, name)
+    _show(args, result)
 
 
-def _measure(name: str, pairs, args: argparse.Namespace, teacher, teacher_tokenizer) -> dict:
-    """Row by row: `sums` as `_evaluation.score` gives them, `rouge_l`; and the `texts` and target `labels`."""
+def _measure(
+    name: str, measures: list[str], pairs, args: argparse.Namespace, teacher, teacher_tokenizer
+) -> dict[str, Any]:
+    """The `Sums` of each measure as `sums`, those without as `plain`; the target `labels` and the answers `texts`."""
     import numpy as np
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    from ..distillation.metrics import rouge_l
-    from ._evaluation import encode_rows, generate, score
+    from ..distillation.metrics import distinct_share
+    from ._evaluation import OF_LOGITS, encode_rows, generate, measure_texts, score
+    from ._significance import calibration_error, mean
     from ._training import device, working_dtype
 
     config = AutoConfig.from_pretrained(name)
@@ -125,13 +156,112 @@ def _measure(name: str, pairs, args: argparse.Namespace, teacher, teacher_tokeni
             row["inputs"] = tokenizer(row["source"], truncation=True, max_length=length)["input_ids"]
             if merged:
                 row["prompt"] = [*row["inputs"], config.decoder_start_token_id]
-    texts = generate(model, tokenizer, rows, args.max_target_length)
-    return {
-        "sums": score({"model": model}, rows, teacher)["model"],
-        "rouge_l": np.array([rouge_l(text, row["target"]) for text, row in zip(texts, rows, strict=True)]),
-        "texts": texts,
-        "labels": [row["labels"] for row in rows],
+    of_logits = [measure for measure in measures if measure in OF_LOGITS]
+    of_texts = [measure for measure in measures if measure not in OF_LOGITS and measure != "distinct"]
+    labels = [row["labels"] for row in rows]
+    tokens = np.array([len(row) for row in labels])
+    found: dict[str, Sums] = {}
+    if of_logits:
+        for measure, values in score({"model": model}, rows, teacher, measures=of_logits)["model"].items():
+            found[measure] = (calibration_error if measure == "ece" else mean)(values, tokens)
+    texts, plain = None, {}
+    if of_texts or "distinct" in measures or args.judge is not None:
+        texts = generate(model, tokenizer, rows, args.max_target_length)
+        found |= measure_texts(of_texts, texts, rows)
+    if "distinct" in measures:
+        plain["distinct"] = distinct_share(texts)  # the same answer twice in a draw is no repetition: no interval
+    sums = {measure: found[measure] for measure in measures if measure in found}  # in the order asked for
+    return {"sums": sums, "plain": plain, "labels": labels if of_logits else None, "texts": texts}
+
+
+def _compare(measured: Mapping[str, Mapping], rows: int) -> dict[str, Any]:
+    """`models` and `differences` from the first of them, as `hf_encdec_distill.model_card` has them, with p-values."""
+    from ._significance import interval, p_value
+
+    base, *others = measured
+    first = measured[base]["sums"]
+    differences = []
+    for name in others:
+        sums = measured[name]["sums"]
+        numbers = {
+            measure: interval(sums[measure], first[measure]) | {"p": p_value(sums[measure], first[measure])}
+            for measure in sums
+        }
+        differences.append({"of": name, "minus": base, **numbers})
+    models = {
+        name: {measure: interval(sums) for measure, sums in entry["sums"].items()} | entry["plain"] | {"n": rows}
+        for name, entry in measured.items()
     }
+    labels = [public_name(name) for name in models]
+    if len(set(labels)) == len(labels):
+        for entry, label in zip(models.values(), labels, strict=True):
+            entry["label"] = label
+    signatures = {measure: sums.signature for measure, sums in first.items() if sums.signature}
+    return {"models": models, "differences": differences, "signatures": signatures}
+
+
+def _provenance(args: argparse.Namespace, rows: int) -> dict[str, Any]:
+    """What was measured on, and against what, in the words of `hf_encdec_distill.model_card`."""
+    data = {"name": dataset_name(args.dataset), "test_rows": rows}
+    if args.dataset != BUILT_IN and not Path(args.dataset).exists():
+        data["hub_id"] = args.dataset
+    return {
+        "data": data,
+        **({} if args.teacher is None else {"teacher": {"name": _model_name(args.teacher)}}),
+        "spread": f"95 % interval, bootstrap over {rows} rows",
+    }
+
+
+def _model_name(path: str) -> str:
+    from ..data.builtin_teacher import HUB_ID
+
+    return HUB_ID if path == BUILT_IN else public_name(path)
+
+
+def _write(output: Path, result: Mapping, pairs, measured: Mapping[str, Mapping]) -> None:
+    from ..bench import plot_quality
+    from ..model_card import model_index
+    from ._state import write_json, write_text
+
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "metrics.json", result)
+    plot_quality(result["models"], output / "quality.png", result["spread"])
+    for name in measured:
+        file = f"model-index-{name.strip('./').replace('/', '--')}.yml"
+        write_text(output / file, model_index(result, name, public_name(name)))
+    if all(entry["texts"] is not None for entry in measured.values()):
+        lines = (
+            {
+                "source": pair["source"],
+                "reference": pair["target"],
+                **{name: _answer(entry, index) for name, entry in measured.items()},
+            }
+            for index, pair in enumerate(pairs)
+        )
+        write_text(output / "answers.jsonl", "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
+
+
+def _answer(entry: Mapping, index: int) -> dict[str, Any]:
+    """What a model wrote for a row, and what each measure that is a mean over rows gave it."""
+    of_a_row = ("rouge_l", "exact_match", "f1", "judge")
+    scores = {name: float(entry["sums"][name].rows[index, 0]) for name in of_a_row if name in entry["sums"]}
+    return {"answer": entry["texts"][index], **scores}
+
+
+def _show(args: argparse.Namespace, result: Mapping) -> None:
+    from ..model_card import model_label
+    from ._display import table
+
+    if args.json:
+        print(json.dumps(result, indent=1))
+        return
+    models = result["models"]
+    measures = [measure for measure in models[args.models[0]] if measure != "label"]
+    header = ["", *(model_label(name, models) for name in args.models)]
+    print(table(header, [[m, *(_cell(models[name][m]) for name in args.models)] for m in measures]))
+    for difference in result["differences"]:
+        print(f"\n{difference['of']} minus {difference['minus']}")
+        print(table(["", "", "p"], [[m, _cell(d), f"{d['p']:.4f}"] for m, d in difference.items() if m in measures]))
 
 
 def _cell(value) -> str:

@@ -60,7 +60,7 @@ def encode_prompt(tokenizer, source, prompt_template=None, max_length=None) -> l
         ValueError: if the template lacks `{source}`, messages come with a prompt template or without a chat template,
             or `max_length` leaves no token for the source.
     """
-    ids = _encode(tokenizer, _render(tokenizer, source, prompt_template))
+    ids = encode_rendered(tokenizer, render_prompt(tokenizer, source, prompt_template))
     if max_length is None or len(ids) <= max_length:
         return ids
     text = source if isinstance(source, str) else source[-1]["content"]
@@ -69,7 +69,7 @@ def encode_prompt(tokenizer, source, prompt_template=None, max_length=None) -> l
     while keep > 0:
         shorter = _first_tokens(tokenizer, text, source_ids, keep)
         cut = shorter if isinstance(source, str) else [*source[:-1], {**source[-1], "content": shorter}]
-        ids = _encode(tokenizer, _render(tokenizer, cut, prompt_template))
+        ids = encode_rendered(tokenizer, render_prompt(tokenizer, cut, prompt_template))
         if len(ids) <= max_length:
             return ids
         keep -= len(ids) - max_length
@@ -83,7 +83,7 @@ def prompt_start_token_id(tokenizer, prompt_template=None) -> int | None:
     """The constant last token of the teacher's prompt, from which a `merged` student starts; `None` without one."""
     if prompt_template is None and not tokenizer.chat_template:
         return None
-    last = {_encode(tokenizer, _render(tokenizer, probe, prompt_template))[-1] for probe in _PROBES}
+    last = {encode_rendered(tokenizer, render_prompt(tokenizer, probe, prompt_template))[-1] for probe in _PROBES}
     return last.pop() if len(last) == 1 else None
 
 
@@ -142,8 +142,8 @@ def student_tokenizer(tokenizer, prompt_template=None, cross_attention="merged")
     if cross_attention != "merged" or (prompt_template is None and not tokenizer.chat_template):
         return wrap(backend)
 
-    before, _, after = _render(tokenizer, PLACEHOLDER, prompt_template).partition(PLACEHOLDER)
-    prefix, suffix = _encode(tokenizer, before), tokenizer(after, add_special_tokens=False)["input_ids"][:-1]
+    before, _, after = render_prompt(tokenizer, PLACEHOLDER, prompt_template).partition(PLACEHOLDER)
+    prefix, suffix = encode_rendered(tokenizer, before), tokenizer(after, add_special_tokens=False)["input_ids"][:-1]
     pieces = [("<prompt_prefix>", prefix), ("<prompt_suffix>", suffix)]
     with_prompt = Tokenizer.from_str(backend.to_str())
     with_prompt.post_processor = TemplateProcessing(
@@ -164,7 +164,8 @@ def student_tokenizer(tokenizer, prompt_template=None, cross_attention="merged")
     return student
 
 
-def _render(tokenizer, source, prompt_template) -> str:
+def render_prompt(tokenizer, source, prompt_template=None) -> str:
+    """The text of the teacher's prompt; arguments and errors as of [`encode_prompt`]."""
     if prompt_template is not None:
         if PLACEHOLDER not in prompt_template:
             raise ValueError(f"prompt_template={prompt_template!r} has no {PLACEHOLDER} for the source; put it in.")
@@ -182,7 +183,8 @@ def _render(tokenizer, source, prompt_template) -> str:
     return source
 
 
-def _encode(tokenizer, text) -> list[int]:
+def encode_rendered(tokenizer, text) -> list[int]:
+    """Ids of what [`render_prompt`] gave, with exactly one BOS in front where the tokenizer puts one there."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:

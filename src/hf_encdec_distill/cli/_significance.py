@@ -1,0 +1,75 @@
+"""How far a number measured on rows can be trusted: intervals and paired tests for whatever is a function of sums.
+
+A mean over tokens, BLEU and the calibration error have that in common: each row adds to a few sums, and the number is
+made of these. So rows can be drawn anew, or swapped between two models, and the number be taken again as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+
+_RESAMPLES = 2000
+
+
+class Sums(NamedTuple):
+    """A measure of a set of rows: what each row adds, `[rows, K]`, and the number `[...]` that sums `[..., K]` give.
+
+    `signature` are its settings, where a number means little without them.
+    """
+
+    rows: np.ndarray
+    value: Callable[[np.ndarray], np.ndarray]
+    signature: str | None = None
+
+
+def mean(sums: np.ndarray, weights: np.ndarray) -> Sums:
+    """`sum(sums) / sum(weights)`, of `[rows]` each: a mean over tokens out of their sum and number in each row."""
+    return Sums(np.column_stack([sums, weights]), lambda totals: totals[..., 0] / totals[..., 1])
+
+
+def calibration_error(gaps: np.ndarray, weights: np.ndarray) -> Sums:
+    """The ECE, from `fidelity.calibration_gaps` summed over each row's tokens, `[rows, bins]`, and their number."""
+    return Sums(
+        np.column_stack([gaps, weights]), lambda totals: np.abs(totals[..., :-1]).sum(axis=-1) / totals[..., -1]
+    )
+
+
+def interval(measure: Sums, minus: Sums | None = None, seed: int = 0) -> dict[str, float]:
+    """`value`, `low` and `high`: the 95 % interval of a bootstrap over the rows.
+
+    Args:
+        minus: the same measure of another model on the same rows, which is subtracted; both are drawn together.
+    """
+
+    def number(counts: np.ndarray) -> np.ndarray:
+        value = measure.value(counts @ measure.rows)
+        return value if minus is None else value - minus.value(counts @ minus.rows)
+
+    count = len(measure.rows)
+    # A draw with replacement, as how often each row is in it.
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
+    value = float(number(np.ones(count, dtype=drawn.dtype)))
+    low, high = np.percentile(number(drawn), [2.5, 97.5])
+    # A value may lie outside its own percentile interval: by rounding where all rows are alike, and a calibration
+    # error since noise, of which a draw has more than the rows, only ever raises it.
+    return {"value": value, "low": min(float(low), value), "high": max(float(high), value)}
+
+
+def p_value(measure: Sums, minus: Sums, seed: int = 0) -> float:
+    """Two-sided p of "for each row it is a coin toss which model is which": a paired permutation test.
+
+    Of `_RESAMPLES` random swaps the share whose difference is at least as far from 0, the one observed among them
+    (Phipson and Smyth 2010), so never below 1 / (`_RESAMPLES` + 1). sacrebleu calls it approximate randomisation.
+    """
+    swapped = np.random.default_rng(seed).integers(2, size=(_RESAMPLES, len(measure.rows)))
+    moved = swapped @ (minus.rows - measure.rows)
+    ours, theirs = measure.rows.sum(axis=0), minus.rows.sum(axis=0)
+    observed = (measure.value(ours), minus.value(theirs))
+    differences = measure.value(ours + moved) - minus.value(theirs - moved)
+    # What rounding makes of equal differences must not count as smaller.
+    as_far = np.abs(differences) >= abs(observed[0] - observed[1]) - 1e-9 * np.abs(observed).max()
+    return float((as_far.sum() + 1) / (_RESAMPLES + 1))
