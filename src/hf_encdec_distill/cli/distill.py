@@ -100,6 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from transformers import set_seed
+
     from ..distillation import DistillationTrainer, DistillationTrainingArguments
     from ._provenance import (
         FILE,
@@ -124,6 +126,7 @@ def run(args: argparse.Namespace) -> None:
 
     training = DistillationTrainingArguments(output_dir=str(output), **copy.deepcopy(training_part(recipe)))
     training.prompt_template = prompt_template(training.prompt_template, recipe["dataset"])
+    set_seed(training.seed)  # weights that a student lacks are drawn
     splits = load_splits(recipe["dataset"], recipe["source_column"], recipe["target_column"])
     student, tokenizer = _student(recipe, splits, training.prompt_template)
     trainer = DistillationTrainer(
@@ -171,10 +174,10 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     said |= {name: getattr(args, name) for name in ("student", "teacher", "output", *DATA) if hasattr(args, name)}
     init = {name.removeprefix("init."): value for name, value in vars(args).items() if name.startswith("init.")}
     if args.reproduce is not None:
-        moved = {"student", "teacher", "dataset", "output"}
-        surplus = [args.begin] if args.begin else sorted([*(said.keys() - moved), *(f"init.{name}" for name in init)])
+        surplus = {args.begin, *said, *(f"init.{name}" for name in init)}
+        surplus -= {None, "student", "teacher", "init.teacher", "dataset", "output"}  # may have moved
         if surplus:
-            args.parser.error(f"--reproduce does what was recorded: leave {surplus[0]} out")
+            args.parser.error(f"--reproduce does what was recorded: leave {min(surplus)} out")
         recipe = read_recipe(Path(args.reproduce) / RECIPE)
         recipe.pop("output")
     elif args.begin.endswith(SUFFIXES):
