@@ -191,7 +191,7 @@ def test_without_weight_on_the_teacher_it_is_seq2seq_trainer(tmp_path, tokenizer
 
 def test_a_batch_without_any_target_changes_nothing(tmp_path, tokenizer):
     rows = [{**row, "labels": [-100] * len(row["labels"])} for row in ROWS[:4]]
-    trainer = make_trainer(tmp_path, tokenizer, rows=rows, per_device_train_batch_size=2, num_train_epochs=1)
+    trainer = make_trainer(tmp_path, tokenizer, rows=rows, per_device_train_batch_size=2, max_steps=1)
     loss = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
     loss.backward()
     assert loss.item() == 0.0

@@ -138,7 +138,7 @@ def test_splits_none_of_which_is_train(tmp_path):
     [
         ("./gone.csv", "gone.csv is not there"),
         ("gone.parquet", "gone.parquet is not there"),
-        ("nobody/no-such-dataset", "neither a readable file or folder nor a dataset that the Hub gives us"),
+        ("nobody/no-such-dataset", "neither a readable folder nor a dataset that the Hub gives us"),
     ],
 )
 def test_datasets_that_are_not_there(name, message):
@@ -154,7 +154,7 @@ def test_file_of_an_unknown_kind(tmp_path):
 
 def test_file_that_is_no_table(tmp_path):
     (tmp_path / "rows.json").write_text("{not json")
-    with pytest.raises(ValueError, match="rows.json is neither a readable file.*JSON parse error"):
+    with pytest.raises(ValueError, match="rows.json gives no rows, read as json: JSON parse error"):
         load_pairs(tmp_path / "rows.json")
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
 BUILT_IN = "built-in"
+DATA = {"dataset": BUILT_IN, "source_column": "source", "target_column": "target"}
 T = TypeVar("T")
 # Training arguments that any run may want to set, with their help.
 SCHEDULE = {
@@ -23,16 +25,18 @@ SCHEDULE = {
 }
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--dataset`, `--source-column` and `--target-column`."""
-    parser.add_argument(
-        "--dataset",
-        default=BUILT_IN,
-        metavar="DATA",
-        help="a CSV, JSON or Parquet file or a datasets name; default: Python functions and their docstrings",
-    )
-    parser.add_argument("--source-column", default="source", metavar="NAME", help="column that the student reads")
-    parser.add_argument("--target-column", default="target", metavar="NAME", help="column that it shall write")
+def add_data_arguments(parser: argparse.ArgumentParser, only_said: bool = False) -> None:
+    """`--dataset`, `--source-column` and `--target-column`, as in `DATA` or, if `only_said`, not in the namespace."""
+    texts = {
+        "dataset": "a CSV, JSON or Parquet file or a datasets name; default: Python functions and their docstrings",
+        "source_column": "column that the student reads",
+        "target_column": "column that it shall write",
+    }
+    for name, text in texts.items():
+        # With underscores too: those would otherwise be taken for the training argument of the same name.
+        options = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
+        default = argparse.SUPPRESS if only_said else DATA[name]
+        parser.add_argument(*options, default=default, metavar="DATA" if name == "dataset" else "NAME", help=text)
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,20 +58,27 @@ def add_training_arguments(parser: argparse.ArgumentParser, fields: Mapping[str,
         group.add_argument(option, default=argparse.SUPPRESS, metavar=name.split("_")[-1].upper(), help=text)
 
 
-def training_arguments(cls: type[T], args: argparse.Namespace, fields: Mapping[str, str], output: Path) -> T:
-    """An instance of `cls`, a class of training arguments, from the options in `fields` and what was left over."""
+def said_training_arguments(cls: type, args: argparse.Namespace, fields: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of `cls`, a class of training arguments, from the options in `fields` and what was left over; only those
+    that were said."""
     from transformers import HfArgumentParser
 
-    words = ["--output_dir", str(output), *args.extra]
+    words = list(args.extra)
     for name in fields:
         if hasattr(args, name):
             words += [f"--{name}", getattr(args, name)]
     parser = HfArgumentParser(cls, prog=args.parser.prog)
     parser.error = args.parser.error  # one line, without the usage of some two hundred options
-    training, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    unsaid = argparse.Namespace(**{field.name: None for field in dataclasses.fields(cls)})  # in place of defaults
+    parsed, unknown = parser.parse_known_args(words, unsaid)
     if unknown:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return training
+    return {name: value for name, value in vars(parsed).items() if value is not None}
+
+
+def training_arguments(cls: type[T], args: argparse.Namespace, fields: Mapping[str, str], output: Path) -> T:
+    """An instance of `cls`, a class of training arguments, from what `said_training_arguments` finds."""
+    return cls(**{"output_dir": str(output), **said_training_arguments(cls, args, fields)})
 
 
 def teacher_path(teacher: str) -> str:

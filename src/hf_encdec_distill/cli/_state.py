@@ -15,15 +15,16 @@ from .quickstart import Settings
 _FILE = "state.json"
 
 
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=1))
-
-
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    write_text(path, json.dumps(content, indent=1))
 
 
 class State:

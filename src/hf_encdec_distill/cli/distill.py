@@ -1,26 +1,40 @@
 """Distil a teacher into a student on rows of text.
 
-Every field of DistillationTrainingArguments (and so of Seq2SeqTrainingArguments) is an option too, beyond those
-listed: --lr-scheduler-type, --bf16, --use-cpu, --eval-strategy, ... An interrupted run whose checkpoints are in the
-output folder goes on with --resume.
+What to do is said in options, or in a recipe: a YAML file whose keys are the options with underscores, any of which an
+option overrides. Every field of DistillationTrainingArguments (and so of Seq2SeqTrainingArguments) is a key and an
+option, beyond those listed: --lr-scheduler-type, --bf16, --use-cpu, --eval-strategy, ... An interrupted run whose
+checkpoints are in the output folder goes on with --resume.
+
+Beside the student are written the whole recipe and provenance.json: seeds, versions, commit, fingerprints of data and
+models, and the final numbers. --reproduce FOLDER runs that again and compares the numbers.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ._inputs import (
     BUILT_IN,
+    DATA,
     SCHEDULE,
     add_data_arguments,
     add_training_arguments,
     load_splits,
     prompt_template,
+    said_training_arguments,
     teacher_path,
-    training_arguments,
 )
+from .init import Shape, add_shape_arguments, make_student
 
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 SUMMARY = "distil a teacher into a student"
 EXAMPLE = (
@@ -28,6 +42,9 @@ EXAMPLE = (
     "--output distilled --max-steps 500 --learning-rate 1e-3"
 )
 PASSES_ARGUMENTS_ON = True
+RECIPE = "recipe.yaml"
+
+logger = logging.getLogger(__name__)
 
 # The training arguments that nearly every run sets; the others are passed on as they come.
 _TRAINING = {
@@ -43,51 +60,181 @@ _TRAINING = {
 }
 
 
+class _InPlaceOfAStudent(argparse.Action):
+    """An option after which the positional argument may be left out."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        for action in parser._actions:
+            if action.dest == "begin":
+                action.required = False
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("student", help="folder or Hub id of an encoder-decoder, as `init` makes it")
+    parser.add_argument(
+        "begin",
+        metavar="STUDENT|RECIPE",
+        help="folder or Hub id of an encoder-decoder, as `init` makes it; or a .yaml file",
+    )
     parser.add_argument(
         "--teacher",
-        required=True,
+        default=argparse.SUPPRESS,
         help=f"causal language model: folder, Hub id, or {BUILT_IN!r}; or a folder that `cache` made",
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder for checkpoints and the student")
+    parser.add_argument(
+        "--output", default=argparse.SUPPRESS, metavar="FOLDER", help="folder for checkpoints and the student"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    add_data_arguments(parser)
+    parser.add_argument(
+        "--reproduce",
+        action=_InPlaceOfAStudent,
+        metavar="FOLDER",
+        help="do again what made the student in FOLDER, and fail if its numbers do not come out",
+    )
+    parser.add_argument("--student", default=argparse.SUPPRESS, help="in place of the recipe's")
+    add_data_arguments(parser, only_said=True)
     add_training_arguments(parser, _TRAINING)
+    section = parser.add_argument_group("init, where a student is to be made of the teacher first")
+    section.add_argument("--init.teacher", default=argparse.SUPPRESS, metavar="TEACHER", help="where that is a cache")
+    add_shape_arguments(section, "init.")
 
 
 def run(args: argparse.Namespace) -> None:
-    from transformers import AutoModelForSeq2SeqLM
-    from transformers.trainer_utils import get_last_checkpoint
+    from transformers import set_seed
 
     from ..distillation import DistillationTrainer, DistillationTrainingArguments
-    from ..models.prompts import PreTrainedTokenizerFast
+    from ._provenance import (
+        FILE,
+        check_inputs,
+        compare_results,
+        describe,
+        describe_result,
+        read_provenance,
+        warn_of_changes,
+    )
+    from ._recipe import training_part, write_recipe
+    from ._state import write_json
 
-    output = Path(args.output)
+    recipe = _recipe(args)
+    recorded = None if args.reproduce is None else read_provenance(Path(args.reproduce))
+    output = Path(recipe["output"])
     if not args.resume and output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty: go on with --resume, or choose another folder with --output")
-    checkpoint = get_last_checkpoint(str(output)) if args.resume and output.is_dir() else None
-    if args.resume and checkpoint is None:
-        raise ValueError(f"there is no checkpoint in {output} to resume from: leave --resume out to begin")
+    checkpoint = _last_whole_checkpoint(output) if args.resume else None
+    if recorded is not None:
+        _take_threads(recorded["machine"])
 
-    training = training_arguments(DistillationTrainingArguments, args, _TRAINING, output)
-    training.prompt_template = prompt_template(training.prompt_template, args.dataset)
-
-    splits = load_splits(args.dataset, args.source_column, args.target_column)
-    student = AutoModelForSeq2SeqLM.from_pretrained(args.student)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.student)
+    training = DistillationTrainingArguments(output_dir=str(output), **copy.deepcopy(training_part(recipe)))
+    training.prompt_template = prompt_template(training.prompt_template, recipe["dataset"])
+    set_seed(training.seed)  # weights that a student lacks are drawn
+    splits = load_splits(recipe["dataset"], recipe["source_column"], recipe["target_column"])
+    student, tokenizer = _student(recipe, splits, training.prompt_template)
     trainer = DistillationTrainer(
         model=student,
         args=training,
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
         processing_class=tokenizer,
-        teacher=teacher_path(args.teacher),
+        teacher=teacher_path(recipe["teacher"]),
     )
+    provenance = describe(trainer)
+    if recorded is not None:
+        check_inputs(recorded, provenance, Path(args.reproduce))
+    if args.resume:
+        warn_of_changes(output, provenance)
+    if trainer.is_world_process_zero():
+        decided = {"prompt_template": training.prompt_template, "seed": training.seed}
+        output.mkdir(parents=True, exist_ok=True)
+        write_recipe(output / RECIPE, {**recipe, **decided})
+        write_json(output / FILE, {**provenance, "result": None})
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; checkpoints in {output} go on with the same command and --resume") from None
     trainer.save_model(str(output))
-    for name, value in trainer.evaluate().items():
+    metrics = trainer.evaluate()
+    if not trainer.is_world_process_zero():
+        return
+    result = describe_result(trainer, metrics, output)
+    write_json(output / FILE, {**provenance, "result": result})
+    for name, value in metrics.items():
         print(f"{name}: {value}")
+    if recorded is not None:
+        print(compare_results(recorded["result"], result, Path(args.reproduce)))
+
+
+def _recipe(args: argparse.Namespace) -> dict[str, Any]:
+    """What is to be done, from a file (if one was named) and the options, which count for more."""
+    from ..distillation import DistillationTrainingArguments
+    from ._recipe import SUFFIXES, read_recipe
+
+    said = said_training_arguments(DistillationTrainingArguments, args, _TRAINING)
+    if "output_dir" in said:
+        args.parser.error(f"--output_dir {said['output_dir']}: give that folder with --output")
+    said |= {name: getattr(args, name) for name in ("student", "teacher", "output", *DATA) if hasattr(args, name)}
+    init = {name.removeprefix("init."): value for name, value in vars(args).items() if name.startswith("init.")}
+    if args.reproduce is not None:
+        surplus = {args.begin, *said, *(f"init.{name}" for name in init)}
+        surplus -= {None, "student", "teacher", "init.teacher", "dataset", "output"}  # may have moved
+        if surplus:
+            args.parser.error(f"--reproduce does what was recorded: leave {min(surplus)} out")
+        recipe = read_recipe(Path(args.reproduce) / RECIPE)
+        recipe.pop("output")
+    elif args.begin.endswith(SUFFIXES):
+        recipe = read_recipe(Path(args.begin))
+    else:
+        recipe = {"student": args.begin}
+    if "student" in said:
+        recipe.pop("init", None)
+    recipe = {**DATA, **recipe, **said}
+    if init:
+        recipe["init"] = {**recipe.get("init", {}), **init}
+    if "student" in recipe and "init" in recipe:
+        args.parser.error(f"both a student, {recipe['student']!r}, and --init options that would make one")
+    missing = [f"--{name}" for name in ("teacher", "output") if name not in recipe]
+    if not {"student", "init"} & recipe.keys():
+        missing.append("--student, or an init section")
+    if missing:
+        args.parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return recipe
+
+
+def _student(recipe: Mapping[str, Any], splits: DatasetDict, template: str | None) -> tuple[Any, Any]:
+    """The model that training starts from, and its tokenizer."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    from ..distillation.cache import is_cache
+    from ..models.prompts import PreTrainedTokenizerFast
+
+    if "student" in recipe:
+        student = AutoModelForSeq2SeqLM.from_pretrained(recipe["student"])
+        return student, PreTrainedTokenizerFast.from_pretrained(recipe["student"])
+    shape = dict(recipe["init"])
+    teacher = shape.pop("teacher", recipe["teacher"])
+    if is_cache(teacher):
+        raise ValueError(f"{teacher} is a cache, of which no student can be made: name its teacher as init.teacher")
+    student = make_student(teacher_path(teacher), Shape(**shape), splits["train"], template)
+    return student, student.tokenizer
+
+
+def _last_whole_checkpoint(output: Path) -> str:
+    """The checkpoint to go on from; one that was being written when the run ended is passed over.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = (re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in output.glob("checkpoint-*"))
+    for name in sorted(filter(None, names), key=lambda name: int(name[1]), reverse=True):
+        checkpoint = output / name[0]
+        if (checkpoint / "trainer_state.json").is_file():  # which is written last
+            return str(checkpoint)
+        logger.warning("%s is not whole, and passed over", checkpoint)
+    raise ValueError(f"there is no checkpoint in {output} to resume from: leave --resume out to begin")
+
+
+def _take_threads(machine: Mapping[str, Any]) -> None:
+    """On a CPU, sums are cut up by the number of threads, and their last bits depend on it."""
+    import torch
+
+    if machine["device"] == "cpu":
+        torch.set_num_threads(machine["threads"])

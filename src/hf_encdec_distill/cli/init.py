@@ -7,9 +7,17 @@ computes what the teacher does; every layer taken out costs some of that, and di
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args, get_type_hints
 
 from ._inputs import BUILT_IN, add_data_arguments, load_splits, prompt_template, teacher_path
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..models.rope_encdec import RopeEncDecForConditionalGeneration
 
 
 SUMMARY = "make an untrained student out of a decoder-only model"
@@ -18,19 +26,47 @@ EXAMPLE = "hf-encdec-distill init built-in --encoder-layers 11 --decoder-layers 
 _CALIBRATION_ROWS = 32
 
 
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What of a teacher its student keeps."""
+
+    encoder_layers: int | None = None
+    decoder_layers: int | None = None
+    cross_attention: Literal["merged", "separate"] = "merged"
+    encoder_attention: Literal["causal", "bidirectional"] = "causal"
+    layer_selection: Literal["influence", "greedy", "even", "first"] = "influence"
+
+
+_HELP = {
+    "encoder_layers": "encoder layers to keep (default: all)",
+    "decoder_layers": "decoder layers to keep (default: all)",
+    "cross_attention": "how the decoder reads the encoder (default: merged)",
+    "encoder_attention": "what an encoder token reads (default: causal)",
+    "layer_selection": "which layers stay (default: influence, those that change their input most)",
+}
+
+
+def add_shape_arguments(parser: argparse._ActionsContainer, prefix: str = "") -> None:
+    """An option for each field of `Shape`; what is not said is not in the namespace."""
+    hints = get_type_hints(Shape)
+    for name, text in _HELP.items():
+        choices = get_args(hints[name]) if get_args(hints[name])[0] is not int else None
+        parser.add_argument(
+            f"--{prefix}{name.replace('_', '-')}",
+            f"--{prefix}{name}",
+            dest=f"{prefix}{name}",
+            type=str if choices else int,
+            choices=choices,
+            default=argparse.SUPPRESS,
+            metavar=None if choices else "N",
+            help=text,
+        )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("teacher", help=f"causal language model: folder, Hub id, or {BUILT_IN!r}")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="new folder for the student")
-    parser.add_argument("--encoder-layers", type=int, metavar="N", help="encoder layers to keep (default: all)")
-    parser.add_argument("--decoder-layers", type=int, metavar="N", help="decoder layers to keep (default: all)")
-    parser.add_argument("--cross-attention", choices=("merged", "separate"), default="merged")
-    parser.add_argument("--encoder-attention", choices=("causal", "bidirectional"), default="causal")
-    parser.add_argument(
-        "--layer-selection",
-        choices=("influence", "greedy", "even", "first"),
-        default="influence",
-        help="which layers stay (default: those that change their input most)",
-    )
+    add_shape_arguments(parser)
     parser.add_argument(
         "--prompt-template",
         metavar="TEXT",
@@ -40,31 +76,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from ..models.rope_encdec import RopeEncDecForConditionalGeneration
-
     output = new_folder(args.output)
     path = teacher_path(args.teacher)
     rows = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")["train"]
-    rows = rows.shuffle(seed=0).select(range(min(_CALIBRATION_ROWS, len(rows))))
-    student = RopeEncDecForConditionalGeneration.from_decoder_only(
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
-        tokenizer=AutoTokenizer.from_pretrained(path),
-        encoder_num_hidden_layers=args.encoder_layers,
-        decoder_num_hidden_layers=args.decoder_layers,
-        cross_attention=args.cross_attention,
-        encoder_attention=args.encoder_attention,
-        layer_selection=args.layer_selection,
-        prompt_template=prompt_template(args.prompt_template, args.dataset),
-        calibration=list(zip(rows["source"], rows["target"], strict=True)),
-    )
+    said = {field.name for field in dataclasses.fields(Shape)} & set(vars(args))
+    shape = Shape(**{name: getattr(args, name) for name in said})
+    student = make_student(path, shape, rows, prompt_template(args.prompt_template, args.dataset))
     student.save_pretrained(output)
     config = student.config
     print(
         f"{output}: {config.encoder_num_hidden_layers} + {config.decoder_num_hidden_layers} layers, "
         f"{student.num_parameters() / 1e6:.1f} M parameters"
+    )
+
+
+def make_student(
+    teacher: str, shape: Shape, rows: Dataset, template: str | None
+) -> RopeEncDecForConditionalGeneration:
+    """The student that has `shape` of the teacher in a folder or on the Hub, in float32.
+
+    Args:
+        rows: with the columns `source` and `target`; some of them, always the same, say which layers matter.
+        template: the prompt's; `None` leaves it to the teacher's chat template.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..models.rope_encdec import RopeEncDecForConditionalGeneration
+
+    rows = rows.shuffle(seed=0).select(range(min(_CALIBRATION_ROWS, len(rows))))
+    return RopeEncDecForConditionalGeneration.from_decoder_only(
+        AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32),
+        tokenizer=AutoTokenizer.from_pretrained(teacher),
+        encoder_num_hidden_layers=shape.encoder_layers,
+        decoder_num_hidden_layers=shape.decoder_layers,
+        cross_attention=shape.cross_attention,
+        encoder_attention=shape.encoder_attention,
+        layer_selection=shape.layer_selection,
+        prompt_template=template,
+        calibration=list(zip(rows["source"], rows["target"], strict=True)),
     )
 
 

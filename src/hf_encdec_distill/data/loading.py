@@ -87,8 +87,10 @@ def _load(dataset: str, config: str | None) -> DatasetDict:
     except (OSError, ValueError, DatasetGenerationError) as error:
         # The error says why (no table, offline, gated, a config to choose), but not what else could have been given.
         why = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        if path.is_file():
+            raise ValueError(f"{dataset} gives no rows, read as {_BUILDERS[suffix]}: {why}") from error
         raise ValueError(
-            f"{dataset} is neither a readable file or folder nor a dataset that the Hub gives us: {why}"
+            f"{dataset} is neither a readable folder nor a dataset that the Hub gives us: {why}"
         ) from error
 
 
@@ -110,7 +112,9 @@ def _two_columns(split: Dataset, source_column: str, target_column: str) -> Data
                 f"There is no column {column!r}; the columns are {', '.join(split.column_names)}: choose with {option}"
             )
         kind = getattr(split.features[column], "dtype", type(split.features[column]).__name__)
-        if kind not in ("string", "large_string", "null"):  # null: every cell of it is empty
+        # Where every cell is empty, the type says nothing: pandas reads such a column of a CSV file as float64.
+        empty = split.with_format("arrow")[column].null_count == len(split)
+        if kind not in ("string", "large_string") and not empty:
             raise ValueError(f"Column {column!r} holds {kind}, expected text: choose another with {option}")
     if source_column == target_column:
         raise ValueError(f"Source and target are both column {source_column!r}: expected two columns")

@@ -420,7 +420,7 @@ class _Writer:
                 pyarrow.parquet.write_table(shard.with_format("arrow")[:], stream)
                 stream.flush()
                 os.fsync(stream.fileno())
-            name = f"shard-{self.process:03}-{self._number:05}-{_digest_of_file(partial)[:16]}.parquet"
+            name = f"shard-{self.process:03}-{self._number:05}-{digest_of_file(partial)[:16]}.parquet"
             size = partial.stat().st_size
             os.replace(partial, self.folder / name)
         finally:
@@ -467,7 +467,7 @@ def _manifest(
         "vocab_size": teacher.vocab_size,
         "prompt_template": prompt_template,
         "teacher": config._name_or_path,
-        "teacher_weights": _weights_digest(teacher.model),
+        "teacher_weights": weights_digest(teacher.model),
         "teacher_config": hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest(),
         "teacher_dtype": str(teacher.model.dtype).removeprefix("torch."),
         "tokenizer": None if vocabulary is None else hashlib.sha256(vocabulary.encode()).hexdigest(),
@@ -485,7 +485,7 @@ _NO_PART_OF_A_TEACHER = {
 }
 
 
-def _weights_digest(model: torch.nn.Module) -> str:
+def weights_digest(model: torch.nn.Module) -> str:
     """SHA-256 over names and bytes of all weights, those of an adapter among them."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -503,7 +503,7 @@ def _read_shards(folder: Path, columns: list[str] | None = None) -> datasets.Dat
     if not shards:
         raise ValueError(f"the cache {folder} holds no shard: the capture was stopped before it wrote one; go on.")
     for shard in shards:
-        if not shard.stem.endswith(f"-{_digest_of_file(shard)[:16]}"):
+        if not shard.stem.endswith(f"-{digest_of_file(shard)[:16]}"):
             raise ValueError(
                 f"{shard} is not what was written, it was cut or altered: delete it and capture again; only its rows "
                 "are captured anew."
@@ -511,7 +511,7 @@ def _read_shards(folder: Path, columns: list[str] | None = None) -> datasets.Dat
     return datasets.Dataset.from_parquet([str(shard) for shard in shards], columns=columns)
 
 
-def _digest_of_file(file: Path) -> str:
+def digest_of_file(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):

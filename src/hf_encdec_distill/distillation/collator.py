@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 from transformers import DataCollatorForSeq2Seq, default_data_collator
+from transformers.utils import logging
 
 from ..models.prompts import encode_prompt, prompt_start_token_id
 from .alignment import IGNORED, TEACHER_COLUMNS
 
+
+logger = logging.get_logger(__name__)
 
 MESSAGES = "messages"
 
@@ -99,10 +102,24 @@ class DistillationCollator:
                 f"a row has the columns {sorted(row)}, but needs {self.source_column!r} and {self.target_column!r} "
                 f"(named by source_column and target_column), {MESSAGES!r}, or 'input_ids' and 'labels'."
             )
+        for column, value, kinds in (
+            (self.source_column, source, str | list),
+            (self.target_column, target, str | None),
+        ):
+            if not isinstance(value, kinds):
+                raise ValueError(
+                    f"{column}={value!r} is of type {type(value).__name__}, expected text (a source may be a list of "
+                    "chat messages too): turn the column into text, or name another."
+                )
         if self.tokenizer is None or self.teacher_tokenizer is None:
             raise ValueError("text rows need tokenizers: give processing_class (and teacher_processing_class).")
         if self.start_token_id is not None and not self._prompt_checked:
             self._check_student_reads_prompt()
+        if self.prompt_template is None and not self.teacher_tokenizer.chat_template:
+            logger.warning_once(
+                "the teacher's tokenizer has no chat template, and no prompt_template is given: the teacher reads the "
+                "source as it is, with the target right behind it."
+            )
         prompt = self._teacher_prompt(source)
         input_ids = prompt[:-1] if self.start_token_id is not None else self._student_source(source)
         ready = {"input_ids": input_ids, "attention_mask": [1] * len(input_ids)}

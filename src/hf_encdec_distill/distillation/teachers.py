@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from .alignment import SharedVocabulary
 from .heads import catch_head_input
 from .losses import Divergence
+from .positions import check_length, max_positions
 
 
 class TeacherScores(Protocol):
@@ -92,6 +93,7 @@ class LiveTeacher:
             model = model.to(getattr(torch, dtype))
         self.model = model.requires_grad_(False).eval()
         self.vocab_size = vocab_size(config)
+        self.max_positions = max_positions(config)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._accepts = inspect.signature(inner.forward).parameters
         self._head_is_last = True  # until a forward shows that the model does something to its head's output
@@ -155,7 +157,11 @@ class LiveTeacher:
 
         Returns:
             A slice of the N positions -> `[C, V]`, in the teacher's dtype.
+
+        Raises:
+            ValueError: a row has more tokens than the model has positions for.
         """
+        check_length("teacher", self.max_positions, "prompt and target", attention_mask)
         self.model.eval()
         head = self.model.get_output_embeddings()
         options = {
@@ -177,6 +183,30 @@ class LiveTeacher:
         logits = output.logits[0] if caught.hidden is not None else output.logits[rows, columns]
         logits = logits.to(input_ids.device)
         return lambda chunk: logits[chunk]
+
+
+def check_scores(total: Tensor, terms: Mapping[str, Tensor], rows: Tensor, step: int) -> None:
+    """Raises ValueError where the teacher's logits, and not the student's, made a loss of NaN.
+
+    Such a loss would end up in all weights, while the log, which leaves NaN out, looks well. One number is waited for
+    on the device; transformers' own training loop waits for it too, to find out whether to log it.
+
+    Args:
+        total: the loss, a scalar.
+        terms: its terms, `[N]` each, `ce_loss` of the student alone and `distill_loss` of both.
+        rows: `[N]`, the row of the batch that each belongs to.
+        step: the optimizer step, for the message.
+    """
+    if not torch.isnan(total) or "distill_loss" not in terms:
+        return
+    by_teacher = torch.isnan(terms["distill_loss"]) & torch.isfinite(terms["ce_loss"])
+    if by_teacher.any():
+        bad = sorted(set(rows[by_teacher].tolist()))
+        raise ValueError(
+            f"the teacher's logits are not finite at {int(by_teacher.sum())} of the {len(rows)} target tokens of a "
+            f"batch in step {step}, in its rows {bad[:8]}{'...' if bad[8:] else ''}: run the teacher in another dtype "
+            "(teacher_dtype), or leave those rows out. The student is as it was before that step."
+        )
 
 
 def vocab_size(config) -> int:

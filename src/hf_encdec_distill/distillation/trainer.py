@@ -9,11 +9,12 @@ import torch
 from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, Seq2SeqTrainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
 from ._compat import refuse_legacy_prediction_loop
 from .alignment import (
+    IGNORED,
     TEACHER_COLUMNS,
     SharedVocabulary,
     target_positions,
@@ -23,10 +24,12 @@ from .alignment import (
 from .arguments import DistillationTrainingArguments, with_distillation_defaults
 from .cache import CachedTeacher, is_cache
 from .collator import MESSAGES, DistillationCollator, tokenizer_of
+from .empty_targets import EmptyTargets
 from .heads import catch_head_input
 from .losses import chunked_sum, cross_entropy, select_divergence, token_mean
+from .positions import check_length, max_positions
 from .rollouts import ReplayBuffer, draw, on_policy_fraction_at, roll_out
-from .teachers import LiveTeacher, vocab_size
+from .teachers import LiveTeacher, check_scores, vocab_size
 
 
 logger = logging.get_logger(__name__)
@@ -111,6 +114,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         # A merged student's decoder starts with the last token of the teacher's prompt, which its encoder leaves out.
         merged = getattr(config, "cross_attention", None) == "merged"
         self._start_token_id = config.decoder_start_token_id if merged else None
+        self._max_positions = max_positions(config)
         self._vocabulary = SharedVocabulary.between(
             vocab_size(config),
             self.teacher.vocab_size,
@@ -140,6 +144,7 @@ class DistillationTrainer(Seq2SeqTrainer):
             self._check_on_policy()
         self._replay = ReplayBuffer(args.replay_buffer_size)
         self._on_own_targets = False
+        self._empty_targets = EmptyTargets()
         self._train_sums: dict[str, Tensor] = {}
         self._train_steps: Counter[str] = Counter()
         self._eval_sums: dict[str, Tensor] | None = None
@@ -165,6 +170,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         if labels is None:
             raise ValueError(f"the batch has no labels, only {sorted(inputs)}; distillation needs targets.")
         rows, columns = target_positions(labels)
+        self._check_lengths(inputs, labels)
         student = self._student_inputs(model, inputs)
         chunked = self._goes_in_chunks(model, student, len(rows), return_outputs)
         score = self._score(labels[rows, columns], rows, columns, inputs, chunked)
@@ -175,6 +181,7 @@ class DistillationTrainer(Seq2SeqTrainer):
             logits_BTV = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
             terms = score(logits_BTV[rows, columns])
             total = self._combine({name: values.sum() for name, values in terms.items()})
+        check_scores(total, terms, rows, self.state.global_step)
         count = len(rows) if num_items_in_batch is None else num_items_in_batch
         # Gradients are averaged over processes, but the tokens were counted over all of them.
         scale = self._token_processes() if num_items_in_batch is not None else 1
@@ -188,6 +195,18 @@ class DistillationTrainer(Seq2SeqTrainer):
         if isinstance(outputs, Mapping):
             return loss, type(outputs)(**{**outputs, "loss": loss})
         return loss, (loss, *outputs)
+
+    def _check_lengths(self, inputs: Mapping[str, Any], labels: Tensor) -> None:
+        ids, target = inputs.get("input_ids"), labels != IGNORED
+        if ids is None:  # sound or images, which are not counted in tokens
+            return
+        mask = inputs.get("attention_mask")
+        source = torch.ones_like(ids) if mask is None else mask
+        if self._start_token_id is not None:
+            check_length("student", self._max_positions, "prompt and target", source, target)
+        else:
+            check_length("student", self._max_positions, "source", source)
+            check_length("student", self._max_positions, "target", target)
 
     def _student_inputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What the student's forward gets: no `teacher_*`, no cache, its decoder's input in place of the labels."""
@@ -327,6 +346,7 @@ class DistillationTrainer(Seq2SeqTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """As the base class; for an on-policy step the student's own targets, counted as those of any step."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._empty_targets.see(batches, self.state.epoch, self.accelerator)
         seed, step, args = self.args.seed, self.state.global_step, self.args
         share = on_policy_fraction_at(step, args.on_policy_fraction, args.on_policy_warmup_steps)
         self._on_own_targets = bool(batches) and draw(seed, step, 0) < share
@@ -367,10 +387,15 @@ class DistillationTrainer(Seq2SeqTrainer):
     def train(self, *args, **kwargs):
         self._train_sums, self._train_steps = {}, Counter()
         self._replay = ReplayBuffer(self.args.replay_buffer_size)
+        if has_length(self.train_dataset) and not len(self.train_dataset):
+            raise ValueError("train_dataset has no rows, so there is nothing to train on.")
+        self._empty_targets = EmptyTargets(getattr(tokenizer_of(self.processing_class), "eos_token_id", None))
         try:
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
         finally:
             self._on_own_targets = False
+        self._empty_targets.report(self.accelerator, whole_pass=(self.state.epoch or 0) >= 1)
+        return output
 
     def _record_training(self, means: Mapping[str, Tensor]) -> None:
         for name, value in means.items():
@@ -391,6 +416,8 @@ class DistillationTrainer(Seq2SeqTrainer):
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """As the base class, with every loss a mean over the target tokens of the whole set."""
+        if has_length(dataloader.dataset) and not len(dataloader.dataset):
+            raise ValueError(f"the data set to evaluate ({metric_key_prefix}) has no rows.")
         self._eval_sums = {}
         try:
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
