@@ -8,6 +8,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 from hf_encdec_distill.distillation.alignment import (
     SharedVocabulary,
+    asked_positions,
     target_positions,
     teacher_columns,
     teacher_inputs,
@@ -82,6 +83,33 @@ def test_derived_inputs_without_a_mask_and_without_targets():
 def test_a_hole_in_the_labels_is_an_error():
     with pytest.raises(ValueError, match=r"row 1 .*\[9, -100, 8\].*teacher_input_ids"):
         teacher_inputs(torch.ones(2, 2, dtype=torch.long), None, torch.tensor([[9, 8, -100], [9, -100, 8]]))
+
+
+def test_labels_that_the_teacher_is_asked_about():
+    labels = torch.tensor([[20, 21, 22, -100], [-100, 23, 24, 25]])
+    batch = {"labels": labels, "teacher_attention_mask": torch.tensor([[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]])}
+    rows, columns = target_positions(labels)
+    # What stands beside a label that is none is not looked at.
+    given = torch.tensor([[0, -1, 3, 99], [-7, 2, 3, -1]])
+    asked_rows, asked_columns, asked = asked_positions({**batch, "teacher_label_positions": given}, rows, columns)
+    assert asked_rows.tolist() == [0, 0, 1, 1] and asked_columns.tolist() == [0, 3, 2, 3]
+    assert asked.tolist() == [True, False, True, True, True, False]
+    every = asked_positions({**batch, "teacher_labels_start": torch.tensor([2, 1])}, rows, columns)
+    assert every[0] is rows and every[1].tolist() == [1, 2, 3, 1, 2, 3] and every[2] is None
+
+
+@pytest.mark.parametrize(
+    "second", [[-1, 2, 3, 5], [-1, 1, 2, 3], [-1, 3, 3, 4], [-1, 4, -1, 2], [-1, -2, 2, 3]], ids=str
+)
+def test_positions_that_cannot_be(second):
+    """Beyond the sequence, in its padding, the same twice, backwards, negative."""
+    labels = torch.tensor([[20, 21, 22, -100], [-100, 23, 24, 25]])
+    batch = {"labels": labels, "teacher_attention_mask": torch.tensor([[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]])}
+    positions = torch.tensor([[0, -1, 3, -1], second])
+    with pytest.raises(ValueError, match=r"of row 1 are \[-1, .*of 5 columns it reads 3"):
+        asked_positions({**batch, "teacher_label_positions": positions}, *target_positions(labels))
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) and labels \(2, 4\)"):
+        asked_positions({**batch, "teacher_label_positions": positions[:, :3]}, *target_positions(labels))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -202,6 +202,37 @@ def test_teacher_columns_of_ready_rows(make_bpe_tokenizer, side, as_tensors):
             assert batch["teacher_input_ids"][b, batch["teacher_labels_start"][b] + t] == row[t]
 
 
+@pytest.mark.parametrize("as_tensors", [False, True])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_positions_of_labels_are_padded_as_labels_are(make_bpe_tokenizer, side, as_tensors):
+    tokenizer = make_bpe_tokenizer(add_bos=True)
+    tokenizer.padding_side = side
+    given = [
+        {**READY[0], "teacher_input_ids": [10, 11, 12, 13, 14], "teacher_label_positions": [1, -1, 4]},
+        {**READY[1], "teacher_input_ids": [15, 16], "teacher_label_positions": [0]},
+    ]
+    if as_tensors:
+        given = [{name: torch.tensor(value) for name, value in row.items()} for row in given]
+    batch = DistillationCollator(tokenizer)(given)
+    assert batch["teacher_input_ids"].tolist() == [[10, 11, 12, 13, 14], [15, 16, 0, 0, 0]]
+    assert batch["teacher_attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert batch["labels"].tolist()[1] == ([3, -100, -100] if side == "right" else [-100, -100, 3])
+    second = [0, -1, -1] if side == "right" else [-1, -1, 0]
+    assert batch["teacher_label_positions"].tolist() == [[1, -1, 4], second]
+    assert "teacher_labels_start" not in batch
+
+
+def test_positions_of_labels_that_do_not_fit(make_bpe_tokenizer):
+    collator = DistillationCollator(make_bpe_tokenizer(add_bos=True))
+    row = {**READY[0], "teacher_input_ids": [1, 2, 3], "teacher_label_positions": [0, 1, 2]}
+    with pytest.raises(ValueError, match="2 teacher_label_positions for 3 labels"):
+        collator([{**row, "teacher_label_positions": [0, 1]}])
+    with pytest.raises(ValueError, match="columns of teacher_input_ids: give those too"):
+        collator([{**READY[0], "teacher_label_positions": [0, 1, 2]}])
+    with pytest.raises(ValueError, match="same columns"):
+        collator([row, {**READY[0], "teacher_input_ids": [1, 8, 9, 3]}])
+
+
 def test_teacher_columns_that_miss_the_labels(make_bpe_tokenizer):
     collator = DistillationCollator(make_bpe_tokenizer(add_bos=True))
     row = {"input_ids": [5], "labels": [8, 3]}

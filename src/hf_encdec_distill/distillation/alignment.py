@@ -11,7 +11,15 @@ In a batch:
 | `teacher_attention_mask` | `[B, L]` | 1 where the teacher reads; comes from lengths, never from token ids |
 | `teacher_labels_start` | `[B]` | column of `teacher_input_ids` that holds what column 0 of `labels` labels |
 
-So column t of `labels` is predicted at column `teacher_labels_start - 1 + t`, wherever `labels` is not -100.
+So column t of `labels` is predicted at column `teacher_labels_start - 1 + t`, wherever `labels` is not -100. Where the
+teacher's target is cut into other tokens, these take the place of the start, which is then not looked at:
+
+| key | shape | meaning |
+|---|---|---|
+| `teacher_label_positions` | `[B, T]` | column of `teacher_input_ids` whose logits predict the label; -1: not asked |
+
+A label that the teacher is not asked about has a divergence of 0 and still counts: every term of the loss is a mean
+over all target tokens.
 
 Vocabulary. Ids are compared one to one: `SharedVocabulary` says which ids both sides have.
 """
@@ -23,7 +31,7 @@ import torch
 from torch import Tensor
 
 
-TEACHER_COLUMNS = ("teacher_input_ids", "teacher_attention_mask", "teacher_labels_start")
+TEACHER_COLUMNS = ("teacher_input_ids", "teacher_attention_mask", "teacher_labels_start", "teacher_label_positions")
 IGNORED = -100
 
 
@@ -40,6 +48,47 @@ def teacher_columns(labels_start: Tensor, rows: Tensor, columns: Tensor) -> Tens
         rows, columns: `[N]` and `[N]`, as from `target_positions`.
     """
     return labels_start[rows] - 1 + columns
+
+
+def asked_positions(
+    inputs: Mapping[str, Tensor], rows: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Where the teacher is asked about labels `[rows, columns]`: row and column of its sequence, `[M]` and `[M]`.
+
+    Args:
+        inputs: a batch with the `teacher_*` tensors.
+        rows, columns: `[N]` and `[N]`, as from `target_positions`.
+
+    Returns:
+        Row, column, and which of the N labels those M are, `[N]`; None if the teacher is asked about all of them.
+
+    Raises:
+        ValueError: `teacher_label_positions` are no columns that the teacher reads, or do not ascend.
+    """
+    positions = inputs.get("teacher_label_positions")
+    if positions is None:
+        return rows, teacher_columns(inputs["teacher_labels_start"], rows, columns), None
+    if positions.shape != inputs["labels"].shape:
+        raise ValueError(
+            f"teacher_label_positions have shape {tuple(positions.shape)} and labels {tuple(inputs['labels'].shape)}; "
+            "they have to say of each label where the teacher predicts it (-1: nowhere)."
+        )
+    predicting = positions[rows, columns]
+    asked = predicting != -1
+    rows, predicting = rows[asked], predicting[asked]
+    mask = inputs["teacher_attention_mask"]
+    wrong = (predicting < 0) | (predicting >= mask.shape[1])
+    wrong |= ~mask.bool()[rows, predicting.clamp(0, mask.shape[1] - 1)]
+    # A cache keeps what it recorded of a row in the order of the columns.
+    wrong[1:] |= (rows[1:] == rows[:-1]) & (predicting[1:] <= predicting[:-1])
+    if bool(wrong.any()):
+        row = int(rows[wrong][0])
+        raise ValueError(
+            f"teacher_label_positions of row {row} are {positions[row].tolist()}; they have to be ascending columns "
+            f"of teacher_input_ids that the teacher reads (of {mask.shape[1]} columns it reads {int(mask[row].sum())} "
+            "in this row), or -1 for a label that it is not asked about."
+        )
+    return rows, predicting, asked
 
 
 def teacher_inputs(

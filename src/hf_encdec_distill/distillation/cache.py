@@ -29,7 +29,7 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .alignment import SharedVocabulary, target_positions, teacher_columns, with_teacher_inputs
+from .alignment import SharedVocabulary, asked_positions, target_positions, with_teacher_inputs
 from .collator import DistillationCollator
 from .losses import Divergence, at_least_float32, forward_kl
 from .teachers import DenseScores, LiveTeacher
@@ -226,8 +226,9 @@ class CachedTeacher:
             )
         found = self._rows[[self._index[key] for key in keys if key is not None]]
         record = {
-            name: torch.from_numpy(np.concatenate([np.asarray(row) for row in found[name]])).to(input_ids.device)
-            for name in _COLUMNS[self.manifest["kind"]]
+            # The empty one: of a batch without targets no row is asked for.
+            name: torch.from_numpy(np.concatenate([np.empty(0, dtype), *found[name]])).to(input_ids.device)
+            for name, dtype in _COLUMNS[self.manifest["kind"]].items()
         }
         width = self.manifest["width"]
         log_probs = record["log_probs"].view(-1, width)
@@ -344,7 +345,7 @@ def capture(
             rows, columns = target_positions(batch["labels"])
             inputs = with_teacher_inputs(batch, collating.get("start_token_id"))
             ids, mask = inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
-            columns = teacher_columns(inputs["teacher_labels_start"], rows, columns)
+            rows, columns, _ = asked_positions(inputs, rows, columns)
             keys = row_keys(ids, mask, rows, columns)
             fresh = [row for row, key in enumerate(keys) if key is not None and key not in known]
             if fresh:

@@ -22,6 +22,8 @@ class DistillationCollator:
     - ready `input_ids` and `labels`, and, if the teacher should read something else, `teacher_input_ids` (its prompt
       and then the target) with `teacher_labels_start` (where the target starts; by default the row ends with it) and
       `teacher_attention_mask` (by default all ones). Without those, the trainer derives what the teacher reads.
+      `teacher_label_positions` in place of `teacher_labels_start` say of each label in which column of
+      `teacher_input_ids` the teacher predicts it, -1 where it is not asked; what it reads may then be anything.
 
     Text targets end in EOS. The teacher's prompt is encoded with its own template and tokenizer; the student reads
     that prompt without its last token if it is merged (`start_token_id`), its own encoding of the source if not. The
@@ -73,12 +75,16 @@ class DistillationCollator:
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         """Rows -> batch; raises ValueError where a row is none of the kinds above or contradicts itself."""
         rows = [self.encode(row) for row in rows]
-        if len({("teacher_input_ids" in row, row.get("labels") is None) for row in rows}) > 1:
+        columns = ("teacher_input_ids", "teacher_label_positions", "labels")
+        if len({tuple(row.get(name) is None for name in columns) for row in rows}) > 1:
             raise ValueError(
-                "some rows of the batch have a target or teacher_input_ids and some have not; give all rows the same "
-                "columns."
+                "some rows of the batch have a target, teacher_input_ids or teacher_label_positions and some have "
+                "not; give all rows the same columns."
             )
         teacher_rows = [{name: row.pop(name) for name in TEACHER_COLUMNS if name in row} for row in rows]
+        teacher_rows = [{name: value for name, value in row.items() if value is not None} for row in teacher_rows]
+        if "teacher_label_positions" in teacher_rows[0] and "teacher_input_ids" not in teacher_rows[0]:
+            raise ValueError("teacher_label_positions are columns of teacher_input_ids: give those too.")
         batch = {name: value for name, value in self.student_collator(rows).items() if value is not None}
         if "teacher_input_ids" in teacher_rows[0] and "labels" in batch:
             batch.update(_pad_teacher_rows(teacher_rows, rows, batch["labels"]))
@@ -184,32 +190,51 @@ def _split_conversation(messages: list[dict]) -> tuple[list[dict], str | None]:
 
 
 def _pad_teacher_rows(teacher_rows: list[dict], rows: list[dict], labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Right-padded `teacher_*`, `[B, L]`, `[B, L]` and `[B]`, for `labels` `[B, T]` as a collator padded them."""
-    ids, masks, starts = [], [], []
+    """Right-padded `teacher_*`, for `labels` `[B, T]` as a collator padded them; shapes in `alignment`."""
+    ids, masks, places = [], [], []
+    positioned = "teacher_label_positions" in teacher_rows[0]
     for teacher_row, row, padded in zip(teacher_rows, rows, labels, strict=True):
         row_ids = _as_list(teacher_row["teacher_input_ids"])
         row_labels = _as_list(row["labels"])
-        start = int(teacher_row.get("teacher_labels_start", len(row_ids) - len(row_labels)))
-        read = row_ids[max(start, 0) : start + len(row_labels)]
-        if (
-            start < 1
-            or any(label not in (IGNORED, token) for label, token in zip(row_labels, read, strict=False))
-            or len(read) != len(row_labels)
-        ):
-            raise ValueError(
-                f"teacher_input_ids {row_ids} do not hold the labels {row_labels} from teacher_labels_start={start} "
-                "on; they have to be the teacher's prompt (one token at least) and then the target."
-            )
         # Where the collator padded labels on the left, column 0 is that much before the row's first label.
         shift = len(padded) - len(row_labels) if padded[: len(row_labels)].tolist() != row_labels else 0
         ids.append(torch.tensor(row_ids))
         masks.append(torch.tensor(_as_list(teacher_row.get("teacher_attention_mask", [1] * len(row_ids)))))
-        starts.append(start - shift)
+        if positioned:
+            places.append(_label_positions(teacher_row, row_labels, shift, len(padded)))
+        else:
+            places.append(_labels_start(teacher_row, row_ids, row_labels) - shift)
     return {
         "teacher_input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
         "teacher_attention_mask": torch.nn.utils.rnn.pad_sequence(masks, batch_first=True),
-        "teacher_labels_start": torch.tensor(starts),
+        "teacher_label_positions" if positioned else "teacher_labels_start": torch.tensor(places),
     }
+
+
+def _labels_start(teacher_row: dict, row_ids: list[int], row_labels: list[int]) -> int:
+    start = int(teacher_row.get("teacher_labels_start", len(row_ids) - len(row_labels)))
+    read = row_ids[max(start, 0) : start + len(row_labels)]
+    if (
+        start < 1
+        or any(label not in (IGNORED, token) for label, token in zip(row_labels, read, strict=False))
+        or len(read) != len(row_labels)
+    ):
+        raise ValueError(
+            f"teacher_input_ids {row_ids} do not hold the labels {row_labels} from teacher_labels_start={start} "
+            "on; they have to be the teacher's prompt (one token at least) and then the target."
+        )
+    return start
+
+
+def _label_positions(teacher_row: dict, row_labels: list[int], shift: int, width: int) -> list[int]:
+    """As long as the padded labels, -1 beside the row's own."""
+    positions = _as_list(teacher_row["teacher_label_positions"])
+    if len(positions) != len(row_labels):
+        raise ValueError(
+            f"a row has {len(positions)} teacher_label_positions for {len(row_labels)} labels; give one for each, -1 "
+            "where the teacher is not asked."
+        )
+    return [-1] * shift + positions + [-1] * (width - shift - len(positions))
 
 
 def _as_list(values) -> list[int]:

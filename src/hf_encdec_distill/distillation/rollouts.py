@@ -58,7 +58,15 @@ def roll_out(
 
     Returns:
         `labels` `[B, max_new_tokens or fewer]`, -100 after EOS, in place of all that belonged to the old targets.
+
+    Raises:
+        ValueError: the batch has `teacher_label_positions`.
     """
+    if batch.get("teacher_label_positions") is not None:
+        raise ValueError(
+            "teacher_label_positions with on_policy_fraction above 0: nobody knows where the teacher predicts the "
+            "labels of an answer that is not written yet. Leave one of them out."
+        )
     inputs = {name: value for name, value in batch.items() if name not in _OF_TARGETS}
     own = model.generation_config
     config = GenerationConfig(

@@ -64,6 +64,32 @@ class DenseScores:
         return self.vocabulary.restrict(self.logits_at(chunk)).argmax(dim=-1)
 
 
+@dataclass(frozen=True)
+class PartialScores:
+    """`TeacherScores` at N positions where only those in `asked`, `[N]`, were asked: `scores` has those, in order.
+
+    At the others the divergence is 0, without gradient, and the first id is -1.
+    """
+
+    scores: TeacherScores
+    asked: Tensor
+
+    def divergence(self, student_logits: Tensor, chunk: slice, divergence: Divergence, temperature: float) -> Tensor:
+        asked = self.asked[chunk]
+        values = self.scores.divergence(student_logits[asked], self._of_asked(chunk), divergence, temperature)
+        return values.new_zeros(len(asked)).masked_scatter(asked, values)
+
+    def top(self, chunk: slice) -> Tensor:
+        asked = self.asked[chunk]
+        ids = self.scores.top(self._of_asked(chunk))
+        return ids.new_full((len(asked),), -1).masked_scatter(asked, ids)
+
+    def _of_asked(self, chunk: slice) -> slice:
+        """A slice of the N positions -> the slice of those asked that are in it."""
+        first, last, _ = chunk.indices(len(self.asked))
+        return slice(*(int(self.asked[:end].sum()) for end in (first, last)))
+
+
 class LiveTeacher:
     """A causal language model that answers batch by batch: frozen, in eval mode, in a dtype of its own.
 

@@ -16,8 +16,8 @@ from ._compat import refuse_legacy_prediction_loop
 from .alignment import (
     TEACHER_COLUMNS,
     SharedVocabulary,
+    asked_positions,
     target_positions,
-    teacher_columns,
     with_teacher_inputs,
 )
 from .arguments import DistillationTrainingArguments, with_distillation_defaults
@@ -26,7 +26,7 @@ from .collator import MESSAGES, DistillationCollator, tokenizer_of
 from .heads import catch_head_input
 from .losses import chunked_sum, cross_entropy, select_divergence, token_mean
 from .rollouts import ReplayBuffer, draw, on_policy_fraction_at, roll_out
-from .teachers import LiveTeacher, vocab_size
+from .teachers import LiveTeacher, PartialScores, vocab_size
 
 
 logger = logging.get_logger(__name__)
@@ -46,6 +46,9 @@ class DistillationTrainer(Seq2SeqTrainer):
     the steps that are not on-policy) in training, and in evaluation also `eval_teacher_agreement`, the share of target
     tokens where student and teacher put the same id first. All evaluation numbers are means over the target tokens of
     the whole set, whatever the batch size or the number of processes.
+
+    Where `teacher_label_positions` say that the teacher is not asked about a label, its divergence is 0, and both
+    terms remain means over all target tokens. The agreement is a share of those that the teacher was asked about.
 
     Takes what `Seq2SeqTrainer` takes, in the same order, so that a script only swaps the class and names a teacher.
     Plain `Seq2SeqTrainingArguments` are given the distillation fields at their defaults.
@@ -216,15 +219,13 @@ class DistillationTrainer(Seq2SeqTrainer):
             inputs = with_teacher_inputs(inputs, self._start_token_id)
             ids = inputs["teacher_input_ids"]
             self._vocabulary.check(labels_N, ids)
+            rows, columns, asked = asked_positions(inputs, rows, columns)
             with without_autocast:
                 teacher = self.teacher.scores(
-                    ids,
-                    inputs["teacher_attention_mask"],
-                    rows,
-                    teacher_columns(inputs["teacher_labels_start"], rows, columns),
-                    self._vocabulary,
-                    chunked,
+                    ids, inputs["teacher_attention_mask"], rows, columns, self._vocabulary, chunked
                 )
+            if asked is not None:
+                teacher = PartialScores(teacher, asked)
 
         def score(student_CV: Tensor, chunk: slice = slice(None)) -> dict[str, Tensor]:
             with without_autocast:
@@ -234,8 +235,9 @@ class DistillationTrainer(Seq2SeqTrainer):
                 of_teacher = teacher.divergence(student_CV, chunk, self._divergence, temperature)
                 terms["distill_loss"] = of_teacher * temperature**2
                 if evaluating:
-                    first = self._vocabulary.restrict(student_CV).argmax(dim=-1)
-                    terms["teacher_agreement"] = (first == teacher.top(chunk)).float()
+                    first, of_teacher = self._vocabulary.restrict(student_CV).argmax(dim=-1), teacher.top(chunk)
+                    terms["teacher_agreement"] = (first == of_teacher).float()
+                    terms["teacher_asked"] = (of_teacher >= 0).float()
             return terms
 
         return score
@@ -292,7 +294,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         if weight > 0 or evaluating:
             weights["distill_loss"] = weight
         if evaluating:
-            weights["teacher_agreement"] = 0.0
+            weights |= {"teacher_agreement": 0.0, "teacher_asked": 0.0}
         return weights
 
     def _combine(self, means: Mapping[str, Any]):
@@ -399,6 +401,7 @@ class DistillationTrainer(Seq2SeqTrainer):
                 tokens = max(sums.pop("tokens"), 1)
                 means = {name: total / tokens for name, total in sums.items()}
                 means["loss"] = self._combine(means)
+                means["teacher_agreement"] /= means.pop("teacher_asked") or 1
                 output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         finally:
             self._eval_sums = None
