@@ -201,10 +201,10 @@ def test_unfit_teachers_are_named():
 def test_padded_rows_of_either_side_do_not_count():
     student, teacher = torch.randn(3, 10), torch.randn(3, 16)
     vocabulary = SharedVocabulary.between(10, 16)
-    assert torch.equal(vocabulary.restrict(student), student)
-    assert torch.equal(vocabulary.restrict(teacher), teacher[:, :10])
+    assert torch.equal(vocabulary.restrict_student(student), student)
+    assert torch.equal(vocabulary.restrict_student(teacher), teacher[:, :10])
     vocabulary = SharedVocabulary.between(16, 10)
-    assert torch.equal(vocabulary.restrict(teacher), teacher[:, :10])
+    assert torch.equal(vocabulary.restrict_student(teacher), teacher[:, :10])
     with pytest.raises(ValueError, match="student has 10 output rows and the teacher 16.*mask_padding"):
         SharedVocabulary.between(10, 16, policy="strict")
     assert SharedVocabulary.between(16, 16, policy="strict").size == 16
@@ -218,7 +218,7 @@ def test_tokens_of_one_tokenizer_get_probability_zero(make_bpe_tokenizer):
     for ours, theirs in ((plain, extended), (extended, plain)):
         vocabulary = SharedVocabulary.between(288, 288, ours, theirs)
         assert vocabulary.one_sided == (first, first + 1)
-        probabilities = vocabulary.restrict(torch.randn(4, 288)).softmax(-1)
+        probabilities = vocabulary.restrict_student(torch.randn(4, 288)).softmax(-1)
         assert torch.equal(probabilities[:, first : first + 2], torch.zeros(4, 2))
         assert (probabilities[:, :first] > 0).all() and (probabilities[:, first + 2 :] > 0).all()
         with pytest.raises(ValueError, match=rf"ids \[{first}, {first + 1}\] are in one tokenizer only"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from .alignment import SharedVocabulary
+from .alignment import SharedVocabulary, log_mass
 from .heads import catch_head_input
 from .losses import Divergence
 
@@ -22,7 +22,7 @@ class TeacherScores(Protocol):
         """`[C, V]` of the student at the slice `chunk` of the positions -> `[C]` nats, at `temperature`."""
 
     def top(self, chunk: slice) -> Tensor:
-        """The id that the teacher puts first, `[C]`."""
+        """The shared id that the teacher puts first, as its place in the shared vocabulary, `[C]`."""
 
 
 class TeacherSignal(Protocol):
@@ -57,11 +57,13 @@ class DenseScores:
     vocabulary: SharedVocabulary
 
     def divergence(self, student_logits: Tensor, chunk: slice, divergence: Divergence, temperature: float) -> Tensor:
-        restrict = self.vocabulary.restrict
-        return divergence(restrict(student_logits), restrict(self.logits_at(chunk)), temperature)
+        logits = self.logits_at(chunk)
+        shared = self.vocabulary.restrict_teacher(logits)
+        values = divergence(self.vocabulary.restrict_student(student_logits), shared, temperature)
+        return values * log_mass(shared, logits, temperature).exp() if self.vocabulary.by_mass else values
 
     def top(self, chunk: slice) -> Tensor:
-        return self.vocabulary.restrict(self.logits_at(chunk)).argmax(dim=-1)
+        return self.vocabulary.restrict_teacher(self.logits_at(chunk)).argmax(dim=-1)
 
 
 @dataclass(frozen=True)
