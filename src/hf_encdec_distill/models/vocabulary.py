@@ -1,10 +1,15 @@
-"""Which ids of two tokenizers mean the same token."""
+"""Which ids of two tokenizers mean the same token, and a tokenizer cut down to the tokens that are needed."""
 
 import json
+
+from tokenizers import Tokenizer
+
+from .prompts import PreTrainedTokenizerFast
 
 
 # An end of text or a beginning may be spelt in two ways and still be the same event.
 _ROLES = ("eos_token", "bos_token")
+_SPECIAL = (*_ROLES, "pad_token", "unk_token")
 
 
 def same_tokens(tokenizer, other) -> dict[int, int]:
@@ -41,7 +46,60 @@ def _decoder_kinds(tokenizer) -> list[str] | None:
     """The steps in which tokens become text; None where that cannot be looked up."""
     if not getattr(tokenizer, "is_fast", False):
         return None
-    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
-    if decoder is None:
-        return []
-    return [step["type"] for step in decoder.get("decoders", [decoder])]
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    return [step["type"] for step in _steps(spec["decoder"], "decoders")]
+
+
+def trim_tokenizer(tokenizer, texts):
+    """A byte-pair tokenizer with the tokens that `texts` need and no others, under ids of its own: for a student.
+
+    It encodes `texts` into the same tokens, and any other text too: single characters stay (so all bytes do), and so
+    do added tokens, special ones among them.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`): The teacher's.
+        texts (`Iterable[str]`): What student and teacher will read and write, prompts and targets.
+
+    Returns:
+        `PreTrainedTokenizerFast`: With the special tokens and chat template of `tokenizer`.
+
+    Raises:
+        ValueError: the tokenizer is not a fast one, or not of byte pairs.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str()) if getattr(tokenizer, "is_fast", False) else {"model": {}}
+    model = spec["model"]
+    if model.get("type") != "BPE":
+        raise ValueError(
+            f"{type(tokenizer).__name__} is of the kind {model.get('type', 'slow')!r}; only fast byte-pair tokenizers "
+            "(BPE) can be trimmed. Train a small tokenizer and use vocab_policy='universal'."
+        )
+    vocabulary = model["vocab"]
+    kept = {token for text in texts for token in tokenizer.tokenize(text)}
+    kept |= {token for token in vocabulary if len(token) == 1 or token.startswith("<0x")}
+    kept |= {model.get("unk_token"), *(added["content"] for added in spec["added_tokens"])}
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    for left, right in reversed(merges):  # what a kept token is merged from, however deep
+        if left + right in kept:
+            kept |= {left, right}
+    every = {**vocabulary, **{added["content"]: added["id"] for added in spec["added_tokens"]}}
+    ids = {token: new for new, token in enumerate(sorted(kept & every.keys(), key=every.get))}
+    model["vocab"] = {token: ids[token] for token in vocabulary if token in ids}
+    model["merges"] = [[left, right] for left, right in merges if {left, right, left + right} <= kept]
+    for added in spec["added_tokens"]:
+        added["id"] = ids[added["content"]]
+    for step in _steps(spec["post_processor"], "processors"):
+        for special in step.get("special_tokens", {}).values() if step["type"] == "TemplateProcessing" else ():
+            special["ids"] = [ids[token] for token in special["tokens"]]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
+        chat_template=tokenizer.chat_template,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        clean_up_tokenization_spaces=False,
+        **{name: getattr(tokenizer, name) for name in _SPECIAL if getattr(tokenizer, name) is not None},
+    )
+
+
+def _steps(spec, name) -> list[dict]:
+    """The steps of a processor or decoder, one or a sequence of them or none."""
+    return [] if spec is None else spec.get(name, [spec])
