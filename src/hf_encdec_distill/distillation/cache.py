@@ -211,15 +211,15 @@ class CachedTeacher:
                 f"prompt_template={prompt_template!r}, but the cache {self.folder} was captured with {recorded!r}: "
                 "train with that one, or capture anew."
             )
-        if self.manifest["kind"] == "sampled" and divergence != "forward_kl":
-            raise ValueError(
-                f"divergence={divergence!r} cannot be estimated from samples, which the cache {self.folder} holds: "
-                "use forward_kl, or capture kind='top_k'."
-            )
         if self.manifest["kind"] != "dense" and divergence == "universal_logit_distance":
             raise ValueError(
                 f"vocab_policy='universal' compares all probabilities of a position, but the cache {self.folder} "
                 f"holds kind={self.manifest['kind']!r}: capture kind='dense', or give a live teacher."
+            )
+        if self.manifest["kind"] == "sampled" and divergence != "forward_kl":
+            raise ValueError(
+                f"divergence={divergence!r} cannot be estimated from samples, which the cache {self.folder} holds: "
+                "use forward_kl, or capture kind='top_k'."
             )
         if self.manifest["kind"] != "dense" and temperature != self.manifest["temperature"]:
             raise ValueError(
@@ -330,13 +330,13 @@ def capture(
         batch_size: rows that the teacher reads at once.
         rows_per_shard: rows in a file; at most so many are lost in an interruption.
         progress: show a bar with tokens a second and bytes on disk.
-        student_tokenizer: needed where the student's differs, `vocab_policy` `id_map` or `universal`.
+        student_tokenizer: the student's; needed for `vocab_policy` `id_map` and `universal`, by default the teacher's.
         vocab_policy: of the training, see `DistillationTrainingArguments`.
         collating: passed to `DistillationCollator`: columns, `prompt_template`, length limits, `start_token_id`.
 
     Raises:
         ValueError: a cache in `folder` was made by another teacher, tokenizer, template or kind (the field is named);
-            logits of the teacher are not finite; arguments out of range.
+            logits of the teacher are not finite; arguments out of range or at odds.
     """
     folder = Path(folder)
     if kind not in KINDS:
@@ -346,8 +346,18 @@ def capture(
             raise ValueError(f"{name}={value} is out of range; it has to be at least 1.")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature} is out of range; it has to be a finite number above 0.")
+    if vocab_policy == "universal" and kind != "dense":
+        raise ValueError(
+            f"kind={kind!r} with vocab_policy='universal', which compares all probabilities: capture kind='dense'."
+        )
     if not len(dataset):
         raise ValueError("dataset has no rows, so there is nothing to capture.")
+    vocabulary = None
+    if vocab_policy in ("id_map", "universal"):
+        student_size = 0 if student_tokenizer is None else 1 + max(student_tokenizer.get_vocab().values())
+        vocabulary = SharedVocabulary.between(
+            student_size, teacher.vocab_size, student_tokenizer, tokenizer, vocab_policy
+        )
     if kind == "dense":
         width, temperature = teacher.vocab_size, 1.0
     elif kind == "top_k":
@@ -358,14 +368,7 @@ def capture(
         _open_folder(folder, manifest, tokenizer)
     state.wait_for_everyone()
     known = set(_read_shards(folder, ["key"])["key"]) if _shards(folder) else set()
-    student_tokenizer = tokenizer if student_tokenizer is None else student_tokenizer
-    vocabulary = None
-    if vocab_policy in ("id_map", "universal"):
-        student_size = 0 if student_tokenizer is None else 1 + max(student_tokenizer.get_vocab().values())
-        vocabulary = SharedVocabulary.between(
-            student_size, teacher.vocab_size, student_tokenizer, tokenizer, vocab_policy
-        )
-    collate = DistillationCollator(student_tokenizer, tokenizer, vocabulary=vocabulary, **collating)
+    collate = DistillationCollator(student_tokenizer or tokenizer, tokenizer, vocabulary=vocabulary, **collating)
     writer = _Writer(folder, state.process_index, kind, rows_per_shard)
     share = range(state.process_index, len(dataset), state.num_processes)
     tokens = 0
