@@ -24,6 +24,8 @@ def renumbered(tokenizer, ids):
     spec["model"]["vocab"] = {token: ids[i] for token, i in spec["model"]["vocab"].items()}
     for added in spec["added_tokens"]:
         added["id"] = ids[added["id"]]
+    for special in (spec["post_processor"] or {}).get("special_tokens", {}).values():
+        special["ids"] = [ids[i] for i in special["ids"]]
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
         chat_template=tokenizer.chat_template,

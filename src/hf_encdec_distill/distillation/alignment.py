@@ -201,8 +201,8 @@ class SharedVocabulary:
             if student_tokenizer is None or teacher_tokenizer is None:
                 raise ValueError(
                     f"vocab_policy={policy!r} aligns two tokenizers, but the "
-                    f"{'student' if student_tokenizer is None else 'teacher'}'s is not known: give processing_class "
-                    "and teacher_processing_class."
+                    f"{'student' if student_tokenizer is None else 'teacher'}'s is not known: give both "
+                    "(processing_class and teacher_processing_class of the trainer)."
                 )
             if policy == "universal":
                 return UniversalVocabulary(size=student_size, teacher_size=teacher_size)
