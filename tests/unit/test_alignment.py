@@ -4,15 +4,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distillation_toys import make_t5, make_teacher, spread
+from tokenizer_toys import renumbered, wordpiece
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hf_encdec_distill.distillation.alignment import (
+    MappedVocabulary,
     SharedVocabulary,
+    asked_positions,
     target_positions,
     teacher_columns,
     teacher_inputs,
+    with_teacher_inputs,
 )
 from hf_encdec_distill.distillation.teachers import LiveTeacher
+from hf_encdec_distill.models.vocabulary import same_tokens, trim_tokenizer
 
 
 EOS = 3
@@ -82,6 +87,33 @@ def test_derived_inputs_without_a_mask_and_without_targets():
 def test_a_hole_in_the_labels_is_an_error():
     with pytest.raises(ValueError, match=r"row 1 .*\[9, -100, 8\].*teacher_input_ids"):
         teacher_inputs(torch.ones(2, 2, dtype=torch.long), None, torch.tensor([[9, 8, -100], [9, -100, 8]]))
+
+
+def test_labels_that_the_teacher_is_asked_about():
+    labels = torch.tensor([[20, 21, 22, -100], [-100, 23, 24, 25]])
+    batch = {"labels": labels, "teacher_attention_mask": torch.tensor([[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]])}
+    rows, columns = target_positions(labels)
+    # What stands beside a label that is none is not looked at.
+    given = torch.tensor([[0, -1, 3, 99], [-7, 2, 3, -1]])
+    asked_rows, asked_columns, asked = asked_positions({**batch, "teacher_label_positions": given}, rows, columns)
+    assert asked_rows.tolist() == [0, 0, 1, 1] and asked_columns.tolist() == [0, 3, 2, 3]
+    assert asked.tolist() == [True, False, True, True, True, False]
+    every = asked_positions({**batch, "teacher_labels_start": torch.tensor([2, 1])}, rows, columns)
+    assert every[0] is rows and every[1].tolist() == [1, 2, 3, 1, 2, 3] and every[2] is None
+
+
+@pytest.mark.parametrize(
+    "second", [[-1, 2, 3, 5], [-1, 1, 2, 3], [-1, 3, 3, 4], [-1, 4, -1, 2], [-1, -2, 2, 3]], ids=str
+)
+def test_positions_that_cannot_be(second):
+    """Beyond the sequence, in its padding, the same twice, backwards, negative."""
+    labels = torch.tensor([[20, 21, 22, -100], [-100, 23, 24, 25]])
+    batch = {"labels": labels, "teacher_attention_mask": torch.tensor([[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]])}
+    positions = torch.tensor([[0, -1, 3, -1], second])
+    with pytest.raises(ValueError, match=r"of row 1 are \[-1, .*of 5 columns it reads 3"):
+        asked_positions({**batch, "teacher_label_positions": positions}, *target_positions(labels))
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) and labels \(2, 4\)"):
+        asked_positions({**batch, "teacher_label_positions": positions[:, :3]}, *target_positions(labels))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -173,10 +205,10 @@ def test_unfit_teachers_are_named():
 def test_padded_rows_of_either_side_do_not_count():
     student, teacher = torch.randn(3, 10), torch.randn(3, 16)
     vocabulary = SharedVocabulary.between(10, 16)
-    assert torch.equal(vocabulary.restrict(student), student)
-    assert torch.equal(vocabulary.restrict(teacher), teacher[:, :10])
+    assert torch.equal(vocabulary.restrict_student(student), student)
+    assert torch.equal(vocabulary.restrict_student(teacher), teacher[:, :10])
     vocabulary = SharedVocabulary.between(16, 10)
-    assert torch.equal(vocabulary.restrict(teacher), teacher[:, :10])
+    assert torch.equal(vocabulary.restrict_student(teacher), teacher[:, :10])
     with pytest.raises(ValueError, match="student has 10 output rows and the teacher 16.*mask_padding"):
         SharedVocabulary.between(10, 16, policy="strict")
     assert SharedVocabulary.between(16, 16, policy="strict").size == 16
@@ -190,7 +222,7 @@ def test_tokens_of_one_tokenizer_get_probability_zero(make_bpe_tokenizer):
     for ours, theirs in ((plain, extended), (extended, plain)):
         vocabulary = SharedVocabulary.between(288, 288, ours, theirs)
         assert vocabulary.one_sided == (first, first + 1)
-        probabilities = vocabulary.restrict(torch.randn(4, 288)).softmax(-1)
+        probabilities = vocabulary.restrict_student(torch.randn(4, 288)).softmax(-1)
         assert torch.equal(probabilities[:, first : first + 2], torch.zeros(4, 2))
         assert (probabilities[:, :first] > 0).all() and (probabilities[:, first + 2 :] > 0).all()
         with pytest.raises(ValueError, match=rf"ids \[{first}, {first + 1}\] are in one tokenizer only"):
@@ -225,3 +257,70 @@ def test_ids_that_the_teacher_does_not_have():
         vocabulary.check(torch.tensor([3, 12]), torch.tensor([[3]]))
     with pytest.raises(ValueError, match="teacher_input_ids hold id 11, but the teacher has 10 ids"):
         vocabulary.check(torch.tensor([3]), torch.tensor([[3, 11]]))
+
+
+def test_ids_that_are_mapped():
+    """Ours 0 1 2 3 are theirs 4 - 0 2, of 6; the shared ones in the teacher's order are 0 2 4."""
+    vocabulary = MappedVocabulary.of(4, 6, {0: 4, 2: 0, 3: 2, 9: 1, 1: 6})
+    assert vocabulary.size == 3 and vocabulary.by_mass and vocabulary.missing_below(4) == [1]
+    student, teacher = torch.arange(4.0)[None], torch.arange(6.0)[None]
+    assert vocabulary.restrict_student(student).tolist() == [[2, 3, 0]]
+    assert vocabulary.restrict_teacher(teacher).tolist() == [[0, 2, 4]]
+    assert vocabulary.places(torch.arange(6)).tolist() == [0, 3, 1, 3, 2, 3]
+    assert vocabulary.to_teacher(torch.tensor([[3, 0], [-100, 2]])).tolist() == [[2, 4], [-100, 0]]
+    vocabulary.check(torch.tensor([0, 2, 3]), torch.tensor([[5]]))
+    with pytest.raises(ValueError, match="labels hold id 1, which is not in the vocabulary"):
+        vocabulary.check(torch.tensor([0, 1]), torch.tensor([[5]]))
+    with pytest.raises(ValueError, match="the student's id 1 stands for a token that the teacher does not"):
+        vocabulary.to_teacher(torch.tensor([0, 1]))
+    whole = MappedVocabulary.of(3, 3, {0: 2, 1: 0, 2: 1})
+    assert not whole.by_mass and whole.restrict_teacher(teacher[:, :3]).tolist() == [[0, 1, 2]]
+    assert whole.restrict_student(student[:, :3]).tolist() == [[1, 2, 0]]
+
+
+def test_the_teacher_reads_mapped_rows():
+    """The student's pads need no id of the teacher."""
+    vocabulary = MappedVocabulary.of(4, 6, {0: 4, 2: 0, 3: 2})
+    batch = {
+        "input_ids": torch.tensor([[3, 2], [0, 1]]),
+        "attention_mask": torch.tensor([[1, 1], [1, 0]]),
+        "labels": torch.tensor([[0, 2], [3, -100]]),
+    }
+    derived = with_teacher_inputs(batch, 3, vocabulary)
+    assert derived["teacher_input_ids"].tolist() == [[2, 0, 2, 4, 0], [4, 2, 2, 0, 0]]
+    assert derived["teacher_attention_mask"].sum(dim=1).tolist() == [5, 3]
+    assert derived["teacher_labels_start"].tolist() == [3, 2]
+
+
+def test_tokens_that_are_written_the_same(make_bpe_tokenizer):
+    tokenizer = make_bpe_tokenizer()
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randperm(len(tokenizer), generator=generator).tolist()
+    other = renumbered(tokenizer, ids)
+    assert same_tokens(tokenizer, other) == dict(enumerate(ids))
+    small = trim_tokenizer(other, ["Return the sum of two numbers."])
+    pairs = same_tokens(small, tokenizer)
+    assert len(pairs) == len(small) < len(tokenizer)
+    for ours, theirs in pairs.items():
+        assert small.convert_ids_to_tokens(ours) == tokenizer.convert_ids_to_tokens(theirs)
+    text = "Return the sum"
+    assert [pairs[i] for i in small(text)["input_ids"]] == tokenizer(text)["input_ids"]
+    with pytest.raises(ValueError, match="WordPiece.*ByteLevel"):
+        same_tokens(wordpiece(), tokenizer)
+
+
+def test_an_end_that_is_spelt_in_another_way():
+    class Tokenizer(dict):
+        get_vocab, bos_token = dict.copy, None
+
+        def __init__(self, eos_token, **vocabulary):
+            super().__init__(vocabulary)
+            self.eos_token = eos_token
+
+    theirs = Tokenizer("end", a=0, b=1, end=2)
+    assert same_tokens(Tokenizer("stop", b=0, stop=1), theirs) == {0: 1, 1: 2}
+    # The other's end has a token of its own already, or ours is an ordinary token there: no second guess.
+    assert same_tokens(Tokenizer("stop", b=0, stop=1, end=2), theirs) == {0: 1, 2: 2}
+    assert same_tokens(Tokenizer("a", b=0, a=1), theirs) == {0: 1, 1: 0}
+    with pytest.raises(ValueError, match="no token in common"):
+        same_tokens(Tokenizer("x", x=0), theirs)

@@ -70,7 +70,7 @@ def test_top_k_is_the_divergence_of_the_merged_events(name, temperature):
         return torch.cat((kept, 1 - kept.sum(-1, keepdim=True)), -1).log()
 
     torch.testing.assert_close(ours, divergence(merged(student), merged(teacher)))
-    assert (ours <= divergence(student, teacher, temperature)).all()  # data processing inequality
+    assert (ours <= divergence(student, teacher, temperature) + 1e-12).all()  # data processing inequality
     same = top_k_divergence(teacher, ids, log_probs, tail, divergence, temperature)
     torch.testing.assert_close(same, torch.zeros(6, dtype=torch.float64), atol=1e-12, rtol=0)
     student.requires_grad_()

@@ -1,10 +1,14 @@
 """Text, chat and ready rows -> student and teacher inputs, compared with the tokenizer's own encodings."""
 
+import pickle
+
 import pytest
 import torch
 from distillation_toys import make_t5
+from tokenizer_toys import renumbered, wordpiece
 from transformers import DataCollatorForSeq2Seq
 
+from hf_encdec_distill.distillation.alignment import SharedVocabulary
 from hf_encdec_distill.distillation.collator import DistillationCollator
 from hf_encdec_distill.models.prompts import student_tokenizer
 
@@ -202,6 +206,37 @@ def test_teacher_columns_of_ready_rows(make_bpe_tokenizer, side, as_tensors):
             assert batch["teacher_input_ids"][b, batch["teacher_labels_start"][b] + t] == row[t]
 
 
+@pytest.mark.parametrize("as_tensors", [False, True])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_positions_of_labels_are_padded_as_labels_are(make_bpe_tokenizer, side, as_tensors):
+    tokenizer = make_bpe_tokenizer(add_bos=True)
+    tokenizer.padding_side = side
+    given = [
+        {**READY[0], "teacher_input_ids": [10, 11, 12, 13, 14], "teacher_label_positions": [1, -1, 4]},
+        {**READY[1], "teacher_input_ids": [15, 16], "teacher_label_positions": [0]},
+    ]
+    if as_tensors:
+        given = [{name: torch.tensor(value) for name, value in row.items()} for row in given]
+    batch = DistillationCollator(tokenizer)(given)
+    assert batch["teacher_input_ids"].tolist() == [[10, 11, 12, 13, 14], [15, 16, 0, 0, 0]]
+    assert batch["teacher_attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert batch["labels"].tolist()[1] == ([3, -100, -100] if side == "right" else [-100, -100, 3])
+    second = [0, -1, -1] if side == "right" else [-1, -1, 0]
+    assert batch["teacher_label_positions"].tolist() == [[1, -1, 4], second]
+    assert "teacher_labels_start" not in batch
+
+
+def test_positions_of_labels_that_do_not_fit(make_bpe_tokenizer):
+    collator = DistillationCollator(make_bpe_tokenizer(add_bos=True))
+    row = {**READY[0], "teacher_input_ids": [1, 2, 3], "teacher_label_positions": [0, 1, 2]}
+    with pytest.raises(ValueError, match="2 teacher_label_positions for 3 labels"):
+        collator([{**row, "teacher_label_positions": [0, 1]}])
+    with pytest.raises(ValueError, match="columns of teacher_input_ids: give those too"):
+        collator([{**READY[0], "teacher_label_positions": [0, 1, 2]}])
+    with pytest.raises(ValueError, match="same columns"):
+        collator([row, {**READY[0], "teacher_input_ids": [1, 8, 9, 3]}])
+
+
 def test_teacher_columns_that_miss_the_labels(make_bpe_tokenizer):
     collator = DistillationCollator(make_bpe_tokenizer(add_bos=True))
     row = {"input_ids": [5], "labels": [8, 3]}
@@ -237,3 +272,57 @@ def test_what_is_missing_is_named(make_bpe_tokenizer):
         DistillationCollator(tokenizer, tokenizer)(TEXT)
     without_tokenizer = DistillationCollator()([READY[0], READY[0]])
     assert without_tokenizer["labels"].tolist() == [[8, 9, 3], [8, 9, 3]]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_text_rows_of_a_student_with_other_ids(make_bpe_tokenizer, merged):
+    """Each side reads its own ids of the same text; the prompt is in the tokenizer of a merged student."""
+    theirs = make_bpe_tokenizer(add_bos=True)
+    ids = torch.randperm(len(theirs), generator=torch.Generator().manual_seed(1)).tolist()
+    template = "Summarise:\n{source}\nSummary:"
+    ours = renumbered(student_tokenizer(theirs, template) if merged else make_bpe_tokenizer(chat_template=None), ids)
+    vocabulary = SharedVocabulary.between(len(ids), len(ids), ours, theirs, "id_map")
+    prompts = [theirs(template.replace("{source}", s))["input_ids"] for s in SOURCES]
+    start = ids[prompts[0][-1]] if merged else None
+    options = {"prompt_template": template, "start_token_id": start, "vocabulary": vocabulary}
+    batch = DistillationCollator(ours, theirs, **options)(TEXT)
+    plain = DistillationCollator(
+        None, theirs, prompt_template=template, student_collator=DataCollatorForSeq2Seq(theirs)
+    )
+    expected = plain(TEXT)
+    for name in ("teacher_input_ids", "teacher_attention_mask", "teacher_labels_start"):
+        assert torch.equal(batch[name], expected[name])
+    assert targets(batch) == [[ids[i] for i in row] for row in targets(expected)]
+    read = [p[:-1] for p in prompts] if merged else [theirs(s, add_special_tokens=False)["input_ids"] for s in SOURCES]
+    assert unpadded(batch, "input_ids", "attention_mask") == [[ids[i] for i in row] for row in read]
+    if merged:
+        with pytest.raises(
+            ValueError, match=r"decoder_start_token_id is 9, but the teacher's prompt ends in .*ids of"
+        ):
+            DistillationCollator(ours, theirs, **{**options, "start_token_id": ids[9]})(TEXT)
+
+
+def test_text_rows_of_a_student_with_another_tokenizer(make_bpe_tokenizer):
+    """Positions by hand: bytes of the student, words of the teacher, which drops white space and accents."""
+    ours, theirs = make_bpe_tokenizer(chat_template=None), wordpiece()
+    vocabulary = SharedVocabulary.between(280, len(theirs), ours, theirs, "universal")
+    collator = DistillationCollator(ours, theirs, vocabulary=vocabulary)
+    row = {"source": "the sum", "target": "é the"}
+    prompt, words = theirs("the sum", add_special_tokens=False)["input_ids"], theirs("é the")["input_ids"]
+    labels = ours("é the")["input_ids"]
+    batch = collator([row])
+    assert batch["input_ids"].tolist() == [ours("the sum")["input_ids"]]
+    assert batch["labels"].tolist() == [[*labels, ours.eos_token_id]]
+    assert batch["teacher_input_ids"].tolist() == [[*prompt, *words]]
+    # The first label; not the second half of é; what follows é; the end.
+    cuts = {0: 0, 2: 1, len(labels): len(words)}
+    positions = [len(prompt) - 1 + cuts[t] if t in cuts else -1 for t in range(len(labels) + 1)]
+    assert theirs.convert_ids_to_tokens(words) == ["e", "the"] and batch["teacher_label_positions"].tolist() == [
+        positions
+    ]
+    for name, value in pickle.loads(pickle.dumps(collator))([row]).items():
+        assert torch.equal(value, batch[name])
+    # Cut inside of é: nothing behind the first label is asked, so nothing more is read.
+    cut = DistillationCollator(ours, theirs, vocabulary=vocabulary, max_target_length=2)([row])
+    assert cut["labels"].tolist() == [labels[:2]] and cut["teacher_label_positions"].tolist() == [positions[:2]]
+    assert cut["teacher_input_ids"].tolist() == [prompt]

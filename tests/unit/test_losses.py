@@ -1,5 +1,6 @@
 """Divergences against torch's own, hand-computed values and numerical gradients."""
 
+import itertools
 import math
 
 import pytest
@@ -21,6 +22,7 @@ from hf_encdec_distill.distillation.losses import (
     skew_reverse_kl,
     token_mean,
     total_variation,
+    universal_logit_distance,
 )
 
 
@@ -358,3 +360,29 @@ def test_chunked_takes_its_products_in_the_dtype_of_the_hidden_states():
     for ours, theirs in pairs:
         assert ours.dtype == torch.float32
         assert (ours - theirs).norm() <= 0.01 * theirs.norm()
+
+
+def test_universal_distance_by_hand():
+    """Sorted, the shorter filled up with zeros; which token has the probability is not looked at."""
+    teacher = torch.tensor([[0.2, 0.5, 0.3]]).log()
+    student = torch.tensor([[0.4, 0.6]]).log()
+    torch.testing.assert_close(universal_logit_distance(student, teacher), torch.tensor([0.1 + 0.1 + 0.2]))
+    torch.testing.assert_close(universal_logit_distance(teacher, student), torch.tensor([0.4]))
+    assert universal_logit_distance(teacher[:, [2, 0, 1]], teacher).item() == 0.0
+    # At temperature 2 the square roots, normalised: 0.4 and 0.6 are 0.4495 and 0.5505.
+    p = torch.tensor([0.5, 0.3, 0.2]).sqrt() / torch.tensor([0.5, 0.3, 0.2]).sqrt().sum()
+    q = torch.tensor([0.6, 0.4, 0.0]).sqrt() / torch.tensor([0.6, 0.4]).sqrt().sum()
+    torch.testing.assert_close(universal_logit_distance(student, teacher, 2.0), (p - q).abs().sum()[None])
+
+
+@pytest.mark.parametrize("sizes", [(4, 6), (6, 4), (5, 5)])
+def test_universal_distance_is_the_least_over_all_ways_to_pair_tokens(sizes):
+    student, teacher = (logits_pair(4, 3, size, seed=size)[i] for i, size in enumerate(sizes))
+    ours = universal_logit_distance(student, teacher)
+    assert ours.shape == (4, 3) and ours.dtype == torch.float64 and (ours > 0).all() and (ours < 2).all()
+    p, q = (F.pad(x.softmax(-1), (0, max(sizes) - x.shape[-1])) for x in (teacher, student))
+    pairings = [(p - q[..., list(order)]).abs().sum(-1) for order in itertools.permutations(range(max(sizes)))]
+    torch.testing.assert_close(ours, torch.stack(pairings).amin(0))
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: universal_logit_distance(x, teacher, 1.7), student)
+    assert universal_logit_distance(student.detach().bfloat16(), teacher.bfloat16()).dtype == torch.float32

@@ -33,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="T", help="distill_temperature of the training (default: 1)"
     )
+    parser.add_argument(
+        "--vocab-policy",
+        default="mask_padding",
+        metavar="POLICY",
+        help="vocab_policy of the training; id_map and universal need --student (default: %(default)s)",
+    )
+    parser.add_argument("--student", metavar="FOLDER", help="the student, whose tokenizer cuts the targets")
     add_data_arguments(parser)
     parser.add_argument(
         "--splits", nargs="+", default=["train", "validation"], metavar="NAME", help="default: train validation"
@@ -63,6 +70,8 @@ def run(args: argparse.Namespace) -> None:
         kind=args.kind,
         width=args.width,
         temperature=args.temperature,
+        student_tokenizer=AutoTokenizer.from_pretrained(args.student) if args.student else None,
+        vocab_policy=args.vocab_policy,
         batch_size=args.batch_size,
         prompt_template=prompt_template(args.prompt_template, args.dataset),
         max_source_length=args.max_source_length,

@@ -11,7 +11,7 @@ from .losses import DIVERGENCES
 
 logger = logging.get_logger(__name__)
 
-VOCAB_POLICIES = ("mask_padding", "strict")
+VOCAB_POLICIES = ("mask_padding", "strict", "id_map", "universal")
 TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -80,8 +80,11 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
     vocab_policy: str = field(
         default="mask_padding",
         metadata={
-            "help": "Vocabulary ids that only one side has: 'mask_padding' gives them probability 0 in the "
-            "divergence, 'strict' refuses such a pair.",
+            "help": "How the two vocabularies are compared. Id by id: 'mask_padding' gives ids that only one side has "
+            "probability 0 in the divergence, 'strict' refuses such a pair. Token by token: 'id_map' finds the "
+            "teacher's id of each of the student's tokens, for a student with a trimmed vocabulary. Not at all: "
+            "'universal' compares sorted probabilities of two different tokenizers where both have cut the target's "
+            "text at the same place (arXiv 2402.12030); the divergence is then that distance.",
             "choices": list(VOCAB_POLICIES),
         },
     )
@@ -147,6 +150,16 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(
                 f"on_policy_fraction={self.on_policy_fraction} with distill_weight=0: the student's own targets teach "
                 "nothing without the teacher. Raise distill_weight."
+            )
+        if self.vocab_policy == "universal" and self.divergence != "forward_kl":
+            raise ValueError(
+                f"divergence={self.divergence!r} with vocab_policy='universal', which has a distance of its own "
+                "(sorted probabilities, L1): leave divergence out."
+            )
+        if self.vocab_policy == "universal" and self.on_policy_fraction > 0:
+            raise ValueError(
+                f"on_policy_fraction={self.on_policy_fraction} with vocab_policy='universal': where the teacher would "
+                "cut what the student is going to write is not known in a batch. Set it to 0."
             )
         if self.replay_fraction > 0 and not (self.replay_buffer_size and self.on_policy_fraction):
             raise ValueError(

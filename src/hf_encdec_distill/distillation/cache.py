@@ -29,7 +29,7 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .alignment import SharedVocabulary, target_positions, teacher_columns, with_teacher_inputs
+from .alignment import SharedVocabulary, asked_positions, target_positions, with_teacher_inputs
 from .collator import DistillationCollator
 from .losses import Divergence, at_least_float32, forward_kl
 from .teachers import DenseScores, LiveTeacher
@@ -92,10 +92,12 @@ def top_k_divergence(
     ids = ids.clamp(max=vocabulary)
     student = logits.gather(-1, ids)
     teacher = log_probs.masked_fill(student == -torch.inf, -torch.inf)
-    if ids.shape[-1] < vocabulary:
-        rest = logits.scatter(-1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
-        student, teacher = torch.cat((student, rest), dim=-1), torch.cat((teacher, tail.unsqueeze(-1)), dim=-1)
-    return divergence(student, teacher, 1.0)
+    rest = logits.scatter(-1, ids, -torch.inf)
+    # Nothing is left to a student whose vocabulary is all recorded, and no gradient may come from there.
+    none_left = (rest == -torch.inf).all(dim=-1, keepdim=True)
+    rest = rest.masked_fill(none_left, 0.0).logsumexp(dim=-1, keepdim=True).masked_fill(none_left, -torch.inf)
+    tail = tail.unsqueeze(-1).masked_fill(none_left, -torch.inf)
+    return divergence(torch.cat((student, rest), dim=-1), torch.cat((teacher, tail), dim=-1), 1.0)
 
 
 def sampled_forward_kl(
@@ -125,7 +127,10 @@ def sampled_forward_kl(
 
 @dataclass(frozen=True)
 class TopKScores:
-    """`TeacherScores` of the K likeliest tokens and the mass of all others: `[N, K]`, `[N, K]` and `[N]`."""
+    """`TeacherScores` of the K likeliest tokens and the mass of all others: `[N, K]`, `[N, K]` and `[N]`.
+
+    What of the tail is on tokens that are not shared was not recorded, and counts as shared.
+    """
 
     ids: Tensor
     log_probs: Tensor
@@ -133,17 +138,27 @@ class TopKScores:
     vocabulary: SharedVocabulary
 
     def divergence(self, student_logits: Tensor, chunk: slice, divergence: Divergence, temperature: float) -> Tensor:
-        student_logits = self.vocabulary.restrict(student_logits)
-        record = (self.ids[chunk], self.log_probs[chunk], self.tail[chunk])
-        return top_k_divergence(student_logits, *record, divergence, temperature)
+        student_logits = self.vocabulary.restrict_student(student_logits)
+        places, log_probs, tail = self.vocabulary.places(self.ids[chunk]), self.log_probs[chunk], self.tail[chunk]
+        values = top_k_divergence(student_logits, places, log_probs, tail, divergence, temperature)
+        if not self.vocabulary.by_mass:
+            return values
+        shared = places < self.vocabulary.size
+        mass = (log_probs.exp() * shared).sum(dim=-1)
+        return values * (mass + tail.exp() * (shared.sum(dim=-1) < self.vocabulary.size))
 
     def top(self, chunk: slice) -> Tensor:
-        return self.ids[chunk, 0]
+        places = self.vocabulary.places(self.ids[chunk])
+        first_shared = (places < self.vocabulary.size).int().argmax(dim=-1, keepdim=True)
+        return places.gather(-1, first_shared).squeeze(-1)
 
 
 @dataclass(frozen=True)
 class SampledScores:
-    """`TeacherScores` of R drawn tokens: `[N, R]` and `[N, R]`, and the likeliest token `[N]`."""
+    """`TeacherScores` of R drawn tokens: `[N, R]` and `[N, R]`, and the likeliest token `[N]`.
+
+    For a `MappedVocabulary` the gradient is unbiased; the value lacks -m log m, which is not in the record.
+    """
 
     ids: Tensor
     log_probs: Tensor
@@ -151,12 +166,14 @@ class SampledScores:
     vocabulary: SharedVocabulary
 
     def divergence(self, student_logits: Tensor, chunk: slice, divergence: Divergence, temperature: float) -> Tensor:
-        ids, log_probs = self.ids[chunk], self.log_probs[chunk]
+        ids, log_probs = self.vocabulary.places(self.ids[chunk]), self.log_probs[chunk]
         weights = torch.full_like(log_probs, 1.0 / ids.shape[-1])  # drawn from the teacher itself
-        return sampled_forward_kl(self.vocabulary.restrict(student_logits), ids, log_probs, weights, temperature)
+        return sampled_forward_kl(
+            self.vocabulary.restrict_student(student_logits), ids, log_probs, weights, temperature
+        )
 
     def top(self, chunk: slice) -> Tensor:
-        return self.likeliest[chunk]
+        return self.vocabulary.places(self.likeliest[chunk])
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -194,6 +211,11 @@ class CachedTeacher:
                 f"prompt_template={prompt_template!r}, but the cache {self.folder} was captured with {recorded!r}: "
                 "train with that one, or capture anew."
             )
+        if self.manifest["kind"] != "dense" and divergence == "universal_logit_distance":
+            raise ValueError(
+                f"vocab_policy='universal' compares all probabilities of a position, but the cache {self.folder} "
+                f"holds kind={self.manifest['kind']!r}: capture kind='dense', or give a live teacher."
+            )
         if self.manifest["kind"] == "sampled" and divergence != "forward_kl":
             raise ValueError(
                 f"divergence={divergence!r} cannot be estimated from samples, which the cache {self.folder} holds: "
@@ -226,8 +248,9 @@ class CachedTeacher:
             )
         found = self._rows[[self._index[key] for key in keys if key is not None]]
         record = {
-            name: torch.from_numpy(np.concatenate([np.asarray(row) for row in found[name]])).to(input_ids.device)
-            for name in _COLUMNS[self.manifest["kind"]]
+            # The empty one: of a batch without targets no row is asked for.
+            name: torch.from_numpy(np.concatenate([np.empty(0, dtype), *found[name]])).to(input_ids.device)
+            for name, dtype in _COLUMNS[self.manifest["kind"]].items()
         }
         width = self.manifest["width"]
         log_probs = record["log_probs"].view(-1, width)
@@ -286,6 +309,8 @@ def capture(
     batch_size: int = 8,
     rows_per_shard: int = _ROWS_PER_SHARD,
     progress: bool = True,
+    student_tokenizer=None,
+    vocab_policy: str = "mask_padding",
     **collating: Any,
 ) -> int:
     """Add to a cache all rows of `dataset` that it does not hold yet; returns how many those were.
@@ -305,11 +330,13 @@ def capture(
         batch_size: rows that the teacher reads at once.
         rows_per_shard: rows in a file; at most so many are lost in an interruption.
         progress: show a bar with tokens a second and bytes on disk.
+        student_tokenizer: the student's; needed for `vocab_policy` `id_map` and `universal`, by default the teacher's.
+        vocab_policy: of the training, see `DistillationTrainingArguments`.
         collating: passed to `DistillationCollator`: columns, `prompt_template`, length limits, `start_token_id`.
 
     Raises:
         ValueError: a cache in `folder` was made by another teacher, tokenizer, template or kind (the field is named);
-            logits of the teacher are not finite; arguments out of range.
+            logits of the teacher are not finite; arguments out of range or at odds.
     """
     folder = Path(folder)
     if kind not in KINDS:
@@ -319,8 +346,18 @@ def capture(
             raise ValueError(f"{name}={value} is out of range; it has to be at least 1.")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature} is out of range; it has to be a finite number above 0.")
+    if vocab_policy == "universal" and kind != "dense":
+        raise ValueError(
+            f"kind={kind!r} with vocab_policy='universal', which compares all probabilities: capture kind='dense'."
+        )
     if not len(dataset):
         raise ValueError("dataset has no rows, so there is nothing to capture.")
+    vocabulary = None
+    if vocab_policy in ("id_map", "universal"):
+        student_size = 0 if student_tokenizer is None else 1 + max(student_tokenizer.get_vocab().values())
+        vocabulary = SharedVocabulary.between(
+            student_size, teacher.vocab_size, student_tokenizer, tokenizer, vocab_policy
+        )
     if kind == "dense":
         width, temperature = teacher.vocab_size, 1.0
     elif kind == "top_k":
@@ -331,7 +368,7 @@ def capture(
         _open_folder(folder, manifest, tokenizer)
     state.wait_for_everyone()
     known = set(_read_shards(folder, ["key"])["key"]) if _shards(folder) else set()
-    collate = DistillationCollator(tokenizer, tokenizer, **collating)
+    collate = DistillationCollator(student_tokenizer or tokenizer, tokenizer, vocabulary=vocabulary, **collating)
     writer = _Writer(folder, state.process_index, kind, rows_per_shard)
     share = range(state.process_index, len(dataset), state.num_processes)
     tokens = 0
@@ -342,9 +379,9 @@ def capture(
             if "labels" not in batch:
                 raise ValueError(f"rows {numbers[0]} to {numbers[-1]} have no target; a teacher is asked at targets.")
             rows, columns = target_positions(batch["labels"])
-            inputs = with_teacher_inputs(batch, collating.get("start_token_id"))
+            inputs = with_teacher_inputs(batch, collating.get("start_token_id"), vocabulary)
             ids, mask = inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
-            columns = teacher_columns(inputs["teacher_labels_start"], rows, columns)
+            rows, columns, _ = asked_positions(inputs, rows, columns)
             keys = row_keys(ids, mask, rows, columns)
             fresh = [row for row, key in enumerate(keys) if key is not None and key not in known]
             if fresh:

@@ -1,14 +1,17 @@
 """`DistillationCollator`: rows of a dataset -> one batch with the student's inputs and the teacher's side by side."""
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import DataCollatorForSeq2Seq, default_data_collator
 from transformers.utils import logging
 
 from ..models.prompts import encode_prompt, prompt_start_token_id
-from .alignment import IGNORED, TEACHER_COLUMNS
+from .alignment import IGNORED, TEACHER_COLUMNS, SharedVocabulary, UniversalVocabulary
+from .boundaries import offsets_encoder, same_text_so_far, text_boundaries
 
 
 logger = logging.get_logger(__name__)
@@ -25,10 +28,17 @@ class DistillationCollator:
     - ready `input_ids` and `labels`, and, if the teacher should read something else, `teacher_input_ids` (its prompt
       and then the target) with `teacher_labels_start` (where the target starts; by default the row ends with it) and
       `teacher_attention_mask` (by default all ones). Without those, the trainer derives what the teacher reads.
+      `teacher_label_positions` in place of `teacher_labels_start` say of each label in which column of
+      `teacher_input_ids` the teacher predicts it, -1 where it is not asked; what it reads may then be anything.
 
     Text targets end in EOS. The teacher's prompt is encoded with its own template and tokenizer; the student reads
     that prompt without its last token if it is merged (`start_token_id`), its own encoding of the source if not. The
     keys added to a batch are listed in `alignment`.
+
+    Where student and teacher have different ids (`vocabulary`), the student always reads its own encoding of the
+    source, into which a merged student's tokenizer puts the prompt. The teacher reads the student's target tokens
+    under its own ids, or, if the vocabulary is universal, its own encoding of the target's text; it is then asked
+    about those labels only where both have cut that text at the same place (`boundaries`).
 
     Args:
         processing_class: the student's tokenizer (or a processor with one); None for ready rows of equal length.
@@ -39,6 +49,7 @@ class DistillationCollator:
         start_token_id: for a merged student, the token its decoder starts with.
         student_collator: pads rows of `input_ids` and `labels`; by default `DataCollatorForSeq2Seq`.
         keep_text_columns: leave the text columns of ready rows to `student_collator`.
+        vocabulary: which ids of the teacher those of the student are; by default the same.
     """
 
     def __init__(
@@ -54,6 +65,7 @@ class DistillationCollator:
         start_token_id: int | None = None,
         student_collator: Callable[[list], Mapping[str, Any]] | None = None,
         keep_text_columns: bool = False,
+        vocabulary: SharedVocabulary | None = None,
     ):
         self.tokenizer = tokenizer_of(processing_class)
         if self.tokenizer is None:
@@ -66,6 +78,7 @@ class DistillationCollator:
         self.max_target_length = max_target_length
         self.start_token_id = start_token_id
         self.keep_text_columns = keep_text_columns
+        self.vocabulary = vocabulary or SharedVocabulary(0, 0)
         self._prompt_checked = False
         if student_collator is None:
             student_collator = (
@@ -76,15 +89,19 @@ class DistillationCollator:
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         """Rows -> batch; raises ValueError where a row is none of the kinds above or contradicts itself."""
         rows = [self.encode(row) for row in rows]
-        if len({("teacher_input_ids" in row, row.get("labels") is None) for row in rows}) > 1:
+        columns = ("teacher_input_ids", "teacher_label_positions", "labels")
+        if len({tuple(row.get(name) is None for name in columns) for row in rows}) > 1:
             raise ValueError(
-                "some rows of the batch have a target or teacher_input_ids and some have not; give all rows the same "
-                "columns."
+                "some rows of the batch have a target, teacher_input_ids or teacher_label_positions and some have "
+                "not; give all rows the same columns."
             )
         teacher_rows = [{name: row.pop(name) for name in TEACHER_COLUMNS if name in row} for row in rows]
+        teacher_rows = [{name: value for name, value in row.items() if value is not None} for row in teacher_rows]
+        if "teacher_label_positions" in teacher_rows[0] and "teacher_input_ids" not in teacher_rows[0]:
+            raise ValueError("teacher_label_positions are columns of teacher_input_ids: give those too.")
         batch = {name: value for name, value in self.student_collator(rows).items() if value is not None}
         if "teacher_input_ids" in teacher_rows[0] and "labels" in batch:
-            batch.update(_pad_teacher_rows(teacher_rows, rows, batch["labels"]))
+            batch.update(_pad_teacher_rows(teacher_rows, rows, batch["labels"], self.vocabulary))
         return batch
 
     def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +130,9 @@ class DistillationCollator:
                 )
         if self.tokenizer is None or self.teacher_tokenizer is None:
             raise ValueError("text rows need tokenizers: give processing_class (and teacher_processing_class).")
-        if self.start_token_id is not None and not self._prompt_checked:
+        universal = isinstance(self.vocabulary, UniversalVocabulary)
+        # A student with a tokenizer of another kind has a prompt of its own.
+        if self.start_token_id is not None and not universal and not self._prompt_checked:
             self._check_student_reads_prompt()
         if self.prompt_template is None and not self.teacher_tokenizer.chat_template:
             logger.warning_once(
@@ -121,27 +140,31 @@ class DistillationCollator:
                 "source as it is, with the target right behind it."
             )
         prompt = self._teacher_prompt(source)
-        input_ids = prompt[:-1] if self.start_token_id is not None else self._student_source(source)
+        merged = self.start_token_id is not None and self.vocabulary.same_ids
+        input_ids = prompt[:-1] if merged else self._student_source(source)
         ready = {"input_ids": input_ids, "attention_mask": [1] * len(input_ids)}
-        if target is not None:
-            labels = self._target(target)
-            ready |= {"labels": labels, "teacher_input_ids": prompt + labels, "teacher_labels_start": len(prompt)}
-        return ready
+        if target is None:
+            return ready
+        if universal:
+            return ready | self._target_of_each(target, prompt)
+        labels = self._target(target)
+        read = self.vocabulary.to_teacher(torch.tensor(labels)).tolist()
+        return ready | {"labels": labels, "teacher_input_ids": prompt + read, "teacher_labels_start": len(prompt)}
 
     def _teacher_prompt(self, source: str | list[dict]) -> list[int]:
         template_end = prompt_start_token_id(self.teacher_tokenizer, self.prompt_template)
-        limit = self.max_source_length
-        if self.start_token_id is None:
+        limit, start = self.max_source_length, self.vocabulary.start_for_teacher(self.start_token_id)
+        if start is None:
             return encode_prompt(self.teacher_tokenizer, source, self.prompt_template, limit)
         if template_end is None:
             # The start token takes the place of the template's last token, within the limit as that one would be.
             limit = None if limit is None else limit - 1
-            return [*encode_prompt(self.teacher_tokenizer, source, None, limit), self.start_token_id]
+            return [*encode_prompt(self.teacher_tokenizer, source, None, limit), start]
         prompt = encode_prompt(self.teacher_tokenizer, source, self.prompt_template, limit)
-        if prompt[-1] != self.start_token_id:
+        if prompt[-1] != start:
             raise ValueError(
-                f"the student's decoder_start_token_id is {self.start_token_id}, but the teacher's prompt ends in "
-                f"{prompt[-1]}. A merged student starts with the last token of its teacher's prompt: train with the "
+                f"the student's decoder_start_token_id is {start}, but the teacher's prompt ends in {prompt[-1]} (ids "
+                "of the teacher). A merged student starts with the last token of its teacher's prompt: train with the "
                 "prompt_template (or chat template) that the student was made with."
             )
         return prompt
@@ -153,8 +176,12 @@ class DistillationCollator:
         """
         probe = "a"
         own, expected = self.tokenizer(probe)["input_ids"], self._teacher_prompt(probe)[:-1]
-        bare = self.tokenizer(probe, add_special_tokens=False)["input_ids"]
-        if own not in (expected, bare, [self.tokenizer.bos_token_id, *bare]):
+        if self.vocabulary.same_ids:
+            bare = self.tokenizer(probe, add_special_tokens=False)["input_ids"]
+            same = own in (expected, bare, [self.tokenizer.bos_token_id, *bare])
+        else:  # other tokens, perhaps, of the same text
+            same = self.tokenizer.decode(own) == self.teacher_tokenizer.decode(expected)
+        if not same:
             raise ValueError(
                 f"the student's tokenizer encodes {probe!r} as {own}, but the teacher's prompt for it begins with "
                 f"{expected}. Give the teacher_processing_class and prompt_template that the student was made with."
@@ -175,11 +202,30 @@ class DistillationCollator:
         return self.tokenizer(source, truncation=cut, max_length=self.max_source_length)["input_ids"]
 
     def _target(self, target: str) -> list[int]:
+        return self._ended(self.tokenizer(target, add_special_tokens=False)["input_ids"])
+
+    @cached_property
+    def _encoders(self) -> tuple[Tokenizer, Tokenizer]:
+        return offsets_encoder(self.tokenizer), offsets_encoder(self.teacher_tokenizer)
+
+    def _target_of_each(self, target: str, prompt: list[int]) -> dict[str, list[int]]:
+        """Labels of the student, and the teacher's own encoding with the positions where it predicts them."""
+        ours, theirs = (encoder.encode(target, add_special_tokens=False) for encoder in self._encoders)
+        cuts = (text_boundaries(encoding.offsets, target) for encoding in (ours, theirs))
+        labels = self._ended(ours.ids)
+        positions = [-1 if s < 0 else len(prompt) - 1 + s for s in same_text_so_far(*cuts)][: len(labels)]
+        return {
+            "labels": labels,
+            # Nothing is asked behind the last position, so nothing is read there.
+            "teacher_input_ids": [*prompt, *theirs.ids][: max(len(prompt), *(p + 1 for p in positions))],
+            "teacher_label_positions": positions,
+        }
+
+    def _ended(self, ids: list[int]) -> list[int]:
         if self.tokenizer.eos_token_id is None:
             raise ValueError("the student's tokenizer has no eos_token, but text targets end in one; set it.")
-        ids = self.tokenizer(target, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
         # A cut target did not end there, and neither teacher nor student should be told that it did.
-        return ids[: self.max_target_length]
+        return [*ids, self.tokenizer.eos_token_id][: self.max_target_length]
 
 
 def tokenizer_of(processing_class):
@@ -200,33 +246,55 @@ def _split_conversation(messages: list[dict]) -> tuple[list[dict], str | None]:
     return list(messages[:-1]), messages[-1]["content"]
 
 
-def _pad_teacher_rows(teacher_rows: list[dict], rows: list[dict], labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Right-padded `teacher_*`, `[B, L]`, `[B, L]` and `[B]`, for `labels` `[B, T]` as a collator padded them."""
-    ids, masks, starts = [], [], []
+def _pad_teacher_rows(
+    teacher_rows: list[dict], rows: list[dict], labels: torch.Tensor, vocabulary: SharedVocabulary
+) -> dict[str, torch.Tensor]:
+    """Right-padded `teacher_*`, for `labels` `[B, T]` as a collator padded them; shapes in `alignment`."""
+    ids, masks, places = [], [], []
+    positioned = "teacher_label_positions" in teacher_rows[0]
     for teacher_row, row, padded in zip(teacher_rows, rows, labels, strict=True):
         row_ids = _as_list(teacher_row["teacher_input_ids"])
         row_labels = _as_list(row["labels"])
-        start = int(teacher_row.get("teacher_labels_start", len(row_ids) - len(row_labels)))
-        read = row_ids[max(start, 0) : start + len(row_labels)]
-        if (
-            start < 1
-            or any(label not in (IGNORED, token) for label, token in zip(row_labels, read, strict=False))
-            or len(read) != len(row_labels)
-        ):
-            raise ValueError(
-                f"teacher_input_ids {row_ids} do not hold the labels {row_labels} from teacher_labels_start={start} "
-                "on; they have to be the teacher's prompt (one token at least) and then the target."
-            )
         # Where the collator padded labels on the left, column 0 is that much before the row's first label.
         shift = len(padded) - len(row_labels) if padded[: len(row_labels)].tolist() != row_labels else 0
         ids.append(torch.tensor(row_ids))
         masks.append(torch.tensor(_as_list(teacher_row.get("teacher_attention_mask", [1] * len(row_ids)))))
-        starts.append(start - shift)
+        if positioned:
+            places.append(_label_positions(teacher_row, row_labels, shift, len(padded)))
+        else:
+            read = vocabulary.to_teacher(torch.tensor(row_labels)).tolist()
+            places.append(_labels_start(teacher_row, row_ids, read) - shift)
     return {
         "teacher_input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
         "teacher_attention_mask": torch.nn.utils.rnn.pad_sequence(masks, batch_first=True),
-        "teacher_labels_start": torch.tensor(starts),
+        "teacher_label_positions" if positioned else "teacher_labels_start": torch.tensor(places),
     }
+
+
+def _labels_start(teacher_row: dict, row_ids: list[int], row_labels: list[int]) -> int:
+    start = int(teacher_row.get("teacher_labels_start", len(row_ids) - len(row_labels)))
+    read = row_ids[max(start, 0) : start + len(row_labels)]
+    if (
+        start < 1
+        or any(label not in (IGNORED, token) for label, token in zip(row_labels, read, strict=False))
+        or len(read) != len(row_labels)
+    ):
+        raise ValueError(
+            f"teacher_input_ids {row_ids} do not hold the labels {row_labels} from teacher_labels_start={start} "
+            "on; they have to be the teacher's prompt (one token at least) and then the target."
+        )
+    return start
+
+
+def _label_positions(teacher_row: dict, row_labels: list[int], shift: int, width: int) -> list[int]:
+    """As long as the padded labels, -1 beside the row's own."""
+    positions = _as_list(teacher_row["teacher_label_positions"])
+    if len(positions) != len(row_labels):
+        raise ValueError(
+            f"a row has {len(positions)} teacher_label_positions for {len(row_labels)} labels; give one for each, -1 "
+            "where the teacher is not asked."
+        )
+    return [-1] * shift + positions + [-1] * (width - shift - len(positions))
 
 
 def _as_list(values) -> list[int]:

@@ -79,6 +79,24 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature:
     return 0.5 * (teacher_xV.exp() - student_xV.exp()).abs().sum(dim=-1)
 
 
+def universal_logit_distance(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """sum_i |p_(i) - q_(i)|, `[..., V]` and `[..., W]` -> `[...]`: probabilities in descending order, i their rank.
+
+    Universal logit distillation, arXiv 2402.12030: the shorter of the two is filled up with zeros, and tokens are not
+    looked at, so that student and teacher may have different vocabularies. It is the least L1 distance over all ways
+    to pair tokens of the one with tokens of the other, from 0 to below 2. It says how sure to be and among how many,
+    never of what: a student that puts the teacher's mass on wrong tokens has a distance of 0, so it goes beside a
+    cross-entropy. Its gradient, unlike a KL's, vanishes with the probability that it moves.
+    """
+    student_xV, teacher_xW = (
+        torch.softmax(logits.to(at_least_float32(logits.dtype)) / temperature, dim=-1).sort(descending=True).values
+        for logits in (student_logits, teacher_logits)
+    )
+    width = max(student_xV.shape[-1], teacher_xW.shape[-1])
+    student_xV, teacher_xV = (F.pad(probs, (0, width - probs.shape[-1])) for probs in (student_xV, teacher_xW))
+    return (teacher_xV - student_xV).abs().sum(dim=-1)
+
+
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from .alignment import IGNORED, TEACHER_COLUMNS, teacher_inputs
+from .alignment import IGNORED, TEACHER_COLUMNS, SharedVocabulary, teacher_inputs
 
 
 _FILE = "replay_buffer-{process}.pt"
@@ -41,6 +41,7 @@ def roll_out(
     temperature: float,
     seed: int,
     forbidden: Sequence[int] = (),
+    vocabulary: SharedVocabulary | None = None,
 ) -> dict[str, Any]:
     """The batch with targets that the student wrote, up to and with EOS, and a teacher that reads those.
 
@@ -55,10 +56,19 @@ def roll_out(
         temperature: of the sampling; 0 is greedy.
         seed: of the sampling.
         forbidden: ids that it may not write, those that the teacher does not have.
+        vocabulary: says which ids of the teacher those of the student are; None: the same.
 
     Returns:
         `labels` `[B, max_new_tokens or fewer]`, -100 after EOS, in place of all that belonged to the old targets.
+
+    Raises:
+        ValueError: the batch has `teacher_label_positions`.
     """
+    if batch.get("teacher_label_positions") is not None:
+        raise ValueError(
+            "teacher_label_positions with on_policy_fraction above 0: nobody knows where the teacher predicts the "
+            "labels of an answer that is not written yet. Leave one of them out."
+        )
     inputs = {name: value for name, value in batch.items() if name not in _OF_TARGETS}
     own = model.generation_config
     config = GenerationConfig(
@@ -78,7 +88,8 @@ def roll_out(
         # The old target begins where its first label is, which a collator may have padded on the left.
         begin = batch["teacher_labels_start"] + (batch["labels"] != IGNORED).int().argmax(dim=1)
         prompt = mask.bool() & (torch.arange(ids.shape[1], device=ids.device) < begin[:, None])
-        rolled |= teacher_inputs(ids, prompt.to(mask.dtype), labels)
+        of_teacher = labels if vocabulary is None else vocabulary.to_teacher(labels)
+        rolled |= teacher_inputs(ids, prompt.to(mask.dtype), of_teacher)
     return rolled
 
 

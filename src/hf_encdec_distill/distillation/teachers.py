@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from .alignment import SharedVocabulary
+from .alignment import SharedVocabulary, log_mass
 from .heads import catch_head_input
 from .losses import Divergence
 from .positions import check_length, max_positions
@@ -23,7 +23,7 @@ class TeacherScores(Protocol):
         """`[C, V]` of the student at the slice `chunk` of the positions -> `[C]` nats, at `temperature`."""
 
     def top(self, chunk: slice) -> Tensor:
-        """The id that the teacher puts first, `[C]`."""
+        """The shared id that the teacher puts first, as its place in the shared vocabulary, `[C]`."""
 
 
 class TeacherSignal(Protocol):
@@ -58,11 +58,39 @@ class DenseScores:
     vocabulary: SharedVocabulary
 
     def divergence(self, student_logits: Tensor, chunk: slice, divergence: Divergence, temperature: float) -> Tensor:
-        restrict = self.vocabulary.restrict
-        return divergence(restrict(student_logits), restrict(self.logits_at(chunk)), temperature)
+        logits = self.logits_at(chunk)
+        shared = self.vocabulary.restrict_teacher(logits)
+        values = divergence(self.vocabulary.restrict_student(student_logits), shared, temperature)
+        return values * log_mass(shared, logits, temperature).exp() if self.vocabulary.by_mass else values
 
     def top(self, chunk: slice) -> Tensor:
-        return self.vocabulary.restrict(self.logits_at(chunk)).argmax(dim=-1)
+        return self.vocabulary.restrict_teacher(self.logits_at(chunk)).argmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class PartialScores:
+    """`TeacherScores` at N positions where only those in `asked`, `[N]`, were asked: `scores` has those, in order.
+
+    At the others the divergence is 0, without gradient, and the first id is -1.
+    """
+
+    scores: TeacherScores
+    asked: Tensor
+
+    def divergence(self, student_logits: Tensor, chunk: slice, divergence: Divergence, temperature: float) -> Tensor:
+        asked = self.asked[chunk]
+        values = self.scores.divergence(student_logits[asked], self._of_asked(chunk), divergence, temperature)
+        return values.new_zeros(len(asked)).masked_scatter(asked, values)
+
+    def top(self, chunk: slice) -> Tensor:
+        asked = self.asked[chunk]
+        ids = self.scores.top(self._of_asked(chunk))
+        return ids.new_full((len(asked),), -1).masked_scatter(asked, ids)
+
+    def _of_asked(self, chunk: slice) -> slice:
+        """A slice of the N positions -> the slice of those asked that are in it."""
+        first, last, _ = chunk.indices(len(self.asked))
+        return slice(*(int(self.asked[:end].sum()) for end in (first, last)))
 
 
 class LiveTeacher:

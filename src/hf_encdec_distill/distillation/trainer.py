@@ -17,8 +17,8 @@ from .alignment import (
     IGNORED,
     TEACHER_COLUMNS,
     SharedVocabulary,
+    asked_positions,
     target_positions,
-    teacher_columns,
     with_teacher_inputs,
 )
 from .arguments import DistillationTrainingArguments, with_distillation_defaults
@@ -26,10 +26,10 @@ from .cache import CachedTeacher, is_cache
 from .collator import MESSAGES, DistillationCollator, tokenizer_of
 from .empty_targets import EmptyTargets
 from .heads import catch_head_input
-from .losses import chunked_sum, cross_entropy, select_divergence, token_mean
+from .losses import chunked_sum, cross_entropy, select_divergence, token_mean, universal_logit_distance
 from .positions import check_length, max_positions
 from .rollouts import ReplayBuffer, draw, on_policy_fraction_at, roll_out
-from .teachers import LiveTeacher, check_scores, vocab_size
+from .teachers import LiveTeacher, PartialScores, check_scores, vocab_size
 
 
 logger = logging.get_logger(__name__)
@@ -49,6 +49,12 @@ class DistillationTrainer(Seq2SeqTrainer):
     the steps that are not on-policy) in training, and in evaluation also `eval_teacher_agreement`, the share of target
     tokens where student and teacher put the same id first. All evaluation numbers are means over the target tokens of
     the whole set, whatever the batch size or the number of processes.
+
+    Where `teacher_label_positions` say that the teacher is not asked about a label, its divergence is 0, and both
+    terms remain means over all target tokens. The agreement is a share of those that the teacher was asked about.
+
+    With `vocab_policy="universal"` the divergence is `losses.universal_logit_distance`, and evaluation reports
+    `eval_teacher_asked`, the share of target tokens with a divergence, in place of the agreement.
 
     Takes what `Seq2SeqTrainer` takes, in the same order, so that a script only swaps the class and names a teacher.
     Plain `Seq2SeqTrainingArguments` are given the distillation fields at their defaults.
@@ -103,9 +109,18 @@ class DistillationTrainer(Seq2SeqTrainer):
             self.teacher = CachedTeacher(teacher)
         else:
             self.teacher = LiveTeacher.load(teacher, args.teacher_dtype).to(args.device)
-        self.teacher.check(args.prompt_template, args.divergence, args.distill_temperature)
+        self._is_universal = args.vocab_policy == "universal"
+        divergence = universal_logit_distance.__name__ if self._is_universal else args.divergence
+        self.teacher.check(args.prompt_template, divergence, args.distill_temperature)
         if teacher_processing_class is None:
             teacher_processing_class = _teacher_tokenizer(teacher)
+        self._vocabulary = SharedVocabulary.between(
+            vocab_size(self.model.config),
+            self.teacher.vocab_size,
+            tokenizer_of(processing_class),
+            tokenizer_of(teacher_processing_class),
+            args.vocab_policy,
+        )
         if teacher_processing_class is None:
             teacher_processing_class = processing_class
         self.teacher_processing_class = teacher_processing_class
@@ -115,14 +130,10 @@ class DistillationTrainer(Seq2SeqTrainer):
         merged = getattr(config, "cross_attention", None) == "merged"
         self._start_token_id = config.decoder_start_token_id if merged else None
         self._max_positions = max_positions(config)
-        self._vocabulary = SharedVocabulary.between(
-            vocab_size(config),
-            self.teacher.vocab_size,
-            tokenizer_of(processing_class),
-            tokenizer_of(teacher_processing_class),
-            args.vocab_policy,
-        )
-        self._divergence = select_divergence(args.divergence, args.jsd_beta, args.skew_alpha)
+        if self._is_universal:
+            self._divergence = universal_logit_distance
+        else:
+            self._divergence = select_divergence(args.divergence, args.jsd_beta, args.skew_alpha)
         self.data_collator = DistillationCollator(
             processing_class,
             teacher_processing_class,
@@ -134,6 +145,7 @@ class DistillationTrainer(Seq2SeqTrainer):
             start_token_id=self._start_token_id,
             student_collator=data_collator,
             keep_text_columns=data_collator is not None and not args.remove_unused_columns,
+            vocabulary=self._vocabulary,
         )
         # The loss is already divided by the tokens of the whole step, whatever the model's forward accepts.
         self.model_accepts_loss_kwargs = True
@@ -232,18 +244,16 @@ class DistillationTrainer(Seq2SeqTrainer):
         # Autocast is left: the teacher has a dtype of its own and the divergences are at least float32.
         without_autocast = torch.autocast(labels_N.device.type, enabled=False)
         if self.args.distill_weight > 0 or evaluating:
-            inputs = with_teacher_inputs(inputs, self._start_token_id)
+            inputs = with_teacher_inputs(inputs, self._start_token_id, self._vocabulary)
             ids = inputs["teacher_input_ids"]
             self._vocabulary.check(labels_N, ids)
+            rows, columns, asked = asked_positions(inputs, rows, columns)
             with without_autocast:
                 teacher = self.teacher.scores(
-                    ids,
-                    inputs["teacher_attention_mask"],
-                    rows,
-                    teacher_columns(inputs["teacher_labels_start"], rows, columns),
-                    self._vocabulary,
-                    chunked,
+                    ids, inputs["teacher_attention_mask"], rows, columns, self._vocabulary, chunked
                 )
+            if asked is not None:
+                teacher = PartialScores(teacher, asked)
 
         def score(student_CV: Tensor, chunk: slice = slice(None)) -> dict[str, Tensor]:
             with without_autocast:
@@ -253,8 +263,10 @@ class DistillationTrainer(Seq2SeqTrainer):
                 of_teacher = teacher.divergence(student_CV, chunk, self._divergence, temperature)
                 terms["distill_loss"] = of_teacher * temperature**2
                 if evaluating:
-                    first = self._vocabulary.restrict(student_CV).argmax(dim=-1)
-                    terms["teacher_agreement"] = (first == teacher.top(chunk)).float()
+                    first = self._vocabulary.restrict_student(student_CV).argmax(dim=-1)
+                    of_teacher = teacher.top(chunk)
+                    terms["teacher_agreement"] = (first == of_teacher).float()
+                    terms["teacher_asked"] = (of_teacher >= 0).float()
             return terms
 
         return score
@@ -311,7 +323,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         if weight > 0 or evaluating:
             weights["distill_loss"] = weight
         if evaluating:
-            weights["teacher_agreement"] = 0.0
+            weights |= {"teacher_agreement": 0.0, "teacher_asked": 0.0}
         return weights
 
     def _combine(self, means: Mapping[str, Any]):
@@ -368,6 +380,7 @@ class DistillationTrainer(Seq2SeqTrainer):
             max_new_tokens=self.args.max_target_length or batch["labels"].shape[1],
             temperature=self.args.sampling_temperature,
             forbidden=self._vocabulary.missing_below(vocab_size(self.model.config)),
+            vocabulary=self._vocabulary,
             seed=int(draw(self.args.seed, step, 1000 + 1000 * process + number) * (1 << 62)),
         )
         self._replay.add(rolled)
@@ -426,6 +439,10 @@ class DistillationTrainer(Seq2SeqTrainer):
                 tokens = max(sums.pop("tokens"), 1)
                 means = {name: total / tokens for name, total in sums.items()}
                 means["loss"] = self._combine(means)
+                if self._is_universal:  # ids of the two are not to be compared
+                    del means["teacher_agreement"]
+                else:
+                    means["teacher_agreement"] /= means.pop("teacher_asked") or 1
                 output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         finally:
             self._eval_sums = None

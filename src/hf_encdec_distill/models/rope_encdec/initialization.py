@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..prompts import distinct_pad_token, encode_prompt, prompt_start_token_id, student_tokenizer
+from ..vocabulary import same_tokens
 from .configuration_rope_encdec import RopeEncDecConfig
 from .modeling_rope_encdec import RopeEncDecForConditionalGeneration, RopeEncDecRotaryEmbedding
 
@@ -36,6 +37,7 @@ def from_decoder_only(
     layer_selection="influence",
     calibration=None,
     tokenizer=None,
+    trimmed_tokenizer=None,
     prompt_template=None,
     model_class=RopeEncDecForConditionalGeneration,
     **config_overrides,
@@ -67,6 +69,9 @@ def from_decoder_only(
         calibration (`list` of pairs, *optional*): `(source, target)` texts, or `(prompt ids, target ids)` as lists. By
             default 32 passages of the Python documentation that the standard library carries.
         tokenizer (`PreTrainedTokenizerFast`, *optional*): The teacher's; by default the one saved with it.
+        trimmed_tokenizer (`PreTrainedTokenizerFast`, *optional*): One whose tokens are all the teacher's, such as
+            [`~hf_encdec_distill.models.vocabulary.trim_tokenizer`] makes: the student gets the embedding rows of these
+            alone, and is distilled with `vocab_policy="id_map"`.
         prompt_template (`str`, *optional*): See [`~hf_encdec_distill.models.prompts.encode_prompt`].
         **config_overrides: Further fields of [`RopeEncDecConfig`].
 
@@ -75,8 +80,9 @@ def from_decoder_only(
         `student.tokenizer` where a tokenizer was found, and the teacher's generation config.
 
     Raises:
-        ValueError: for an unsupported family (the message lists the supported ones), layers that are not there, or a
-            selection that needs calibration rows when there is no tokenizer.
+        ValueError: for an unsupported family (the message lists the supported ones), layers that are not there, a
+            selection that needs calibration rows when there is no tokenizer, or a trimmed tokenizer with tokens that
+            the teacher lacks, or without the one that the decoder starts from.
     """
     teacher, tokenizer = _load_teacher(teacher, tokenizer)
     if teacher.config.model_type not in SUPPORTED_FAMILIES:
@@ -144,6 +150,9 @@ def from_decoder_only(
     student.generation_config._from_model_config = False
     for name, value in special_tokens.items():
         setattr(student.generation_config, name, value)
+    if trimmed_tokenizer is not None:
+        _trim_vocabulary(student, tokenizer, trimmed_tokenizer)
+        tokenizer = trimmed_tokenizer
     if tokenizer is not None and getattr(tokenizer, "is_fast", False):
         student.tokenizer = student_tokenizer(tokenizer, prompt_template, cross_attention)
     return student.eval()
@@ -523,3 +532,41 @@ def _rescale_final_norm(student, batches, teacher_logprobs):
             logprobs = (logits.float() * scale).log_softmax(-1)
             totals[index] += F.kl_div(logprobs, target, reduction="sum", log_target=True).item()
     student.model.decoder.norm.weight.mul_(_NORM_SCALES[totals.index(min(totals))])
+
+
+@torch.no_grad()
+def _trim_vocabulary(student, tokenizer, trimmed):
+    """Keep the embedding rows of the tokens of `trimmed` alone, in its order, in place."""
+    if tokenizer is None:
+        raise ValueError("trimmed_tokenizer needs the teacher's to find its tokens by: pass tokenizer=.")
+    teacher_ids = same_tokens(trimmed, tokenizer)
+    size = 1 + max(trimmed.get_vocab().values())
+    absent = [i for i in range(size) if i not in teacher_ids]
+    if absent:
+        raise ValueError(
+            f"trimmed_tokenizer has {len(absent)} ids whose tokens the teacher does not have, the first of them "
+            f"{absent[0]} ({trimmed.convert_ids_to_tokens(absent[0])!r}): make it with trim_tokenizer."
+        )
+    ids = {theirs: ours for ours, theirs in teacher_ids.items()}
+    start = student.config.decoder_start_token_id
+    if start not in ids:
+        raise ValueError(
+            f"trimmed_tokenizer lacks {tokenizer.convert_ids_to_tokens(start)!r}, from which the decoder starts: trim "
+            "with texts that have the prompt in them."
+        )
+    rows = torch.tensor([teacher_ids[i] for i in range(size)], device=student.device)
+    for layer in (student.get_input_embeddings(), student.get_output_embeddings()):
+        layer.weight = torch.nn.Parameter(layer.weight[rows])
+    student.get_input_embeddings().num_embeddings = student.get_output_embeddings().out_features = size
+    student.config.vocab_size = size
+    student.tie_weights()
+    eos = student.config.eos_token_id
+    special = {
+        "decoder_start_token_id": ids[start],
+        "bos_token_id": ids.get(student.config.bos_token_id),
+        "eos_token_id": [ids[i] for i in eos if i in ids] if isinstance(eos, list) else ids.get(eos),
+        "pad_token_id": trimmed.convert_tokens_to_ids(distinct_pad_token(trimmed)),
+    }
+    for name, value in special.items():
+        setattr(student.config, name, value)
+        setattr(student.generation_config, name, value)

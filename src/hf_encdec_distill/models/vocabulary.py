@@ -1,0 +1,105 @@
+"""Which ids of two tokenizers mean the same token, and a tokenizer cut down to the tokens that are needed."""
+
+import json
+
+from tokenizers import Tokenizer
+
+from .prompts import PreTrainedTokenizerFast
+
+
+# An end of text or a beginning may be spelt in two ways and still be the same event.
+_ROLES = ("eos_token", "bos_token")
+_SPECIAL = (*_ROLES, "pad_token", "unk_token")
+
+
+def same_tokens(tokenizer, other) -> dict[int, int]:
+    """Ids of `tokenizer` -> ids of `other` that stand for the same token, one to one.
+
+    Tokens are the same if they are written the same. EOS and BOS are too if the other tokenizer has no token written
+    like it and no other one already stands for its EOS or BOS.
+
+    Args:
+        tokenizer, other: anything with `get_vocab()` and `eos_token`; usually one is cut out of the other.
+
+    Raises:
+        ValueError: the tokenizers decode in different ways ("the" of a WordPiece tokenizer begins a word, "the" of a
+            byte-level one goes on with it), or have no token in common.
+    """
+    kinds = [_decoder_kinds(one) for one in (tokenizer, other)]
+    if None not in kinds and kinds[0] != kinds[1]:
+        raise ValueError(
+            f"tokens of the two tokenizers are not the same although some are written the same: one decodes with "
+            f"{' + '.join(kinds[0]) or 'nothing'}, the other with {' + '.join(kinds[1]) or 'nothing'}."
+        )
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    pairs = {i: theirs[token] for token, i in ours.items() if token in theirs}
+    if not pairs:
+        raise ValueError("the two tokenizers have no token in common.")
+    for role in _ROLES:
+        token, counterpart = getattr(tokenizer, role, None), getattr(other, role, None)
+        if token in ours and token not in theirs and theirs.get(counterpart, -1) not in {-1, *pairs.values()}:
+            pairs[ours[token]] = theirs[counterpart]
+    return pairs
+
+
+def _decoder_kinds(tokenizer) -> list[str] | None:
+    """The steps in which tokens become text; None where that cannot be looked up."""
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    return [step["type"] for step in _steps(spec["decoder"], "decoders")]
+
+
+def trim_tokenizer(tokenizer, texts):
+    """A byte-pair tokenizer with the tokens that `texts` need and no others, under ids of its own: for a student.
+
+    It encodes `texts` into the same tokens, and any other text too: single characters stay (so all bytes do), and so
+    do added tokens, special ones among them.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`): The teacher's.
+        texts (`Iterable[str]`): What student and teacher will read and write, prompts and targets.
+
+    Returns:
+        `PreTrainedTokenizerFast`: With the special tokens and chat template of `tokenizer`.
+
+    Raises:
+        ValueError: the tokenizer is not a fast one, or not of byte pairs.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str()) if getattr(tokenizer, "is_fast", False) else {"model": {}}
+    model = spec["model"]
+    if model.get("type") != "BPE":
+        raise ValueError(
+            f"{type(tokenizer).__name__} is of the kind {model.get('type', 'slow')!r}; only fast byte-pair tokenizers "
+            "(BPE) can be trimmed. Train a small tokenizer and use vocab_policy='universal'."
+        )
+    vocabulary = model["vocab"]
+    kept = {token for text in texts for token in tokenizer.tokenize(text)}
+    kept |= {token for token in vocabulary if len(token) == 1 or token.startswith("<0x")}
+    kept |= {model.get("unk_token"), *(added["content"] for added in spec["added_tokens"])}
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    for left, right in reversed(merges):  # what a kept token is merged from, however deep
+        if left + right in kept:
+            kept |= {left, right}
+    every = {**vocabulary, **{added["content"]: added["id"] for added in spec["added_tokens"]}}
+    ids = {token: new for new, token in enumerate(sorted(kept & every.keys(), key=every.get))}
+    model["vocab"] = {token: ids[token] for token in vocabulary if token in ids}
+    model["merges"] = [[left, right] for left, right in merges if {left, right, left + right} <= kept]
+    for added in spec["added_tokens"]:
+        added["id"] = ids[added["content"]]
+    for step in _steps(spec["post_processor"], "processors"):
+        for special in step.get("special_tokens", {}).values() if step["type"] == "TemplateProcessing" else ():
+            special["ids"] = [ids[token] for token in special["tokens"]]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
+        chat_template=tokenizer.chat_template,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        clean_up_tokenization_spaces=False,
+        **{name: getattr(tokenizer, name) for name in _SPECIAL if getattr(tokenizer, name) is not None},
+    )
+
+
+def _steps(spec, name) -> list[dict]:
+    """The steps of a processor or decoder, one or a sequence of them or none."""
+    return [] if spec is None else spec.get(name, [spec])
