@@ -71,6 +71,7 @@ def test_the_commands_are_those_that_work():
         "quickstart",
         "init",
         "teach",
+        "adapt",
         "cache",
         "distill",
         "evaluate",

@@ -57,7 +57,7 @@ def path_of():
     """A file name that the hash puts into a split."""
 
     def find(split, prefix="file"):
-        return next(path for n in range(1000) if module._split_of(path := f"pkg/{prefix}{n}.py") == split)
+        return next(path for n in range(1000) if module.split_of(path := f"pkg/{prefix}{n}.py") == split)
 
     return find
 
@@ -380,7 +380,7 @@ def small_world(monkeypatch, tmp_path):
     monkeypatch.setattr(module.sysconfig, "get_path", lambda name: str(site))
     monkeypatch.setattr(module.site, "getsitepackages", lambda: [])
     monkeypatch.setattr(module.site, "ENABLE_USER_SITE", False)
-    monkeypatch.setattr(module, "_stdlib_files", lambda: iter(_stdlib_pairs()))
+    monkeypatch.setattr(module, "stdlib_files", lambda: iter(_stdlib_pairs()))
     return site
 
 
@@ -411,7 +411,7 @@ def test_cache_is_keyed_by_what_is_installed(small_world, tmp_path):
 
 def test_order_of_the_file_system_does_not_matter(small_world, tmp_path, monkeypatch):
     one = load_python_docstrings(cache_dir=tmp_path / "one", progress=False)
-    monkeypatch.setattr(module, "_stdlib_files", lambda: iter(_stdlib_pairs()[::-1]))
+    monkeypatch.setattr(module, "stdlib_files", lambda: iter(_stdlib_pairs()[::-1]))
     two = load_python_docstrings(cache_dir=tmp_path / "two", progress=False)
     assert {name: split.to_list() for name, split in one.items()} == {n: s.to_list() for n, s in two.items()}
 
@@ -425,7 +425,7 @@ def test_packages_of_the_working_directory_do_not_count(small_world, tmp_path, m
     assert [d.metadata["Name"] for d in importlib.metadata.distributions() if d.metadata["Name"] == "stray"] == [
         "stray"
     ]
-    assert list(module._distributions()) == ["thing"]
+    assert list(module.installed_distributions()) == ["thing"]
 
 
 def test_interrupted_mining_leaves_nothing(small_world, tmp_path, monkeypatch):
@@ -441,13 +441,13 @@ def test_interrupted_mining_leaves_nothing(small_world, tmp_path, monkeypatch):
 def test_loader_errors(small_world, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="packages='some'.*'stdlib' or 'all'"):
         load_python_docstrings("some")
-    monkeypatch.setattr(module, "_stdlib_files", lambda: iter(()))
+    monkeypatch.setattr(module, "stdlib_files", lambda: iter(()))
     with pytest.raises(ValueError, match="without its sources.*--dataset"):
         load_python_docstrings(cache_dir=tmp_path / "cache", progress=False)
 
 
 def test_files_of_the_standard_library():
-    files = dict(module._stdlib_files())
+    files = dict(module.stdlib_files())
     assert {"json/decoder.py", "textwrap.py", "asyncio/events.py"} <= set(files)
     assert not any({"test", "tests", "site-packages"} & set(Path(path).parts) for path in files)
 

@@ -36,6 +36,8 @@ from .init import Shape, add_shape_arguments, make_student
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
+    from ..distillation import DistillationTrainer
+
 SUMMARY = "distil a teacher into a student"
 EXAMPLE = (
     "hf-encdec-distill distill student --teacher HuggingFaceTB/SmolLM2-135M-Instruct --dataset pairs.csv "
@@ -47,7 +49,7 @@ RECIPE = "recipe.yaml"
 logger = logging.getLogger(__name__)
 
 # The training arguments that nearly every run sets; the others are passed on as they come.
-_TRAINING = {
+TRAINING = {
     **SCHEDULE,
     "divergence": "forward_kl, reverse_kl, generalized_jsd, skew_kl, skew_reverse_kl or total_variation",
     "distill_weight": "share of the divergence in the loss; the rest is cross-entropy",
@@ -93,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--student", default=argparse.SUPPRESS, help="in place of the recipe's")
     add_data_arguments(parser, only_said=True)
-    add_training_arguments(parser, _TRAINING)
+    add_training_arguments(parser, TRAINING)
     section = parser.add_argument_group("init, where a student is to be made of the teacher first")
     section.add_argument("--init.teacher", default=argparse.SUPPRESS, metavar="TEACHER", help="where that is a cache")
     add_shape_arguments(section, "init.")
@@ -118,9 +120,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
     recorded = None if args.reproduce is None else read_provenance(Path(args.reproduce))
     output = Path(recipe["output"])
-    if not args.resume and output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty: go on with --resume, or choose another folder with --output")
-    checkpoint = _last_whole_checkpoint(output) if args.resume else None
+    checkpoint = checkpoint_in(output, args.resume)
     if recorded is not None:
         _take_threads(recorded["machine"])
 
@@ -147,11 +147,7 @@ def run(args: argparse.Namespace) -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_recipe(output / RECIPE, {**recipe, **decided})
         write_json(output / FILE, {**provenance, "result": None})
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; checkpoints in {output} go on with the same command and --resume") from None
-    trainer.save_model(str(output))
+    train_and_save(trainer, checkpoint)
     metrics = trainer.evaluate()
     if not trainer.is_world_process_zero():
         return
@@ -168,7 +164,7 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     from ..distillation import DistillationTrainingArguments
     from ._recipe import SUFFIXES, read_recipe
 
-    said = said_training_arguments(DistillationTrainingArguments, args, _TRAINING)
+    said = said_training_arguments(DistillationTrainingArguments, args, TRAINING)
     if "output_dir" in said:
         args.parser.error(f"--output_dir {said['output_dir']}: give that folder with --output")
     said |= {name: getattr(args, name) for name in ("student", "teacher", "output", *DATA) if hasattr(args, name)}
@@ -201,20 +197,52 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
 
 def _student(recipe: Mapping[str, Any], splits: DatasetDict, template: str | None) -> tuple[Any, Any]:
     """The model that training starts from, and its tokenizer."""
-    from transformers import AutoModelForSeq2SeqLM
-
     from ..distillation.cache import is_cache
-    from ..models.prompts import PreTrainedTokenizerFast
 
     if "student" in recipe:
-        student = AutoModelForSeq2SeqLM.from_pretrained(recipe["student"])
-        return student, PreTrainedTokenizerFast.from_pretrained(recipe["student"])
+        return load_student(recipe["student"])
     shape = dict(recipe["init"])
     teacher = shape.pop("teacher", recipe["teacher"])
     if is_cache(teacher):
         raise ValueError(f"{teacher} is a cache, of which no student can be made: name its teacher as init.teacher")
     student = make_student(teacher_path(teacher), Shape(**shape), splits["train"], template)
     return student, student.tokenizer
+
+
+def load_student(path: str) -> tuple[Any, Any]:
+    """A model and its tokenizer from a folder or the Hub."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    from ..models.prompts import PreTrainedTokenizerFast
+
+    return AutoModelForSeq2SeqLM.from_pretrained(path), PreTrainedTokenizerFast.from_pretrained(path)
+
+
+def checkpoint_in(output: Path, resume: bool) -> str | None:
+    """Where training goes on from; None at the beginning.
+
+    Raises:
+        ValueError: to begin in a folder that is not empty, or to go on from nothing.
+    """
+    if resume:
+        return _last_whole_checkpoint(output)
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty: go on with --resume, or choose another folder with --output")
+    return None
+
+
+def train_and_save(trainer: DistillationTrainer, checkpoint: str | None) -> None:
+    """Train to the end; the student is saved in the folder of the checkpoints.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C; the message says how to go on.
+    """
+    output = trainer.args.output_dir
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; checkpoints in {output} go on with the same command and --resume") from None
+    trainer.save_model(output)
 
 
 def _last_whole_checkpoint(output: Path) -> str:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import cache, convert_mu, distill, evaluate, info, init, quickstart, teach
+from . import adapt, cache, convert_mu, distill, evaluate, info, init, quickstart, teach
 
 
 PROGRAM = "hf-encdec-distill"
@@ -19,6 +19,7 @@ COMMANDS = {
     "quickstart": quickstart,
     "init": init,
     "teach": teach,
+    "adapt": adapt,
     "cache": cache,
     "distill": distill,
     "evaluate": evaluate,

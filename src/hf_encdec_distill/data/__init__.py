@@ -22,6 +22,8 @@ _EXPORTS = {
     "lead_sentence": "python_docstrings",
     "load_python_docstrings": "python_docstrings",
     "load_pairs": "loading",
+    "find_sentinels": "plain_text",
+    "load_plain_text": "plain_text",
 }
 __all__ = [*_EXPORTS, "cache_root", "cached_folder", "fingerprint"]
 

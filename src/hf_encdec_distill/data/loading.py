@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, IterableDataset
 
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+T = TypeVar("T")
 _SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
@@ -55,7 +57,7 @@ def load_pairs(
         from .python_docstrings import load_python_docstrings
 
         return load_python_docstrings(cache_dir=cache_dir, progress=progress)
-    splits = _named_splits(_load(os.fspath(dataset), config), dataset)
+    splits = named_splits(load_tables(dataset, config), dataset)
     splits = {
         name: _with_text(_two_columns(split, source_column, target_column), f"{dataset} ({name})")
         for name, split in splits.items()
@@ -66,35 +68,45 @@ def load_pairs(
     return DatasetDict({name: splits[name] for name in _SPLIT_NAMES})
 
 
-def _load(dataset: str, config: str | None) -> DatasetDict:
+def load_tables(
+    dataset: str | os.PathLike, config: str | None, streaming: bool = False
+) -> Mapping[str, Dataset | IterableDataset]:
+    """What `load_pairs` takes, with all its columns, under the names that its splits have.
+
+    Raises:
+        ValueError: there is no such dataset.
+    """
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetGenerationError
 
+    dataset = os.fspath(dataset)
     path = Path(dataset).expanduser()
     suffix = path.suffix.lower()
-    if path.is_file() and suffix not in _BUILDERS:
-        raise ValueError(f"{dataset} has the suffix {path.suffix!r}, expected one of {', '.join(_BUILDERS)}")
-    if not path.exists() and (suffix in _BUILDERS or dataset.startswith((".", "~", os.sep))):
+    if path.is_file() and suffix not in BUILDERS:
+        raise ValueError(f"{dataset} has the suffix {path.suffix!r}, expected one of {', '.join(BUILDERS)}")
+    if not path.exists() and (suffix in BUILDERS or dataset.startswith((".", "~", os.sep))):
         raise ValueError(f"{dataset} is not there: expected a file, a folder or the name of a dataset on the Hub")
     try:
         if path.is_file():
             options = {"sep": "\t"} if suffix == ".tsv" else {}
-            return load_dataset(_BUILDERS[suffix], data_files={"train": str(path)}, **options)
+            return load_dataset(BUILDERS[suffix], data_files={"train": str(path)}, streaming=streaming, **options)
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             loaded = load_from_disk(str(path))
-            return DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded
-        return load_dataset(str(path) if path.is_dir() else dataset, config)
+            loaded = DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded
+            return {name: split.to_iterable_dataset() for name, split in loaded.items()} if streaming else loaded
+        return load_dataset(str(path) if path.is_dir() else dataset, config, streaming=streaming)
     except (OSError, ValueError, DatasetGenerationError) as error:
         # The error says why (no table, offline, gated, a config to choose), but not what else could have been given.
         why = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         if path.is_file():
-            raise ValueError(f"{dataset} gives no rows, read as {_BUILDERS[suffix]}: {why}") from error
+            raise ValueError(f"{dataset} gives no rows, read as {BUILDERS[suffix]}: {why}") from error
         raise ValueError(
             f"{dataset} is neither a readable folder nor a dataset that the Hub gives us: {why}"
         ) from error
 
 
-def _named_splits(splits: DatasetDict, dataset: str | os.PathLike) -> dict[str, Dataset]:
+def named_splits(splits: Mapping[str, T], dataset: str | os.PathLike) -> dict[str, T]:
+    """The splits under our names, as many of them as there are, train among them."""
     found = {
         ours: splits[theirs] for ours, names in _SPLIT_NAMES.items() for theirs in reversed(names) if theirs in splits
     }

@@ -46,7 +46,7 @@ HELD_OUT_ROWS_PER_FILE = 20
 # Share of 5-token shingles in common (Jaccard) from which two functions count as copies.
 NEAR_DUPLICATE = 0.4
 _SHINGLE = 5
-_MAX_FILE_BYTES = 1 << 20
+MAX_FILE_BYTES = 1 << 20
 
 
 class Row(NamedTuple):
@@ -77,13 +77,13 @@ def load_python_docstrings(
 
     if packages not in ("stdlib", "all"):
         raise ValueError(f"packages={packages!r} is unknown: expected 'stdlib' or 'all'")
-    distributions = _distributions() if packages == "all" else {}
+    distributions = installed_distributions() if packages == "all" else {}
     versions = [[name, distribution.version] for name, distribution in sorted(distributions.items())]
     key = json.dumps([_MINER, platform.python_implementation(), platform.python_version(), versions])
 
     def build(partial: Path) -> None:
-        held_out_from = sorted(_stdlib_files())
-        rest = [file for name in sorted(distributions) for file in sorted(_distribution_files(distributions[name]))]
+        held_out_from = sorted(stdlib_files())
+        rest = [file for name in sorted(distributions) for file in sorted(distribution_files(distributions[name]))]
         splits = mine(held_out_from, rest, progress)
         if not all(splits.values()):
             raise ValueError(
@@ -124,10 +124,10 @@ _SKIPPED_FOLDERS = {
 }
 
 
-def _wanted(path: PurePosixPath) -> bool:
+def _wanted(path: PurePosixPath, suffixes: tuple[str, ...] = (".py",)) -> bool:
     """Tests describe tests, and vendored code is a copy of something else."""
     return (
-        path.suffix == ".py"
+        path.suffix in suffixes
         and ".." not in path.parts
         and not path.is_absolute()
         and _SKIPPED_FOLDERS.isdisjoint(path.parts)
@@ -135,7 +135,7 @@ def _wanted(path: PurePosixPath) -> bool:
     )
 
 
-def _stdlib_files() -> Iterator[tuple[str, Path]]:
+def stdlib_files() -> Iterator[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
@@ -145,7 +145,7 @@ def _stdlib_files() -> Iterator[tuple[str, Path]]:
                 yield str(relative), Path(folder) / name
 
 
-def _distributions() -> dict[str, importlib.metadata.Distribution]:
+def installed_distributions() -> dict[str, importlib.metadata.Distribution]:
     """What is installed, by normalised name; asked of the site directories and not of `sys.path`, which has the
     working directory and PYTHONPATH in it."""
     paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
@@ -159,9 +159,11 @@ def _distributions() -> dict[str, importlib.metadata.Distribution]:
     return found
 
 
-def _distribution_files(distribution: importlib.metadata.Distribution) -> Iterator[tuple[str, Path]]:
+def distribution_files(
+    distribution: importlib.metadata.Distribution, suffixes: tuple[str, ...] = (".py",)
+) -> Iterator[tuple[str, Path]]:
     for path in distribution.files or ():
-        if _wanted(path):
+        if _wanted(path, suffixes):
             yield path.as_posix(), Path(path.locate())
 
 
@@ -179,7 +181,7 @@ def mine(
     """
     from tqdm.auto import tqdm
 
-    files = [(_split_of(path), path, file) for path, file in held_out_from]
+    files = [(split_of(path), path, file) for path, file in held_out_from]
     files += [("train", path, file) for path, file in rest]
     order = {"test": 0, "validation": 1, "train": 2}
     files.sort(key=lambda entry: order[entry[0]])  # stable: the caller's order within a split
@@ -190,7 +192,7 @@ def mine(
         for split, path, file in tqdm(files, "mine docstrings", unit=" files", disable=not progress, delay=5):
             fresh = []
             for row in rows_of_file(path, file):
-                keys = {_digest(_body(row.source)), _digest(_normalised(row.target))}
+                keys = {digest(_body(row.source)), digest(_normalised(row.target))}
                 if seen.isdisjoint(keys):
                     fresh.append(row)
                 seen |= keys
@@ -217,8 +219,8 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _split_of(path: str) -> str:
-    position = int.from_bytes(_digest(path), "big") / (1 << 64)
+def split_of(path: str) -> str:
+    position = int.from_bytes(digest(path), "big") / (1 << 64)
     for split, share in HELD_OUT.items():
         if position < share:
             return split
@@ -226,13 +228,13 @@ def _split_of(path: str) -> str:
     return "train"
 
 
-def _digest(text: str) -> bytes:
+def digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
 
 
 def _place(row: Row) -> bytes:
     """Orders rows at random, but always in the same way."""
-    return _digest(row.source)
+    return digest(row.source)
 
 
 def _body(source: str) -> str:
@@ -276,7 +278,7 @@ class _ShingleIndex:
 def rows_of_file(path: str, file: Path) -> list[Row]:
     """The rows of one file in the order of its lines; none if it cannot be read or is no Python 3."""
     try:
-        if file.stat().st_size > _MAX_FILE_BYTES:
+        if file.stat().st_size > MAX_FILE_BYTES:
             return []
         content = file.read_bytes()
         if b'"""' not in content and b"'''" not in content:  # spares the parser every fifth file

@@ -246,8 +246,8 @@ class DistillationTrainer(Seq2SeqTrainer):
         if self.args.distill_weight > 0 or evaluating:
             inputs = with_teacher_inputs(inputs, self._start_token_id, self._vocabulary)
             ids = inputs["teacher_input_ids"]
-            self._vocabulary.check(labels_N, ids)
             rows, columns, asked = asked_positions(inputs, rows, columns)
+            self._vocabulary.check(labels_N if asked is None else labels_N[asked], ids)
             with without_autocast:
                 teacher = self.teacher.scores(
                     ids, inputs["teacher_attention_mask"], rows, columns, self._vocabulary, chunked

@@ -1,0 +1,132 @@
+"""Adapt a student to reading and going on with plain text, as its teacher would, before it is distilled on a task.
+
+With prefix_lm the encoder reads the first part of a piece of text and the decoder writes the rest; with span_denoising
+it fills in what was taken out; ul2 does both. What comes out is a STUDENT for `distill`. Every field of
+DistillationTrainingArguments is an option too. An interrupted run goes on with --resume and reads what it would have.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ._inputs import BUILT_IN, add_training_arguments, teacher_path, training_arguments
+from .distill import TRAINING, checkpoint_in, load_student, train_and_save
+
+
+SUMMARY = "adapt a student to plain text before its task"
+EXAMPLE = (
+    "hf-encdec-distill adapt student --teacher HuggingFaceTB/SmolLM2-135M-Instruct --text corpus --output adapted "
+    "--max-steps 2000 --learning-rate 5e-4"
+)
+PASSES_ARGUMENTS_ON = True
+
+_NAMES = ("max_steps", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "divergence")
+_NAMES += ("distill_weight", "distill_temperature", "save_steps", "seed")
+_TRAINING = {name: TRAINING[name] for name in _NAMES}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("student", help="folder or Hub id of an encoder-decoder, as `init` makes it")
+    parser.add_argument("--teacher", required=True, help=f"causal language model: folder, Hub id, or {BUILT_IN!r}")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder for checkpoints and the student")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parser.add_argument(
+        "--text",
+        default=BUILT_IN,
+        metavar="DATA",
+        help="a text file or a folder of them (.txt, .md, .rst, .py), a CSV, JSON or Parquet file or folder, or a "
+        "datasets name; default: the source and documentation of this Python and its packages",
+    )
+    parser.add_argument(
+        "--text-column", default="text", metavar="NAME", help="where a table has the text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--objective",
+        choices=("prefix_lm", "span_denoising", "ul2"),
+        default="prefix_lm",
+        help="what the student learns to do with it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--window", type=int, default=512, metavar="TOKENS", help="length of a piece (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prefix-share",
+        type=float,
+        nargs=2,
+        default=(0.5, 0.5),
+        metavar=("LEAST", "MOST"),
+        help="share of a piece that the encoder reads (default: half)",
+    )
+    parser.add_argument(
+        "--sentinels",
+        nargs="+",
+        metavar="TOKEN",
+        help="tokens that stand for spans (default: special tokens of the teacher that have no other use)",
+    )
+    parser.add_argument(
+        "--eval-rows",
+        type=int,
+        default=200,
+        metavar="N",
+        help="held-out pieces that the student is measured on in the end; 0: none (default: %(default)s)",
+    )
+    add_training_arguments(parser, _TRAINING)
+
+
+def run(args: argparse.Namespace) -> None:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from ..data import load_plain_text
+    from ..distillation import DistillationTrainer, DistillationTrainingArguments
+
+    output = Path(args.output)
+    checkpoint = checkpoint_in(output, args.resume)
+    training = training_arguments(DistillationTrainingArguments, args, _TRAINING, output)
+    if training.max_steps < 1:
+        raise ValueError("text is read without end: say with --max-steps how many steps to train for")
+    if training.accelerator_config.dispatch_batches is None:
+        # Each process reads its own rows; batches that one reads for all have to be of one length.
+        training.accelerator_config.dispatch_batches = False
+
+    student, tokenizer = load_student(args.student)
+    teacher = teacher_path(args.teacher)
+
+    def rows(split: str):
+        merged = getattr(student.config, "cross_attention", None) == "merged"
+        return load_plain_text(
+            None if args.text == BUILT_IN else args.text,
+            AutoTokenizer.from_pretrained(teacher),
+            objective=args.objective,
+            window=args.window,
+            start_token_id=student.config.decoder_start_token_id if merged else None,
+            prefix_share=tuple(args.prefix_share),
+            sentinels=_ids(args.sentinels, tokenizer),
+            split=split,
+            text_column=args.text_column,
+            seed=training.seed if training.data_seed is None else training.data_seed,
+        )
+
+    held_out = Dataset.from_list(list(rows("validation").take(args.eval_rows))) if args.eval_rows else None
+    trainer = DistillationTrainer(
+        model=student,
+        args=training,
+        train_dataset=rows("train"),
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        teacher=teacher,
+    )
+    train_and_save(trainer, checkpoint)
+    metrics = {} if held_out is None else trainer.evaluate()
+    if trainer.is_world_process_zero():
+        for name, value in metrics.items():
+            print(f"{name}: {value}")
+
+
+def _ids(tokens: list[str] | None, tokenizer) -> list[int] | None:
+    vocabulary = tokenizer.get_vocab()
+    unknown = [token for token in tokens or () if token not in vocabulary]
+    if unknown:
+        raise ValueError(f"--sentinels {unknown[0]}: the student's tokenizer has no such token")
+    return None if tokens is None else [vocabulary[token] for token in tokens]
