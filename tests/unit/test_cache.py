@@ -17,6 +17,7 @@ from torch.distributions import Categorical, kl_divergence
 from transformers import AutoTokenizer
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
+from hf_encdec_distill.distillation.alignment import SharedVocabulary
 from hf_encdec_distill.distillation.cache import CachedTeacher, capture, sampled_forward_kl, top_k_divergence
 from hf_encdec_distill.distillation.losses import DIVERGENCES, forward_kl, select_divergence
 from hf_encdec_distill.distillation.teachers import LiveTeacher
@@ -70,7 +71,7 @@ def test_top_k_is_the_divergence_of_the_merged_events(name, temperature):
         return torch.cat((kept, 1 - kept.sum(-1, keepdim=True)), -1).log()
 
     torch.testing.assert_close(ours, divergence(merged(student), merged(teacher)))
-    assert (ours <= divergence(student, teacher, temperature)).all()  # data processing inequality
+    assert (ours <= divergence(student, teacher, temperature) + 1e-12).all()  # data processing inequality
     same = top_k_divergence(teacher, ids, log_probs, tail, divergence, temperature)
     torch.testing.assert_close(same, torch.zeros(6, dtype=torch.float64), atol=1e-12, rtol=0)
     student.requires_grad_()
@@ -119,16 +120,19 @@ def test_ids_that_the_student_lacks_are_taken_out_of_top_k():
     torch.testing.assert_close(ours, kl_divergence(Categorical(teacher_events), Categorical(student_events)))
 
 
-def test_samples_are_unbiased():
+@pytest.mark.parametrize("power", [1.0, 0.7, 1.3])
+def test_samples_are_unbiased(power):
     """The expectation over what is drawn, taken exactly: value and gradient are those of the dense KL."""
     student, teacher = logits_pair()
     student.requires_grad_()
-    log_p = torch.log_softmax(teacher / 1.7, -1)
-    one = torch.ones(6, 1, dtype=torch.float64)
+    p = torch.softmax(teacher / 1.7, -1)
+    proposal = p**power / (p**power).sum(-1, keepdim=True)
     expected = 0.0
     for token in range(9):
         ids = torch.full((6, 1), token)
-        expected = expected + log_p[:, token].exp() * sampled_forward_kl(student, ids, log_p[:, [token]], one, 1.7)
+        weights = p[:, [token]] / proposal[:, [token]]
+        loss = sampled_forward_kl(student, ids, p[:, [token]].log(), weights, 1.7)
+        expected = expected + proposal[:, token] * loss
     dense = forward_kl(student, teacher, 1.7)
     torch.testing.assert_close(expected, dense)
     torch.testing.assert_close(*(torch.autograd.grad(v.sum(), student)[0] for v in (expected, dense)))
@@ -152,14 +156,14 @@ def train(folder, teacher, tokenizer, rows=ROWS, student=None, **changed):
 
 
 @pytest.mark.parametrize(
-    "kind, width, divergence, tolerance",
+    "kind, k, divergence, tolerance",
     [("top_k", 280, "generalized_jsd", 1e-5), ("dense", 1, "reverse_kl", 2e-3), ("top_k", 279, "skew_kl", 1e-5)],
 )
 @pytest.mark.parametrize("chunk_size", [1000, 3])
 def test_all_of_the_distribution_trains_as_the_live_teacher(
-    tmp_path, tokenizer, kind, width, divergence, tolerance, chunk_size
+    tmp_path, tokenizer, kind, k, divergence, tolerance, chunk_size
 ):
-    assert make_cache(tmp_path / "cache", tokenizer, kind=kind, width=width) == len(ROWS)
+    assert make_cache(tmp_path / "cache", tokenizer, kind=kind, k=k) == len(ROWS)
     settings = {"divergence": divergence, "loss_chunk_size": chunk_size}
     live = train(tmp_path / "live", make_teacher(), tokenizer, **settings)
     cached = train(tmp_path / "cached", tmp_path / "cache", tokenizer, **settings)
@@ -171,9 +175,9 @@ def test_all_of_the_distribution_trains_as_the_live_teacher(
         assert ours[name] == pytest.approx(theirs[name], rel=2 * tolerance)
 
 
-@pytest.mark.parametrize("kind", ["top_k", "sampled"])
-def test_part_of_the_distribution_gives_the_loss_by_hand(tmp_path, tokenizer, kind):
-    make_cache(tmp_path / "cache", tokenizer, kind=kind, width=5, temperature=2.0)
+@pytest.mark.parametrize("kind, more", [("top_k", {}), ("sampled", {}), ("sampled", {"proposal_power": 0.6})])
+def test_part_of_the_distribution_gives_the_loss_by_hand(tmp_path, tokenizer, kind, more):
+    make_cache(tmp_path / "cache", tokenizer, kind=kind, k=5, rounds=5, temperature=2.0, **more)
     args = arguments(tmp_path, distill_weight=1.0, distill_temperature=2.0)
     trainer = DistillationTrainer(
         make_t5(), args, teacher=tmp_path / "cache", processing_class=tokenizer, train_dataset=ROWS
@@ -199,32 +203,67 @@ def test_part_of_the_distribution_gives_the_loss_by_hand(tmp_path, tokenizer, ki
             scores = record.scores(
                 sequence, torch.ones_like(sequence), torch.zeros_like(columns), columns, trainer._vocabulary
             )
-            assert scores.ids.shape == (len(columns), 5)
-            torch.testing.assert_close(scores.log_probs, log_p.gather(1, scores.ids), rtol=1e-5, atol=1e-5)
-            expected.append((log_p.gather(1, scores.ids) - log_q.gather(1, scores.ids)).mean(1))
+            assert len(scores.ids) == len(columns) and scores.ids.shape[1] <= 5
+            used = scores.weights > 0
+            ours, theirs = (torch.where(used, x.gather(1, scores.ids), 0.0) for x in (log_p, log_q))
+            torch.testing.assert_close(scores.log_probs, ours, rtol=1e-5, atol=1e-5)
+            power = more.get("proposal_power", 1.0)
+            log_proposal = power * log_p - torch.logsumexp(power * log_p, 1, keepdim=True)
+            counts = 5 * scores.weights * (log_proposal - log_p).exp().gather(1, scores.ids)
+            torch.testing.assert_close(counts, counts.round(), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(counts.sum(1), torch.full((len(columns),), 5.0), rtol=1e-4, atol=1e-4)
+            expected.append((scores.weights * (ours - theirs)).sum(1))
     torch.testing.assert_close(loss, 4 * torch.cat(expected).mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_samples_are_drawn_from_the_teacher(tmp_path, tokenizer):
-    """4,000 draws at one position against its probabilities, within five standard deviations; and the same draws in
-    whatever order rows are captured."""
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_samples_are_drawn_from_the_teacher(tmp_path, tokenizer, power):
+    """4,000 draws at one position against the probabilities of the proposal, within five standard deviations; the mean
+    loss against the dense one; and the same draws in whatever order rows are captured."""
     row = ROWS[0]
-    make_cache(tmp_path / "one", tokenizer, rows=[row], kind="sampled", width=4000)
-    make_cache(tmp_path / "two", tokenizer, rows=[ROWS[1], row], kind="sampled", width=4000)
+    options = {"kind": "sampled", "rounds": 4000, "proposal_power": power}
+    make_cache(tmp_path / "one", tokenizer, rows=[row], **options)
+    make_cache(tmp_path / "two", tokenizer, rows=[ROWS[1], row], **options)
     sequence = torch.tensor([row["input_ids"] + row["labels"]])
     columns = torch.arange(len(row["input_ids"]) - 1, sequence.shape[1] - 1)
-    where = (sequence, torch.ones_like(sequence), torch.zeros_like(columns), columns, None)
+    where = (
+        sequence,
+        torch.ones_like(sequence),
+        torch.zeros_like(columns),
+        columns,
+        SharedVocabulary.between(280, 280),
+    )
     one, two = (CachedTeacher(tmp_path / name).scores(*where) for name in ("one", "two"))
-    assert torch.equal(one.ids, two.ids)
-    probs = torch.softmax(make_teacher()(sequence).logits[0, columns[0]].detach(), -1)
-    counts = torch.bincount(one.ids[0], minlength=280)
-    spread = (4000 * probs * (1 - probs)).sqrt() + 1
-    assert ((counts - 4000 * probs).abs() <= 5 * spread).all()
+    assert torch.equal(one.ids, two.ids) and torch.equal(one.weights, two.weights)
+    logits = make_teacher()(sequence).logits[0, columns].detach()
+    assert torch.equal(one.top(slice(None)), logits.argmax(-1))
+    probs = torch.softmax(logits[0], -1)
+    proposal = probs**power / (probs**power).sum()
+    used = one.weights[0] > 0
+    ids = one.ids[0, used]
+    assert len(ids.unique()) == len(ids)
+    counts = torch.zeros(280).index_add(0, ids, 4000 * one.weights[0, used] * (proposal / probs)[ids])
+    spread = (4000 * proposal * (1 - proposal)).sqrt() + 1
+    assert ((counts - 4000 * proposal).abs() <= 5 * spread).all()
+    student = torch.randn(logits.shape)
+    estimate = one.divergence(student, slice(None), forward_kl, 1.0)
+    assert (estimate - forward_kl(student, logits)).abs().max() < 0.5  # of some 5 nats
+
+
+@pytest.mark.parametrize("kind", ["top_k", "sampled", "dense"])
+def test_a_batch_without_targets_costs_nothing(tmp_path, tokenizer, kind):
+    make_cache(tmp_path / "cache", tokenizer, kind=kind)
+    trainer = DistillationTrainer(
+        make_t5(), arguments(tmp_path), teacher=tmp_path / "cache", processing_class=tokenizer, train_dataset=ROWS
+    )
+    batch = trainer.data_collator(ROWS[:2])
+    loss = trainer.compute_loss(trainer.model, {**batch, "labels": torch.full_like(batch["labels"], -100)})
+    assert loss.item() == 0.0
 
 
 def test_rows_may_be_shuffled_left_out_and_padded_on_either_side(tmp_path, make_bpe_tokenizer):
     right = make_bpe_tokenizer(pad_token="<|endoftext|>")
-    make_cache(tmp_path / "cache", right, width=280)
+    make_cache(tmp_path / "cache", right, k=280)
     left = make_bpe_tokenizer(pad_token="<|endoftext|>")
     left.padding_side = "left"
     rows = [ROWS[index] for index in (7, 2, 11)]
@@ -247,7 +286,7 @@ def test_text_rows_of_a_merged_student(tmp_path, make_bpe_tokenizer):
     live = LiveTeacher.load(teacher)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     rows = [{"source": f"def f{i}(): return {i}", "target": f"Return {i}."} for i in range(9)]
-    capture(live, rows, tmp_path / "cache", tokenizer, width=len(tokenizer), progress=False, prompt_template=template)
+    capture(live, rows, tmp_path / "cache", tokenizer, k=len(tokenizer), progress=False, prompt_template=template)
     losses = []
     for source in (str(tmp_path / "cache"), str(teacher)):
         trainer = DistillationTrainer(
@@ -304,7 +343,7 @@ def test_another_teacher_tokenizer_template_or_kind_is_refused(tmp_path, tokeniz
     for name, changed in {
         "teacher_weights": {"teacher": make_teacher(seed=5)},
         "kind": {"kind": "dense"},
-        "width": {"width": 7},
+        "k": {"k": 7},
         "temperature": {"temperature": 2.0},
         "prompt_template": {"prompt_template": "{source}!"},
     }.items():
@@ -348,12 +387,12 @@ def test_rows_without_target_are_left_out_and_bad_input_is_named(tmp_path, token
         make_cache(tmp_path / "none", tokenizer, rows=[])
     with pytest.raises(ValueError, match="kind='top'"):
         make_cache(tmp_path / "none", tokenizer, kind="top")
-    with pytest.raises(ValueError, match="width=0"):
-        make_cache(tmp_path / "none", tokenizer, width=0)
+    with pytest.raises(ValueError, match="k=0"):
+        make_cache(tmp_path / "none", tokenizer, k=0)
     broken = make_teacher()
     with torch.no_grad():
         broken.model.embed_tokens.weight[ROWS[5]["input_ids"][0]] = torch.nan
-    with pytest.raises(ValueError, match=r"logits for row \d+ are not finite"):
+    with pytest.raises(ValueError, match=r"logits for row \d+ of train are not finite"):
         make_cache(tmp_path / "nan", tokenizer, teacher=broken)
     assert not list((tmp_path / "nan").glob("partial-*"))
 

@@ -280,7 +280,7 @@ def test_teach_trains_on_targets_alone(teacher_folder, data_arguments, tmp_path,
 
 def test_distill_from_a_cache(student_folder, teacher_folder, data_arguments, tmp_path, capsys):
     """As with the live teacher, whose vocabulary is recorded whole; a second `cache` has nothing to do."""
-    capture = ["cache", str(teacher_folder), "--output", str(tmp_path / "cache"), "--width", "280"]
+    capture = ["cache", str(teacher_folder), "--output", str(tmp_path / "cache"), "--k", "280"]
     capture += ["--prompt-template", TEMPLATE, *data_arguments]
     for rows in (list(range(1, 200)), [0]):
         assert main(capture) == 0

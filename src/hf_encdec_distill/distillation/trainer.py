@@ -56,7 +56,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         data_collator: pads ready rows; text rows are encoded before it sees them. See `DistillationCollator`.
         processing_class: the student's tokenizer; `model.tokenizer` where the model brings one.
         teacher: a causal language model (it is frozen in place), a folder or a Hub id; or the folder of a cache
-            that `cache.capture` made of one, and then no teacher is in memory.
+            that `cache.capture` made of one, or `hf://datasets/user/name`, and then no teacher is in memory.
         teacher_processing_class: the teacher's tokenizer; by default the one at the teacher's path, and if there is
             none, the student's.
 
@@ -98,8 +98,9 @@ class DistillationTrainer(Seq2SeqTrainer):
             _check_nothing_shared(self.model, teacher)
         if is_cache(teacher):
             self.teacher = CachedTeacher(teacher)
+            teacher = self.teacher.folder
         else:
-            self.teacher = LiveTeacher.load(teacher, args.teacher_dtype).to(args.device)
+            self.teacher = LiveTeacher.load(teacher, args.teacher_dtype, args.teacher_quantization).to(args.device)
         self.teacher.check(args.prompt_template, args.divergence, args.distill_temperature)
         if teacher_processing_class is None:
             teacher_processing_class = _teacher_tokenizer(teacher)
