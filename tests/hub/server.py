@@ -116,7 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{repo.removeprefix('models/')}"
         if repo in self.hub.repositories:
             return self._send_json({"error": "You already created this repo", "url": url}, 409)
-        made = self.hub.repositories[repo] = Repository(private=bool(wanted.get("private")))
+        private = bool(wanted.get("private")) or wanted.get("visibility") == "private"  # by the client's version
+        made = self.hub.repositories[repo] = Repository(private)
         made.commit("main", {}, "initial commit")
         self._send_json({"url": url, "id": name})
 

@@ -13,8 +13,9 @@ import pyarrow.parquet
 import pytest
 import torch
 from distillation_toys import arguments, make_t5, make_teacher, ragged_rows, write_teacher
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributions import Categorical, kl_divergence
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
 from hf_encdec_distill.distillation.alignment import SharedVocabulary
@@ -342,6 +343,7 @@ def test_another_teacher_tokenizer_template_or_kind_is_refused(tmp_path, tokeniz
     other.add_tokens("more")
     for name, changed in {
         "teacher_weights": {"teacher": make_teacher(seed=5)},
+        "teacher_dtype": {"teacher": make_teacher().bfloat16()},
         "kind": {"kind": "dense"},
         "k": {"k": 7},
         "temperature": {"temperature": 2.0},
@@ -416,6 +418,111 @@ def test_a_full_disk_loses_no_shard(tmp_path, tokenizer, monkeypatch):
     assert make_cache(tmp_path / "cache", tokenizer) == len(ROWS) - 8
 
 
+@pytest.mark.parametrize("loaded_by", ["peft", "transformers"])
+def test_another_adapter_on_the_same_base_is_refused(tmp_path, tokenizer, loaded_by):
+    write_teacher(tmp_path / "base", tokenizer, layers=2)
+
+    def teacher(name, seed, **changed):
+        config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, **changed})
+        torch.manual_seed(seed)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).save_pretrained(
+            tmp_path / name
+        )
+        if loaded_by == "transformers":  # a folder with adapter_config.json, as `teach --adapter` writes it
+            return LiveTeacher.load(tmp_path / name).model
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / name)
+
+    assert make_cache(tmp_path / "cache", tokenizer, teacher=teacher("one", 1)) == len(ROWS)
+    assert make_cache(tmp_path / "cache", tokenizer, teacher=teacher("the same elsewhere", 1)) == 0
+    base_alone = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    for other in (teacher("other weights", 2), teacher("other scale", 1, lora_alpha=3), base_alone):
+        with pytest.raises(ValueError, match="captured with teacher_adapter="):
+            make_cache(tmp_path / "cache", tokenizer, teacher=other)
+    row = ROWS[0]
+    ids = torch.tensor([row["input_ids"] + row["labels"]])
+    live = teacher("one", 1)(ids).logits[0, len(row["input_ids"]) - 1 : -1].detach()
+    columns = torch.arange(len(row["input_ids"]) - 1, ids.shape[1] - 1)
+    scores = CachedTeacher(tmp_path / "cache").scores(
+        ids, torch.ones_like(ids), torch.zeros_like(columns), columns, SharedVocabulary.between(280, 280)
+    )
+    torch.testing.assert_close(scores.log_probs, torch.log_softmax(live, -1).topk(32).values, rtol=1e-4, atol=1e-5)
+
+
+# For each operation on the files of the folder a process that dies right before it, and another one that goes on.
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+import datasets, pyarrow.parquet, torch
+from transformers import AutoTokenizer
+from hf_encdec_distill.distillation import LiveTeacher, TargetGeneration, capture, sequence_level
+from hf_encdec_distill.distillation.shards import read_keys
+
+torch.set_num_threads(1)
+datasets.disable_progress_bars()
+folder, teacher = Path(sys.argv[1]), sys.argv[2]
+tokenizer = AutoTokenizer.from_pretrained(teacher)
+rows = [{"source": f"def f{i}"} for i in range(2)]
+answers = {"def f0": [40, 2, 0], "def f1": [43, 44, 45]}  # EOS is 2; the second has none
+sequence_level._write = lambda teacher, requests, *_: torch.tensor([answers[request.source] for request in requests])
+
+
+def child(kill_at):
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    count = 0
+
+    def hook(event, args):
+        nonlocal count
+        if event in ("open", "os.rename", "os.remove", "os.mkdir") and str(args[0]).startswith(str(folder)):
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    try:
+        generation = TargetGeneration(max_new_tokens=3, keep="all")
+        capture(
+            LiveTeacher.load(teacher), rows, folder, tokenizer, generation=generation, batch_size=1, rows_per_shard=1,
+            progress=False, prompt_template="{source}:",
+        )
+        left = sorted(file.name for file in folder.iterdir() if "shard-" not in file.name)
+        kept = [pyarrow.parquet.read_table(file)["target"].to_pylist() for file in folder.glob("generated-*")]
+        Path(sys.argv[3]).write_text(repr((read_keys(folder, "shard"), left, kept)))
+        os._exit(0)
+    except BaseException as error:
+        print(repr(error), flush=True)
+        os._exit(1)
+
+
+def result():
+    return Path(sys.argv[3]).read_text()
+
+
+assert child(None) == 0
+expected, point = result(), 0
+while True:
+    shutil.rmtree(folder)
+    point += 1
+    if child(point) == 0:
+        break
+    assert child(None) == 0, point
+    assert result() == expected, (point, result(), expected)
+print(point, "points", expected)
+"""
+
+
+def test_killed_at_any_file_operation_it_goes_on(tmp_path, make_bpe_tokenizer, command):
+    environment = command[0]
+    teacher = write_teacher(tmp_path / "teacher", make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>"))
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    words = [sys.executable, str(script), str(tmp_path / "cache"), str(teacher), str(tmp_path / "result")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    assert int(done.stdout.split(" points ")[0].split()[-1]) > 15, done.stdout
+
+
 CAPTURE = """
 import sys
 from hf_encdec_distill.distillation.cache import capture
@@ -460,13 +567,36 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, tokenizer, command):
     assert len(CachedTeacher(cache)) == rows
 
 
-def test_two_processes_share_the_work(tmp_path, command):
-    environment, words, where = command
+# As above, on texts whose targets the teacher samples.
+GENERATE = """
+import sys
+from hf_encdec_distill.distillation import LiveTeacher, TargetGeneration, capture
+from transformers import AutoTokenizer
+folder, count, teacher = sys.argv[1:]
+rows = [{"source": f"def f{i}(): return" + " x" * (i % 4)} for i in range(int(count))]
+print(capture(
+    LiveTeacher.load(teacher), rows, folder, AutoTokenizer.from_pretrained(teacher), batch_size=2, rows_per_shard=2,
+    generation=TargetGeneration(max_new_tokens=30, sampling_temperature=1.0, num_return_sequences=16, keep="all"),
+    prompt_template="{source}:", progress=False,
+))
+"""
+
+
+def test_two_processes_share_the_work(tmp_path, command, make_bpe_tokenizer):
+    environment, _, _ = command
+    teacher = write_teacher(tmp_path / "teacher", make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>"))
+    (tmp_path / "generate.py").write_text(GENERATE)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, *words, "13", where], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    shards = [shard.name.split("-")[1] for shard in (tmp_path / "cache").glob("shard-*")]
-    assert shards.count("000") == 4 and shards.count("001") == 3
-    assert len(CachedTeacher(tmp_path / "cache")) == 13
+    answers = {}
+    for name, words in (("one", []), ("two", launcher)):
+        words = [*words, str(tmp_path / "generate.py"), str(tmp_path / name), "13", str(teacher)]
+        done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows = datasets.load_dataset(str(tmp_path / name))["train"]
+        answers[name] = sorted(zip(rows["source"], rows["target"], strict=True))
+        # Each process says how many rows all of them captured.
+        assert {int(word) for word in done.stdout.split()} == {len(rows)} == {len(CachedTeacher(tmp_path / name))}
+    assert answers["one"] == answers["two"]
+    for prefix in ("shard", "generated-train"):
+        processes = {shard.stem.split("-")[-3] for shard in (tmp_path / "two").glob(f"{prefix}-*")}
+        assert processes == {"000", "001"}, prefix

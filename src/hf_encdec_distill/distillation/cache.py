@@ -519,6 +519,7 @@ def _manifest(
     teacher: LiveTeacher, tokenizer, recorded: dict[str, Any], prompt_template: str | None
 ) -> dict[str, Any]:
     config = teacher.model.config
+    name = config._name_or_path
     vocabulary = None if tokenizer is None else json.dumps(sorted(tokenizer.get_vocab().items()))
     described = {name: value for name, value in config.to_dict().items() if name not in _NO_PART_OF_A_TEACHER}
     return {
@@ -527,7 +528,8 @@ def _manifest(
         "vocab_size": teacher.vocab_size,
         "tokenizer": None if vocabulary is None else hashlib.sha256(vocabulary.encode()).hexdigest(),
         "prompt_template": prompt_template,
-        "teacher": config._name_or_path,
+        # Where it lies on this machine is nobody's business on the Hub.
+        "teacher": Path(name).name if os.path.isdir(name) else name,
         "teacher_config": _digest_of(described),
         "teacher_dtype": str(teacher.model.dtype).removeprefix("torch."),
         "teacher_adapter": _adapter_digest(teacher.model),
