@@ -44,8 +44,8 @@ class Arm:
     reference: str = "base"
 
 
-CACHES = {"top_k": {"kind": "top_k", "width": 32}, "top_8": {"kind": "top_k", "width": 8}}
-CACHES["sampled"] = {"kind": "sampled", "width": 32}
+CACHES = {"top_k": {"kind": "top_k", "k": 32}, "top_8": {"kind": "top_k", "k": 8}}
+CACHES["sampled"] = {"kind": "sampled", "rounds": 32}
 LIVE = {"teacher": "live", "reference": "live"}
 
 ARMS = {

@@ -23,12 +23,12 @@ def spread(model, std=0.2, seed=0):
     return model.eval()
 
 
-def make_teacher(vocab_size=280, seed=1):
+def make_teacher(vocab_size=280, seed=1, hidden_size=32):
     """Two layers of Llama, eval mode."""
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -25,6 +25,7 @@ from hf_encdec_distill import (
     DistillationTrainingArguments,
     RopeEncDecForConditionalGeneration,
 )
+from hf_encdec_distill.distillation import LiveTeacher
 
 
 ROWS = ragged_rows(6)
@@ -119,6 +120,45 @@ def test_adapters_on_both_sides(tmp_path, tokenizer):
     moved = {name for name, value in student.named_parameters() if not torch.equal(value, before[name])}
     assert moved and all("lora_" in name for name in moved)
     assert all("lora_" in name for name in load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("quantization, error", [("8bit", 0.1), ("4bit", 0.6)])
+def test_a_quantised_teacher(tmp_path, tokenizer, quantization, error):
+    """It stays as it was loaded, its logits are near those of the whole one, and a student learns from it."""
+    whole = make_teacher(hidden_size=64)
+    whole.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    settings = {"max_steps": 2, "learning_rate": 1e-2, "teacher_dtype": "float32"}
+    trainer = DistillationTrainer(
+        make_t5(),
+        arguments(tmp_path, teacher_quantization=quantization, **settings),
+        teacher=tmp_path / "teacher",
+        train_dataset=ROWS,
+        eval_dataset=ROWS,
+        processing_class=tokenizer,
+    )
+    teacher = trainer.teacher.model
+    assert teacher.is_quantized and not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert teacher.model.layers[0].mlp.up_proj.weight.dtype == {"8bit": torch.int8, "4bit": torch.uint8}[quantization]
+    ids = torch.arange(4, 24)[None]
+    ours, theirs = (model(ids).logits.detach() for model in (teacher, whole))
+    assert 0 < (ours - theirs).norm() / theirs.norm() < error
+    trainer.train()
+    before = make_t5()
+    assert any(not torch.equal(p, q) for p, q in zip(before.parameters(), trainer.model.parameters(), strict=True))
+    assert trainer.evaluate()["eval_distill_loss"] > 0
+    with pytest.raises(ValueError, match="teacher_quantization='8bit', but the teacher is loaded already"):
+        DistillationTrainer(
+            make_t5(), arguments(tmp_path, teacher_quantization="8bit"), teacher=make_teacher(), train_dataset=ROWS
+        )
+
+
+def test_a_quantisation_that_cannot_be_is_named(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="teacher_quantization='2bit'.*8bit, 4bit"):
+        arguments(tmp_path, teacher_quantization="2bit")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    with pytest.raises(ImportError, match=r'pip install "hf-encdec-distill\[quantization\]"'):
+        LiveTeacher.load(tmp_path, quantization="4bit")
 
 
 @pytest.mark.parametrize("template", [None, "Code:\n{source}\nSummary:"])

@@ -13,10 +13,12 @@ import pyarrow.parquet
 import pytest
 import torch
 from distillation_toys import arguments, make_t5, make_teacher, ragged_rows, write_teacher
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributions import Categorical, kl_divergence
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
+from hf_encdec_distill.distillation.alignment import SharedVocabulary
 from hf_encdec_distill.distillation.cache import CachedTeacher, capture, sampled_forward_kl, top_k_divergence
 from hf_encdec_distill.distillation.losses import DIVERGENCES, forward_kl, select_divergence
 from hf_encdec_distill.distillation.teachers import LiveTeacher
@@ -119,16 +121,19 @@ def test_ids_that_the_student_lacks_are_taken_out_of_top_k():
     torch.testing.assert_close(ours, kl_divergence(Categorical(teacher_events), Categorical(student_events)))
 
 
-def test_samples_are_unbiased():
+@pytest.mark.parametrize("power", [1.0, 0.7, 1.3])
+def test_samples_are_unbiased(power):
     """The expectation over what is drawn, taken exactly: value and gradient are those of the dense KL."""
     student, teacher = logits_pair()
     student.requires_grad_()
-    log_p = torch.log_softmax(teacher / 1.7, -1)
-    one = torch.ones(6, 1, dtype=torch.float64)
+    p = torch.softmax(teacher / 1.7, -1)
+    proposal = p**power / (p**power).sum(-1, keepdim=True)
     expected = 0.0
     for token in range(9):
         ids = torch.full((6, 1), token)
-        expected = expected + log_p[:, token].exp() * sampled_forward_kl(student, ids, log_p[:, [token]], one, 1.7)
+        weights = p[:, [token]] / proposal[:, [token]]
+        loss = sampled_forward_kl(student, ids, p[:, [token]].log(), weights, 1.7)
+        expected = expected + proposal[:, token] * loss
     dense = forward_kl(student, teacher, 1.7)
     torch.testing.assert_close(expected, dense)
     torch.testing.assert_close(*(torch.autograd.grad(v.sum(), student)[0] for v in (expected, dense)))
@@ -152,14 +157,14 @@ def train(folder, teacher, tokenizer, rows=ROWS, student=None, **changed):
 
 
 @pytest.mark.parametrize(
-    "kind, width, divergence, tolerance",
+    "kind, k, divergence, tolerance",
     [("top_k", 280, "generalized_jsd", 1e-5), ("dense", 1, "reverse_kl", 2e-3), ("top_k", 279, "skew_kl", 1e-5)],
 )
 @pytest.mark.parametrize("chunk_size", [1000, 3])
 def test_all_of_the_distribution_trains_as_the_live_teacher(
-    tmp_path, tokenizer, kind, width, divergence, tolerance, chunk_size
+    tmp_path, tokenizer, kind, k, divergence, tolerance, chunk_size
 ):
-    assert make_cache(tmp_path / "cache", tokenizer, kind=kind, width=width) == len(ROWS)
+    assert make_cache(tmp_path / "cache", tokenizer, kind=kind, k=k) == len(ROWS)
     settings = {"divergence": divergence, "loss_chunk_size": chunk_size}
     live = train(tmp_path / "live", make_teacher(), tokenizer, **settings)
     cached = train(tmp_path / "cached", tmp_path / "cache", tokenizer, **settings)
@@ -171,9 +176,9 @@ def test_all_of_the_distribution_trains_as_the_live_teacher(
         assert ours[name] == pytest.approx(theirs[name], rel=2 * tolerance)
 
 
-@pytest.mark.parametrize("kind", ["top_k", "sampled"])
-def test_part_of_the_distribution_gives_the_loss_by_hand(tmp_path, tokenizer, kind):
-    make_cache(tmp_path / "cache", tokenizer, kind=kind, width=5, temperature=2.0)
+@pytest.mark.parametrize("kind, more", [("top_k", {}), ("sampled", {}), ("sampled", {"proposal_power": 0.6})])
+def test_part_of_the_distribution_gives_the_loss_by_hand(tmp_path, tokenizer, kind, more):
+    make_cache(tmp_path / "cache", tokenizer, kind=kind, k=5, rounds=5, temperature=2.0, **more)
     args = arguments(tmp_path, distill_weight=1.0, distill_temperature=2.0)
     trainer = DistillationTrainer(
         make_t5(), args, teacher=tmp_path / "cache", processing_class=tokenizer, train_dataset=ROWS
@@ -199,32 +204,67 @@ def test_part_of_the_distribution_gives_the_loss_by_hand(tmp_path, tokenizer, ki
             scores = record.scores(
                 sequence, torch.ones_like(sequence), torch.zeros_like(columns), columns, trainer._vocabulary
             )
-            assert scores.ids.shape == (len(columns), 5)
-            torch.testing.assert_close(scores.log_probs, log_p.gather(1, scores.ids), rtol=1e-5, atol=1e-5)
-            expected.append((log_p.gather(1, scores.ids) - log_q.gather(1, scores.ids)).mean(1))
+            assert len(scores.ids) == len(columns) and scores.ids.shape[1] <= 5
+            used = scores.weights > 0
+            ours, theirs = (torch.where(used, x.gather(1, scores.ids), 0.0) for x in (log_p, log_q))
+            torch.testing.assert_close(scores.log_probs, ours, rtol=1e-5, atol=1e-5)
+            power = more.get("proposal_power", 1.0)
+            log_proposal = power * log_p - torch.logsumexp(power * log_p, 1, keepdim=True)
+            counts = 5 * scores.weights * (log_proposal - log_p).exp().gather(1, scores.ids)
+            torch.testing.assert_close(counts, counts.round(), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(counts.sum(1), torch.full((len(columns),), 5.0), rtol=1e-4, atol=1e-4)
+            expected.append((scores.weights * (ours - theirs)).sum(1))
     torch.testing.assert_close(loss, 4 * torch.cat(expected).mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_samples_are_drawn_from_the_teacher(tmp_path, tokenizer):
-    """4,000 draws at one position against its probabilities, within five standard deviations; and the same draws in
-    whatever order rows are captured."""
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_samples_are_drawn_from_the_teacher(tmp_path, tokenizer, power):
+    """4,000 draws at one position against the probabilities of the proposal, within five standard deviations; the mean
+    loss against the dense one; and the same draws in whatever order rows are captured."""
     row = ROWS[0]
-    make_cache(tmp_path / "one", tokenizer, rows=[row], kind="sampled", width=4000)
-    make_cache(tmp_path / "two", tokenizer, rows=[ROWS[1], row], kind="sampled", width=4000)
+    options = {"kind": "sampled", "rounds": 4000, "proposal_power": power}
+    make_cache(tmp_path / "one", tokenizer, rows=[row], **options)
+    make_cache(tmp_path / "two", tokenizer, rows=[ROWS[1], row], **options)
     sequence = torch.tensor([row["input_ids"] + row["labels"]])
     columns = torch.arange(len(row["input_ids"]) - 1, sequence.shape[1] - 1)
-    where = (sequence, torch.ones_like(sequence), torch.zeros_like(columns), columns, None)
+    where = (
+        sequence,
+        torch.ones_like(sequence),
+        torch.zeros_like(columns),
+        columns,
+        SharedVocabulary.between(280, 280),
+    )
     one, two = (CachedTeacher(tmp_path / name).scores(*where) for name in ("one", "two"))
-    assert torch.equal(one.ids, two.ids)
-    probs = torch.softmax(make_teacher()(sequence).logits[0, columns[0]].detach(), -1)
-    counts = torch.bincount(one.ids[0], minlength=280)
-    spread = (4000 * probs * (1 - probs)).sqrt() + 1
-    assert ((counts - 4000 * probs).abs() <= 5 * spread).all()
+    assert torch.equal(one.ids, two.ids) and torch.equal(one.weights, two.weights)
+    logits = make_teacher()(sequence).logits[0, columns].detach()
+    assert torch.equal(one.top(slice(None)), logits.argmax(-1))
+    probs = torch.softmax(logits[0], -1)
+    proposal = probs**power / (probs**power).sum()
+    used = one.weights[0] > 0
+    ids = one.ids[0, used]
+    assert len(ids.unique()) == len(ids)
+    counts = torch.zeros(280).index_add(0, ids, 4000 * one.weights[0, used] * (proposal / probs)[ids])
+    spread = (4000 * proposal * (1 - proposal)).sqrt() + 1
+    assert ((counts - 4000 * proposal).abs() <= 5 * spread).all()
+    student = torch.randn(logits.shape)
+    estimate = one.divergence(student, slice(None), forward_kl, 1.0)
+    assert (estimate - forward_kl(student, logits)).abs().max() < 0.5  # of some 5 nats
+
+
+@pytest.mark.parametrize("kind", ["top_k", "sampled", "dense"])
+def test_a_batch_without_targets_costs_nothing(tmp_path, tokenizer, kind):
+    make_cache(tmp_path / "cache", tokenizer, kind=kind)
+    trainer = DistillationTrainer(
+        make_t5(), arguments(tmp_path), teacher=tmp_path / "cache", processing_class=tokenizer, train_dataset=ROWS
+    )
+    batch = trainer.data_collator(ROWS[:2])
+    loss = trainer.compute_loss(trainer.model, {**batch, "labels": torch.full_like(batch["labels"], -100)})
+    assert loss.item() == 0.0
 
 
 def test_rows_may_be_shuffled_left_out_and_padded_on_either_side(tmp_path, make_bpe_tokenizer):
     right = make_bpe_tokenizer(pad_token="<|endoftext|>")
-    make_cache(tmp_path / "cache", right, width=280)
+    make_cache(tmp_path / "cache", right, k=280)
     left = make_bpe_tokenizer(pad_token="<|endoftext|>")
     left.padding_side = "left"
     rows = [ROWS[index] for index in (7, 2, 11)]
@@ -247,7 +287,7 @@ def test_text_rows_of_a_merged_student(tmp_path, make_bpe_tokenizer):
     live = LiveTeacher.load(teacher)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     rows = [{"source": f"def f{i}(): return {i}", "target": f"Return {i}."} for i in range(9)]
-    capture(live, rows, tmp_path / "cache", tokenizer, width=len(tokenizer), progress=False, prompt_template=template)
+    capture(live, rows, tmp_path / "cache", tokenizer, k=len(tokenizer), progress=False, prompt_template=template)
     losses = []
     for source in (str(tmp_path / "cache"), str(teacher)):
         trainer = DistillationTrainer(
@@ -303,8 +343,9 @@ def test_another_teacher_tokenizer_template_or_kind_is_refused(tmp_path, tokeniz
     other.add_tokens("more")
     for name, changed in {
         "teacher_weights": {"teacher": make_teacher(seed=5)},
+        "teacher_dtype": {"teacher": make_teacher().bfloat16()},
         "kind": {"kind": "dense"},
-        "width": {"width": 7},
+        "k": {"k": 7},
         "temperature": {"temperature": 2.0},
         "prompt_template": {"prompt_template": "{source}!"},
     }.items():
@@ -348,12 +389,12 @@ def test_rows_without_target_are_left_out_and_bad_input_is_named(tmp_path, token
         make_cache(tmp_path / "none", tokenizer, rows=[])
     with pytest.raises(ValueError, match="kind='top'"):
         make_cache(tmp_path / "none", tokenizer, kind="top")
-    with pytest.raises(ValueError, match="width=0"):
-        make_cache(tmp_path / "none", tokenizer, width=0)
+    with pytest.raises(ValueError, match="k=0"):
+        make_cache(tmp_path / "none", tokenizer, k=0)
     broken = make_teacher()
     with torch.no_grad():
         broken.model.embed_tokens.weight[ROWS[5]["input_ids"][0]] = torch.nan
-    with pytest.raises(ValueError, match=r"logits for row \d+ are not finite"):
+    with pytest.raises(ValueError, match=r"logits for row \d+ of train are not finite"):
         make_cache(tmp_path / "nan", tokenizer, teacher=broken)
     assert not list((tmp_path / "nan").glob("partial-*"))
 
@@ -375,6 +416,111 @@ def test_a_full_disk_loses_no_shard(tmp_path, tokenizer, monkeypatch):
     assert len(CachedTeacher(tmp_path / "cache")) == 8
     assert not list((tmp_path / "cache").glob("partial-*"))
     assert make_cache(tmp_path / "cache", tokenizer) == len(ROWS) - 8
+
+
+@pytest.mark.parametrize("loaded_by", ["peft", "transformers"])
+def test_another_adapter_on_the_same_base_is_refused(tmp_path, tokenizer, loaded_by):
+    write_teacher(tmp_path / "base", tokenizer, layers=2)
+
+    def teacher(name, seed, **changed):
+        config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, **changed})
+        torch.manual_seed(seed)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).save_pretrained(
+            tmp_path / name
+        )
+        if loaded_by == "transformers":  # a folder with adapter_config.json, as `teach --adapter` writes it
+            return LiveTeacher.load(tmp_path / name).model
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / name)
+
+    assert make_cache(tmp_path / "cache", tokenizer, teacher=teacher("one", 1)) == len(ROWS)
+    assert make_cache(tmp_path / "cache", tokenizer, teacher=teacher("the same elsewhere", 1)) == 0
+    base_alone = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    for other in (teacher("other weights", 2), teacher("other scale", 1, lora_alpha=3), base_alone):
+        with pytest.raises(ValueError, match="captured with teacher_adapter="):
+            make_cache(tmp_path / "cache", tokenizer, teacher=other)
+    row = ROWS[0]
+    ids = torch.tensor([row["input_ids"] + row["labels"]])
+    live = teacher("one", 1)(ids).logits[0, len(row["input_ids"]) - 1 : -1].detach()
+    columns = torch.arange(len(row["input_ids"]) - 1, ids.shape[1] - 1)
+    scores = CachedTeacher(tmp_path / "cache").scores(
+        ids, torch.ones_like(ids), torch.zeros_like(columns), columns, SharedVocabulary.between(280, 280)
+    )
+    torch.testing.assert_close(scores.log_probs, torch.log_softmax(live, -1).topk(32).values, rtol=1e-4, atol=1e-5)
+
+
+# For each operation on the files of the folder a process that dies right before it, and another one that goes on.
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+import datasets, pyarrow.parquet, torch
+from transformers import AutoTokenizer
+from hf_encdec_distill.distillation import LiveTeacher, TargetGeneration, capture, sequence_level
+from hf_encdec_distill.distillation.shards import read_keys
+
+torch.set_num_threads(1)
+datasets.disable_progress_bars()
+folder, teacher = Path(sys.argv[1]), sys.argv[2]
+tokenizer = AutoTokenizer.from_pretrained(teacher)
+rows = [{"source": f"def f{i}"} for i in range(2)]
+answers = {"def f0": [40, 2, 0], "def f1": [43, 44, 45]}  # EOS is 2; the second has none
+sequence_level._write = lambda teacher, requests, *_: torch.tensor([answers[request.source] for request in requests])
+
+
+def child(kill_at):
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    count = 0
+
+    def hook(event, args):
+        nonlocal count
+        if event in ("open", "os.rename", "os.remove", "os.mkdir") and str(args[0]).startswith(str(folder)):
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    try:
+        generation = TargetGeneration(max_new_tokens=3, keep="all")
+        capture(
+            LiveTeacher.load(teacher), rows, folder, tokenizer, generation=generation, batch_size=1, rows_per_shard=1,
+            progress=False, prompt_template="{source}:",
+        )
+        left = sorted(file.name for file in folder.iterdir() if "shard-" not in file.name)
+        kept = [pyarrow.parquet.read_table(file)["target"].to_pylist() for file in folder.glob("generated-*")]
+        Path(sys.argv[3]).write_text(repr((read_keys(folder, "shard"), left, kept)))
+        os._exit(0)
+    except BaseException as error:
+        print(repr(error), flush=True)
+        os._exit(1)
+
+
+def result():
+    return Path(sys.argv[3]).read_text()
+
+
+assert child(None) == 0
+expected, point = result(), 0
+while True:
+    shutil.rmtree(folder)
+    point += 1
+    if child(point) == 0:
+        break
+    assert child(None) == 0, point
+    assert result() == expected, (point, result(), expected)
+print(point, "points", expected)
+"""
+
+
+def test_killed_at_any_file_operation_it_goes_on(tmp_path, make_bpe_tokenizer, command):
+    environment = command[0]
+    teacher = write_teacher(tmp_path / "teacher", make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>"))
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    words = [sys.executable, str(script), str(tmp_path / "cache"), str(teacher), str(tmp_path / "result")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    assert int(done.stdout.split(" points ")[0].split()[-1]) > 15, done.stdout
 
 
 CAPTURE = """
@@ -421,13 +567,36 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, tokenizer, command):
     assert len(CachedTeacher(cache)) == rows
 
 
-def test_two_processes_share_the_work(tmp_path, command):
-    environment, words, where = command
+# As above, on texts whose targets the teacher samples.
+GENERATE = """
+import sys
+from hf_encdec_distill.distillation import LiveTeacher, TargetGeneration, capture
+from transformers import AutoTokenizer
+folder, count, teacher = sys.argv[1:]
+rows = [{"source": f"def f{i}(): return" + " x" * (i % 4)} for i in range(int(count))]
+print(capture(
+    LiveTeacher.load(teacher), rows, folder, AutoTokenizer.from_pretrained(teacher), batch_size=2, rows_per_shard=2,
+    generation=TargetGeneration(max_new_tokens=30, sampling_temperature=1.0, num_return_sequences=16, keep="all"),
+    prompt_template="{source}:", progress=False,
+))
+"""
+
+
+def test_two_processes_share_the_work(tmp_path, command, make_bpe_tokenizer):
+    environment, _, _ = command
+    teacher = write_teacher(tmp_path / "teacher", make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>"))
+    (tmp_path / "generate.py").write_text(GENERATE)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, *words, "13", where], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    shards = [shard.name.split("-")[1] for shard in (tmp_path / "cache").glob("shard-*")]
-    assert shards.count("000") == 4 and shards.count("001") == 3
-    assert len(CachedTeacher(tmp_path / "cache")) == 13
+    answers = {}
+    for name, words in (("one", []), ("two", launcher)):
+        words = [*words, str(tmp_path / "generate.py"), str(tmp_path / name), "13", str(teacher)]
+        done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows = datasets.load_dataset(str(tmp_path / name))["train"]
+        answers[name] = sorted(zip(rows["source"], rows["target"], strict=True))
+        # Each process says how many rows all of them captured.
+        assert {int(word) for word in done.stdout.split()} == {len(rows)} == {len(CachedTeacher(tmp_path / name))}
+    assert answers["one"] == answers["two"]
+    for prefix in ("shard", "generated-train"):
+        processes = {shard.stem.split("-")[-3] for shard in (tmp_path / "two").glob(f"{prefix}-*")}
+        assert processes == {"000", "001"}, prefix

@@ -12,6 +12,7 @@ import sacrebleu
 import torch
 import torch.nn.functional as F
 import yaml
+from datasets import load_dataset
 from distillation_toys import ragged_rows, spread, write_pairs, write_teacher
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -341,7 +342,7 @@ def test_teach_trains_on_targets_alone(teacher_folder, data_arguments, tmp_path,
 
 def test_distill_from_a_cache(student_folder, teacher_folder, data_arguments, tmp_path, capsys):
     """As with the live teacher, whose vocabulary is recorded whole; a second `cache` has nothing to do."""
-    capture = ["cache", str(teacher_folder), "--output", str(tmp_path / "cache"), "--width", "280"]
+    capture = ["cache", str(teacher_folder), "--output", str(tmp_path / "cache"), "--k", "280"]
     capture += ["--prompt-template", TEMPLATE, *data_arguments]
     for rows in (list(range(1, 200)), [0]):
         assert main(capture) == 0
@@ -356,6 +357,35 @@ def test_distill_from_a_cache(student_folder, teacher_folder, data_arguments, tm
         logs[teacher] = [row["ce_loss"] + row["distill_loss"] for row in json.loads(state.read_text())["log_history"]]
     assert logs["cache"] == pytest.approx(logs["teacher"], rel=0.02)  # the command captures in bfloat16 where it can
     assert "--splits x" in one_line_error(capsys, *capture, "--splits", "x")
+
+
+def test_distill_on_targets_that_the_teacher_wrote(student_folder, teacher_folder, pairs_file, tmp_path, capsys):
+    """Sources alone come from the data; the folder is teacher and data set of the training."""
+    cache = tmp_path / "cache"
+    sources = ["--dataset", str(pairs_file), "--source-column", "text", "--target-column", "short"]
+    capture = ["cache", "--teacher", str(teacher_folder), "--out", str(cache), "--prompt-template", TEMPLATE, *sources]
+    assert "--num-beams says how targets are written" in one_line_error(capsys, *capture, "--num-beams", "2")
+    assert "keep='worst'" in one_line_error(capsys, *capture, "--generate", "--keep", "worst")
+    assert "not allowed with argument" in one_line_error(capsys, *capture, "other-teacher")
+    capture += [
+        "--generate",
+        "--max-target-length",
+        "12",
+        "--sampling-temperature",
+        "1",
+        "--num-return-sequences",
+        "3",
+    ]
+    capture += ["--teacher-dtype", "float32", "--batch-size", "32", "--kind", "sampled", "--rounds", "20"]
+    assert main(capture) == 0
+    assert "MB" in capsys.readouterr().out
+    written = load_dataset(str(cache))
+    assert set(written) == {"train", "validation"} and not set(written["train"]["target"]) & {"It is red and red."}
+    options = ["--teacher", str(cache), "--dataset", str(cache), "--output", str(tmp_path / "distilled")]
+    options += ["--max-steps", "2", "--use-cpu", "--logging-steps", "1", "--save-strategy", "no"]
+    options += ["--prompt-template", TEMPLATE, "--report-to", "none", "--max-target-length", "12"]
+    assert main(["distill", str(student_folder), *options]) == 0
+    assert "eval_teacher_agreement" in capsys.readouterr().out
 
 
 def test_convert_mu_writes_what_auto_model_loads(tmp_path):

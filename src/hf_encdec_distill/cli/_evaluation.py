@@ -16,6 +16,7 @@ from ..distillation.alignment import IGNORED
 from ..distillation.fidelity import calibration_gaps, token_calibration, token_fidelity
 from ..distillation.losses import cross_entropy
 from ..distillation.metrics import exact_match, f1, rouge_l, text_statistics
+from ..distillation.sequence_level import generate_tokens
 from ..model_card import OF_TEACHER
 from ..models.prompts import encode_prompt
 from ._significance import Sums, mean
@@ -148,22 +149,16 @@ def score(
     return sums
 
 
-@torch.inference_mode()
 def generate(
     model, tokenizer, rows: Sequence[dict], max_new_tokens: int, update: Update = lambda *_: None
 ) -> list[str]:
     """Greedy answers of an encoder-decoder or a decoder-only model, in the order of the rows."""
     answers = [""] * len(rows)
-    encdec = model.config.is_encoder_decoder
-    side = "inputs" if encdec else "prompt"
+    side = "inputs" if model.config.is_encoder_decoder else "prompt"
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
-    options |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    options["eos_token_id"] = tokenizer.eos_token_id
     for indices, batch in batches(rows, update, "generating"):
-        ids = pad([row[side] for row in batch], tokenizer.pad_token_id, left=not encdec).to(model.device)
-        mask = pad([[1] * len(row[side]) for row in batch], 0, left=not encdec).to(model.device)
-        tokens = model.generate(input_ids=ids, attention_mask=mask, **options)
-        # What comes back begins with the prompt, or with the token that the decoder started from.
-        tokens = tokens[:, 1 if encdec else ids.shape[1] :]
+        tokens = generate_tokens(model, [row[side] for row in batch], tokenizer.pad_token_id, **options)
         for index, text in zip(indices, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
             answers[index] = text.strip()
     return answers

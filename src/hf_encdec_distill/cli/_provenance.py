@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import __version__
-from ..distillation.cache import CachedTeacher, digest_of_file, weights_digest
+from ..data import fingerprint
+from ..distillation.cache import CachedTeacher, weights_digest
 
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def describe_result(trainer: DistillationTrainer, metrics: Mapping[str, float], 
         values = [row[name] for row in logged if name in row]
         if values:
             losses[name] = {"first": values[0], "last": values[-1], "mean": sum(values) / len(values)}
-    digest = hashlib.sha256("".join(digest_of_file(file) for file in sorted(folder.glob("*.safetensors"))).encode())
+    digest = hashlib.sha256("".join(fingerprint(file)[1] for file in sorted(folder.glob("*.safetensors"))).encode())
     return {
         "steps": trainer.state.global_step,
         "metrics": {name: value for name, value in metrics.items() if not name.endswith(_TIMINGS)},

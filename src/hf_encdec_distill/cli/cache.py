@@ -3,23 +3,43 @@
 Rows that are in the folder already are not captured again: the same command goes on after an interruption, and adds
 the rows of another data set. Template and length limits have to be those of the training. Under `accelerate launch`
 the processes share the rows.
+
+With --generate the teacher writes the targets itself. They are kept in the folder too:
+`distill --teacher FOLDER --dataset FOLDER` trains on them.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ._inputs import BUILT_IN, add_data_arguments, add_prompt_arguments, load_splits, prompt_template, teacher_path
 
 
+if TYPE_CHECKING:
+    from ..distillation import TargetGeneration
+
 SUMMARY = "record a teacher once, to train from it without it"
-EXAMPLE = "hf-encdec-distill cache built-in --output teacher-cache --kind top_k --width 32"
+EXAMPLE = "hf-encdec-distill cache built-in --output teacher-cache --kind top_k --k 32"
+
+# The fields of `TargetGeneration`, which has their defaults, but for the limit: that is the targets'.
+_GENERATION = {
+    "num_beams": (int, "beams of the search (default: 1, greedy)"),
+    "sampling_temperature": (float, "sample the answers at this temperature instead"),
+    "num_return_sequences": (int, "answers a row to choose from (default: 1)"),
+    "keep": (str, "likeliest to the teacher itself, closest to the reference (ROUGE-L), or all (default: likeliest)"),
+    "seed": (int, "of the sampling (default: 0)"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("teacher", help=f"causal language model: folder, Hub id, or {BUILT_IN!r}")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="new folder, or a cache to go on with")
+    teacher = parser.add_mutually_exclusive_group(required=True)
+    text = f"causal language model or PEFT adapter: folder, Hub id, or {BUILT_IN!r}"
+    teacher.add_argument("teacher", nargs="?", help=text)
+    teacher.add_argument("--teacher", dest="teacher_option", metavar="TEACHER", help="the same, as an option")
+    parser.add_argument(
+        "--output", "--out", required=True, metavar="FOLDER", help="new folder, or a cache to go on with"
+    )
     parser.add_argument(
         "--kind",
         choices=("top_k", "sampled", "dense"),
@@ -28,7 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "KL only); or all of it (default: %(default)s)",
     )
     parser.add_argument(
-        "--width", type=int, default=32, metavar="N", help="tokens kept a target (default: %(default)s)"
+        "--k", type=int, default=32, metavar="N", help="tokens that top_k keeps a target (default: 32)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=50, metavar="N", help="tokens that sampled draws a target (default: 50)"
+    )
+    parser.add_argument(
+        "--proposal-power",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="sampled draws from the probabilities to this power, below 1 more of the rare tokens (default: 1)",
     )
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="T", help="distill_temperature of the training (default: 1)"
@@ -40,43 +70,83 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="vocab_policy of the training; id_map and universal need --student (default: %(default)s)",
     )
     parser.add_argument("--student", metavar="FOLDER", help="the student, whose tokenizer cuts the targets")
+    parser.add_argument(
+        "--teacher-dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="default: bfloat16 where the hardware multiplies it, else float32",
+    )
+    parser.add_argument("--teacher-quantization", choices=("8bit", "4bit"), help="load it so, with bitsandbytes")
     add_data_arguments(parser)
     parser.add_argument(
         "--splits", nargs="+", default=["train", "validation"], metavar="NAME", help="default: train validation"
     )
     add_prompt_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at once (default: %(default)s)")
+    parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the cache as a dataset")
+    parser.add_argument("--private", action="store_true", help="make that a private one")
+    generation = parser.add_argument_group("sequence-level distillation")
+    generation.add_argument(
+        "--generate",
+        action="store_true",
+        help="let the teacher write the targets, of at most --max-target-length tokens (default: 128)",
+    )
+    for name, (kind, text) in _GENERATION.items():
+        option = f"--{name.replace('_', '-')}"
+        generation.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar="N", help=text)
 
 
 def run(args: argparse.Namespace) -> None:
-    from datasets import concatenate_datasets
+    from accelerate import PartialState
+    from datasets import DatasetDict
     from transformers import AutoTokenizer
 
-    from ..distillation.cache import capture
+    from ..distillation.cache import CachedTeacher, capture, size_on_disk
     from ..distillation.teachers import LiveTeacher
     from ._training import device, working_dtype
 
+    generation = _generation(args)
     splits = load_splits(args.dataset, args.source_column, args.target_column)
     unknown = [name for name in args.splits if name not in splits]
     if unknown:
         raise ValueError(f"--splits {unknown[0]}: the data has {', '.join(splits)}")
-    path = teacher_path(args.teacher)
-    dtype = str(working_dtype()).removeprefix("torch.")
+    path = teacher_path(args.teacher or args.teacher_option)
+    dtype = args.teacher_dtype or str(working_dtype()).removeprefix("torch.")
+    state = PartialState()  # gives each process a device of its own
     captured = capture(
-        LiveTeacher.load(path, dtype).to(device()),
-        concatenate_datasets([splits[name] for name in args.splits]),
+        LiveTeacher.load(path, dtype, args.teacher_quantization).to(device()),
+        DatasetDict({name: splits[name] for name in args.splits}),
         args.output,
         AutoTokenizer.from_pretrained(path),
         kind=args.kind,
-        width=args.width,
+        k=args.k,
+        rounds=args.rounds,
+        proposal_power=args.proposal_power,
         temperature=args.temperature,
         student_tokenizer=AutoTokenizer.from_pretrained(args.student) if args.student else None,
         vocab_policy=args.vocab_policy,
+        generation=generation,
         batch_size=args.batch_size,
         prompt_template=prompt_template(args.prompt_template, args.dataset),
         max_source_length=args.max_source_length,
         max_target_length=args.max_target_length,
     )
-    shards = list(Path(args.output).glob("shard-*.parquet"))
-    size = sum(shard.stat().st_size for shard in shards)
-    print(f"{args.output}: {captured} rows captured, {len(shards)} shards, {size / 1e6:.1f} MB")
+    if not state.is_main_process:
+        return
+    cache = CachedTeacher(args.output)
+    size = size_on_disk(args.output)
+    print(f"{args.output}: {captured} rows captured, {len(cache)} in the cache, {size / 1e6:.1f} MB")
+    if args.push_to_hub is not None:
+        print(cache.push_to_hub(args.push_to_hub, private=args.private or None))
+
+
+def _generation(args: argparse.Namespace) -> TargetGeneration | None:
+    from ..distillation import TargetGeneration
+
+    given = {name: getattr(args, name) for name in _GENERATION if hasattr(args, name)}
+    if args.generate:
+        if args.max_target_length is not None:
+            given["max_new_tokens"] = args.max_target_length
+        return TargetGeneration(**given)
+    if given:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} says how targets are written: give --generate too")
+    return None

@@ -5,7 +5,6 @@ Everything is imported on first use: `import hf_encdec_distill.data` costs nothi
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import logging
@@ -103,8 +102,7 @@ def _files(folder: Path) -> list[Path]:
 
 def fingerprint(file: Path) -> list:
     """Size in bytes and SHA-256 of a file, read in blocks."""
+    from huggingface_hub.utils.sha import sha_fileobj
+
     with file.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return [file.stat().st_size, digest.hexdigest()]
+        return [file.stat().st_size, sha_fileobj(stream).hex()]

@@ -11,6 +11,7 @@ _EXPORTS = {
     "CachedTeacher": "cache",
     "LiveTeacher": "teachers",
     "SharedVocabulary": "alignment",
+    "TargetGeneration": "sequence_level",
     "TeacherSignal": "teachers",
     "capture": "cache",
 }
@@ -21,6 +22,7 @@ __all__ = [
     "DistillationTrainingArguments",
     "LiveTeacher",
     "SharedVocabulary",
+    "TargetGeneration",
     "TeacherSignal",
     "capture",
 ]
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from .arguments import DistillationTrainingArguments
     from .cache import CachedTeacher, capture
     from .collator import DistillationCollator
+    from .sequence_level import TargetGeneration
     from .teachers import LiveTeacher, TeacherSignal
     from .trainer import DistillationTrainer
 

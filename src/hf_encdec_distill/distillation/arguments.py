@@ -13,6 +13,7 @@ logger = logging.get_logger(__name__)
 
 VOCAB_POLICIES = ("mask_padding", "strict", "id_map", "universal")
 TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
+TEACHER_QUANTIZATIONS = ("8bit", "4bit")
 
 
 @dataclass
@@ -126,6 +127,14 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             "choices": list(TEACHER_DTYPES),
         },
     )
+    teacher_quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Loads the teacher's path or Hub id in 8 bit (LLM.int8) or 4 bit (NF4) with bitsandbytes. For any "
+            "other way, load the teacher yourself and give the model.",
+            "choices": list(TEACHER_QUANTIZATIONS),
+        },
+    )
     source_column: str = field(default="source", metadata={"help": "Column with the source text."})
     target_column: str = field(default="target", metadata={"help": "Column with the target text."})
 
@@ -135,6 +144,8 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
         _one_of("vocab_policy", self.vocab_policy, VOCAB_POLICIES)
         if self.teacher_dtype is not None:
             _one_of("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
+        if self.teacher_quantization is not None:
+            _one_of("teacher_quantization", self.teacher_quantization, TEACHER_QUANTIZATIONS)
         _within("distill_weight", self.distill_weight, 0 <= self.distill_weight <= 1, "between 0 and 1")
         _within(
             "distill_temperature",

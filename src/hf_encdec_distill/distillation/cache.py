@@ -2,57 +2,68 @@
 
 A cache is a folder:
 
-- `manifest.json`: what made it, the kind of record, and how wide a record is;
-- `shard-<process>-<number>-<hash>.parquet`: rows, each with its key and one record for each of its target tokens;
-- the teacher's tokenizer.
+- `manifest.json`: what made it and the kind of record;
+- `shard-*.parquet` (see `shards`): rows, each with its key and one record for each of its target tokens;
+- `generated-<split>-*.parquet`: where the teacher wrote the targets itself (`sequence_level`), sources and targets;
+- the teacher's tokenizer, and `README.md`, the card of a data set on the Hub (`cache_hub`).
 
 A row's key is a hash of what the teacher read and of the columns it was asked about, so rows may be shuffled, left
-out or added. A shard is named by the hash of its own bytes and appears in one rename: one that was cut or altered is
-found, and a capture that was killed goes on after its last shard.
+out or added. A capture that was killed goes on after its last shard.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow.parquet
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .alignment import SharedVocabulary, asked_positions, target_positions, with_teacher_inputs
+from .cache_hub import fetch, is_on_hub, push, write_card
 from .collator import DistillationCollator
 from .losses import Divergence, at_least_float32, forward_kl
+from .sequence_level import TargetGeneration, generate_targets
+from .shards import ShardWriter, read_keys, read_shards, shard_files
 from .teachers import DenseScores, LiveTeacher
 
 
 MANIFEST = "manifest.json"
-_FORMAT = 1
+_UNFINISHED_MANIFEST = f"{MANIFEST}.partial"
+_FORMAT = 2
+_SHARD = "shard"
 _ROWS_PER_SHARD = 2048
-# What has to agree for two captures to be one. Names and versions are kept for people.
+# What has to agree for two captures to be one, what explains the most first. Names and versions are kept for people.
 _IDENTITY = (
     "format",
     "kind",
-    "width",
+    "k",
+    "rounds",
+    "proposal_power",
     "temperature",
+    "generation",
     "vocab_size",
-    "teacher_weights",
-    "teacher_config",
     "tokenizer",
     "prompt_template",
+    "teacher_config",
+    "teacher_dtype",
+    "teacher_adapter",
+    "teacher_weights",
 )
 _COLUMNS = {
     "top_k": {"ids": "int32", "log_probs": "float32", "tail": "float32"},
-    "sampled": {"ids": "int32", "log_probs": "float32", "top": "int32"},
+    "sampled": {"ids": "int32", "log_probs": "float32", "weights": "float32", "distinct": "int32", "top": "int32"},
     "dense": {"log_probs": "float16"},
 }
 KINDS = tuple(_COLUMNS)
@@ -103,16 +114,18 @@ def top_k_divergence(
 def sampled_forward_kl(
     student_logits: Tensor, ids: Tensor, log_probs: Tensor, weights: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """An unbiased estimate of `forward_kl` from tokens that the teacher drew: `sum_r w_r (log p_r - log q_r)`.
+    """An unbiased estimate of `forward_kl` from tokens that were drawn: `sum_r w_r (log p_r - log q_r)`.
 
-    Sparse logit sampling, arXiv 2503.16870, section 3: unlike a cut to the top k, what the gradient expects is that of
-    the whole distribution. A single estimate may be negative.
+    Sparse logit sampling, arXiv 2503.16870: unlike a cut to the top k, what the gradient expects is that of the whole
+    distribution. The paper divides the weights by their sum; that is biased where tokens are not drawn from the
+    teacher itself, and the same where they are. A single estimate may be negative.
 
     Args:
         student_logits: `[C, V]`.
-        ids: `[C, R]`, tokens drawn with replacement.
+        ids: `[C, R]`, tokens drawn with replacement; one that came up n times may stand there once.
         log_probs: `[C, R]`, the teacher's log-probability of each, at `temperature`.
-        weights: `[C, R]`, its probability over that of drawing it, divided by R.
+        weights: `[C, R]`, the importance weights: n times its probability over that of drawing it, divided by the
+            number of draws. 0 fills up a row.
         temperature: divides the student's logits.
 
     Returns:
@@ -155,22 +168,20 @@ class TopKScores:
 
 @dataclass(frozen=True)
 class SampledScores:
-    """`TeacherScores` of R drawn tokens: `[N, R]` and `[N, R]`, and the likeliest token `[N]`.
+    """`TeacherScores` of R drawn tokens, `[N, R]` three times, and the likeliest token `[N]`.
 
     For a `MappedVocabulary` the gradient is unbiased; the value lacks -m log m, which is not in the record.
     """
 
     ids: Tensor
     log_probs: Tensor
+    weights: Tensor
     likeliest: Tensor
     vocabulary: SharedVocabulary
 
     def divergence(self, student_logits: Tensor, chunk: slice, divergence: Divergence, temperature: float) -> Tensor:
-        ids, log_probs = self.vocabulary.places(self.ids[chunk]), self.log_probs[chunk]
-        weights = torch.full_like(log_probs, 1.0 / ids.shape[-1])  # drawn from the teacher itself
-        return sampled_forward_kl(
-            self.vocabulary.restrict_student(student_logits), ids, log_probs, weights, temperature
-        )
+        record = (self.vocabulary.places(self.ids[chunk]), self.log_probs[chunk], self.weights[chunk])
+        return sampled_forward_kl(self.vocabulary.restrict_student(student_logits), *record, temperature)
 
     def top(self, chunk: slice) -> Tensor:
         return self.vocabulary.places(self.likeliest[chunk])
@@ -183,22 +194,28 @@ class CachedTeacher:
     """A `TeacherSignal` that reads what `capture` wrote; no teacher is in memory, records are memory-mapped.
 
     Args:
-        folder: of a cache.
+        folder: of a cache, or `hf://datasets/user/name`, with `@revision` if need be, for one on the Hub.
 
     Raises:
         ValueError: it is no cache, or a shard is not what was written.
+        OSError: it is not on the Hub, or the Hub cannot be reached.
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+        self.folder = fetch(folder) if is_on_hub(folder) else Path(folder)
         self.manifest = read_manifest(self.folder)
         self.vocab_size = self.manifest["vocab_size"]
-        self._rows = _read_shards(self.folder)
-        self._index = {key: row for row, key in enumerate(self._rows["key"])}
-        self._rows = self._rows.with_format("numpy")
+        if not shard_files(self.folder, _SHARD):
+            raise ValueError(
+                f"the cache {self.folder} holds no shard: the capture was stopped before it wrote one; go on with it."
+            )
+        self._rows = read_shards(self.folder, _SHARD).with_format("numpy")
+        # 24 bytes a row; a dict of bytes takes six times as much, in each process.
+        keys = np.concatenate([np.array(part.to_pylist(), dtype="S16") for part in self._rows.data["key"].chunks])
+        self._keys, self._row_of_key = np.unique(keys, return_index=True)
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._keys)
 
     def to(self, device: torch.device) -> "CachedTeacher":
         return self
@@ -238,33 +255,69 @@ class CachedTeacher:
     ) -> "TopKScores | SampledScores | DenseScores":
         """See `TeacherSignal`; raises ValueError for a row that was not captured."""
         keys = row_keys(input_ids, attention_mask, rows, columns)
-        missing = [row for row, key in enumerate(keys) if key is not None and key not in self._index]
-        if missing:
+        asked = np.array([key for key in keys if key is not None], dtype="S16")
+        places = np.searchsorted(self._keys, asked).clip(max=len(self) - 1)
+        there = self._keys[places] == asked
+        if not there.all():
+            with_target = [row for row, key in enumerate(keys) if key is not None]
+            missing = [row for row, is_there in zip(with_target, there, strict=True) if not is_there]
             ids = input_ids[missing[0]][attention_mask[missing[0]].bool()].tolist()
             raise ValueError(
                 f"{len(missing)} of {len(keys)} rows of the batch are not in the cache {self.folder} ({len(self)} "
                 f"rows), the first of them {ids[:12]}...: capture this data set too, with the same template and "
                 "length limits. Rows that are there already are not captured again."
             )
-        found = self._rows[[self._index[key] for key in keys if key is not None]]
+        found = self._rows[self._row_of_key[places].tolist()]
         record = {
-            # The empty one: of a batch without targets no row is asked for.
+            # A batch without any target still has columns, of their dtype.
             name: torch.from_numpy(np.concatenate([np.empty(0, dtype), *found[name]])).to(input_ids.device)
             for name, dtype in _COLUMNS[self.manifest["kind"]].items()
         }
-        width = self.manifest["width"]
-        log_probs = record["log_probs"].view(-1, width)
         if self.manifest["kind"] == "dense":
+            log_probs = record["log_probs"].view(-1, self.vocab_size)
             return DenseScores(lambda chunk: log_probs[chunk].float(), vocabulary)
-        ids = record["ids"].long().view(-1, width)
+        ids, log_probs = record["ids"].long(), record["log_probs"]
         if self.manifest["kind"] == "top_k":
-            return TopKScores(ids, log_probs, record["tail"], vocabulary)
-        return SampledScores(ids, log_probs, record["top"].long(), vocabulary)
+            k = self.manifest["k"]
+            return TopKScores(ids.view(-1, k), log_probs.view(-1, k), record["tail"], vocabulary)
+        distinct = record["distinct"]
+        drawn = torch.arange(max(distinct.tolist(), default=0), device=ids.device) < distinct[:, None]
+        ids, log_probs, weights = (_fill(drawn, flat) for flat in (ids, log_probs, record["weights"]))
+        return SampledScores(ids, log_probs, weights, record["top"].long(), vocabulary)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload a cache of a teacher",
+    ) -> str:
+        """Uploads the cache as a dataset with its card; returns the address of the commit.
+
+        `CachedTeacher("hf://datasets/<repo_id>")` reads it, and `load_dataset("<repo_id>")` its rows.
+
+        Args:
+            repo_id: `user/name`; made if it is not there.
+            private: of a repository that is made; None leaves it to the user's or the organisation's default.
+            revision: branch; made if it is not there.
+            token: of the Hub; by default the one that `hf auth login` stored.
+
+        Raises:
+            OSError: the Hub refused, or cannot be reached.
+        """
+        return push(self.folder, repo_id, private, revision, token, commit_message)
+
+
+def _fill(where: Tensor, flat: Tensor) -> Tensor:
+    """`[N, R]` bool and as many values as are true -> `[N, R]`, 0 elsewhere."""
+    return flat.new_zeros(where.shape).masked_scatter(where, flat)
 
 
 def is_cache(folder: Any) -> bool:
-    """Whether this is a folder that `capture` made."""
-    return isinstance(folder, str | os.PathLike) and (Path(folder) / MANIFEST).is_file()
+    """Whether this is a folder that `capture` made, or names one on the Hub."""
+    return is_on_hub(folder) or (isinstance(folder, str | os.PathLike) and (Path(folder) / MANIFEST).is_file())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -299,13 +352,16 @@ def row_keys(input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: T
 
 def capture(
     teacher: LiveTeacher,
-    dataset: "datasets.Dataset | list[dict]",
+    dataset: "datasets.Dataset | datasets.DatasetDict | list[dict]",
     folder: str | os.PathLike,
     tokenizer=None,
     *,
     kind: str = "top_k",
-    width: int = 32,
+    k: int = 32,
+    rounds: int = 50,
+    proposal_power: float = 1.0,
     temperature: float = 1.0,
+    generation: TargetGeneration | None = None,
     batch_size: int = 8,
     rows_per_shard: int = _ROWS_PER_SHARD,
     progress: bool = True,
@@ -320,16 +376,21 @@ def capture(
 
     Args:
         teacher: on the device where it is to run.
-        dataset: rows as `DistillationCollator` takes them.
+        dataset: rows as `DistillationCollator` takes them; the splits of a `DatasetDict` are all captured.
         folder: of the cache; made if it is not there.
         tokenizer: the teacher's; needed for text rows.
-        kind: `top_k` keeps the `width` likeliest tokens and the mass of all others, `sampled` keeps `width` tokens
-            drawn from the teacher's distribution, `dense` all of it in float16.
-        width: tokens kept for each position; of no meaning for `dense`.
+        kind: `top_k` keeps the likeliest tokens and the mass of all others, `sampled` tokens that were drawn, with
+            importance weights (arXiv 2503.16870), `dense` the whole distribution in float16.
+        k: tokens that `top_k` keeps for each position.
+        rounds: draws that `sampled` makes for each position; the tokens kept are fewer where some come up again.
+        proposal_power: `sampled` draws from what is proportional to the teacher's probability to this power: below 1
+            rare tokens come up more often, above 1 less often; the weights make up for it.
         temperature: divides the teacher's logits; `dense` serves any other too.
+        generation: how the teacher writes the targets itself (`sequence_level`); they are kept in the cache, as
+            splits of a data set, and their distributions are captured. None takes the targets of `dataset`.
         batch_size: rows that the teacher reads at once.
         rows_per_shard: rows in a file; at most so many are lost in an interruption.
-        progress: show a bar with tokens a second and bytes on disk.
+        progress: show a bar with target tokens a second and the size of the cache.
         student_tokenizer: the student's; needed for `vocab_policy` `id_map` and `universal`, by default the teacher's.
         vocab_policy: of the training, see `DistillationTrainingArguments`.
         collating: passed to `DistillationCollator`: columns, `prompt_template`, length limits, `start_token_id`.
@@ -341,16 +402,19 @@ def capture(
     folder = Path(folder)
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}.")
-    for name, value in (("width", width), ("batch_size", batch_size), ("rows_per_shard", rows_per_shard)):
+    for name, value in (("k", k), ("rounds", rounds), ("batch_size", batch_size), ("rows_per_shard", rows_per_shard)):
         if value < 1:
             raise ValueError(f"{name}={value} is out of range; it has to be at least 1.")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature} is out of range; it has to be a finite number above 0.")
+    for name, value in (("temperature", temperature), ("proposal_power", proposal_power)):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value} is out of range; it has to be a finite number above 0.")
     if vocab_policy == "universal" and kind != "dense":
         raise ValueError(
             f"kind={kind!r} with vocab_policy='universal', which compares all probabilities: capture kind='dense'."
         )
-    if not len(dataset):
+    splits = dataset if isinstance(dataset, dict) else {"train": dataset}
+    splits = {name: rows for name, rows in splits.items() if len(rows)}
+    if not splits:
         raise ValueError("dataset has no rows, so there is nothing to capture.")
     vocabulary = None
     if vocab_policy in ("id_map", "universal"):
@@ -358,26 +422,40 @@ def capture(
         vocabulary = SharedVocabulary.between(
             student_size, teacher.vocab_size, student_tokenizer, tokenizer, vocab_policy
         )
-    if kind == "dense":
-        width, temperature = teacher.vocab_size, 1.0
-    elif kind == "top_k":
-        width = min(width, teacher.vocab_size)
+    recorded = {
+        "kind": kind,
+        "k": min(k, teacher.vocab_size) if kind == "top_k" else None,
+        "rounds": rounds if kind == "sampled" else None,
+        "proposal_power": proposal_power if kind == "sampled" else None,
+        "temperature": 1.0 if kind == "dense" else temperature,
+        "generation": None if generation is None else dataclasses.asdict(generation),
+    }
     state = PartialState(cpu=teacher.device.type == "cpu")
-    manifest = _manifest(teacher, tokenizer, kind, width, temperature, collating.get("prompt_template"))
+    manifest = _manifest(teacher, tokenizer, recorded, collating.get("prompt_template"))
     if state.is_main_process:
         _open_folder(folder, manifest, tokenizer)
     state.wait_for_everyone()
-    known = set(_read_shards(folder, ["key"])["key"]) if _shards(folder) else set()
     collate = DistillationCollator(student_tokenizer or tokenizer, tokenizer, vocabulary=vocabulary, **collating)
-    writer = _Writer(folder, state.process_index, kind, rows_per_shard)
-    share = range(state.process_index, len(dataset), state.num_processes)
-    tokens = 0
+    if generation is not None:
+        options = {"batch_size": batch_size, "rows_per_shard": rows_per_shard, "progress": progress}
+        splits = {
+            name: generate_targets(teacher, rows, folder, collate, generation, split=name, **options)
+            for name, rows in splits.items()
+        }
+    known = read_keys(folder, _SHARD)
+    features = {"key": datasets.Value("binary")}
+    features |= {name: datasets.Sequence(datasets.Value(dtype)) for name, dtype in _COLUMNS[kind].items()}
+    writer = ShardWriter(folder, _SHARD, state.process_index, datasets.Features(features), rows_per_shard)
+    # Numbered through all splits, so that processes get as much to do as each other.
+    numbered = [(name, number) for name, rows in splits.items() for number in range(len(rows))]
+    share = numbered[state.process_index :: state.num_processes]
+    tokens, seconds = 0, 0.0
     with tqdm(total=len(share), unit=" rows", desc="capture", disable=not (progress and state.is_main_process)) as bar:
         for first in range(0, len(share), batch_size):
-            numbers = share[first : first + batch_size]
-            batch = collate([dataset[number] for number in numbers])
+            names = share[first : first + batch_size]
+            batch = collate([splits[name][number] for name, number in names])
             if "labels" not in batch:
-                raise ValueError(f"rows {numbers[0]} to {numbers[-1]} have no target; a teacher is asked at targets.")
+                raise ValueError(f"rows {names[0]} to {names[-1]} have no target; a teacher is asked at targets.")
             rows, columns = target_positions(batch["labels"])
             inputs = with_teacher_inputs(batch, collating.get("start_token_id"), vocabulary)
             ids, mask = inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
@@ -385,87 +463,67 @@ def capture(
             keys = row_keys(ids, mask, rows, columns)
             fresh = [row for row, key in enumerate(keys) if key is not None and key not in known]
             if fresh:
+                begin = time.monotonic()
                 wanted = torch.isin(rows, torch.tensor(fresh))
                 rows, columns = rows[wanted], columns[wanted]
                 logits = teacher.logits_at(ids.to(teacher.device), mask.to(teacher.device), rows, columns)(slice(None))
                 bad = ~torch.isfinite(logits).all(dim=-1).cpu()
                 if bad.any():
+                    name, number = names[int(rows[bad][0])]
                     raise ValueError(
-                        f"the teacher's logits for row {numbers[int(rows[bad][0])]} are not finite: run it in another "
-                        "dtype, or leave that row out. What was captured before is kept."
+                        f"the teacher's logits for row {number} of {name} are not finite: run it in another dtype, or "
+                        "leave that row out. What was captured before is kept."
                     )
                 for row in fresh:
                     if keys[row] in known:  # twice in one batch
                         continue
                     known.add(keys[row])
                     of_row = logits[(rows == row).to(logits.device)]
-                    writer.add(keys[row], _record(of_row, kind, width, temperature, keys[row]))
-                tokens += len(rows)
-            bar.update(len(numbers))
-            per_second = tokens / max(bar.format_dict["elapsed"], 1e-9)
-            bar.set_postfix_str(f"{per_second:.0f} tokens/s, {writer.bytes / 1e6:.1f} MB", refresh=False)
+                    writer.add({"key": keys[row], **_record(of_row, recorded, keys[row])})
+                tokens, seconds = tokens + len(rows), seconds + time.monotonic() - begin
+                bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s, {size_on_disk(folder) / 1e6:.1f} MB")
+            bar.update(len(names))
     writer.flush()
     state.wait_for_everyone()
-    return writer.rows
+    if state.is_main_process:
+        write_card(folder, manifest)
+    return sum(gather_object([writer.rows]))
 
 
-def _record(logits: Tensor, kind: str, width: int, temperature: float, key: bytes) -> dict[str, np.ndarray]:
+def size_on_disk(folder: str | os.PathLike) -> int:
+    """Bytes of all that is in the folder of a cache."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.parquet"))
+
+
+def _record(logits: Tensor, recorded: dict[str, Any], key: bytes) -> dict[str, np.ndarray]:
     """`[T, V]` logits of one row -> its columns, flat."""
-    log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
-    if kind == "dense":
+    log_probs = torch.log_softmax(logits.float() / recorded["temperature"], dim=-1)
+    if recorded["kind"] == "dense":
         return {"log_probs": log_probs.half().flatten().cpu().numpy()}
-    if kind == "top_k":
-        values, ids = log_probs.topk(width, dim=-1)
+    if recorded["kind"] == "top_k":
+        values, ids = log_probs.topk(recorded["k"], dim=-1)
         # Of what is left itself, not 1 minus the rest, which would lose a small tail to rounding.
         tail = log_probs.scatter(-1, ids, -torch.inf).logsumexp(dim=-1)
         return {"ids": _flat(ids), "log_probs": values.flatten().cpu().numpy(), "tail": tail.cpu().numpy()}
+    log_probs = log_probs.cpu()
+    log_proposal = torch.log_softmax(recorded["proposal_power"] * log_probs, dim=-1)
     # Seeded by the row itself: the same draw in whatever order, and on however many processes, rows are captured.
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
-    ids = torch.multinomial(log_probs.exp().cpu(), width, replacement=True, generator=generator)
-    drawn = log_probs.cpu().gather(-1, ids)
-    return {"ids": _flat(ids), "log_probs": drawn.flatten().numpy(), "top": _flat(log_probs.argmax(dim=-1))}
+    drawn = torch.multinomial(log_proposal.exp(), recorded["rounds"], replacement=True, generator=generator)
+    counts = torch.zeros_like(log_probs).scatter_add_(-1, drawn, torch.ones(drawn.shape))
+    came_up = counts > 0
+    weights = counts / recorded["rounds"] * (log_probs - log_proposal).exp()
+    return {
+        "ids": _flat(came_up.nonzero()[:, 1]),
+        "log_probs": log_probs[came_up].numpy(),
+        "weights": weights[came_up].numpy(),
+        "distinct": _flat(came_up.sum(dim=-1)),
+        "top": _flat(log_probs.argmax(dim=-1)),
+    }
 
 
 def _flat(ids: Tensor) -> np.ndarray:
     return ids.to(torch.int32).flatten().cpu().numpy()
-
-
-class _Writer:
-    """Gathers rows and writes them shard by shard."""
-
-    def __init__(self, folder: Path, process: int, kind: str, rows_per_shard: int):
-        self.folder, self.process, self.kind, self.rows_per_shard = folder, process, kind, rows_per_shard
-        self.rows = self.bytes = 0
-        self._number = len([shard for shard in _shards(folder) if shard.name.startswith(f"shard-{process:03}-")])
-        self._buffer: list[dict[str, Any]] = []
-
-    def add(self, key: bytes, record: Mapping[str, np.ndarray]) -> None:
-        self._buffer.append({"key": key, **record})
-        if len(self._buffer) >= self.rows_per_shard:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self._buffer:
-            return
-        features = {"key": datasets.Value("binary")}
-        features |= {name: datasets.Sequence(datasets.Value(dtype)) for name, dtype in _COLUMNS[self.kind].items()}
-        columns = {name: [row[name] for row in self._buffer] for name in features}
-        partial = self.folder / f"partial-{self.process:03}"
-        try:
-            shard = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-            with partial.open("wb") as stream:
-                pyarrow.parquet.write_table(shard.with_format("arrow")[:], stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            name = f"shard-{self.process:03}-{self._number:05}-{digest_of_file(partial)[:16]}.parquet"
-            size = partial.stat().st_size
-            os.replace(partial, self.folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
-        self.rows += len(self._buffer)
-        self.bytes += size
-        self._number += 1
-        self._buffer = []
 
 
 def _open_folder(folder: Path, manifest: dict[str, Any], tokenizer) -> None:
@@ -478,36 +536,38 @@ def _open_folder(folder: Path, manifest: dict[str, Any], tokenizer) -> None:
                     "into another folder."
                 )
     else:
-        if folder.exists() and any(folder.iterdir()):
+        # What is to become the manifest is the first file of a folder, so that one that was left half made is known.
+        partial = folder / _UNFINISHED_MANIFEST
+        if folder.exists() and any(folder.iterdir()) and not partial.exists():
             raise ValueError(f"{folder} is not empty and no cache: capture into another folder.")
         folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        partial = folder / f"{MANIFEST}.partial"
-        partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
         os.replace(partial, folder / MANIFEST)
     for left_behind in folder.glob("partial-*"):
         left_behind.unlink()
 
 
 def _manifest(
-    teacher: LiveTeacher, tokenizer, kind: str, width: int, temperature: float, prompt_template: str | None
+    teacher: LiveTeacher, tokenizer, recorded: dict[str, Any], prompt_template: str | None
 ) -> dict[str, Any]:
     config = teacher.model.config
+    name = config._name_or_path
     vocabulary = None if tokenizer is None else json.dumps(sorted(tokenizer.get_vocab().items()))
     described = {name: value for name, value in config.to_dict().items() if name not in _NO_PART_OF_A_TEACHER}
     return {
         "format": _FORMAT,
-        "kind": kind,
-        "width": width,
-        "temperature": temperature,
+        **recorded,
         "vocab_size": teacher.vocab_size,
-        "prompt_template": prompt_template,
-        "teacher": config._name_or_path,
-        "teacher_weights": weights_digest(teacher.model),
-        "teacher_config": hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest(),
-        "teacher_dtype": str(teacher.model.dtype).removeprefix("torch."),
         "tokenizer": None if vocabulary is None else hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "prompt_template": prompt_template,
+        # Where it lies on this machine is nobody's business on the Hub.
+        "teacher": Path(name).name if os.path.isdir(name) else name,
+        "teacher_config": _digest_of(described),
+        "teacher_dtype": str(teacher.model.dtype).removeprefix("torch."),
+        "teacher_adapter": _adapter_digest(teacher.model),
+        "teacher_weights": weights_digest(teacher.model),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
     }
 
@@ -520,37 +580,42 @@ _NO_PART_OF_A_TEACHER = {
     "torch_dtype",
     "_attn_implementation_autoset",
 }
+_NO_PART_OF_AN_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
+
+
+def _adapter_digest(model: torch.nn.Module) -> str | None:
+    """SHA-256 over the configurations of PEFT's active adapters and their weights; None for a model without."""
+    if not getattr(model, "peft_config", None):
+        return None
+    from peft import get_peft_model_state_dict
+
+    # A list in PEFT's own models, a method in those that transformers put an adapter into.
+    active = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
+    described = []
+    for name in active:
+        config = {
+            key: value for key, value in model.peft_config[name].to_dict().items() if key not in _NO_PART_OF_AN_ADAPTER
+        }
+        described.append([_digest_of(config), _digest_of_tensors(get_peft_model_state_dict(model, adapter_name=name))])
+    return _digest_of(described)
 
 
 def weights_digest(model: torch.nn.Module) -> str:
     """SHA-256 over names and bytes of all weights, those of an adapter among them."""
+    return _digest_of_tensors(model.state_dict())
+
+
+def _digest_of(described: Any) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=_jsonable).encode()).hexdigest()
+
+
+def _jsonable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def _digest_of_tensors(tensors: "dict[str, Tensor]") -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("shard-*.parquet"))
-
-
-def _read_shards(folder: Path, columns: list[str] | None = None) -> datasets.Dataset:
-    shards = _shards(folder)
-    if not shards:
-        raise ValueError(f"the cache {folder} holds no shard: the capture was stopped before it wrote one; go on.")
-    for shard in shards:
-        if not shard.stem.endswith(f"-{digest_of_file(shard)[:16]}"):
-            raise ValueError(
-                f"{shard} is not what was written, it was cut or altered: delete it and capture again; only its rows "
-                "are captured anew."
-            )
-    return datasets.Dataset.from_parquet([str(shard) for shard in shards], columns=columns)
-
-
-def digest_of_file(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -111,7 +111,7 @@ class DistillationCollator:
             dropped = () if self.keep_text_columns else text_columns
             return {name: value for name, value in row.items() if name not in dropped}
         if row.get(MESSAGES) is not None:
-            source, target = _split_conversation(row[MESSAGES])
+            source, target = split_conversation(row[MESSAGES])
         elif row.get(self.source_column) is not None:
             source, target = row[self.source_column], row.get(self.target_column)
         else:
@@ -233,7 +233,7 @@ def tokenizer_of(processing_class):
     return getattr(processing_class, "tokenizer", processing_class)
 
 
-def _split_conversation(messages: list[dict]) -> tuple[list[dict], str | None]:
+def split_conversation(messages: list[dict]) -> tuple[list[dict], str | None]:
     """A conversation -> what comes before the target, and the target; None if it waits for the assistant's answer."""
     if not messages or "content" not in messages[-1]:
         raise ValueError(f"{MESSAGES}={messages!r} is not a conversation: a list of dicts with role and content.")

@@ -1,5 +1,6 @@
 """Where the teacher's distribution comes from."""
 
+import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -8,7 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from .alignment import SharedVocabulary, log_mass
 from .heads import catch_head_input
@@ -127,17 +128,35 @@ class LiveTeacher:
         self._head_is_last = True  # until a forward shows that the model does something to its head's output
 
     @classmethod
-    def load(cls, teacher: "nn.Module | str | os.PathLike", dtype: str | None = None) -> "LiveTeacher":
-        """From a loaded model, a folder or a Hub id; code from a repository is never run."""
+    def load(
+        cls, teacher: "nn.Module | str | os.PathLike", dtype: str | None = None, quantization: str | None = None
+    ) -> "LiveTeacher":
+        """From a loaded model, a folder or a Hub id; code from a repository is never run.
+
+        Args:
+            teacher: a folder may hold a PEFT adapter, whose base model is then loaded too.
+            dtype: see the class; for a folder or Hub id None is the dtype of the checkpoint.
+            quantization: "8bit" or "4bit", with bitsandbytes; of a folder or Hub id.
+
+        Raises:
+            ValueError: it is none of these, or cannot be loaded.
+            ImportError: bitsandbytes is missing.
+        """
         if isinstance(teacher, nn.Module):
+            if quantization is not None:
+                raise ValueError(
+                    f"teacher_quantization={quantization!r}, but the teacher is loaded already: give its folder or "
+                    "Hub id, or load it with a quantization_config."
+                )
             return cls(teacher, dtype)
         if not isinstance(teacher, str | os.PathLike):
             raise ValueError(
                 f"teacher={teacher!r} is a {type(teacher).__name__}; give a loaded causal language model, a folder or "
                 "a Hub id."
             )
+        options = {} if quantization is None else {"quantization_config": _bitsandbytes(quantization, dtype)}
         try:
-            model = AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype or "auto")
+            model = AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype or "auto", **options)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"teacher={str(teacher)!r} cannot be loaded with AutoModelForCausalLM: {error}\nGive a folder or "
@@ -194,14 +213,16 @@ class LiveTeacher:
         head = self.model.get_output_embeddings()
         options = {
             # Left padding moves the first token away from column 0; models count columns unless they are told.
-            "position_ids": (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0),
+            "position_ids": (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0).to(self.device),
             "use_cache": False,
             "return_dict": True,
         }
         options = {name: value for name, value in options.items() if name in self._accepts}
         chunked = chunked and self._head_is_last
         with catch_head_input(head, rows, columns, keep=1 if chunked else None) as caught:
-            output = self.model(input_ids=input_ids, attention_mask=attention_mask, **options)
+            output = self.model(
+                input_ids=input_ids.to(self.device), attention_mask=attention_mask.to(self.device), **options
+            )
         if chunked:
             self._head_is_last = caught.is_all_of(output.logits)
             if not self._head_is_last:
@@ -235,6 +256,17 @@ def check_scores(total: Tensor, terms: Mapping[str, Tensor], rows: Tensor, step:
             f"batch in step {step}, in its rows {bad[:8]}{'...' if bad[8:] else ''}: run the teacher in another dtype "
             "(teacher_dtype), or leave those rows out. The student is as it was before that step."
         )
+
+
+def _bitsandbytes(quantization: str, dtype: str | None) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            f'teacher_quantization={quantization!r} needs bitsandbytes: pip install "hf-encdec-distill[quantization]"'
+        )
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    computing = torch.bfloat16 if dtype in (None, "auto") else getattr(torch, dtype)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computing)
 
 
 def vocab_size(config) -> int:

@@ -65,7 +65,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         data_collator: pads ready rows; text rows are encoded before it sees them. See `DistillationCollator`.
         processing_class: the student's tokenizer; `model.tokenizer` where the model brings one.
         teacher: a causal language model (it is frozen in place), a folder or a Hub id; or the folder of a cache
-            that `cache.capture` made of one, and then no teacher is in memory.
+            that `cache.capture` made of one, or `hf://datasets/user/name`, and then no teacher is in memory.
         teacher_processing_class: the teacher's tokenizer; by default the one at the teacher's path, and if there is
             none, the student's.
 
@@ -107,8 +107,9 @@ class DistillationTrainer(Seq2SeqTrainer):
             _check_nothing_shared(self.model, teacher)
         if is_cache(teacher):
             self.teacher = CachedTeacher(teacher)
+            teacher = self.teacher.folder
         else:
-            self.teacher = LiveTeacher.load(teacher, args.teacher_dtype).to(args.device)
+            self.teacher = LiveTeacher.load(teacher, args.teacher_dtype, args.teacher_quantization).to(args.device)
         self._is_universal = args.vocab_policy == "universal"
         divergence = universal_logit_distance.__name__ if self._is_universal else args.divergence
         self.teacher.check(args.prompt_template, divergence, args.distill_temperature)

@@ -1,0 +1,86 @@
+"""A cache as a data set: its card, and its way to the Hub and back."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi, snapshot_download
+
+from .shards import shard_files
+
+
+_SCHEME = "hf://datasets/"
+_BY_KIND = {
+    "top_k": "the {k} likeliest tokens of each target position, with their log-probabilities, and the log of the mass "
+    "of all others (`tail`)",
+    "sampled": "the distinct ones of {rounds} tokens drawn at each target position from p^{proposal_power}, with "
+    "their log-probabilities and importance weights, how many they are (`distinct`) and the likeliest token (`top`); "
+    "sparse logit sampling, arXiv 2503.16870",
+    "dense": "the log-probabilities of all {vocab_size} tokens at each target position",
+}
+
+
+def is_on_hub(teacher: Any) -> bool:
+    return isinstance(teacher, str) and teacher.startswith(_SCHEME)
+
+
+def fetch(address: str) -> Path:
+    """`hf://datasets/user/name[@revision]` -> a folder with a snapshot of it; OSError where it cannot be had."""
+    repo_id, _, revision = address.removeprefix(_SCHEME).strip("/").partition("@")
+    return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision or None))
+
+
+def push(
+    folder: Path, repo_id: str, private: bool | None, revision: str | None, token: str | None, commit_message: str
+) -> str:
+    """See `CachedTeacher.push_to_hub`."""
+    api = HfApi(token=token)
+    where = {"repo_type": "dataset", "revision": revision}
+    try:
+        repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, repo_type="dataset", exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            ignore_patterns=["partial-*"],
+            delete_patterns=["*.parquet"],  # what an earlier push left that is no part of the cache any more
+            **where,
+        )
+    except OSError:
+        raise
+    except Exception as error:  # the HTTP library, which is not the same for all versions of the Hub's client
+        raise OSError(f"the Hub cannot be reached at {api.endpoint} to upload {repo_id}: {error}") from error
+    return commit.commit_url
+
+
+def write_card(folder: Path, manifest: dict[str, Any]) -> None:
+    """`README.md`, whose metadata tell `load_dataset` which file is what."""
+    splits = sorted({file.name.split("-")[1] for file in shard_files(folder, "generated")})
+    configs = []
+    if splits:
+        data_files = [{"split": split, "path": f"generated-{split}-*.parquet"} for split in splits]
+        configs.append({"config_name": "targets", "default": True, "data_files": data_files})
+    configs.append({"config_name": "records", "data_files": [{"split": "train", "path": "shard-*.parquet"}]})
+    data = DatasetCardData(
+        pretty_name=f"Cache of {manifest['teacher']}",
+        tags=["knowledge-distillation", "hf-encdec-distill"],
+        configs=configs,
+    )
+    lines = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {data.pretty_name}",
+        f"What the teacher `{manifest['teacher']}` predicts, recorded by `hf-encdec-distill cache` for distillation: "
+        f"{_BY_KIND[manifest['kind']].format(**manifest)}.",
+        "A row of `records` belongs to one row of the data that was captured; its `key` is a hash of the tokens that "
+        "the teacher read and of the positions it was asked about."
+        + (" `targets` has the sources and the answers that the teacher wrote for them." if splits else ""),
+        "```python\nfrom hf_encdec_distill import DistillationTrainer\n\n"
+        'trainer = DistillationTrainer(model=student, args=args, teacher="hf://datasets/USER/NAME", ...)\n```',
+        f"```json\n{json.dumps(manifest, indent=1, ensure_ascii=False)}\n```",
+    ]
+    partial = folder / "partial-card"
+    DatasetCard("\n\n".join(lines) + "\n").save(partial)
+    os.replace(partial, folder / "README.md")

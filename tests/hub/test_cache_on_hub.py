@@ -1,0 +1,136 @@
+"""A cache goes to a Hub and comes back, with either client library; the Hub is a small one of this machine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from distillation_toys import make_teacher, ragged_rows, write_pairs, write_teacher
+from huggingface_hub import HfApi
+from server import Hub
+
+from hf_encdec_distill.distillation import CachedTeacher, LiveTeacher, capture
+
+
+TOKEN = "hf_of_the_tests"
+# In processes of their own: the client reads where the Hub is when it is imported.
+THERE_AND_BACK = """
+import sys
+
+import datasets, torch
+from distillation_toys import arguments, make_t5
+from transformers import AutoTokenizer
+
+from hf_encdec_distill import DistillationTrainer
+from hf_encdec_distill.cli.main import main
+from hf_encdec_distill.distillation import CachedTeacher
+
+folder, teacher, pairs = sys.argv[1:]
+words = ["cache", "--teacher", teacher, "--dataset", pairs, "--source-column", "text", "--target-column", "short"]
+words += ["--out", folder, "--prompt-template", "{source}:", "--splits", "train", "--batch-size", "4"]
+assert main([*words, "--push-to-hub", "ann/records", "--private"]) == 0
+here, there = CachedTeacher(folder), CachedTeacher("hf://datasets/ann/records")
+assert there.folder != here.folder and there.manifest == here.manifest
+assert len(there) == len(here) == len(datasets.load_dataset("ann/records")["train"])
+
+tokenizer = AutoTokenizer.from_pretrained(teacher)
+row = {"source": "red 0 red", "target": "It is red and red."}
+losses = []
+for source in (folder, "hf://datasets/ann/records"):
+    args = arguments(folder + "-trainer", prompt_template="{source}:")
+    student = make_t5(len(tokenizer))
+    trainer = DistillationTrainer(student, args, teacher=source, processing_class=tokenizer, train_dataset=[row])
+    losses.append(trainer.compute_loss(student, trainer.data_collator([row])).item())
+assert losses[0] == losses[1] > 0, losses
+
+# A second push takes away what is no part of the cache any more, on a branch of its own.
+next(here.folder.glob("shard-*")).unlink()
+(here.folder / "partial-000").touch()
+here.push_to_hub("ann/records", revision="cut")
+try:
+    CachedTeacher("hf://datasets/ann/records@cut")
+except ValueError as error:
+    assert "holds no shard" in str(error), error
+else:
+    raise SystemExit("the other revision has the shards of main")
+"""
+REFUSED = """
+import sys
+from hf_encdec_distill.distillation import CachedTeacher
+for use in (lambda: CachedTeacher(sys.argv[1]).push_to_hub("ann/more"), lambda: CachedTeacher("hf://datasets/ann/none")):
+    try:
+        use()
+    except OSError as error:
+        print(" ".join(str(error).split()))
+    else:
+        raise SystemExit("it was not refused")
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    tests = Path(__file__).parents[1]
+    package = Path(sys.modules["hf_encdec_distill"].__file__).parents[1]
+
+    def start(script, *words, **environment):
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))},
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "PYTHONPATH": os.pathsep.join((str(package), str(tests))),
+            **environment,
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", script, *map(str, words)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        assert TOKEN not in done.stdout + done.stderr
+        return done.stdout.splitlines()
+
+    return start
+
+
+def test_there_and_back(run, tmp_path, make_bpe_tokenizer):
+    teacher = write_teacher(tmp_path / "teacher", make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>"))
+    pairs = write_pairs(tmp_path / "pairs.csv", 40)
+    with Hub(TOKEN) as hub:
+        said = run(THERE_AND_BACK, tmp_path / "cache", teacher, pairs, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
+        repository = hub.repositories["datasets/ann/records"]
+        (oid, files), (_, cut) = repository.at("main"), repository.at("cut")
+        assert said[-1] == f"{hub.url}/datasets/ann/records/commit/{oid}"
+        assert repository.private
+        card = yaml.safe_load(files["README.md"].decode().split("---")[1])
+        assert [config["data_files"][0]["path"] for config in card["configs"]] == ["shard-*.parquet"]
+        assert str(tmp_path).encode() not in files["README.md"] + files["manifest.json"]
+        shards = {name for name in files if name.endswith(".parquet")}
+        assert len(shards) == 1 and set(files) - shards == set(cut)
+        assert {"README.md", "manifest.json", "tokenizer.json"} <= set(cut)
+
+
+def test_a_hub_that_refuses_or_is_offline_is_named(run, tmp_path, make_bpe_tokenizer):
+    tokenizer = make_bpe_tokenizer(pad_token="<|endoftext|>")
+    capture(LiveTeacher(make_teacher()), ragged_rows(3), tmp_path / "cache", tokenizer, progress=False)
+    with Hub(TOKEN) as hub:
+        pushing, reading = run(REFUSED, tmp_path / "cache", HF_ENDPOINT=hub.url, HF_TOKEN="hf_wrong")
+        assert "401" in pushing and "ann/none" in reading
+        assert not hub.repositories
+    pushing, reading = run(REFUSED, tmp_path / "cache", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
+    assert "offline" in pushing and "ann/none" in reading or "offline" in reading
+
+
+def test_what_the_http_library_says_becomes_one_line(tmp_path, make_bpe_tokenizer, monkeypatch):
+    tokenizer = make_bpe_tokenizer(pad_token="<|endoftext|>")
+    capture(LiveTeacher(make_teacher()), ragged_rows(3), tmp_path / "cache", tokenizer, progress=False)
+
+    def nobody(*args, **kwargs):
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(HfApi, "create_repo", nobody)
+    with pytest.raises(OSError, match=r"the Hub cannot be reached at http.* to upload ann/more: no route to host"):
+        CachedTeacher(tmp_path / "cache").push_to_hub("ann/more")
