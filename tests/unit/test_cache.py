@@ -573,7 +573,8 @@ import sys
 from hf_encdec_distill.distillation import LiveTeacher, TargetGeneration, capture
 from transformers import AutoTokenizer
 folder, count, teacher = sys.argv[1:]
-rows = [{"source": f"def f{i}(): return" + " x" * (i % 4)} for i in range(int(count))]
+# Two neighbours end alike, for the processes take turns and the toy teacher answers some endings only.
+rows = [{"source": f"def f{i}(): return" + " x" * (i // 2 % 4)} for i in range(int(count))]
 print(capture(
     LiveTeacher.load(teacher), rows, folder, AutoTokenizer.from_pretrained(teacher), batch_size=2, rows_per_shard=2,
     generation=TargetGeneration(max_new_tokens=30, sampling_temperature=1.0, num_return_sequences=16, keep="all"),
