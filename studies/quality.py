@@ -90,9 +90,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/studies/quality"))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--test-rows", type=int, default=128)
+    parser.add_argument("--test-rows", type=int, default=96)
     parser.add_argument("--table", action="store_true", help="only write tables and plots")
     args = parser.parse_args()
     file = args.output / f"{args.task}.json"
