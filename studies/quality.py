@@ -22,12 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tasks import MAX_SOURCE, MAX_TARGET, Task, load_task, write_json
+from tasks import MAX_SOURCE, MAX_TARGET, Task, load_task
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
 
 from hf_encdec_distill import DistillationTrainer, DistillationTrainingArguments, RopeEncDecForConditionalGeneration
 from hf_encdec_distill.bench import best_cpu_dtype
 from hf_encdec_distill.cli._evaluation import encode_rows, generate, score
+from hf_encdec_distill.cli._state import write_json
 from hf_encdec_distill.distillation import LiveTeacher, capture
 from hf_encdec_distill.distillation.metrics import distinct_share, rouge_l
 
@@ -97,6 +98,7 @@ def main() -> None:
     args = parser.parse_args()
     file = args.output / f"{args.task}.json"
     results = json.loads(file.read_text()) if file.exists() else {}
+    args.output.mkdir(parents=True, exist_ok=True)
     if not args.table:
         task = load_task(args.task, args.work)
         # Seeds choose their rows out of twice as many as a run takes: that is what caches have to hold.
