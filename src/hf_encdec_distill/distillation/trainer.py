@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, Seq2SeqTrainer, Trainin
 from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
-from ._compat import refuse_legacy_prediction_loop
+from ._compat import let_gradients_reach_adapters, refuse_legacy_prediction_loop
 from .alignment import (
     IGNORED,
     TEACHER_COLUMNS,
@@ -27,7 +27,10 @@ from .collator import MESSAGES, DistillationCollator, tokenizer_of
 from .empty_targets import EmptyTargets
 from .heads import catch_head_input
 from .hidden_states import HiddenStateMatching, catch_hidden_states, layer_pairs, refuse_hidden_states, widths
+from .lengths import with_lengths
 from .losses import chunked_sum, cross_entropy, select_divergence, token_mean, universal_logit_distance
+from .neftune import noise_on_tied_embeddings
+from .packing import refuse_packed
 from .positions import check_length, max_positions
 from .rollouts import ReplayBuffer, draw, on_policy_fraction_at, roll_out
 from .teachers import LiveTeacher, PartialScores, check_scores, vocab_size
@@ -201,6 +204,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         if labels is None:
             raise ValueError(f"the batch has no labels, only {sorted(inputs)}; distillation needs targets.")
         rows, columns = target_positions(labels)
+        refuse_packed(inputs)
         self._check_lengths(inputs, labels)
         student = self._student_inputs(model, inputs)
         chunked = self._goes_in_chunks(model, student, len(rows), return_outputs)
@@ -472,17 +476,23 @@ class DistillationTrainer(Seq2SeqTrainer):
     # --- training log ---
 
     def train(self, *args, **kwargs):
-        self._train_sums, self._train_steps = {}, Counter()
-        self._replay = ReplayBuffer(self.args.replay_buffer_size)
         if has_length(self.train_dataset) and not len(self.train_dataset):
             raise ValueError("train_dataset has no rows, so there is nothing to train on.")
-        self._empty_targets = EmptyTargets(getattr(tokenizer_of(self.processing_class), "eos_token_id", None))
         try:
             output = super().train(*args, **kwargs)
         finally:
             self._on_own_targets = False
         self._empty_targets.report(self.accelerator, whole_pass=(self.state.epoch or 0) >= 1)
         return output
+
+    def _inner_training_loop(self, *args, **kwargs):
+        # Anew each time: `auto_find_batch_size` comes here again after a batch that did not fit.
+        self._train_sums, self._train_steps = {}, Counter()
+        self._replay = ReplayBuffer(self.args.replay_buffer_size)
+        self._empty_targets = EmptyTargets(getattr(tokenizer_of(self.processing_class), "eos_token_id", None))
+        let_gradients_reach_adapters(self.model, self.args)
+        with noise_on_tied_embeddings(self.model, self.neftune_noise_alpha):
+            return super()._inner_training_loop(*args, **kwargs)
 
     def _record_training(self, means: Mapping[str, Tensor]) -> None:
         for name, value in means.items():
@@ -555,7 +565,14 @@ class DistillationTrainer(Seq2SeqTrainer):
         for name, total in zip(terms, totals, strict=True):
             self._eval_sums[name] = self._eval_sums.get(name, 0) + total
 
-    # --- columns ---
+    # --- rows and columns ---
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return super()._get_train_sampler(with_lengths(dataset, self.args, self.data_collator))
+
+    def _get_eval_sampler(self, eval_dataset):
+        return super()._get_eval_sampler(with_lengths(eval_dataset, self.args, self.data_collator))
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
