@@ -78,6 +78,17 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
         default=0.0,
         metadata={"help": "Share of the on-policy steps, 0 to 1, that take their batches from the replay buffer."},
     )
+    freeze_encoder: bool = field(
+        default=False,
+        metadata={
+            "help": "Trains the decoder alone. All that the encoder reads stays as it is, the embedding included, and "
+            "with it an LM head that is tied to it."
+        },
+    )
+    cross_attention_warmup_steps: int = field(
+        default=0,
+        metadata={"help": "Steps at the beginning in which the cross-attentions alone are trained, with their norms."},
+    )
     vocab_policy: str = field(
         default="mask_padding",
         metadata={
@@ -155,7 +166,12 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
         )
         for name in ("on_policy_fraction", "replay_fraction"):
             _within(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")
-        for name in ("on_policy_warmup_steps", "replay_buffer_size", "sampling_temperature"):
+        for name in (
+            "on_policy_warmup_steps",
+            "replay_buffer_size",
+            "sampling_temperature",
+            "cross_attention_warmup_steps",
+        ):
             _within(name, getattr(self, name), 0 <= getattr(self, name) < float("inf"), "a finite number, at least 0")
         if self.on_policy_fraction > 0 and self.distill_weight == 0:
             raise ValueError(

@@ -24,7 +24,9 @@ from .alignment import (
 from .arguments import DistillationTrainingArguments, with_distillation_defaults
 from .cache import CachedTeacher, is_cache
 from .collator import MESSAGES, DistillationCollator, tokenizer_of
+from .cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
 from .empty_targets import EmptyTargets
+from .frozen_encoder import freeze_encoder
 from .heads import catch_head_input
 from .losses import chunked_sum, cross_entropy, select_divergence, token_mean, universal_logit_distance
 from .positions import check_length, max_positions
@@ -99,6 +101,8 @@ class DistillationTrainer(Seq2SeqTrainer):
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, *remaining, **kwargs
         )
+        if args.freeze_encoder:
+            freeze_encoder(self.model)
         if self.compute_loss_func is not None:
             raise ValueError(
                 "compute_loss_func would replace the distillation loss; leave it out, or override compute_loss."
@@ -153,6 +157,10 @@ class DistillationTrainer(Seq2SeqTrainer):
         # Smoothing is part of our cross-entropy; the base class would put its own loss in place of ours.
         self.label_smoother = None
         self._student_head_is_last: bool | None = None  # not known yet
+        if args.cross_attention_warmup_steps > 0:
+            check_cross_attention_warmup(
+                self.model, args.cross_attention_warmup_steps, not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+            )
         if args.on_policy_fraction > 0:
             self._check_on_policy()
         self._replay = ReplayBuffer(args.replay_buffer_size)
@@ -395,6 +403,20 @@ class DistillationTrainer(Seq2SeqTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._replay.load(checkpoint, self.accelerator.process_index)
+
+    # --- what is trained when ---
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        model = super().call_model_init(trial)
+        if self.args.freeze_encoder:
+            freeze_encoder(model)
+        return model
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.state.global_step < self.args.cross_attention_warmup_steps:
+            keep_cross_attention_gradients(self.model)
+        return loss
 
     # --- training log ---
 
