@@ -188,6 +188,14 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
                 f"on_policy_fraction={self.on_policy_fraction} with vocab_policy='universal': where the teacher would "
                 "cut what the student is going to write is not known in a batch. Set it to 0."
             )
+        if self.freeze_encoder and self.gradient_checkpointing:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
+            if self.gradient_checkpointing_kwargs["use_reentrant"]:
+                raise ValueError(
+                    "use_reentrant=True in gradient_checkpointing_kwargs with freeze_encoder=True: the first decoder "
+                    "layer reads a frozen embedding, and reentrant checkpointing would give it no gradient. Set it to "
+                    "False, or leave it out."
+                )
         if self.replay_fraction > 0 and not (self.replay_buffer_size and self.on_policy_fraction):
             raise ValueError(
                 f"replay_fraction={self.replay_fraction} needs replay_buffer_size and on_policy_fraction above 0, got "

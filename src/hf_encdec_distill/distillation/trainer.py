@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from .heads import catch_head_input
 from .losses import chunked_sum, cross_entropy, select_divergence, token_mean, universal_logit_distance
 from .positions import check_length, max_positions
 from .rollouts import ReplayBuffer, draw, on_policy_fraction_at, roll_out
+from .shared_prompt import SharedPrompt
 from .teachers import LiveTeacher, PartialScores, check_scores, vocab_size
 
 
@@ -157,6 +159,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         # Smoothing is part of our cross-entropy; the base class would put its own loss in place of ours.
         self.label_smoother = None
         self._student_head_is_last: bool | None = None  # not known yet
+        self._shared: list[SharedPrompt] | None = None  # not known yet
         if args.cross_attention_warmup_steps > 0:
             check_cross_attention_warmup(
                 self.model, args.cross_attention_warmup_steps, not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
@@ -194,7 +197,11 @@ class DistillationTrainer(Seq2SeqTrainer):
         self._check_lengths(inputs, labels)
         student = self._student_inputs(model, inputs)
         chunked = self._goes_in_chunks(model, student, len(rows), return_outputs)
-        score = self._score(labels[rows, columns], rows, columns, inputs, chunked)
+        shared = None if return_outputs else self._shared_prompt(model)
+        with nullcontext() if shared is None else shared.listening():
+            score = self._score(labels[rows, columns], rows, columns, inputs, chunked)
+        if shared is not None:
+            student |= shared.encoder_outputs(student)
         if chunked:
             total, terms = self._chunked_total(model, student, rows, columns, score)
         else:
@@ -418,9 +425,22 @@ class DistillationTrainer(Seq2SeqTrainer):
             keep_cross_attention_gradients(self.model)
         return loss
 
+    def _shared_prompt(self, model: nn.Module) -> SharedPrompt | None:
+        """What the student takes from the teacher's forward in training, if anything."""
+        if not model.training:
+            return None
+        if self._shared is None:  # here, where a run that is resumed has its weights
+            student = self.accelerator.unwrap_model(model)
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            can = isinstance(self.teacher, LiveTeacher) and not sharded
+            exact = can and SharedPrompt.is_exact(student, self.teacher.model)
+            self._shared = [SharedPrompt(student, self.teacher.model)] if exact else []
+        return self._shared[0] if self._shared else None
+
     # --- training log ---
 
     def train(self, *args, **kwargs):
+        self._shared = None
         self._train_sums, self._train_steps = {}, Counter()
         self._replay = ReplayBuffer(self.args.replay_buffer_size)
         if has_length(self.train_dataset) and not len(self.train_dataset):
