@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from .alignment import (
 from .arguments import DistillationTrainingArguments, with_distillation_defaults
 from .cache import CachedTeacher, is_cache
 from .collator import MESSAGES, DistillationCollator, tokenizer_of
+from .cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
 from .empty_targets import EmptyTargets
+from .frozen_encoder import freeze_encoder
 from .heads import catch_head_input
 from .hidden_states import HiddenStateMatching, catch_hidden_states, layer_pairs, refuse_hidden_states, widths
 from .lengths import with_lengths
@@ -33,6 +36,7 @@ from .neftune import noise_on_tied_embeddings
 from .packing import refuse_packed
 from .positions import check_length, max_positions
 from .rollouts import ReplayBuffer, draw, on_policy_fraction_at, roll_out
+from .shared_prompt import SharedPrompt
 from .teachers import LiveTeacher, PartialScores, check_scores, vocab_size
 
 
@@ -110,6 +114,8 @@ class DistillationTrainer(Seq2SeqTrainer):
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, *remaining, **kwargs
         )
+        if args.freeze_encoder:
+            freeze_encoder(self.model)
         if self.compute_loss_func is not None:
             raise ValueError(
                 "compute_loss_func would replace the distillation loss; leave it out, or override compute_loss."
@@ -164,6 +170,11 @@ class DistillationTrainer(Seq2SeqTrainer):
         # Smoothing is part of our cross-entropy; the base class would put its own loss in place of ours.
         self.label_smoother = None
         self._student_head_is_last: bool | None = None  # not known yet
+        self._shared: list[SharedPrompt] | None = None  # not known yet
+        if args.cross_attention_warmup_steps > 0:
+            check_cross_attention_warmup(
+                self.model, args.cross_attention_warmup_steps, not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+            )
         if args.on_policy_fraction > 0:
             self._check_on_policy()
         self._matching = HiddenStateMatching({})
@@ -208,7 +219,11 @@ class DistillationTrainer(Seq2SeqTrainer):
         self._check_lengths(inputs, labels)
         student = self._student_inputs(model, inputs)
         chunked = self._goes_in_chunks(model, student, len(rows), return_outputs)
-        score, of_teacher = self._score(labels[rows, columns], rows, columns, inputs, chunked)
+        shared = None if return_outputs else self._shared_prompt(model)
+        with nullcontext() if shared is None else shared.listening():
+            score, of_teacher = self._score(labels[rows, columns], rows, columns, inputs, chunked)
+        if shared is not None:
+            student |= shared.encoder_outputs(student)
         with catch_hidden_states(model, self._matching.student_layers, rows, columns) as of_student:
             if chunked:
                 total, terms = self._chunked_total(model, student, rows, columns, score)
@@ -399,13 +414,6 @@ class DistillationTrainer(Seq2SeqTrainer):
 
         self.accelerator.clip_grad_norm_ = clip_with_projections
 
-    def training_step(self, *args, **kwargs) -> Tensor:
-        """As the base class; gradients of the projections are averaged over processes with the student's."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self._matching.average_gradients(self.accelerator)
-        return loss
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
@@ -473,6 +481,35 @@ class DistillationTrainer(Seq2SeqTrainer):
         if checkpoint is not None:
             self._replay.load(checkpoint, self.accelerator.process_index)
 
+    # --- what is trained when ---
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        model = super().call_model_init(trial)
+        if self.args.freeze_encoder:
+            freeze_encoder(model)
+        return model
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        """As the base class, and then what the backward leaves to be done with gradients."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._matching.average_gradients(self.accelerator)
+        if self.state.global_step < self.args.cross_attention_warmup_steps:
+            keep_cross_attention_gradients(self.model)
+        return loss
+
+    def _shared_prompt(self, model: nn.Module) -> SharedPrompt | None:
+        """What the student takes from the teacher's forward in training, if anything."""
+        if not model.training:
+            return None
+        if self._shared is None:  # here, where a run that is resumed has its weights
+            student = self.accelerator.unwrap_model(model)
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            can = isinstance(self.teacher, LiveTeacher) and not sharded
+            exact = can and SharedPrompt.is_exact(student, self.teacher.model)
+            self._shared = [SharedPrompt(student, self.teacher.model)] if exact else []
+        return self._shared[0] if self._shared else None
+
     # --- training log ---
 
     def train(self, *args, **kwargs):
@@ -487,6 +524,7 @@ class DistillationTrainer(Seq2SeqTrainer):
 
     def _inner_training_loop(self, *args, **kwargs):
         # Anew each time: `auto_find_batch_size` comes here again after a batch that did not fit.
+        self._shared = None
         self._train_sums, self._train_steps = {}, Counter()
         self._replay = ReplayBuffer(self.args.replay_buffer_size)
         self._empty_targets = EmptyTargets(getattr(tokenizer_of(self.processing_class), "eos_token_id", None))
