@@ -125,7 +125,7 @@ def total(ce, kl, distance):
     return 0.7 * 4 * kl + 0.3 * ce + WEIGHT * distance
 
 
-@pytest.mark.parametrize("chunk_size, loss", [(1000, "mse"), (3, "mse"), (3, "cosine")])
+@pytest.mark.parametrize("chunk_size, loss", [(1000, "mse"), (3, "cosine")])
 @pytest.mark.parametrize("name", STUDENTS)
 def test_loss_and_gradients(tmp_path, tokenizer, name, chunk_size, loss):
     layers = {0: 1, 1: 2, 2: 1}
@@ -185,8 +185,7 @@ def test_steps_clipped_and_decayed_as_if_the_projections_were_the_students(
     assert history == [pytest.approx(step, rel=1e-4, abs=6e-5) for step in logged]
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("name, reentrant", [("merged", True), ("t5", True), ("bart", True), ("bart", False)])
 def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer, name, reentrant):
     changed = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     trainers = [
@@ -260,8 +259,7 @@ def test_steps_on_own_targets(tmp_path, tokenizer):
     assert log["loss"] == pytest.approx((0.7 * 4 * kl + WEIGHT * distance).mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("teacher_width", [32, 48])
-def test_resumed_equals_never_stopped(tmp_path, tokenizer, teacher_width):
+def test_resumed_equals_never_stopped(tmp_path, tokenizer):
     """Shuffled rows, dropout, AdamW, accumulation, clipping; and the student's folder holds the student alone."""
 
     def make(**changed):
@@ -279,7 +277,7 @@ def test_resumed_equals_never_stopped(tmp_path, tokenizer, teacher_width):
                 loss_chunk_size=4,
                 **SETTINGS | changed,
             ),
-            teacher=make_teacher(hidden_size=teacher_width),
+            teacher=make_teacher(hidden_size=48),
             train_dataset=ragged_rows(15),
             processing_class=tokenizer,
         )
@@ -288,7 +286,6 @@ def test_resumed_equals_never_stopped(tmp_path, tokenizer, teacher_width):
     start = [p.detach().clone() for p in whole._matching.parameters()]
     for projection in start:
         torch.testing.assert_close(projection.T @ projection, torch.eye(32))  # keeps lengths
-        assert teacher_width == 48 or torch.equal(projection, torch.eye(32))
     whole.train()
     checkpoint = tmp_path / "checkpoint-3"
     resumed.train(resume_from_checkpoint=str(checkpoint))
@@ -338,6 +335,7 @@ def test_what_cannot_be_matched_is_refused(tmp_path, tokenizer):
         DistillationTrainer(student, arguments(tmp_path, **SETTINGS), optimizers=(optimizer, scheduler), **settings)
     trainer = DistillationTrainer(student, arguments(tmp_path, **SETTINGS), optimizers=(optimizer, None), **settings)
     assert set(trainer._matching.parameters()) <= set(optimizer.param_groups[-1]["params"])
+    assert all(torch.equal(p, torch.eye(32)) for p in trainer._matching.parameters())  # both widths are the same
 
     folder = write_teacher(tmp_path / "teacher", tokenizer)
     lengths = {"max_source_length": None, "max_target_length": None}
