@@ -160,7 +160,7 @@ def test_steps_clipped_and_decayed_as_if_the_projections_were_the_students(
         num_train_epochs=1,
         max_grad_norm=0.5,
         weight_decay=0.1,
-        loss_chunk_size=5,
+        loss_chunk_size=2,
     )
     reference, teacher = make_t5().train(), make_teacher(hidden_size=48)
     projections = [p.detach().clone().requires_grad_() for p in trainer._matching.parameters()]
@@ -189,7 +189,7 @@ def test_steps_clipped_and_decayed_as_if_the_projections_were_the_students(
 def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer, name, reentrant):
     changed = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     trainers = [
-        make_trainer(tmp_path, tokenizer, STUDENTS[name](), loss_chunk_size=4, max_steps=1, **extra)
+        make_trainer(tmp_path, tokenizer, STUDENTS[name](), loss_chunk_size=2, max_steps=1, **extra)
         for extra in ({}, changed)
     ]
     for trainer in trainers:
@@ -201,7 +201,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer, name, reent
 def test_bf16_autocast_leaves_projections_and_distance_alone(tmp_path, tokenizer):
     """The student's states are rounded, nothing else: the distance is close to float32, gradients too."""
     plain, mixed = (
-        make_trainer(tmp_path, tokenizer, max_steps=1, loss_chunk_size=4, per_device_train_batch_size=8, bf16=bf16)
+        make_trainer(tmp_path, tokenizer, max_steps=1, loss_chunk_size=2, per_device_train_batch_size=8, bf16=bf16)
         for bf16 in (False, True)
     )
     for trainer in (plain, mixed):
@@ -274,7 +274,7 @@ def test_resumed_equals_never_stopped(tmp_path, tokenizer):
                 num_train_epochs=2,
                 save_strategy="steps",
                 save_steps=3,
-                loss_chunk_size=4,
+                loss_chunk_size=2,
                 **SETTINGS | changed,
             ),
             teacher=make_teacher(hidden_size=48),
