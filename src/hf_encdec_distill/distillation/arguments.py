@@ -122,12 +122,12 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
         },
     )
     loss_chunk_size: int = field(
-        default=512,
+        default=128,
         metadata={
-            "help": "Target tokens whose logits are held at once. A batch with more of them takes its training loss "
-            "chunk by chunk, each going backward before the next, with the same result in a fraction of the memory. "
-            "Where a head cannot be taken apart (FSDP, DeepSpeed, torch.compile, a model that changes its head's "
-            "output) all are held."
+            "help": "Target tokens whose logits are held at once. A batch with more than four times as many takes its "
+            "training loss chunk by chunk, each going backward before the next, with the same result in a fraction of "
+            "the memory. Where a head cannot be taken apart (FSDP, DeepSpeed, torch.compile, a model that changes its "
+            "head's output) all are held."
         },
     )
     max_source_length: int | None = field(

@@ -320,7 +320,8 @@ class DistillationTrainer(Seq2SeqTrainer):
 
     def _goes_in_chunks(self, model: nn.Module, student: Mapping[str, Any], tokens: int, return_outputs: bool) -> bool:
         """Whether the student's logits at the targets are made a few at a time, by `losses.chunked_sum`."""
-        if tokens <= self.args.loss_chunk_size or return_outputs or "labels" in student:
+        # Below four chunks, their gradient of the head in float32 is as large as what they save.
+        if tokens <= 4 * self.args.loss_chunk_size or return_outputs or "labels" in student:
             return False
         # A sharded head is whole inside its module's forward only; a compiled model was traced without our hooks.
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.n_gpu > 1 or is_compiled_module(model):
