@@ -94,8 +94,8 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
     bidirectional_warmup_steps: int = field(
         default=0,
         metadata={
-            "help": "Steps in which a causal encoder becomes bidirectional, the weight of later tokens in its attention "
-            "rising from 0 to 1 on a straight line; 0 leaves the encoder as it is."
+            "help": "Steps in which a causal encoder becomes bidirectional, the weight of later tokens in its "
+            "attention rising from 0 to 1 on a straight line; 0 leaves the encoder as it is."
         },
     )
     vocab_policy: str = field(

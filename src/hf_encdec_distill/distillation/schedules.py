@@ -113,7 +113,7 @@ class ProgressiveDepth(TrainerCallback):
             return
         last = next(log for log in reversed(state.log_history) if "encoder_layers" in log)
         saved = [last[f"{side}_layers"] for side in SIDES]
-        begun = [count + sum(side == name for name, _ in removed) for side, count in zip(SIDES, saved, strict=True)]
+        begun = [last[f"{side}_layers"] + sum(side == name for name, _ in removed) for side in SIDES]
         given = [self._count(side) for side in SIDES]
         if given == begun:
             self._removed = []
@@ -162,8 +162,8 @@ class EncoderAnnealing(TrainerCallback):
     to the scores of keys behind the query, so that `softmax` counts them `a` times. At 0 that is the causal mask, at 1
     the bidirectional one, and both are then computed as such, without a bias.
 
-    As soon as `a` is above 0 the config says `encoder_attention="bidirectional"`. A checkpoint from the middle is there
-    to be resumed from: loaded by itself it looks ahead with its full weight, for which it is not trained yet.
+    As soon as `a` is above 0 the config says `encoder_attention="bidirectional"`. A checkpoint from the middle is
+    there to be resumed from: loaded by itself it looks ahead with its full weight, for which it is not trained yet.
 
     Raises:
         ValueError: what this cannot work with; the message says what to change.
@@ -180,7 +180,7 @@ class EncoderAnnealing(TrainerCallback):
             )
         if trainer.args.torch_compile:
             raise ValueError(
-                f"{what} changes the encoder at each step, which torch_compile would trace anew: leave it out."
+                f"{what} changes the encoder at each step, and torch_compile would trace it anew: leave it out."
             )
         if trainer.args.load_best_model_at_end:
             raise ValueError(
@@ -238,8 +238,8 @@ def _check_student(student: nn.Module, what: str) -> None:
     config = getattr(student, "config", None)
     if getattr(config, "model_type", None) != "rope_encdec" or hasattr(student, "peft_config"):
         raise ValueError(
-            f"{what} needs a student of model_type='rope_encdec' without adapters, got {type(student).__name__}. Leave "
-            "it out, or make a student with RopeEncDecForConditionalGeneration.from_decoder_only."
+            f"{what} needs a student of model_type='rope_encdec' without adapters, got {type(student).__name__}. "
+            "Leave it out, or make a student with RopeEncDecForConditionalGeneration.from_decoder_only."
         )
 
 
@@ -252,7 +252,7 @@ def _check_whole(trainer, what: str) -> None:
         )
     if args.load_best_model_at_end:
         raise ValueError(
-            f"{what} with load_best_model_at_end: the best student would be one from before its layers were taken out. "
+            f"{what} with load_best_model_at_end: the best student would be one from before layers were taken out. "
             "Leave it out, and compare the checkpoints of the final depth."
         )
 

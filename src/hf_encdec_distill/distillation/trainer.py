@@ -414,7 +414,7 @@ class DistillationTrainer(Seq2SeqTrainer):
                     terms = score(logits_BTV[rows, columns])
                     totals[number] += self._combine({name: values.sum() for name, values in terms.items()}).item()
         sums = self.accelerator.reduce(torch.tensor([*totals, tokens], device=self.args.device), reduction="sum")
-        return token_mean(sums[:-1].unsqueeze(0), sums[-1])
+        return sums[:-1] / sums[-1].clamp(min=1)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._depth is not None:
