@@ -21,7 +21,9 @@ import sys
 import time
 from pathlib import Path
 
-from tasks import load_task, write_json
+from tasks import load_task
+
+from hf_encdec_distill.cli._state import write_json
 
 
 BATCH, STEPS, SKIPPED = 8, 6, 2
@@ -49,6 +51,7 @@ def main() -> None:
         print(json.dumps(measure(args.measure, args.work)))
         return
     prepare(args.work)
+    args.output.mkdir(parents=True, exist_ok=True)
     names = [*OURS, *(TRL if importlib.util.find_spec("trl") else ())]
     taken: dict[str, list[dict]] = {name: [] for name in names}
     for number in range(args.rounds):

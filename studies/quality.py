@@ -22,12 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tasks import MAX_SOURCE, MAX_TARGET, Task, load_task, write_json
+from tasks import MAX_SOURCE, MAX_TARGET, Task, load_task
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
 
 from hf_encdec_distill import DistillationTrainer, DistillationTrainingArguments, RopeEncDecForConditionalGeneration
 from hf_encdec_distill.bench import best_cpu_dtype
 from hf_encdec_distill.cli._evaluation import encode_rows, generate, score
+from hf_encdec_distill.cli._state import write_json
+from hf_encdec_distill.data import load_plain_text
 from hf_encdec_distill.distillation import LiveTeacher, capture
 from hf_encdec_distill.distillation.metrics import distinct_share, rouge_l
 
@@ -41,6 +43,7 @@ class Arm:
     init: dict = field(default_factory=dict)  # of `from_decoder_only`
     training: dict = field(default_factory=dict)  # of `DistillationTrainingArguments`
     teacher: str = "top_k"  # or live, or another cache in CACHES
+    plain_text_steps: int = 0  # steps on plain text, with the live teacher, before those on the task
     reference: str = "base"
 
 
@@ -70,6 +73,7 @@ ARMS = {
     "policy_50": Arm("Policy", "on-policy, half", training={"on_policy_fraction": 0.5}, **LIVE),
     "separate": Arm("Start", "separate cross-attention", init={"cross_attention": "separate"}),
     "random": Arm("Start", "merged, random weights", init={"random": True}),
+    "adapted": Arm("Start", "60 steps on plain text before", plain_text_steps=60),
     "even": Arm("Layers", "evenly spaced", init={"layer_selection": "even"}),
     "first": Arm("Layers", "first, and the last", init={"layer_selection": "first"}),
     "greedy": Arm("Layers", "greedy", init={"layer_selection": "greedy"}),
@@ -81,6 +85,7 @@ LAYERS = (11, 4)
 LOWER_IS_BETTER = ("ce", "kl")
 MEASURES = {"ce": (1, 3), "kl": (1, 3), "teacher_agreement": (100, 1), "rouge_l": (100, 1), "distinct": (100, 0)}
 GENERATED = 48  # test rows that are answered
+PLAIN_WINDOW = 128  # tokens
 
 
 def main() -> None:
@@ -90,13 +95,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/studies/quality"))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--test-rows", type=int, default=128)
+    parser.add_argument("--test-rows", type=int, default=96)
     parser.add_argument("--table", action="store_true", help="only write tables and plots")
     args = parser.parse_args()
     file = args.output / f"{args.task}.json"
     results = json.loads(file.read_text()) if file.exists() else {}
+    args.output.mkdir(parents=True, exist_ok=True)
     if not args.table:
         task = load_task(args.task, args.work)
         # Seeds choose their rows out of twice as many as a run takes: that is what caches have to hold.
@@ -118,17 +124,11 @@ def run(arm: Arm, task: Task, seed: int, args: argparse.Namespace) -> dict:
     dtype = torch.bfloat16 if torch.cuda.is_available() else best_cpu_dtype()
     tokenizer = _tokenizer(task.teacher)
     student = _student(arm, task, tokenizer, seed)
-    rows = task.rows["train"].shuffle(seed=seed).select(range(args.steps * args.batch_size))
-    output = args.work / task.name / "student"
-    teacher = task.teacher if arm.teacher == "live" else _cache(arm.teacher, task, tokenizer, dtype)
-    arguments = {
-        "max_steps": args.steps,
+    shared = {
+        "output_dir": str(args.work / task.name / "student"),
         "per_device_train_batch_size": args.batch_size,
         "learning_rate": 1e-3,
-        "warmup_steps": args.steps // 8,
         "seed": seed,
-        "max_source_length": MAX_SOURCE,
-        "max_target_length": MAX_TARGET,
         "prompt_template": task.prompt_template,
         "teacher_dtype": str(dtype).removeprefix("torch."),
         "bf16": dtype is torch.bfloat16,
@@ -138,19 +138,31 @@ def run(arm: Arm, task: Task, seed: int, args: argparse.Namespace) -> dict:
         "report_to": [],
         "disable_tqdm": True,
     }
-    trainer = DistillationTrainer(
-        student,
-        DistillationTrainingArguments(str(output), **(arguments | arm.training)),
-        train_dataset=rows,
-        processing_class=student.tokenizer,
-        teacher=str(teacher),
-        teacher_processing_class=tokenizer,
-    )
+
+    def train(rows, teacher: Path, steps: int, **changes) -> None:
+        trainer = DistillationTrainer(
+            student,
+            DistillationTrainingArguments(**(shared | {"max_steps": steps, "warmup_steps": steps // 8} | changes)),
+            train_dataset=rows,
+            processing_class=student.tokenizer,
+            teacher=str(teacher),
+            teacher_processing_class=tokenizer,
+        )
+        trainer.train()
+        shutil.rmtree(shared["output_dir"], ignore_errors=True)
+
     start = time.monotonic()
-    trainer.train()
+    if arm.plain_text_steps:
+        text = load_plain_text(
+            None, tokenizer, window=PLAIN_WINDOW, start_token_id=student.config.decoder_start_token_id, seed=seed
+        )
+        train(text, task.teacher, arm.plain_text_steps)
+    rows = task.rows["train"].shuffle(seed=seed).select(range(args.steps * args.batch_size))
+    teacher = task.teacher if arm.teacher == "live" else _cache(arm.teacher, task, tokenizer, dtype)
+    limits = {"max_source_length": MAX_SOURCE, "max_target_length": MAX_TARGET}
+    train(rows, teacher, args.steps, **(limits | arm.training))
     seconds = time.monotonic() - start
-    shutil.rmtree(output, ignore_errors=True)
-    return measure(trainer.model, task, tokenizer, dtype) | {"seconds": round(seconds, 1)}
+    return measure(student, task, tokenizer, dtype) | {"seconds": round(seconds, 1)}
 
 
 def measure(student, task: Task, tokenizer, dtype: torch.dtype) -> dict:

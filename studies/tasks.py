@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -123,11 +122,3 @@ def _debian_pairs(folder: Path) -> DatasetDict:
     place = [sum(family.encode()) * 2654435761 % 100 for family in rows["family"]]
     splits = {"train": range(10, 100), "validation": range(5), "test": range(5, 10)}
     return DatasetDict({name: rows.select([i for i, p in enumerate(place) if p in of]) for name, of in splits.items()})
-
-
-def write_json(path: Path, content) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)

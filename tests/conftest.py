@@ -23,6 +23,12 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _precision(monkeypatch):
+    # transformers 4.57 writes the precision of one TrainingArguments there and takes it for all that follow.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 @pytest.fixture(scope="session")
 def make_bpe_tokenizer():
     """Byte-level BPE of at most 280 tokens, with a BOS that it puts in front (or not) and a chat template (or not)."""

@@ -1,13 +1,18 @@
 """Toy students and teachers; EOS is 2, as for the toy tokenizer of conftest.py."""
 
 import csv
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from hf_encdec_distill import DistillationTrainingArguments
+from hf_encdec_distill import (
+    DistillationTrainingArguments,
+    RopeEncDecConfig,
+    RopeEncDecForConditionalGeneration,
+)
 
 
 EOS = 2
@@ -85,6 +90,33 @@ def make_t5(vocab_size=280, dropout=0.0, seed=2):
         eos_token_id=EOS,
     )
     return spread(T5ForConditionalGeneration(config), std=0.5, seed=seed)
+
+
+def make_rope(cross_attention, seed=3, **fields):
+    """Two layers of RopeEncDec on each side, eval mode; `cross_attention` is "separate" or "merged"."""
+    config = RopeEncDecConfig(
+        vocab_size=280,
+        hidden_size=32,
+        intermediate_size=64,
+        encoder_num_hidden_layers=2,
+        decoder_num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        cross_attention=cross_attention,
+        decoder_start_token_id=1,
+        bos_token_id=3,
+        eos_token_id=EOS,
+        pad_token_id=0,
+        **fields,
+    )
+    return spread(RopeEncDecForConditionalGeneration(config), seed=seed)
+
+
+STUDENTS = {
+    "t5": make_t5,
+    "separate": partial(make_rope, "separate"),
+    "merged": partial(make_rope, "merged", cross_attention_layers=[1, 2]),  # so that no encoder layer goes unread
+}
 
 
 def ragged_rows(count, vocab_size=60, seed=0):

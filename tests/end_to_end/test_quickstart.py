@@ -177,8 +177,9 @@ def test_the_students_tokenizer_loads_in_either_version_of_transformers(run):
 def test_a_used_folder_is_not_overwritten_and_a_finished_run_shows_its_table_again(run, inputs):
     before = (run["folder"] / "metrics.json").read_bytes()
     again = subprocess.run([*COMMAND, *inputs, "--output", str(run["folder"])], capture_output=True, text=True)
-    assert again.returncode == 2 and again.stderr.count("\n") == 1
-    assert "--resume" in again.stderr and "--output" in again.stderr
+    error = again.stderr.splitlines()[-1]  # libraries may have their say before
+    assert again.returncode == 2 and "Traceback" not in again.stderr
+    assert "--resume" in error and "--output" in error
     shown = subprocess.run([*COMMAND, "--resume", "--output", str(run["folder"])], capture_output=True, text=True)
     assert (shown.returncode, shown.stdout) == (0, run["resumed"].stdout)
     assert (run["folder"] / "metrics.json").read_bytes() == before

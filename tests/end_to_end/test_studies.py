@@ -1,5 +1,7 @@
 """The programs of `studies/` run, on toys: what they write can be read, and nothing is run twice."""
 
+import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -33,9 +35,13 @@ def toy_task(tmp_path, make_bpe_tokenizer):
 def test_quality(studies, toy_task, tmp_path, monkeypatch):
     import quality
 
-    arms = ["base", "ce", "live", "sampled", "policy_50", "separate", "random"]
+    arms = ["base", "ce", "live", "sampled", "policy_50", "separate", "random", "adapted"]
     monkeypatch.setattr(quality, "LAYERS", (3, 2))
     monkeypatch.setattr(quality, "load_task", lambda *_: toy_task)
+    (tmp_path / "plain.txt").write_text("Of what there is to read, a part is read and the rest is written.\n" * 40)
+    plain = functools.partial(quality.load_plain_text, tmp_path / "plain.txt")
+    monkeypatch.setattr(quality, "load_plain_text", lambda _, *args, **options: plain(*args, **options))
+    monkeypatch.setitem(quality.ARMS, "adapted", dataclasses.replace(quality.ARMS["adapted"], plain_text_steps=1))
     options = ["quality", "--work", str(tmp_path), "--output", str(tmp_path / "out"), "--steps", "2"]
     options += ["--batch-size", "2", "--test-rows", "6", "--arms", *arms]
     monkeypatch.setattr(sys, "argv", [*options, "--seeds", "0", "1", "2"])

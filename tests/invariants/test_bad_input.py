@@ -110,7 +110,7 @@ def test_rows_without_a_target_column(tmp_path, tokenizer):
     rows = [{"source": "def f(x)"}] * 4
     with pytest.raises(ValueError, match="the batch has no labels, only .*distillation needs targets"):
         make_trainer(tmp_path, tokenizer, rows=rows).train()
-    with pytest.raises(ValueError, match=r"rows 0 to 3 have no target"):
+    with pytest.raises(ValueError, match=r"row 0 of train has no target"):
         capture(LiveTeacher(make_teacher()), rows, tmp_path / "cache", tokenizer, progress=False)
 
 
@@ -332,7 +332,7 @@ def test_a_cache_that_was_made_of_other_rows(models, tmp_path, capsys):
     text = (tmp_path / "few.csv").read_text()
     (tmp_path / "few.csv").write_text(text.replace("It is", "They are"))
     columns = ["--source-column", "text", "--target-column", "short", "--prompt-template", TEMPLATE]
-    words = ["--dataset", str(models / "pairs.csv"), "--output", str(tmp_path / "cache"), "--width", "3"]
+    words = ["--dataset", str(models / "pairs.csv"), "--output", str(tmp_path / "cache"), "--k", "3"]
     assert main(["cache", str(models / "teacher"), *words, *columns]) == 0
     words = ["--teacher", str(tmp_path / "cache"), "--dataset", str(tmp_path / "few.csv"), "--max-steps", "1"]
     assert (

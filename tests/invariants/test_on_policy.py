@@ -66,7 +66,13 @@ def test_a_rollout_is_what_generate_gives(tmp_path, tokenizer, side):
     trainer = make_trainer(tmp_path, tokenizer, student)
     batch = trainer.data_collator(ROWS)
     before = torch.random.get_rng_state()
+    read = []
+    hook = student.decoder.register_forward_pre_hook(
+        lambda _module, _args, inputs: read.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
     rolled = roll_out(student, batch, max_new_tokens=6, temperature=0.0, seed=1)
+    hook.remove()
+    assert read == [1] * 6  # the rest is in its cache
     assert torch.equal(torch.random.get_rng_state(), before)
     assert [module.training for module in student.modules()] == modes
     expected = own_rows(reference, ROWS, eos)

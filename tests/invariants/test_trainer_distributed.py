@@ -42,7 +42,13 @@ def collate(rows):
 def run(folder: Path) -> None:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     results = {}
-    for name, accumulation, on_policy in (("accumulated", 2, 0.0), ("plain", 1, 0.0), ("own", 1, 0.5)):
+    for name, accumulation, on_policy, matched in (
+        ("accumulated", 2, 0.0, {}),
+        ("plain", 1, 0.0, {}),
+        ("own", 1, 0.5, {}),
+        ("matched", 2, 0.0, {"hidden_state_weight": 0.5, "max_grad_norm": 1.0}),
+    ):
+        teacher = make_teacher(hidden_size=48) if matched else make_teacher()
         trainer = InOrder(
             make_t5(),
             arguments(
@@ -51,7 +57,7 @@ def run(folder: Path) -> None:
                 learning_rate=0.1,
                 lr_scheduler_type="constant",
                 num_train_epochs=1,
-                max_grad_norm=0.0,
+                **{"max_grad_norm": 0.0, **matched},
                 per_device_train_batch_size=4 // processes // accumulation,
                 gradient_accumulation_steps=accumulation,
                 per_device_eval_batch_size=2,
@@ -66,24 +72,25 @@ def run(folder: Path) -> None:
                 seed=2,
                 ddp_backend="gloo" if processes > 1 else None,
             ),
-            teacher=make_teacher(),
+            teacher=teacher,
             train_dataset=ROWS,
             eval_dataset=EVAL_ROWS,
             data_collator=collate,
         )
         trainer.train()
-        untrained = InOrder(
-            make_t5(), trainer.args, teacher=make_teacher(), eval_dataset=EVAL_ROWS, data_collator=collate
-        )
+        untrained = InOrder(make_t5(), trainer.args, teacher=teacher, eval_dataset=EVAL_ROWS, data_collator=collate)
         assert trainer.accelerator.num_processes == processes
         assert all(p.device.type == "cpu" for p in trainer.teacher.model.parameters())
         assert not isinstance(trainer.teacher.model, torch.nn.parallel.DistributedDataParallel)
-        kept = ("loss", "distill_loss") if on_policy else ("loss", "ce_loss", "distill_loss")
+        kept = ["loss", "distill_loss"] + (not on_policy) * ["ce_loss"] + bool(matched) * ["hidden_state_loss"]
         metrics = untrained.evaluate()
         results[name] = {
             "logs": [{k: log[k] for k in kept} for log in trainer.state.log_history if "loss" in log],
             "eval": {k: v for k, v in metrics.items() if k.startswith("eval_") and ("loss" in k or "agree" in k)},
         }
+        if matched:
+            rank = trainer.accelerator.process_index
+            torch.save(trainer._matching.state_dict(), folder / f"projections-{processes}-{rank}.pt")
         if trainer.is_world_process_zero():
             torch.save(trainer.model.state_dict(), folder / f"{name}-{processes}.pt")
     if trainer.is_world_process_zero():
@@ -134,6 +141,22 @@ def test_steps_on_own_targets_of_two_processes(runs):
     assert any(not torch.allclose(plain[key], value, rtol=1e-3) for key, value in single.items())
     for alone, together in zip(one["own"]["logs"], two["own"]["logs"], strict=True):
         assert together == pytest.approx(alone, rel=1e-4, abs=1e-4)
+
+
+def test_hidden_states_of_two_processes(runs):
+    """Accumulated twice, clipped: student, projections and numbers of one process; the projections are the same bits
+    on both."""
+    folder, one, two = runs
+    for files in (("matched-1.pt", "matched-2.pt"), ("projections-1-0.pt", "projections-2-0.pt")):
+        single, double = (torch.load(folder / file, weights_only=True) for file in files)
+        for key, value in single.items():
+            torch.testing.assert_close(double[key], value, rtol=1e-4, atol=1e-6, msg=key)
+    of_ranks = [torch.load(folder / f"projections-2-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert all(torch.equal(value, of_ranks[1][key]) for key, value in of_ranks[0].items()) and of_ranks[0]
+    for alone, together in zip(one["matched"]["logs"], two["matched"]["logs"], strict=True):
+        assert together == pytest.approx(alone, rel=1e-4, abs=1e-4)
+    assert two["matched"]["eval"] == pytest.approx(one["matched"]["eval"], rel=1e-5)
+    assert one["matched"]["eval"]["eval_hidden_state_loss"] > 0
 
 
 @pytest.mark.parametrize("name", ["plain", "accumulated"])

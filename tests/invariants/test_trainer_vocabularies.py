@@ -158,14 +158,16 @@ def test_a_cache_serves_a_trimmed_student(tmp_path, tokenizer, trimmed):
     live = make_trimmed(tmp_path, tokenizer, trimmed)
     rows = live.train_dataset
     options = {"student_tokenizer": trimmed[0], "vocab_policy": "id_map", "progress": False}
-    for kind, width, tolerance in (
-        ("top_k", SIZE, 1e-5),
-        ("dense", 1, 2e-3),
-        ("top_k", 12, None),
-        ("sampled", 9, None),
+    for number, (kind, size, tolerance) in enumerate(
+        (
+            ("top_k", {"k": SIZE}, 1e-5),
+            ("dense", {}, 2e-3),
+            ("top_k", {"k": 12}, None),
+            ("sampled", {"rounds": 9}, None),
+        )
     ):
-        folder = tmp_path / f"{kind}-{width}"
-        capture(LiveTeacher(make_teacher()), rows, folder, tokenizer, kind=kind, width=width, **options)
+        folder = tmp_path / f"cache-{number}"
+        capture(LiveTeacher(make_teacher()), rows, folder, tokenizer, kind=kind, **size, **options)
         cached = make_trimmed(tmp_path, tokenizer, trimmed, teacher=folder)
         losses = [t.compute_loss(t.model, t.data_collator([dict(r) for r in rows[1:4]])) for t in (live, cached)]
         if tolerance is not None:
@@ -204,7 +206,7 @@ def test_recorded_tokens_that_the_student_lacks(tmp_path, tokenizer, trimmed, na
     values = 0.0
     for token in range(SIZE):
         ids = torch.tensor([[token]])
-        drawn = SampledScores(ids, p.log()[:, [token]], ids[:, 0], vocabulary)
+        drawn = SampledScores(ids, p.log()[:, [token]], torch.ones(1, 1), ids[:, 0], vocabulary)
         values = values + p[0, token] * drawn.divergence(student, slice(None), None, 1.0)
     whole = DenseScores(lambda chunk: teacher[chunk], vocabulary)
     exact = whole.divergence(student, slice(None), select_divergence("forward_kl"), 1.0)
@@ -377,7 +379,7 @@ def test_what_universal_cannot_do_is_said(tmp_path, tokenizer):
         with pytest.raises(ValueError, match="ids of the student say nothing to the teacher"):
             ready.compute_loss(ready.model, ready.data_collator([{**ROWS[0], **extra}]))
     for kind in ("top_k", "sampled"):
-        capture(LiveTeacher(teacher), TEXT, tmp_path / kind, theirs, kind=kind, width=4, progress=False)
+        capture(LiveTeacher(teacher), TEXT, tmp_path / kind, theirs, kind=kind, progress=False)
         with pytest.raises(ValueError, match=f"holds kind='{kind}': capture kind='dense'"):
             trainer(teacher=tmp_path / kind)
         with pytest.raises(ValueError, match="kind='dense'"):

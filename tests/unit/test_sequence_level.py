@@ -58,7 +58,7 @@ def write(tmp_path, teacher_folder, tokenizer):
             prompt_template=TEMPLATE,
             k=len(tokenizer),
             batch_size=batch_size,
-            rows_per_shard=3,
+            rows_per_shard=4,
             progress=False,
         )
         return datasets.load_dataset(str(tmp_path / name))["train"]

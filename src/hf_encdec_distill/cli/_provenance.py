@@ -39,7 +39,7 @@ def describe(trainer: DistillationTrainer) -> dict[str, Any]:
     """What is known before training begins: `fingerprints`, `seeds`, `versions`, `machine` and `git`."""
     args, teacher = trainer.args, trainer.teacher
     if isinstance(teacher, CachedTeacher):
-        names = ("teacher_weights", "kind", "width", "temperature")
+        names = ("teacher_weights", "kind", "k", "rounds", "proposal_power", "temperature", "generation")
         of_teacher = {name.removeprefix("teacher_"): teacher.manifest[name] for name in names}
         teacher_dtype = teacher.manifest["teacher_dtype"]
     else:

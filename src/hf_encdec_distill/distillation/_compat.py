@@ -1,6 +1,13 @@
 """Differences between transformers versions that the trainer has to know, each with the condition to remove it."""
 
+from torch import nn
 from transformers import TrainingArguments
+
+
+try:
+    from transformers.integrations.neftune import neftune_post_forward_hook  # noqa: F401
+except ImportError:  # transformers 4.57, drop this with it
+    from transformers.trainer_utils import neftune_post_forward_hook  # noqa: F401
 
 
 def refuse_legacy_prediction_loop(args: TrainingArguments) -> None:
@@ -12,3 +19,19 @@ def refuse_legacy_prediction_loop(args: TrainingArguments) -> None:
         raise ValueError(
             "use_legacy_prediction_loop=True averages over batches, not tokens; DistillationTrainer needs it False."
         )
+
+
+def let_gradients_reach_adapters(model: nn.Module, args: TrainingArguments) -> None:
+    """A PEFT student with gradient checkpointing has only frozen parameters below its first adapter; drop with 4.57.
+
+    transformers 4.57 checkpoints reentrantly, and then a block gets gradients only if its input has one. 5.0 does
+    this itself in `gradient_checkpointing_enable`.
+    """
+    if args.gradient_checkpointing and hasattr(model, "peft_config"):
+        model.enable_input_require_grads()
+
+
+def samples_by_length(args: TrainingArguments) -> bool:
+    """Whether a sampler will ask how long rows are; `group_by_length` is a strategy since transformers 5.0."""
+    by_length = ("group_by_length", "batch_rebalance")
+    return getattr(args, "group_by_length", False) or getattr(args, "train_sampling_strategy", None) in by_length

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.utils import logging
 
-from .losses import DIVERGENCES
+from .losses import DIVERGENCES, HIDDEN_STATE_LOSSES
 
 
 logger = logging.get_logger(__name__)
@@ -21,11 +21,14 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
     """Arguments of `DistillationTrainer`, all those of `Seq2SeqTrainingArguments` among them.
 
     The loss is `distill_weight * distill_temperature**2 * divergence + (1 - distill_weight) * cross-entropy`, each a
-    mean over the target tokens of the whole accumulated, distributed batch.
+    mean over the target tokens of the whole accumulated, distributed batch; `hidden_state_weight` adds a third.
 
     Raises:
         ValueError: a value outside its range; the message names the field, the value and what is allowed.
     """
+
+    # Parsed by the base class where it comes from a command line.
+    _VALID_DICT_FIELDS = [*Seq2SeqTrainingArguments._VALID_DICT_FIELDS, "hidden_state_layers"]
 
     divergence: str = field(
         default="forward_kl",
@@ -56,6 +59,24 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
         metadata={
             "help": "Share of the first distribution in the mixture of skew_kl (teacher) and skew_reverse_kl "
             "(student); from 0 to below 1."
+        },
+    )
+    hidden_state_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Adds so many times the distance of the student's decoder states from the teacher's at the target "
+            "tokens, through learned projections. Above 0 it needs a live teacher and a whole student on each process."
+        },
+    )
+    hidden_state_loss: str = field(
+        default="mse",
+        metadata={"help": "That distance: mean squared error, or 1 - cosine.", "choices": list(HIDDEN_STATE_LOSSES)},
+    )
+    hidden_state_layers: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Which layers are compared, as {\"student's\": teacher's}, numbered as in hidden_states: 0 the "
+            "embedding, 1 what the first layer gives. Evenly spaced if not set, the last with the last."
         },
     )
     on_policy_fraction: float = field(
@@ -173,9 +194,12 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             0 < self.distill_temperature < float("inf"),
             "a finite number above 0",
         )
+        _one_of("hidden_state_loss", self.hidden_state_loss, tuple(HIDDEN_STATE_LOSSES))
+        if self.hidden_state_layers is not None:
+            self.hidden_state_layers = _layer_map(self.hidden_state_layers)
         for name in ("on_policy_fraction", "replay_fraction"):
             _within(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")
-        for name in ("on_policy_warmup_steps", "replay_buffer_size", "sampling_temperature"):
+        for name in ("hidden_state_weight", "on_policy_warmup_steps", "replay_buffer_size", "sampling_temperature"):
             _within(name, getattr(self, name), 0 <= getattr(self, name) < float("inf"), "a finite number, at least 0")
         if self.on_policy_fraction > 0 and self.distill_weight == 0:
             raise ValueError(
@@ -191,6 +215,11 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(
                 f"on_policy_fraction={self.on_policy_fraction} with vocab_policy='universal': where the teacher would "
                 "cut what the student is going to write is not known in a batch. Set it to 0."
+            )
+        if self.vocab_policy == "universal" and self.hidden_state_weight > 0:
+            raise ValueError(
+                f"hidden_state_weight={self.hidden_state_weight} with vocab_policy='universal': student and teacher "
+                "read other tokens, so that no state of the one stands where one of the other does. Set it to 0."
             )
         if self.replay_fraction > 0 and not (self.replay_buffer_size and self.on_policy_fraction):
             raise ValueError(
@@ -256,6 +285,17 @@ def with_distillation_defaults(args: TrainingArguments) -> TrainingArguments:
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}.")
+
+
+def _layer_map(layers) -> dict[int, int]:
+    # JSON, which arguments are saved as, has no numbers as keys.
+    try:
+        return {int(ours): int(theirs) for ours, theirs in layers.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(
+            f"hidden_state_layers={layers!r}: give a mapping of layers of the student's decoder to layers of the "
+            'teacher, as {1: 5, 2: 10}, or \'{"1": 5, "2": 10}\' on a command line.'
+        ) from None
 
 
 def _within(name: str, value, holds: bool, expected: str) -> None:

@@ -455,7 +455,8 @@ def capture(
             names = share[first : first + batch_size]
             batch = collate([splits[name][number] for name, number in names])
             if "labels" not in batch:
-                raise ValueError(f"rows {names[0]} to {names[-1]} have no target; a teacher is asked at targets.")
+                name, number = names[0]
+                raise ValueError(f"row {number} of {name} has no target; a teacher is asked at targets.")
             rows, columns = target_positions(batch["labels"])
             inputs = with_teacher_inputs(batch, collating.get("start_token_id"), vocabulary)
             ids, mask = inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
@@ -588,11 +589,12 @@ def _adapter_digest(model: torch.nn.Module) -> str | None:
     if not getattr(model, "peft_config", None):
         return None
     from peft import get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    # A list in PEFT's own models, a method in those that transformers put an adapter into.
-    active = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
+    # Asked of the layers: models that transformers put an adapter into answer only with PEFT's very newest version.
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     described = []
-    for name in active:
+    for name in sorted({name for layer in layers for name in layer.active_adapters}):
         config = {
             key: value for key, value in model.peft_config[name].to_dict().items() if key not in _NO_PART_OF_AN_ADAPTER
         }

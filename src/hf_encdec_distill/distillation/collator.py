@@ -12,6 +12,7 @@ from transformers.utils import logging
 from ..models.prompts import encode_prompt, prompt_start_token_id
 from .alignment import IGNORED, TEACHER_COLUMNS, SharedVocabulary, UniversalVocabulary
 from .boundaries import offsets_encoder, same_text_so_far, text_boundaries
+from .packing import refuse_packed
 
 
 logger = logging.get_logger(__name__)
@@ -100,6 +101,7 @@ class DistillationCollator:
         if "teacher_label_positions" in teacher_rows[0] and "teacher_input_ids" not in teacher_rows[0]:
             raise ValueError("teacher_label_positions are columns of teacher_input_ids: give those too.")
         batch = {name: value for name, value in self.student_collator(rows).items() if value is not None}
+        refuse_packed(batch, len(rows))
         if "teacher_input_ids" in teacher_rows[0] and "labels" in batch:
             batch.update(_pad_teacher_rows(teacher_rows, rows, batch["labels"], self.vocabulary))
         return batch

@@ -8,8 +8,10 @@ temperature**2 that keeps gradients comparable (Hinton et al. 2015, arXiv 1503.0
 A logit of -inf is a probability of exactly 0: `0 * log 0` counts as 0, in the value and in the gradient. Where the
 divergence is infinite (`forward_kl`: the student excludes what the teacher allows) the result is infinite.
 
-`chunked_sum` takes any of them from hidden states and the language-model head instead, a few rows at a time, so that
-`[N, V]` is never held.
+`hidden_state_mse` and `hidden_state_cosine` compare states `[..., H]` instead, one number for each position too.
+
+`chunked_sum` takes any divergence from hidden states and the language-model head instead, a few rows at a time, so
+that `[N, V]` is never held.
 """
 
 from collections.abc import Callable
@@ -125,6 +127,28 @@ def cross_entropy(student_logits: Tensor, labels: Tensor, label_smoothing: float
     """
     logits = student_logits.to(at_least_float32(student_logits.dtype))
     return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+
+
+def hidden_state_mse(student_states: Tensor, teacher_states: Tensor) -> Tensor:
+    """Mean over H of (s - t)^2, `[..., H]` and `[..., H]` -> `[...]`; `s` is what a projection made of the student's.
+
+    FitNets, arXiv 1412.6550, equation 3; TinyBERT, arXiv 1909.10351, equation 8. States of a few features with large
+    values, which many language models have (arXiv 2402.17762), are most of it: see `hidden_state_cosine`.
+    """
+    dtype = at_least_float32(student_states.dtype)
+    return (student_states.to(dtype) - teacher_states.to(dtype)).square().mean(dim=-1)
+
+
+def hidden_state_cosine(student_states: Tensor, teacher_states: Tensor) -> Tensor:
+    """1 - s . t / (|s| |t|), `[..., H]` and `[..., H]` -> `[...]`, from 0 to 2, whatever the lengths of the two.
+
+    DistilBERT, arXiv 1910.01108, section 3.
+    """
+    dtype = at_least_float32(student_states.dtype)
+    return 1 - F.cosine_similarity(student_states.to(dtype), teacher_states.to(dtype), dim=-1)
+
+
+HIDDEN_STATE_LOSSES = {"mse": hidden_state_mse, "cosine": hidden_state_cosine}
 
 
 def token_mean(per_token: Tensor, num_items: Tensor | int | None = None) -> Tensor:

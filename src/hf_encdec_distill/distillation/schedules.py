@@ -5,7 +5,7 @@ Both depend on the step, the seed and the checkpoint alone, so that a run that w
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,8 @@ class ProgressiveDepth(TrainerCallback):
 
     Before a step whose number is a multiple of it, the layer goes whose absence raises the distillation loss least on
     that step's batches, which the student has yet to learn from. The optimizer keeps its state of all other
-    parameters, and the learning rate its course. Choosing layers by the loss without them, one after the other, is
-    greedy pruning as in "Shortened LLaMA" (arXiv 2402.02834, section 3.1), with training in between.
+    parameters, and the learning rate its course. Layers are judged by the loss without them as in Shortened LLaMA
+    (arXiv 2402.02834, the perplexity criterion), which takes all out at once and trains afterwards.
 
     Where a `merged` decoder layer alone reads the deepest state that is read, it stays if an encoder of the final
     depth would end in layers that nobody reads.
@@ -88,7 +88,7 @@ class ProgressiveDepth(TrainerCallback):
             if config_without_layer(config, side, index).encoder_states_read[-1] >= least
         ]
 
-    def without_each(self) -> Iterator[AbstractContextManager]:
+    def without_each(self) -> list[Callable[[], AbstractContextManager]]:
         """For each of `candidates` a context in which the student computes without it."""
         return [partial(without_layer, self._trainer.model, side, index) for side, index in self.candidates()]
 
@@ -236,7 +236,7 @@ def _look_ahead(bias: float, layer: nn.Module, inputs: tuple) -> tuple:
 
 def _check_student(student: nn.Module, what: str) -> None:
     config = getattr(student, "config", None)
-    if getattr(config, "model_type", None) != "rope_encdec" or hasattr(student, "peft_config"):
+    if getattr(config, "model_type", None) != "rope_encdec" or getattr(student, "peft_config", None):
         raise ValueError(
             f"{what} needs a student of model_type='rope_encdec' without adapters, got {type(student).__name__}. "
             "Leave it out, or make a student with RopeEncDecForConditionalGeneration.from_decoder_only."
@@ -249,6 +249,11 @@ def _check_whole(trainer, what: str) -> None:
         raise ValueError(
             f"{what} takes layers out of a student that is whole on each process: one device or "
             "DistributedDataParallel, no FSDP, DeepSpeed, DataParallel or torch_compile."
+        )
+    if args.hidden_state_weight > 0:
+        raise ValueError(
+            f"{what} with hidden_state_weight={args.hidden_state_weight}: which layers of student and teacher belong "
+            "together would change with each layer that goes. Leave one of them out."
         )
     if args.load_best_model_at_end:
         raise ValueError(
@@ -276,4 +281,7 @@ def _wrap_again(wrapper: DistributedDataParallel, settings) -> None:
     kwargs = {} if settings is None else settings.to_kwargs()
     # Before the new reducer is made: each takes its hooks off the parameters when it goes.
     del wrapper.reducer, wrapper.logger
+    # As `Accelerator.prepare_model` does it (accelerate/accelerator.py, v1.15.0).
     wrapper.__init__(wrapper.module, device_ids=wrapper.device_ids, output_device=wrapper.output_device, **kwargs)
+    if settings is not None:
+        settings.register_comm_hook(wrapper)

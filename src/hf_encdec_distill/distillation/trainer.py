@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, Seq2SeqTrainer, Trainin
 from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
-from ._compat import refuse_legacy_prediction_loop
+from ._compat import let_gradients_reach_adapters, refuse_legacy_prediction_loop
 from .alignment import (
     IGNORED,
     TEACHER_COLUMNS,
@@ -27,7 +27,11 @@ from .cache import CachedTeacher, is_cache
 from .collator import MESSAGES, DistillationCollator, tokenizer_of
 from .empty_targets import EmptyTargets
 from .heads import catch_head_input
+from .hidden_states import HiddenStateMatching, catch_hidden_states, layer_pairs, refuse_hidden_states, widths
+from .lengths import with_lengths
 from .losses import chunked_sum, cross_entropy, select_divergence, token_mean, universal_logit_distance
+from .neftune import noise_on_tied_embeddings
+from .packing import refuse_packed
 from .positions import check_length, max_positions
 from .rollouts import ReplayBuffer, as_it_was, draw, on_policy_fraction_at, roll_out
 from .schedules import EncoderAnnealing, ProgressiveDepth
@@ -40,20 +44,27 @@ logger = logging.get_logger(__name__)
 class DistillationTrainer(Seq2SeqTrainer):
     """Trains an encoder-decoder student on labels and on a decoder-only teacher's distribution over each target token.
 
-    loss = `distill_weight * T**2 * divergence + (1 - distill_weight) * cross-entropy`, T being `distill_temperature`.
-    Both are sums over target tokens (labels that are not -100) divided by the number of target tokens of the whole
+    loss = `distill_weight * T**2 * divergence + (1 - distill_weight) * cross-entropy
+    + hidden_state_weight * hidden_state_loss`, T being `distill_temperature`.
+    All are sums over target tokens (labels that are not -100) divided by the number of target tokens of the whole
     accumulated, distributed batch, so that the loss does not depend on how a batch is cut up.
 
-    Of a share of steps, `on_policy_fraction`, the student writes the targets itself (`rollouts`); their loss is the
-    divergence's part alone.
+    The last term, off by default, is the distance of the student's decoder states, linearly projected, from the
+    teacher's, a mean over `hidden_state_layers` (`hidden_states`). The projections are trained with the student and
+    are in its checkpoints, never in its weights.
 
-    Logs `loss`, `ce_loss` and `distill_loss` (with its T**2: `loss` is their weighted sum, and `ce_loss` a mean over
-    the steps that are not on-policy) in training, and in evaluation also `eval_teacher_agreement`, the share of target
-    tokens where student and teacher put the same id first. All evaluation numbers are means over the target tokens of
-    the whole set, whatever the batch size or the number of processes.
+    Of a share of steps, `on_policy_fraction`, the student writes the targets itself (`rollouts`); their loss has no
+    cross-entropy.
 
-    Where `teacher_label_positions` say that the teacher is not asked about a label, its divergence is 0, and both
-    terms remain means over all target tokens. The agreement is a share of those that the teacher was asked about.
+    Logs `loss`, `ce_loss`, `distill_loss` (with its T**2) and `hidden_state_loss` (`loss` is their weighted sum, and
+    `ce_loss` a mean over the steps that are not on-policy) in training, and in evaluation, each with `eval_` in front,
+    also `eval_teacher_agreement`, the share of target tokens where student and teacher put the same id first. All
+    evaluation numbers are means over the target tokens of the whole set, whatever the batch size or the number of
+    processes.
+
+    Where `teacher_label_positions` say that the teacher is not asked about a label, its divergence and the distance of
+    its states are 0, and all terms remain means over all target tokens. The agreement is a share of those that the
+    teacher was asked about.
 
     With `vocab_policy="universal"` the divergence is `losses.universal_logit_distance`, and evaluation reports
     `eval_teacher_asked`, the share of target tokens with a divergence, in place of the agreement.
@@ -161,6 +172,16 @@ class DistillationTrainer(Seq2SeqTrainer):
         for schedule in (self._depth, EncoderAnnealing(self) if args.bidirectional_warmup_steps else None):
             if schedule is not None:
                 self.add_callback(schedule)
+        self._matching = HiddenStateMatching({})
+        if args.hidden_state_weight > 0:
+            refuse_hidden_states(self)
+            student, teacher = self.accelerator.unwrap_model(self.model), self.teacher.model
+            layers = layer_pairs(student, teacher, args.hidden_state_layers)
+            self._matching = HiddenStateMatching(
+                layers, *widths(student, teacher), args.hidden_state_loss, student.dtype
+            ).to(args.device)
+            if self.optimizer is not None:
+                self.optimizer.add_param_group(self._projection_group())
         self._replay = ReplayBuffer(args.replay_buffer_size)
         self._on_own_targets = False
         self._empty_targets = EmptyTargets()
@@ -189,17 +210,22 @@ class DistillationTrainer(Seq2SeqTrainer):
         if labels is None:
             raise ValueError(f"the batch has no labels, only {sorted(inputs)}; distillation needs targets.")
         rows, columns = target_positions(labels)
+        refuse_packed(inputs)
         self._check_lengths(inputs, labels)
         student = self._student_inputs(model, inputs)
         chunked = self._goes_in_chunks(model, student, len(rows), return_outputs)
-        score = self._score(labels[rows, columns], rows, columns, inputs, chunked)
-        if chunked:
-            total, terms = self._chunked_total(model, student, rows, columns, score)
-        else:
-            outputs = model(**student)
-            logits_BTV = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-            terms = score(logits_BTV[rows, columns])
-            total = self._combine({name: values.sum() for name, values in terms.items()})
+        score, of_teacher = self._score(labels[rows, columns], rows, columns, inputs, chunked)
+        with catch_hidden_states(model, self._matching.student_layers, rows, columns) as of_student:
+            if chunked:
+                total, terms = self._chunked_total(model, student, rows, columns, score)
+            else:
+                outputs = model(**student)
+                logits_BTV = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+                terms = score(logits_BTV[rows, columns])
+                total = self._combine({name: values.sum() for name, values in terms.items()})
+        if of_student:
+            terms["hidden_state_loss"] = self._matching(of_student, *of_teacher)
+            total = total + self.args.hidden_state_weight * terms["hidden_state_loss"].sum()
         check_scores(total, terms, rows, self.state.global_step)
         count = len(rows) if num_items_in_batch is None else num_items_in_batch
         # Gradients are averaged over processes, but the tokens were counted over all of them.
@@ -242,24 +268,29 @@ class DistillationTrainer(Seq2SeqTrainer):
 
     def _score(
         self, labels_N: Tensor, rows: Tensor, columns: Tensor, inputs: Mapping[str, Any], chunked: bool
-    ) -> Callable[..., dict[str, Tensor]]:
+    ) -> tuple[Callable[..., dict[str, Tensor]], tuple[list[Tensor], Tensor | None]]:
         """What turns the student's logits at a slice of the N target tokens, `[C, V]`, into `[C]` for each term of the
-        loss (and of the evaluation)."""
+        loss (and of the evaluation); and the teacher's hidden states with the places that have one."""
         evaluating = self._eval_sums is not None
         temperature, smoothing = self.args.distill_temperature, self.args.label_smoothing_factor
-        teacher = None
+        teacher, states, asked = None, [], None
         # Autocast is left: the teacher has a dtype of its own and the divergences are at least float32.
         without_autocast = torch.autocast(labels_N.device.type, enabled=False)
-        if self.args.distill_weight > 0 or evaluating:
+        compared = self.args.distill_weight > 0 or evaluating
+        layers = self._matching.teacher_layers
+        if compared or layers:
             inputs = with_teacher_inputs(inputs, self._start_token_id, self._vocabulary)
             ids = inputs["teacher_input_ids"]
             rows, columns, asked = asked_positions(inputs, rows, columns)
             self._vocabulary.check(labels_N if asked is None else labels_N[asked], ids)
-            with without_autocast:
+            model = getattr(self.teacher, "model", None)
+            with without_autocast, catch_hidden_states(model, layers, rows, columns) as states:
                 teacher = self.teacher.scores(
-                    ids, inputs["teacher_attention_mask"], rows, columns, self._vocabulary, chunked
+                    ids, inputs["teacher_attention_mask"], rows, columns, self._vocabulary, chunked or not compared
                 )
-            if asked is not None:
+            if not compared:
+                teacher = None
+            elif asked is not None:
                 teacher = PartialScores(teacher, asked)
 
         def score(student_CV: Tensor, chunk: slice = slice(None)) -> dict[str, Tensor]:
@@ -276,7 +307,7 @@ class DistillationTrainer(Seq2SeqTrainer):
                     terms["teacher_asked"] = (of_teacher >= 0).float()
             return terms
 
-        return score
+        return score, (states, asked)
 
     def _goes_in_chunks(self, model: nn.Module, student: Mapping[str, Any], tokens: int, return_outputs: bool) -> bool:
         """Whether the student's logits at the targets are made a few at a time, by `losses.chunked_sum`."""
@@ -348,6 +379,49 @@ class DistillationTrainer(Seq2SeqTrainer):
             return 1
         return self.accelerator.num_processes // self.get_tp_size()
 
+    # --- hidden states ---
+
+    def _projection_group(self) -> dict[str, Any]:
+        return {"params": list(self._matching.parameters()), "weight_decay": self.args.weight_decay}
+
+    def create_optimizer(self, *args, **kwargs):
+        """As the base class, with a group for the projections of the hidden states."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self._matching.student_layers:
+            self._matching.reset()  # `model_init` has made a new student too
+            self.optimizer.add_param_group(self._projection_group())
+        return optimizer
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.hidden_state_weight == 0:
+            return
+        clip = self.accelerator.clip_grad_norm_
+
+        # The base class clips what it finds in the student; the norm is that of all that is trained.
+        def clip_with_projections(parameters, *args, **kwargs):
+            return clip([*parameters, *self._matching.parameters()], *args, **kwargs)
+
+        self.accelerator.clip_grad_norm_ = clip_with_projections
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        """As the base class; gradients of the projections are averaged over processes with the student's."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._matching.average_gradients(self.accelerator)
+        return loss
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self._matching.save(output_dir)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if not self.args.save_only_model:
+            self._matching.load(self.state.best_model_checkpoint)
+
     # --- on-policy steps ---
 
     def _check_on_policy(self) -> None:
@@ -364,6 +438,7 @@ class DistillationTrainer(Seq2SeqTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """As the base class; for an on-policy step the student's own targets, counted as those of any step."""
+        self._matching.zero_grad()  # a step begins
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._empty_targets.see(batches, self.state.epoch, self.accelerator)
         seed, step, args = self.args.seed, self.state.global_step, self.args
@@ -406,7 +481,7 @@ class DistillationTrainer(Seq2SeqTrainer):
                 labels = batch["labels"]
                 rows, columns = target_positions(labels)
                 inputs = self._student_inputs(student, batch)
-                score = self._score(labels[rows, columns], rows, columns, batch, chunked=False)
+                score, _ = self._score(labels[rows, columns], rows, columns, batch, chunked=False)
                 tokens += len(rows)
                 for number, context in enumerate(contexts):
                     with context():
@@ -426,6 +501,8 @@ class DistillationTrainer(Seq2SeqTrainer):
         self._replay.save(output_dir, self.accelerator.process_index)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._matching.load(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._replay.load(checkpoint, self.accelerator.process_index)
@@ -433,17 +510,23 @@ class DistillationTrainer(Seq2SeqTrainer):
     # --- training log ---
 
     def train(self, *args, **kwargs):
-        self._train_sums, self._train_steps = {}, Counter()
-        self._replay = ReplayBuffer(self.args.replay_buffer_size)
         if has_length(self.train_dataset) and not len(self.train_dataset):
             raise ValueError("train_dataset has no rows, so there is nothing to train on.")
-        self._empty_targets = EmptyTargets(getattr(tokenizer_of(self.processing_class), "eos_token_id", None))
         try:
             output = super().train(*args, **kwargs)
         finally:
             self._on_own_targets = False
         self._empty_targets.report(self.accelerator, whole_pass=(self.state.epoch or 0) >= 1)
         return output
+
+    def _inner_training_loop(self, *args, **kwargs):
+        # Anew each time: `auto_find_batch_size` comes here again after a batch that did not fit.
+        self._train_sums, self._train_steps = {}, Counter()
+        self._replay = ReplayBuffer(self.args.replay_buffer_size)
+        self._empty_targets = EmptyTargets(getattr(tokenizer_of(self.processing_class), "eos_token_id", None))
+        let_gradients_reach_adapters(self.model, self.args)
+        with noise_on_tied_embeddings(self.model, self.neftune_noise_alpha):
+            return super()._inner_training_loop(*args, **kwargs)
 
     def _record_training(self, means: Mapping[str, Tensor]) -> None:
         for name, value in means.items():
@@ -474,6 +557,7 @@ class DistillationTrainer(Seq2SeqTrainer):
                 tokens = max(sums.pop("tokens"), 1)
                 means = {name: total / tokens for name, total in sums.items()}
                 means["loss"] = self._combine(means)
+                means["loss"] += self.args.hidden_state_weight * means.get("hidden_state_loss", 0.0)
                 if self._is_universal:  # ids of the two are not to be compared
                     del means["teacher_agreement"]
                 else:
@@ -515,7 +599,14 @@ class DistillationTrainer(Seq2SeqTrainer):
         for name, total in zip(terms, totals, strict=True):
             self._eval_sums[name] = self._eval_sums.get(name, 0) + total
 
-    # --- columns ---
+    # --- rows and columns ---
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return super()._get_train_sampler(with_lengths(dataset, self.args, self.data_collator))
+
+    def _get_eval_sampler(self, eval_dataset):
+        return super()._get_eval_sampler(with_lengths(eval_dataset, self.args, self.data_collator))
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:

@@ -1,0 +1,464 @@
+"""Every property that has to be exact, broken on purpose: which line was broken, and which test caught it.
+
+    python studies/mutations.py
+
+For each entry of `MUTATIONS` the package is copied, one line of the copy is broken, and the test that is to guard the
+property runs on the copy; it has to fail there, and to pass on the package as it is. The table goes to
+docs/studies/mutations.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "src/hf_encdec_distill"
+OUTPUT = ROOT / "docs" / "studies" / "mutations.md"
+
+PROPERTIES = {
+    1: "Pads never enter a mean; the denominator is the target tokens of the whole accumulated, distributed batch",
+    2: "Teacher logits `[P-1 : P-1+T]` against unshifted labels; ragged prompts, either padding side, pad == EOS",
+    3: "One BOS in the teacher's prompt, its own chat template",
+    4: "Divergences in float32, never negative, zero when equal, temperature squared",
+    5: "Ids that only one side has get probability 0, or an error",
+    6: "Chunked loss equals dense loss and never holds all logits",
+    7: "Top-k records carry their tail, sampled records are unbiased",
+    8: "A cache knows what made it; torn shards are found; captures go on",
+    9: "`teacher_*` columns survive; rollouts in eval mode, train mode restored; a seeded coin",
+    10: "A batch without any target: loss 0, finite gradients",
+    11: "Stopped and resumed equals never stopped",
+    12: "A merged, causal student of full depth has its teacher's logits",
+    13: "Generation with cache equals without, ragged equals one by one, and without the package",
+}
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old` occurs once in `file` of the package; with `new` in its place `test` fails."""
+
+    number: int  # of the property
+    what: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+_LOSS, _RESUME = "invariants/test_trainer_loss.py", "invariants/test_trainer_resume.py"
+_TRAINER, _LOSSES, _CACHE = "distillation/trainer.py", "distillation/losses.py", "distillation/cache.py"
+_ALIGNMENT, _ROLLOUTS = "distillation/alignment.py", "distillation/rollouts.py"
+_MODELING = "models/rope_encdec/modeling_rope_encdec.py"
+
+MUTATIONS = [
+    Mutation(
+        1,
+        "the mean is over the micro-batch, not over the step",
+        _TRAINER,
+        "count = len(rows) if num_items_in_batch is None else num_items_in_batch",
+        "count = len(rows)",
+        f"{_LOSS}::test_a_step_is_the_same_however_it_is_cut",
+    ),
+    Mutation(
+        1,
+        "pads count as targets",
+        _TRAINER,
+        'return sum(batch["labels"].ne(-100).sum() for batch in batch_samples).to(device)',
+        'return sum(batch["labels"].numel() for batch in batch_samples)',
+        f"{_LOSS}::test_several_devices_in_one_process_count_the_whole_batch",
+    ),
+    Mutation(
+        1,
+        "gradients of two processes are averaged, their tokens added",
+        _TRAINER,
+        "return self.accelerator.num_processes // self.get_tp_size()",
+        "return 1",
+        "invariants/test_trainer_distributed.py::test_weights_and_logs_of_two_processes",
+    ),
+    Mutation(
+        1,
+        "evaluation counts the rows that fill up the last distributed batch",
+        _TRAINER,
+        "self.accelerator.gather_for_metrics(by_row)",
+        "self.accelerator.gather(by_row)",
+        "invariants/test_trainer_distributed.py::test_evaluation_of_two_processes",
+    ),
+    Mutation(
+        2,
+        "the teacher is read one column late",
+        _ALIGNMENT,
+        "return labels_start[rows] - 1 + columns",
+        "return labels_start[rows] + columns",
+        f"{_LOSS}::test_loss_and_gradient_of_a_padded_batch",
+    ),
+    Mutation(
+        2,
+        "the teacher counts columns, not tokens",
+        "distillation/teachers.py",
+        "(attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)",
+        "torch.arange(attention_mask.shape[1]).expand_as(attention_mask)",
+        "unit/test_alignment.py::test_live_teacher_equals_each_row_alone",
+    ),
+    Mutation(
+        2,
+        "padding inside the teacher's sequence stays there",
+        _ALIGNMENT,
+        "order = (~mask).int().argsort(dim=1, stable=True)",
+        "order = torch.arange(mask.shape[1]).expand_as(mask)",
+        "unit/test_alignment.py::test_derived_inputs_are_prompt_then_target",
+    ),
+    Mutation(
+        3,
+        "no BOS where the chat template has none",
+        "models/prompts.py",
+        "        return [bos, *ids]\n",
+        "        return ids\n",
+        "unit/test_prompts.py::test_there_is_exactly_one_bos",
+    ),
+    Mutation(
+        3,
+        "a BOS beside that of the chat template",
+        "models/prompts.py",
+        "if bos is not None and ids[:1] != [bos] and",
+        "if bos is not None and",
+        "unit/test_prompts.py::test_there_is_exactly_one_bos",
+    ),
+    Mutation(
+        4,
+        "half precision stays half precision",
+        _LOSSES,
+        "    dtype = at_least_float32(student_logits.dtype)\n    return (\n",
+        "    dtype = student_logits.dtype\n    return (\n",
+        "unit/test_losses.py::test_half_precision_is_computed_in_float32",
+    ),
+    Mutation(
+        4,
+        "rounding may leave a divergence below 0",
+        _LOSSES,
+        "return kl.clamp(min=0)",
+        "return kl",
+        "unit/test_losses.py::test_never_negative_and_zero_when_equal",
+    ),
+    Mutation(
+        4,
+        "no temperature squared",
+        _TRAINER,
+        'terms["distill_loss"] = of_teacher * temperature**2',
+        'terms["distill_loss"] = of_teacher',
+        f"{_LOSS}::test_loss_and_gradient_of_a_padded_batch",
+    ),
+    Mutation(
+        4,
+        "the sides of the Jensen-Shannon divergence change places",
+        _LOSSES,
+        "return beta * of_teacher + (1.0 - beta) * of_student",
+        "return (1.0 - beta) * of_teacher + beta * of_student",
+        "unit/test_losses.py::test_equals_torch_distributions",
+    ),
+    Mutation(
+        5,
+        "ids of one tokenizer keep their mass",
+        _ALIGNMENT,
+        "logits = logits.index_fill(-1, torch.tensor(self.one_sided, device=logits.device), -torch.inf)",
+        "pass",
+        "unit/test_alignment.py::test_tokens_of_one_tokenizer_get_probability_zero",
+    ),
+    Mutation(
+        5,
+        "padded rows of the vocabulary keep their mass",
+        _ALIGNMENT,
+        "logits = logits[..., : self.size]",
+        "pass",
+        f"{_LOSS}::test_loss_is_the_same_for_a_padded_vocabulary",
+    ),
+    Mutation(
+        5,
+        "`strict` looks at sizes alone",
+        _ALIGNMENT,
+        'if policy == "strict" and (student_size != teacher_size or one_sided):',
+        'if policy == "strict" and student_size != teacher_size:',
+        "unit/test_alignment.py::test_tokens_of_one_tokenizer_get_probability_zero",
+    ),
+    Mutation(
+        6,
+        "only the last chunk reaches the head's gradient",
+        _LOSSES,
+        "of_weight += of_logits.T @ hidden[chunk]",
+        "of_weight = of_logits.T @ hidden[chunk]",
+        "unit/test_losses.py::test_chunked_equals_dense",
+    ),
+    Mutation(
+        6,
+        "terms are not weighed",
+        _LOSSES,
+        "total = (values * values.new_tensor(term_weights)[:, None]).sum()",
+        "total = values.sum()",
+        "unit/test_losses.py::test_chunked_terms_are_weighed",
+    ),
+    Mutation(
+        6,
+        "all logits are made at once",
+        _LOSSES,
+        "for first in range(0, len(hidden), chunk_size):",
+        "for first in range(0, len(hidden), chunk_size := len(hidden)):",
+        "unit/test_losses.py::test_chunked_never_holds_all_logits",
+    ),
+    Mutation(
+        7,
+        "the tail has no mass",
+        _CACHE,
+        "tail = log_probs.scatter(-1, ids, -torch.inf).logsumexp(dim=-1)",
+        "tail = torch.full(ids.shape[:-1], -torch.inf)",
+        "unit/test_cache.py::test_part_of_the_distribution_gives_the_loss_by_hand",
+    ),
+    Mutation(
+        7,
+        "importance weights forget from what was drawn",
+        _CACHE,
+        'weights = counts / recorded["rounds"] * (log_probs - log_proposal).exp()',
+        'weights = counts / recorded["rounds"]',
+        "unit/test_cache.py::test_samples_are_drawn_from_the_teacher",
+    ),
+    Mutation(
+        7,
+        "a token that came up twice counts once",
+        _CACHE,
+        "counts = torch.zeros_like(log_probs).scatter_add_(",
+        "counts = torch.zeros_like(log_probs).scatter_(",
+        "unit/test_cache.py::test_samples_are_drawn_from_the_teacher",
+    ),
+    Mutation(
+        8,
+        "the weights of the teacher are no part of what a cache is",
+        _CACHE,
+        '    "teacher_weights",\n)',
+        ")",
+        "unit/test_cache.py::test_another_teacher_tokenizer_template_or_kind_is_refused",
+    ),
+    Mutation(
+        8,
+        "a row is known by its tokens alone, not by where it was asked",
+        _CACHE,
+        "digest.update(np.flatnonzero(is_asked[is_read])",
+        "digest.update(np.flatnonzero(is_asked[is_read][:0])",
+        "invariants/test_trainer_positions.py::test_a_cache_holds_what_was_asked",
+    ),
+    Mutation(
+        8,
+        "a shard's hash is not looked at",
+        "distillation/shards.py",
+        'if not shard.stem.endswith(f"-{digest}"):',
+        "if not digest:",
+        "unit/test_cache.py::test_a_damaged_shard_is_found_and_captured_again",
+    ),
+    Mutation(
+        8,
+        "a shard is written under its own name",
+        "distillation/shards.py",
+        'partial = self.folder / f"partial-{self.process:03}"',
+        'partial = self.folder / f"{self.prefix}-{self.process:03}-{self._number:05}-new.parquet"',
+        "unit/test_cache.py::test_killed_at_any_file_operation_it_goes_on",
+    ),
+    Mutation(
+        8,
+        "rows that are there are captured again",
+        _CACHE,
+        "fresh = [row for row, key in enumerate(keys) if key is not None and key not in known]",
+        "fresh = [row for row, key in enumerate(keys) if key is not None]",
+        "unit/test_cache.py::test_a_capture_goes_on_where_it_was_stopped",
+    ),
+    Mutation(
+        9,
+        "the trainer drops the teacher's columns as unused",
+        _TRAINER,
+        "                *TEACHER_COLUMNS,\n            ]",
+        "            ]",
+        "invariants/test_trainer_positions.py::test_training_keeps_the_column",
+    ),
+    Mutation(
+        9,
+        "`generate` gets the teacher's columns",
+        _TRAINER,
+        "if name not in TEACHER_COLUMNS and value is not None}",
+        "if value is not None}",
+        f"{_LOSS}::test_predictions_equal_those_of_seq2seq_trainer",
+    ),
+    Mutation(
+        9,
+        "the student writes with dropout",
+        _ROLLOUTS,
+        "        model.eval()\n",
+        "",
+        "invariants/test_on_policy.py::test_a_rollout_is_what_generate_gives",
+    ),
+    Mutation(
+        9,
+        "the student stays in eval mode",
+        _ROLLOUTS,
+        "module.training = True",
+        "module.training = False",
+        "invariants/test_on_policy.py::test_a_rollout_is_what_generate_gives",
+    ),
+    Mutation(
+        9,
+        "the student writes without its cache",
+        _ROLLOUTS,
+        "use_cache=True,",
+        "use_cache=False,",
+        "invariants/test_on_policy.py::test_a_rollout_is_what_generate_gives",
+    ),
+    Mutation(
+        9,
+        "the coin comes from the process's random numbers",
+        _ROLLOUTS,
+        "return float(np.random.default_rng((seed, step, purpose)).random())",
+        "return float(np.random.random())",
+        "invariants/test_on_policy.py::test_the_coin_is_the_same_for_all_and_fair",
+    ),
+    Mutation(
+        10,
+        "a mean over no token",
+        _LOSSES,
+        "(count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))",
+        "count",
+        f"{_LOSS}::test_a_batch_without_any_target_changes_nothing",
+    ),
+    Mutation(
+        11,
+        "the replay buffer is not in the checkpoint",
+        _TRAINER,
+        "self._replay.save(output_dir, self.accelerator.process_index)",
+        "pass",
+        "invariants/test_on_policy.py::test_resumed_equals_never_stopped_with_replay",
+    ),
+    Mutation(
+        11,
+        "a rollout draws from the process's random numbers",
+        _ROLLOUTS,
+        "with torch.random.fork_rng(devices):\n        torch.manual_seed(seed)\n",
+        "if True:\n",
+        "invariants/test_on_policy.py::test_resumed_equals_never_stopped_with_replay",
+    ),
+    Mutation(
+        11,
+        "finding out about the head draws random numbers",
+        _TRAINER,
+        "with torch.random.fork_rng(devices), catch_head_input(head, zero, zero) as caught:",
+        "with catch_head_input(head, zero, zero) as caught:",
+        f"{_LOSS}::test_finding_out_about_the_head_draws_no_random_numbers",
+    ),
+    Mutation(
+        12,
+        "the target's positions begin at 0",
+        _MODELING,
+        "position_ids = position_ids + encoder_attention_mask.long().sum(-1, keepdim=True)",
+        "pass",
+        "model/test_from_decoder_only.py::test_merged_at_full_depth_is_the_teacher",
+    ),
+    Mutation(
+        12,
+        "prompts are counted with their padding",
+        _MODELING,
+        "return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)",
+        "return torch.arange(attention_mask.shape[1], device=device).expand_as(attention_mask)",
+        "model/test_from_decoder_only.py::test_merged_at_full_depth_is_the_teacher",
+    ),
+    Mutation(
+        13,
+        "a cached step begins at position 0",
+        _MODELING,
+        "past_length = 0 if past_key_values is None else past_key_values.get_seq_length()",
+        "past_length = 0",
+        "model/test_cache_and_generation.py::test_token_by_token_in_chunks_and_at_once",
+    ),
+    Mutation(
+        13,
+        "a row's padding moves its positions",
+        _MODELING,
+        "return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)",
+        "return torch.arange(attention_mask.shape[1], device=device).expand_as(attention_mask)",
+        "model/test_cache_and_generation.py::test_generate_on_ragged_prompts_is_argmax_row_by_row",
+    ),
+    Mutation(
+        13,
+        "what travels to the Hub imports the package",
+        _MODELING,
+        "from .compat_rope_encdec import",
+        "from hf_encdec_distill.models.rope_encdec.compat_rope_encdec import",
+        "hub/test_remote_code.py::test_a_folder_loads_where_the_package_is_not",
+    ),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="properties to look at; writes no table")
+    chosen = parser.parse_args().only
+    mutations = [mutation for mutation in MUTATIONS if chosen is None or mutation.number in chosen]
+    escaped = []
+    for mutation in mutations:
+        caught = is_caught(mutation)
+        print(f"{'caught ' if caught else 'ESCAPED'} {mutation.number:2} {mutation.what}: {mutation.test}", flush=True)
+        if not caught:
+            escaped.append(mutation)
+    tests = list(dict.fromkeys(mutation.test for mutation in mutations))
+    if run_tests(ROOT, *tests) != 0:
+        raise SystemExit("the tests do not pass on the package as it is")
+    if escaped:
+        raise SystemExit(f"{len(escaped)} of {len(mutations)} were not caught")
+    if chosen is None:
+        OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+        OUTPUT.write_text(table(), encoding="utf-8")
+
+
+def is_caught(mutation: Mutation) -> bool:
+    """Whether the test fails, and does so by itself, on a copy of the package with the line broken."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("src", "tests", "pyproject.toml"):
+            path = ROOT / name
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, copy / name)
+        file = copy / PACKAGE / mutation.file
+        file.write_text(broken(file.read_text(encoding="utf-8"), mutation), encoding="utf-8")
+        return run_tests(copy, mutation.test) == 1  # 1: tests failed; others: pytest could not run them
+
+
+def broken(text: str, mutation: Mutation) -> str:
+    """`text` with the mutation in it; ValueError where the line is not there, or there twice."""
+    if text.count(mutation.old) != 1:
+        raise ValueError(f"{mutation.file} has {mutation.old!r} {text.count(mutation.old)} times, expected once.")
+    return text.replace(mutation.old, mutation.new)
+
+
+def run_tests(root: Path, *tests: str) -> int:
+    environment = {**os.environ, "PYTHONPATH": str(root / "src")}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *(f"tests/{test}" for test in tests)]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True).returncode
+
+
+def table() -> str:
+    lines = [
+        "# What has to be exact, broken on purpose\n",
+        "Output of `python studies/mutations.py`: the line on the left was put in place of the one that is there, and "
+        "the test on the right failed.\n",
+    ]
+    for number, title in PROPERTIES.items():
+        lines += [f"## {number}. {title}\n", "| broken | line | caught by |", "|---|---|---|"]
+        for mutation in (mutation for mutation in MUTATIONS if mutation.number == number):
+            code = re.sub(r"\s+", " ", mutation.new).strip() or "(taken out)"
+            code = code.replace("|", "\\|")
+            lines.append(f"| {mutation.what} | `{mutation.file}`: `{code}` | `{mutation.test}` |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
