@@ -77,6 +77,7 @@ def make_trainer(folder, student, cls=DistillationTrainer, **changed):
         arguments(folder, **{**settings, **changed}),
         teacher=make_llama(),
         train_dataset=ROWS,
+        eval_dataset=ROWS[:2],
         data_collator=collate,
     )
 
@@ -204,12 +205,15 @@ class WatchesOptimizer(DistillationTrainer):
 
 
 def test_optimizer_goes_on(tmp_path):
-    """AdamW keeps moments and step counts of what is left, and nothing of what is not."""
+    """AdamW keeps moments and step counts of what is left, and nothing of what is not.
+
+    Without final_encoder_layers no encoder layer may become one that nobody reads."""
     trainer = make_trainer(
-        tmp_path, make_student(), WatchesOptimizer, progressive_depth_steps=1, final_decoder_layers=2, max_steps=4
+        tmp_path, make_student(), WatchesOptimizer, progressive_depth_steps=1, final_decoder_layers=1, max_steps=4
     )
     trainer.train()
-    assert trainer.checked == 2
+    assert trainer.checked == 3
+    assert trainer.model.config.encoder_states_read == [LAYERS - 1]
     assert [log["learning_rate"] for log in trainer.state.log_history if "loss" in log] == pytest.approx(
         [1e-2, 7.5e-3, 5e-3, 2.5e-3]
     )
