@@ -110,6 +110,26 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
         default=0,
         metadata={"help": "Steps at the beginning in which the cross-attentions alone are trained, with their norms."},
     )
+    progressive_depth_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Every so many steps the layer is taken out of the student whose absence raises the loss least, "
+            "until final_encoder_layers and final_decoder_layers are left; 0 takes out none."
+        },
+    )
+    final_encoder_layers: int | None = field(
+        default=None, metadata={"help": "Encoder layers that progressive_depth_steps leaves; all if not set."}
+    )
+    final_decoder_layers: int | None = field(
+        default=None, metadata={"help": "Decoder layers that progressive_depth_steps leaves; all if not set."}
+    )
+    bidirectional_warmup_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps in which a causal encoder becomes bidirectional, the weight of later tokens in its "
+            "attention rising from 0 to 1 on a straight line; 0 leaves the encoder as it is."
+        },
+    )
     vocab_policy: str = field(
         default="mask_padding",
         metadata={
@@ -230,6 +250,16 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(
                 f"replay_fraction={self.replay_fraction} needs replay_buffer_size and on_policy_fraction above 0, got "
                 f"{self.replay_buffer_size} and {self.on_policy_fraction}."
+            )
+        for name in ("progressive_depth_steps", "bidirectional_warmup_steps"):
+            _within(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        final = (self.final_encoder_layers, self.final_decoder_layers)
+        for name, value in zip(("final_encoder_layers", "final_decoder_layers"), final, strict=True):
+            _within(name, value, value is None or value >= 1, "at least 1, or None for all")
+        if bool(self.progressive_depth_steps) == (final == (None, None)):
+            raise ValueError(
+                f"progressive_depth_steps={self.progressive_depth_steps} with final_encoder_layers={final[0]} and "
+                f"final_decoder_layers={final[1]}: set the steps and at least one of the others, or none of the three."
             )
         _within(
             "jsd_beta",

@@ -79,7 +79,7 @@ def roll_out(
         **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
         **{f"{name}_token_id": getattr(own, f"{name}_token_id") for name in ("decoder_start", "bos", "eos", "pad")},
     )
-    with _as_it_was(model, seed), torch.no_grad():
+    with as_it_was(model, seed), torch.no_grad():
         tokens = model.generate(**inputs, generation_config=config)[:, 1:]  # without the start token
     labels = _until_eos(tokens, config.eos_token_id)
     rolled = {**inputs, "labels": labels}
@@ -101,7 +101,7 @@ def _until_eos(tokens: Tensor, eos: int | list[int] | None) -> Tensor:
 
 
 @contextlib.contextmanager
-def _as_it_was(model: nn.Module, seed: int) -> Iterator[None]:
+def as_it_was(model: nn.Module, seed: int) -> Iterator[None]:
     """Eval mode and random numbers of its own inside; module by module as before outside."""
     training = [module for module in model.modules() if module.training]
     devices = [model.device] if model.device.type == "cuda" else []

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ from .losses import chunked_sum, cross_entropy, select_divergence, token_mean, u
 from .neftune import noise_on_tied_embeddings
 from .packing import refuse_packed
 from .positions import check_length, max_positions
-from .rollouts import ReplayBuffer, draw, on_policy_fraction_at, roll_out
+from .rollouts import ReplayBuffer, as_it_was, draw, on_policy_fraction_at, roll_out
+from .schedules import EncoderAnnealing, ProgressiveDepth
 from .shared_prompt import SharedPrompt
 from .teachers import LiveTeacher, PartialScores, check_scores, vocab_size
 
@@ -177,6 +178,10 @@ class DistillationTrainer(Seq2SeqTrainer):
             )
         if args.on_policy_fraction > 0:
             self._check_on_policy()
+        self._depth = ProgressiveDepth(self) if args.progressive_depth_steps else None
+        for schedule in (self._depth, EncoderAnnealing(self) if args.bidirectional_warmup_steps else None):
+            if schedule is not None:
+                self.add_callback(schedule)
         self._matching = HiddenStateMatching({})
         if args.hidden_state_weight > 0:
             refuse_hidden_states(self)
@@ -446,6 +451,10 @@ class DistillationTrainer(Seq2SeqTrainer):
         self._empty_targets.see(batches, self.state.epoch, self.accelerator)
         seed, step, args = self.args.seed, self.state.global_step, self.args
         share = on_policy_fraction_at(step, args.on_policy_fraction, args.on_policy_warmup_steps)
+        self._on_own_targets = False
+        if self._depth is not None and batches and self._depth.is_due():
+            self._depth.remove_best(self._loss_in_each(self._depth.without_each(), batches))
+            self._shared = None  # the encoder may no longer be what it was
         self._on_own_targets = bool(batches) and draw(seed, step, 0) < share
         if not self._on_own_targets:
             return batches, count
@@ -470,6 +479,31 @@ class DistillationTrainer(Seq2SeqTrainer):
         )
         self._replay.add(rolled)
         return rolled
+
+    @torch.no_grad()
+    def _loss_in_each(self, contexts: list[Callable[[], AbstractContextManager]], batches: list) -> Tensor:
+        """The loss of a step's batches, of all processes, inside each of the N contexts, in eval mode: `[N]`."""
+        student = self.accelerator.unwrap_model(self.model)
+        totals, tokens = [0.0] * len(contexts), 0
+        with as_it_was(student, seed=0):
+            for batch in map(self._prepare_inputs, batches):
+                labels = batch["labels"]
+                rows, columns = target_positions(labels)
+                inputs = self._student_inputs(student, batch)
+                score, _ = self._score(labels[rows, columns], rows, columns, batch, chunked=False)
+                tokens += len(rows)
+                for number, context in enumerate(contexts):
+                    with context():
+                        logits_BTV = student(**inputs)["logits"]
+                    terms = score(logits_BTV[rows, columns])
+                    totals[number] += self._combine({name: values.sum() for name, values in terms.items()}).item()
+        sums = self.accelerator.reduce(torch.tensor([*totals, tokens], device=self.args.device), reduction="sum")
+        return sums[:-1] / sums[-1].clamp(min=1)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._depth is not None:
+            self._depth.shrink_to(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

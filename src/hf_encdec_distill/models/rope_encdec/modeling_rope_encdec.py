@@ -460,6 +460,19 @@ def _real_positions(attention_mask, length, device):
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def states_handed_over(config):
+    """The encoder states that go to the decoder besides `last_hidden_state`, as indices into `hidden_states`."""
+    # `separate` on the last layer needs nothing more.
+    if config.cross_attention == "separate" and config.encoder_states_read == [config.encoder_num_hidden_layers]:
+        return ()
+    return tuple(config.encoder_states_read)
+
+
+def slots_of_states(config):
+    """Where each decoder layer finds its state in what the encoder hands over."""
+    return [config.encoder_states_read.index(state) for state in config.encoder_state_of_decoder_layer]
+
+
 class RopeEncDecEncoder(RopeEncDecPreTrainedModel):
     """Embedding, layers, final norm. Owns the embedding that the decoder and the LM head share."""
 
@@ -473,9 +486,7 @@ class RopeEncDecEncoder(RopeEncDecPreTrainedModel):
         self.norm = RopeEncDecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RopeEncDecRotaryEmbedding(config)
         self.gradient_checkpointing = False
-        # `separate` on the last layer needs nothing besides `last_hidden_state`.
-        reads_last_alone = config.cross_attention == "separate" and config.encoder_states_read == [len(self.layers)]
-        self.states_read = () if reads_last_alone else tuple(config.encoder_states_read)
+        self.states_read = states_handed_over(config)
         self.post_init()
 
     @can_return_tuple
@@ -544,9 +555,7 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
         self.norm = RopeEncDecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RopeEncDecRotaryEmbedding(config)
         self.gradient_checkpointing = False
-        # Where each layer finds its state in what the encoder hands over.
-        states_read = config.encoder_states_read
-        self.state_slots = [states_read.index(state) for state in config.encoder_state_of_decoder_layer]
+        self.state_slots = slots_of_states(config)
         self.post_init()
 
     @can_return_tuple
