@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, Seq2SeqTrainer, Trainin
 from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
+from ..models.whole_weights import check_same_on_each_process
 from ._compat import refuse_legacy_prediction_loop
 from .alignment import (
     IGNORED,
@@ -30,6 +31,7 @@ from .losses import chunked_sum, cross_entropy, select_divergence, token_mean, u
 from .positions import check_length, max_positions
 from .rollouts import ReplayBuffer, draw, on_policy_fraction_at, roll_out
 from .teachers import LiveTeacher, PartialScores, check_scores, vocab_size
+from .tied import share_tied_embeddings
 
 
 logger = logging.get_logger(__name__)
@@ -105,11 +107,15 @@ class DistillationTrainer(Seq2SeqTrainer):
             )
         if isinstance(teacher, nn.Module):
             _check_nothing_shared(self.model, teacher)
+        if self.is_fsdp_enabled:
+            share_tied_embeddings(self.model)
         if is_cache(teacher):
             self.teacher = CachedTeacher(teacher)
             teacher = self.teacher.folder
         else:
-            self.teacher = LiveTeacher.load(teacher, args.teacher_dtype, args.teacher_quantization).to(args.device)
+            self.teacher = LiveTeacher.load(teacher, args.teacher_dtype, args.teacher_quantization)
+            check_same_on_each_process(self.teacher.model, self.accelerator)
+            self.teacher.to(args.device)
         self._is_universal = args.vocab_policy == "universal"
         divergence = universal_logit_distance.__name__ if self._is_universal else args.divergence
         self.teacher.check(args.prompt_template, divergence, args.distill_temperature)
@@ -390,6 +396,8 @@ class DistillationTrainer(Seq2SeqTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self._replay.save(output_dir, self.accelerator.process_index)
+        # trainer_state.json comes next and says that a checkpoint is whole: it has to be, on every process.
+        self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -505,7 +513,7 @@ def _teacher_tokenizer(teacher: "nn.Module | str | os.PathLike"):
         return None
     try:
         return AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # the last is how 4.57 misses a Llama's files
         logger.warning(f"no tokenizer at the teacher's {where!r} ({error}); using the student's for both.")
         return None
 

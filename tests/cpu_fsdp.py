@@ -1,0 +1,30 @@
+"""FSDP on processes of a CPU: `python -m cpu_fsdp MODULE ...` runs MODULE as `python -m MODULE ...` would.
+
+accelerate 1.15 reads what its launcher says about FSDP where processes have GPUs alone, and takes DistributedDataParallel
+on CPUs. What FSDP then does needs no GPU.
+"""
+
+import os
+import runpy
+import sys
+
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+
+def admit() -> None:
+    """From here on, processes on a CPU count as processes with a device of their own where FSDP is asked for."""
+    begin = PartialState.__init__
+
+    def __init__(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU and "ACCELERATE_USE_FSDP" in os.environ:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = __init__
+
+
+if __name__ == "__main__":
+    admit()
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
