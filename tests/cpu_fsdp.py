@@ -1,7 +1,7 @@
 """FSDP on processes of a CPU: `python -m cpu_fsdp MODULE ...` runs MODULE as `python -m MODULE ...` would.
 
-accelerate 1.15 reads what its launcher says about FSDP where processes have GPUs alone, and takes DistributedDataParallel
-on CPUs. What FSDP then does needs no GPU.
+accelerate 1.15 heeds what its launcher says about FSDP on GPUs alone, and takes DistributedDataParallel on CPUs; what FSDP
+does needs no GPU.
 """
 
 import os

@@ -5,21 +5,24 @@ Run as a script (by torchrun, or alone) this file trains, resumes and evaluates,
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import gather_object
 from distillation_toys import arguments, make_t5, make_teacher, ragged_rows, spread
 from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecConfig, RopeEncDecForConditionalGeneration
 
 
 STUDENTS = ("merged", "separate", "t5")
+LAYERS = {"RopeEncDecEncoderLayer", "RopeEncDecDecoderLayer"}
 WRAPPERS = ("DDP", "FSDP2")
 VOCABULARY = 97
 # What `accelerate launch` makes of examples/accelerate/fsdp2.yaml.
@@ -110,7 +113,9 @@ def what_came_out(trainer):
     metrics = trainer.evaluate()
     return {
         "wrapped": type(trainer.model_wrapped).__name__,
-        "units": sorted({type(module).__name__ for module in trainer.model.modules() if "FSDP" in type(module).__name__}),
+        "units": sorted(
+            {type(module).__name__ for module in trainer.model.modules() if "FSDP" in type(module).__name__}
+        ),
         "chunked": trainer._student_head_is_last,
         "logs": [{k: log[k] for k in LOGGED} for log in trainer.state.log_history if "loss" in log],
         "eval": {k: v for k, v in metrics.items() if "loss" in k or "agree" in k},
@@ -143,11 +148,11 @@ def run(models: Path) -> None:
         trainer = train(InOrder, models, models / wrapper / "generating", "merged", predict_with_generate=True)
         if wrapper == "FSDP2":
             results["own"] = refusal(lambda: train(InOrder, models, models / "own", "merged", on_policy_fraction=0.5))
-            teacher = AutoModelForCausalLM.from_pretrained(models / "teacher")
-            results["teacher"] = refusal(
+            teacher = make_teacher(vocab_size=VOCABULARY, seed=trainer.accelerator.process_index)
+            refused = refusal(
                 lambda: DistillationTrainer(trainer.model, trainer.args, teacher=teacher, data_collator=collate)
             )
-            results["teacher"] = trainer.accelerator.gather_for_metrics([results["teacher"]], use_gather_object=True)
+            results["teacher"] = gather_object([refused])
         results["generated"] = trainer.predict(EVAL_ROWS).predictions.tolist()
         if trainer.is_world_process_zero():
             (models / wrapper / "results.json").write_text(json.dumps(results))
@@ -155,12 +160,98 @@ def run(models: Path) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A folder with three students and a teacher in it."""
+    """A folder with three students, a teacher, and what two processes made of them."""
     folder = tmp_path_factory.mktemp("many_devices")
     for kind in STUDENTS:
         make_student(kind).save_pretrained(folder / kind)
     make_teacher(vocab_size=VOCABULARY).save_pretrained(folder / "teacher")
+    here = Path(__file__)
+    paths = [str(here.parents[1]), str(Path(sys.modules["hf_encdec_distill"].__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(here), str(folder)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def alone(models):
+    """What one process makes of each student: the trained model, and the numbers."""
+    trainers = {kind: train(InOrder, models, models / "one" / kind, kind) for kind in STUDENTS}
+    return {kind: (trainer.model, what_came_out(trainer)) for kind, trainer in trainers.items()}
+
+
+def results_of(models, wrapper):
+    return json.loads((models / wrapper / "results.json").read_text())
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_two_processes_do_what_one_does(models, alone, wrapper, kind):
+    """Weights, losses, gradient norms, evaluation; the one process takes its loss three tokens at a time, as does DDP."""
+    model, expected = alone[kind]
+    got = results_of(models, wrapper)[kind]
+    saved = AutoModelForSeq2SeqLM.from_pretrained(models / wrapper / kind)
+    assert type(saved) is type(model)
+    for (name, one), two in zip(model.state_dict().items(), saved.state_dict().values(), strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6, msg=name)
+    assert len(got["logs"]) == 3
+    for one, two in zip(expected["logs"], got["logs"], strict=True):
+        assert two == pytest.approx(one, rel=1e-4)  # 4.57 rounds its loss to four digits
+    assert got["eval"] == pytest.approx(expected["eval"], rel=1e-5)
+    # The shards of a head are whole in its own forward alone, so FSDP2 never gets as far as asking.
+    assert (got["chunked"], expected["chunked"]) == (None if wrapper == "FSDP2" else True, True)
+
+
+def test_each_layer_is_a_unit_of_fsdp(models, alone):
+    """And the embedding, shared by encoder, decoder and head; a model with no layers named would be one unit."""
+    for kind, layers in (("merged", LAYERS), ("separate", LAYERS), ("t5", {"T5Block"})):
+        got = results_of(models, "FSDP2")[kind]
+        assert got["wrapped"] == f"FSDP{type(alone[kind][0]).__name__}"
+        assert {f"FSDP{name}" for name in layers} <= set(got["units"])
+        assert {"FSDPEmbedding", "FSDPLinear"} <= set(got["units"])
+    assert results_of(models, "DDP")["merged"]["wrapped"] == "DistributedDataParallel"
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_student_is_saved_as_one_process_saves_it(models, wrapper, tmp_path):
+    """The same files, its code among them, with the same names of weights; nothing of the teacher."""
+    make_student("merged").save_pretrained(tmp_path)
+    folder = models / wrapper / "merged"
+    written = {path.name for path in folder.iterdir() if path.is_file()}
+    assert written == {path.name for path in tmp_path.iterdir()} | {"training_args.bin"}
+    assert "modeling_rope_encdec.py" in written
+    names = [sorted(load_file(path / "model.safetensors")) for path in (folder, tmp_path)]
+    assert names[0] == names[1]
+    whole = folder / "checkpoint-2" / "model.safetensors"
+    assert sorted(load_file(whole)) == names[0]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_two_processes_resume_exactly(models, wrapper):
+    """Shuffled rows, dropout on each process, Adam's moments: bit for bit."""
+    whole, resumed = (load_file(models / wrapper / name / "model.safetensors") for name in ("whole", "resumed"))
+    stopped = load_file(models / wrapper / "whole" / "checkpoint-2" / "model.safetensors")
+    for name, weight in whole.items():
+        assert torch.equal(resumed[name], weight), name
+    assert any(not torch.equal(stopped[name], weight) for name, weight in whole.items())
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_two_processes_generate_what_one_does(models, alone, wrapper):
+    """`predict_with_generate`, greedily; rows that are done first wait with the others."""
+    for tokens, row in zip(results_of(models, wrapper)["generated"], EVAL_ROWS, strict=True):
+        own = alone["merged"][0].generate(torch.tensor([row["input_ids"]]), do_sample=False)[0].tolist()
+        assert tokens[: len(own)] == own
+
+
+def test_what_shards_rule_out_is_refused(models):
+    results = results_of(models, "FSDP2")
+    assert re.search(r"on_policy_fraction=0.5 needs the whole student .* DistributedDataParallel", results["own"])
+    for process in results["teacher"]:  # both stop, or the others would wait for ever
+        assert re.search("the teacher of process 1 has not got the weights that process 0 has", process)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Differences between transformers versions that the trainer has to know, each with the condition to remove it."""
 
+from torch.serialization import register_package
 from transformers import TrainingArguments
 
 
@@ -12,3 +13,10 @@ def refuse_legacy_prediction_loop(args: TrainingArguments) -> None:
         raise ValueError(
             "use_legacy_prediction_loop=True averages over batches, not tokens; DistillationTrainer needs it False."
         )
+
+
+def let_checkpoints_load_on_many_cpu_processes() -> None:
+    """There accelerate names the device "cpu:0", to which transformers 4.57 restores an optimizer's state; `torch.load`
+    knows "cpu" alone. 5.x restores to "cpu"; drop this with 4.57.
+    """
+    register_package(100, lambda storage: None, lambda storage, location: storage if location == "cpu:0" else None)

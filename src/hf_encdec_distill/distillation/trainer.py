@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
 from ..models.whole_weights import check_same_on_each_process
-from ._compat import refuse_legacy_prediction_loop
+from ._compat import let_checkpoints_load_on_many_cpu_processes, refuse_legacy_prediction_loop
 from .alignment import (
     IGNORED,
     TEACHER_COLUMNS,
@@ -35,6 +35,8 @@ from .tied import share_tied_embeddings
 
 
 logger = logging.get_logger(__name__)
+
+let_checkpoints_load_on_many_cpu_processes()
 
 
 class DistillationTrainer(Seq2SeqTrainer):
