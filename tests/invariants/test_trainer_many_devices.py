@@ -145,7 +145,14 @@ def run(models: Path) -> None:
             output = models / wrapper / name
             checkpoint = str(models / wrapper / "whole" / "checkpoint-2") if name == "resumed" else None
             train(DistillationTrainer, models, output, "merged", dropout=0.3, resume=checkpoint).save_model()
-        trainer = train(InOrder, models, models / wrapper / "generating", "merged", predict_with_generate=True)
+        trainer = train(
+            InOrder,
+            models,
+            models / wrapper / "generating",
+            "merged",
+            predict_with_generate=True,
+            generation_max_length=6,
+        )
         if wrapper == "FSDP2":
             results["own"] = refusal(lambda: train(InOrder, models, models / "own", "merged", on_policy_fraction=0.5))
             teacher = make_teacher(vocab_size=VOCABULARY, seed=trainer.accelerator.process_index)
@@ -190,7 +197,7 @@ def results_of(models, wrapper):
 @pytest.mark.parametrize("kind", STUDENTS)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_two_processes_do_what_one_does(models, alone, wrapper, kind):
-    """Weights, losses, gradient norms, evaluation; the one process takes its loss three tokens at a time, as does DDP."""
+    """Weights, losses, gradient norms, evaluation; one process takes its loss three tokens at a time, as does DDP."""
     model, expected = alone[kind]
     got = results_of(models, wrapper)[kind]
     saved = AutoModelForSeq2SeqLM.from_pretrained(models / wrapper / kind)
@@ -243,7 +250,7 @@ def test_two_processes_resume_exactly(models, wrapper):
 def test_two_processes_generate_what_one_does(models, alone, wrapper):
     """`predict_with_generate`, greedily; rows that are done first wait with the others."""
     for tokens, row in zip(results_of(models, wrapper)["generated"], EVAL_ROWS, strict=True):
-        own = alone["merged"][0].generate(torch.tensor([row["input_ids"]]), do_sample=False)[0].tolist()
+        own = alone["merged"][0].generate(torch.tensor([row["input_ids"]]), do_sample=False, max_length=6)[0].tolist()
         assert tokens[: len(own)] == own
 
 

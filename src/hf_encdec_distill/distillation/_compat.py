@@ -1,5 +1,7 @@
 """Differences between transformers versions that the trainer has to know, each with the condition to remove it."""
 
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.serialization import register_package
 from transformers import TrainingArguments
 
@@ -20,3 +22,11 @@ def let_checkpoints_load_on_many_cpu_processes() -> None:
     knows "cpu" alone. 5.x restores to "cpu"; drop this with 4.57.
     """
     register_package(100, lambda storage: None, lambda storage, location: storage if location == "cpu:0" else None)
+
+
+def let_fsdp2_generate(model: nn.Module) -> None:
+    """Where FSDP2 shards a model, `generate` needs to gather what is outside of its layers, as `forward` does.
+    transformers 5.x says so when training begins; drop this with 4.57.
+    """
+    if isinstance(model, FSDPModule) and "generate" not in vars(model):
+        register_fsdp_forward_method(model, "generate")

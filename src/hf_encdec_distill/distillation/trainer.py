@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
 from ..models.whole_weights import check_same_on_each_process
-from ._compat import let_checkpoints_load_on_many_cpu_processes, refuse_legacy_prediction_loop
+from ._compat import let_checkpoints_load_on_many_cpu_processes, let_fsdp2_generate, refuse_legacy_prediction_loop
 from .alignment import (
     IGNORED,
     TEACHER_COLUMNS,
@@ -31,7 +31,7 @@ from .losses import chunked_sum, cross_entropy, select_divergence, token_mean, u
 from .positions import check_length, max_positions
 from .rollouts import ReplayBuffer, draw, on_policy_fraction_at, roll_out
 from .teachers import LiveTeacher, PartialScores, check_scores, vocab_size
-from .tied import share_tied_embeddings
+from .tied import share_tied_embeddings, share_tied_weights
 
 
 logger = logging.get_logger(__name__)
@@ -395,6 +395,11 @@ class DistillationTrainer(Seq2SeqTrainer):
         self._replay.add(rolled)
         return rolled
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if state_dict is not None:
+            state_dict = share_tied_weights(self.model, state_dict)
+        super()._save(output_dir, state_dict)
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self._replay.save(output_dir, self.accelerator.process_index)
@@ -474,6 +479,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         if not self.args.predict_with_generate or prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         inputs = self._prepare_inputs(inputs)
+        let_fsdp2_generate(self.model)
 
         # The base class generates with self.model, and calls `model` only for a loss: it gets ours.
         def with_our_loss(**_student_inputs) -> dict[str, Tensor]:
