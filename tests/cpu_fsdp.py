@@ -1,12 +1,10 @@
-"""FSDP on processes of a CPU: `python -m cpu_fsdp MODULE ...` runs MODULE as `python -m MODULE ...` would.
+"""FSDP on processes of a CPU.
 
-accelerate 1.15 heeds what its launcher says about FSDP on GPUs alone, and takes DistributedDataParallel on CPUs; what FSDP
-does needs no GPU.
+accelerate 1.15 heeds what its launcher says about FSDP on GPUs alone, and takes DistributedDataParallel on CPUs; what
+FSDP does needs no GPU.
 """
 
 import os
-import runpy
-import sys
 
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
@@ -22,9 +20,3 @@ def admit() -> None:
             self.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.__init__ = __init__
-
-
-if __name__ == "__main__":
-    admit()
-    del sys.argv[0]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

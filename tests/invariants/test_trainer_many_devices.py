@@ -122,6 +122,13 @@ def what_came_out(trainer):
     }
 
 
+def train_beside_another(models):
+    """With a teacher that this process alone has."""
+    args = arguments(models / "own", ddp_backend="gloo")
+    teacher = make_teacher(vocab_size=VOCABULARY, seed=args.process_index)
+    DistillationTrainer(make_student("merged"), args, teacher=teacher, data_collator=collate)
+
+
 def refusal(action):
     """What a ValueError says on this process."""
     try:
@@ -155,11 +162,7 @@ def run(models: Path) -> None:
         )
         if wrapper == "FSDP2":
             results["own"] = refusal(lambda: train(InOrder, models, models / "own", "merged", on_policy_fraction=0.5))
-            teacher = make_teacher(vocab_size=VOCABULARY, seed=trainer.accelerator.process_index)
-            refused = refusal(
-                lambda: DistillationTrainer(trainer.model, trainer.args, teacher=teacher, data_collator=collate)
-            )
-            results["teacher"] = gather_object([refused])
+            results["teacher"] = gather_object([refusal(lambda: train_beside_another(models))])
         results["generated"] = trainer.predict(EVAL_ROWS).predictions.tolist()
         if trainer.is_world_process_zero():
             (models / wrapper / "results.json").write_text(json.dumps(results))

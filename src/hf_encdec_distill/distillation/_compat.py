@@ -18,8 +18,8 @@ def refuse_legacy_prediction_loop(args: TrainingArguments) -> None:
 
 
 def let_checkpoints_load_on_many_cpu_processes() -> None:
-    """There accelerate names the device "cpu:0", to which transformers 4.57 restores an optimizer's state; `torch.load`
-    knows "cpu" alone. 5.x restores to "cpu"; drop this with 4.57.
+    """There accelerate names the device "cpu:0", to which transformers 4.57 restores an optimizer's state, and
+    `torch.load` knows "cpu" alone. 5.x restores to "cpu"; drop this with 4.57.
     """
     register_package(100, lambda storage: None, lambda storage, location: storage if location == "cpu:0" else None)
 

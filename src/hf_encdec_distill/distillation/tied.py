@@ -1,4 +1,4 @@
-"""Tied weights where FSDP2 shards the model: one module for one embedding table, and one copy of it in a saved student.
+"""Tied weights where FSDP2 shards the model: one module for one table, and one copy of it in a saved student.
 
 torch 2.13's `fully_shard` refuses a parameter that two of its groups hold. accelerate 1.15 puts input embedding and LM
 head into one group; in transformers 5 encoder and decoder of T5, BART and their kin have tied embeddings of their own.

@@ -49,8 +49,8 @@ def check_same_on_each_process(model: nn.Module, accelerator: Accelerator) -> No
         process, number = wrong[0]
         raise ValueError(
             f"the teacher of process {process} has not got the weights that process 0 has, {names[number]!r} among "
-            "them: they were drawn at random, or divided among processes as a student's are. Give the folder or Hub id "
-            "of the teacher, or load it before the training arguments are made."
+            "them: they were drawn at random, or divided among processes as a student's are. Give the teacher's folder "
+            "or Hub id, or load it before the training arguments are made."
         )
 
 
