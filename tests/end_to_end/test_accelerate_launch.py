@@ -42,7 +42,19 @@ def launch(tmp_path_factory, make_bpe_tokenizer):
     write_teacher(work / "teacher", make_bpe_tokenizer(chat_template=None), layers=3)
     write_pairs(work / "pairs.csv", 32)
     paths = [str(Path(__file__).parents[1]), str(Path(sys.modules["hf_encdec_distill"].__file__).parents[1])]
-    options = ["--source-column", "text", "--target-column", "short", "--init.encoder-layers", "2", "--init.decoder-layers", "2", "--use-cpu", "--per-device-train-batch-size", "2", "--max-steps", "6", "--save-steps", "2", "--learning-rate", "1e-2", "--adam-epsilon", "1e-2", "--logging-steps", "1", "--report-to", "none", "--ddp-backend", "gloo"]
+    training = {
+        "per-device-train-batch-size": 2,
+        "max-steps": 6,
+        "save-steps": 2,
+        "learning-rate": 1e-2,
+        "adam-epsilon": 1e-2,  # at 1e-8 the first steps are the signs of gradients, and no rounding is small
+        "logging-steps": 1,
+        "report-to": "none",
+        "ddp-backend": "gloo",
+    }
+    shape = {"init.encoder-layers": 2, "init.decoder-layers": 2}
+    said = {"source-column": "text", "target-column": "short", **shape, **training}
+    options = ["--use-cpu", *(f"--{name}={value}" for name, value in said.items())]
 
     def run(configuration, output, *more, **environment):
         command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
@@ -56,7 +68,7 @@ def launch(tmp_path_factory, make_bpe_tokenizer):
 
 
 def test_a_lost_process_costs_the_steps_since_the_last_checkpoint(launch):
-    """FSDP2, killed while a checkpoint is written and resumed, comes to the weights of an undisturbed run under DDP."""
+    """FSDP2, killed while it writes a checkpoint and resumed, comes to the weights of an undisturbed run under DDP."""
     undisturbed, done = launch("ddp.yaml", "ddp")
     assert done.returncode == 0, done.stderr[-3000:]
     output, lost = launch("fsdp2.yaml", "fsdp2", **{DIES_AT: "4"})

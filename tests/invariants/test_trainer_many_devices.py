@@ -252,7 +252,8 @@ def test_two_processes_resume_exactly(models, wrapper):
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_two_processes_generate_what_one_does(models, alone, wrapper):
     """`predict_with_generate`, greedily; rows that are done first wait with the others."""
-    for tokens, row in zip(results_of(models, wrapper)["generated"], EVAL_ROWS, strict=True):
+    generated = results_of(models, wrapper)["generated"][: len(EVAL_ROWS)]  # 4.57 also gives the row that fills up
+    for tokens, row in zip(generated, EVAL_ROWS, strict=True):
         own = alone["merged"][0].generate(torch.tensor([row["input_ids"]]), do_sample=False, max_length=6)[0].tolist()
         assert tokens[: len(own)] == own
 

@@ -49,7 +49,7 @@ def check_same_on_each_process(model: nn.Module, accelerator: Accelerator) -> No
         process, number = wrong[0]
         raise ValueError(
             f"the teacher of process {process} has not got the weights that process 0 has, {names[number]!r} among "
-            "them: they were drawn at random, or divided among processes as a student's are. Give the teacher's folder "
+            "them: drawn at random, or divided among processes as those of a student are. Give the teacher's folder "
             "or Hub id, or load it before the training arguments are made."
         )
 
