@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
@@ -41,27 +42,30 @@ def launch(tmp_path_factory, make_bpe_tokenizer):
     work = tmp_path_factory.mktemp("launched")
     write_teacher(work / "teacher", make_bpe_tokenizer(chat_template=None), layers=3)
     write_pairs(work / "pairs.csv", 32)
-    paths = [str(Path(__file__).parents[1]), str(Path(sys.modules["hf_encdec_distill"].__file__).parents[1])]
-    training = {
-        "per-device-train-batch-size": 2,
-        "max-steps": 6,
-        "save-steps": 2,
-        "learning-rate": 1e-2,
-        "adam-epsilon": 1e-2,  # at 1e-8 the first steps are the signs of gradients, and no rounding is small
-        "logging-steps": 1,
-        "report-to": "none",
-        "ddp-backend": "gloo",
+    recipe = {
+        "teacher": str(work / "teacher"),
+        "dataset": str(work / "pairs.csv"),
+        "source_column": "text",
+        "target_column": "short",
+        "init": {"encoder_layers": 2, "decoder_layers": 2},
+        "per_device_train_batch_size": 2,
+        "max_steps": 6,
+        "save_steps": 2,
+        "learning_rate": 1e-2,
+        "adam_epsilon": 1e-2,  # at 1e-8 the first steps are the signs of gradients, and no rounding is small
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "ddp_backend": "gloo",
     }
-    shape = {"init.encoder-layers": 2, "init.decoder-layers": 2}
-    said = {"source-column": "text", "target-column": "short", **shape, **training}
-    options = ["--use-cpu", *(f"--{name}={value}" for name, value in said.items())]
+    (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    paths = [str(Path(__file__).parents[1]), str(Path(sys.modules["hf_encdec_distill"].__file__).parents[1])]
 
     def run(configuration, output, *more, **environment):
         command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
         command += ["--config_file", str(CONFIGURATIONS / configuration), __file__, "distill"]
-        command += ["--teacher", str(work / "teacher"), "--dataset", str(work / "pairs.csv"), "--output"]
+        command += [str(work / "recipe.yaml"), "--output", str(work / output), *more]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **environment}
-        command += [str(work / output), *options, *more]
         return work / output, subprocess.run(command, env=environment, capture_output=True, text=True)
 
     return run
