@@ -13,7 +13,13 @@ from transformers import AutoTokenizer, PreTrainedModel, Seq2SeqTrainer, Trainin
 from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
-from ._compat import let_gradients_reach_adapters, refuse_legacy_prediction_loop
+from ..models.whole_weights import check_same_on_each_process
+from ._compat import (
+    let_checkpoints_load_on_many_cpu_processes,
+    let_fsdp2_generate,
+    let_gradients_reach_adapters,
+    refuse_legacy_prediction_loop,
+)
 from .alignment import (
     IGNORED,
     TEACHER_COLUMNS,
@@ -39,9 +45,12 @@ from .rollouts import ReplayBuffer, as_it_was, draw, on_policy_fraction_at, roll
 from .schedules import EncoderAnnealing, ProgressiveDepth
 from .shared_prompt import SharedPrompt
 from .teachers import LiveTeacher, PartialScores, check_scores, vocab_size
+from .tied import share_tied_embeddings, share_tied_weights
 
 
 logger = logging.get_logger(__name__)
+
+let_checkpoints_load_on_many_cpu_processes()
 
 
 class DistillationTrainer(Seq2SeqTrainer):
@@ -123,11 +132,15 @@ class DistillationTrainer(Seq2SeqTrainer):
             )
         if isinstance(teacher, nn.Module):
             _check_nothing_shared(self.model, teacher)
+        if self.is_fsdp_enabled:
+            share_tied_embeddings(self.model)
         if is_cache(teacher):
             self.teacher = CachedTeacher(teacher)
             teacher = self.teacher.folder
         else:
-            self.teacher = LiveTeacher.load(teacher, args.teacher_dtype, args.teacher_quantization).to(args.device)
+            self.teacher = LiveTeacher.load(teacher, args.teacher_dtype, args.teacher_quantization)
+            check_same_on_each_process(self.teacher.model, self.accelerator)
+            self.teacher.to(args.device)
         self._is_universal = args.vocab_policy == "universal"
         divergence = universal_logit_distance.__name__ if self._is_universal else args.divergence
         self.teacher.check(args.prompt_template, divergence, args.distill_temperature)
@@ -505,9 +518,16 @@ class DistillationTrainer(Seq2SeqTrainer):
             self._depth.shrink_to(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if state_dict is not None:
+            state_dict = share_tied_weights(self.model, state_dict)
+        super()._save(output_dir, state_dict)
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self._replay.save(output_dir, self.accelerator.process_index)
+        # trainer_state.json comes next and says that a checkpoint is whole: it has to be, on every process.
+        self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -621,6 +641,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         if not self.args.predict_with_generate or prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         inputs = self._prepare_inputs(inputs)
+        let_fsdp2_generate(self.model)
 
         # The base class generates with self.model, and calls `model` only for a loss: it gets ours.
         def with_our_loss(**_student_inputs) -> dict[str, Tensor]:
@@ -669,7 +690,7 @@ def _teacher_tokenizer(teacher: "nn.Module | str | os.PathLike"):
         return None
     try:
         return AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # the last is how 4.57 misses a Llama's files
         logger.warning(f"no tokenizer at the teacher's {where!r} ({error}); using the student's for both.")
         return None
 

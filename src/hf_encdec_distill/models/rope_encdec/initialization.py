@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..prompts import distinct_pad_token, encode_prompt, prompt_start_token_id, student_tokenizer
 from ..vocabulary import same_tokens
+from ..whole_weights import whole_on_each_process
 from .configuration_rope_encdec import RopeEncDecConfig
 from .modeling_rope_encdec import RopeEncDecForConditionalGeneration, RopeEncDecRotaryEmbedding
 
@@ -161,7 +162,8 @@ def from_decoder_only(
 def _load_teacher(teacher, tokenizer):
     if not isinstance(teacher, PreTrainedModel):
         path = teacher
-        teacher = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        with whole_on_each_process():
+            teacher = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
         return teacher, tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(path)
     if tokenizer is None and teacher.name_or_path:
         try:
