@@ -23,7 +23,7 @@ from tasks import write_json
 
 HIDDEN, VOCABULARY = 576, 49_152
 TARGETS, FEW_TARGETS = 4096, (128, 256, 512, 1024)
-CHUNK_SIZES = (512, 256, 128, 64)
+CHUNK_SIZES = (128, 256, 512, 64)
 DIVERGENCES = ("forward_kl", "generalized_jsd", "total_variation")
 
 
@@ -57,7 +57,7 @@ def main() -> None:
             runs.append(json.loads(output.splitlines()[-1]))
             print(number, name, runs[-1], flush=True)
             write_json(file, taken)
-    (args.output / "chunked_loss.md").write_text(table(taken), encoding="utf-8")
+            (args.output / "chunked_loss.md").write_text(table(taken), encoding="utf-8")
 
 
 def measure(divergence: str, targets: int, chunk_size: int) -> dict:
@@ -72,10 +72,10 @@ def measure(divergence: str, targets: int, chunk_size: int) -> dict:
     states = [torch.randn(targets, HIDDEN, device=device, dtype=torch.bfloat16) for _ in range(2)]
     labels = torch.randint(VOCABULARY, (targets,), device=device)
     _step(divergence, heads, [state[:8] for state in states], labels[:8], 4)  # allocators and kernels are set up
-    before = _memory(device)
+    before = _memory_now(device)
     start = time.perf_counter()
     _step(divergence, heads, states, labels, chunk_size)
-    return {"seconds": time.perf_counter() - start, "gb": _memory(device) - before}
+    return {"seconds": time.perf_counter() - start, "gb": _peak_memory(device) - before}
 
 
 def _step(divergence: str, heads: list, states: list, labels, chunk_size: int) -> None:
@@ -103,16 +103,26 @@ def _step(divergence: str, heads: list, states: list, labels, chunk_size: int) -
         torch.cuda.synchronize()
 
 
-def _memory(device) -> float:
+def _memory_now(device) -> float:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated() / 1e9
+    resident = int(Path("/proc/self/statm").read_text().split()[1])  # not the peak: it has the first step in it
+    return resident * resource.getpagesize() / 1e9
+
+
+def _peak_memory(device) -> float:
     import torch
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def table(taken: dict[str, list[dict]]) -> str:
     """Markdown: medians over the rounds, and each against all targets at once, round by round."""
+    taken = {name: runs for name, runs in taken.items() if runs}
     rounds = len(next(iter(taken.values())))
     lines = [
         f"Hidden size {HIDDEN}, vocabulary {VOCABULARY:,}; {rounds} round(s), medians. Memory is the peak beyond the "

@@ -433,11 +433,11 @@ def test_no_side_holds_logits_of_all_targets(tmp_path, tokenizer):
     assert targets > 40
     assert largest[1000] >= targets * vocabulary
     assert largest[4] == 32 * vocabulary  # the gradient of the head: less than of seven targets
-    for chunk_size, held in ((targets // 4 + 1, targets * vocabulary), (targets // 4, 32 * vocabulary)):
+    for chunk_size, whole in ((targets // 4 + 1, True), (targets // 4, False)):
         trainer.args.loss_chunk_size = chunk_size  # up to four chunks' targets are taken together
         with LargestTensor() as watch:
             trainer.compute_loss(trainer.model, batch).backward()
-        assert watch.elements == held
+        assert (watch.elements >= targets * vocabulary) is whole
 
 
 class SoftCapped(type(make_t5())):
