@@ -125,7 +125,7 @@ def total(ce, kl, distance):
     return 0.7 * 4 * kl + 0.3 * ce + WEIGHT * distance
 
 
-@pytest.mark.parametrize("chunk_size, loss", [(1000, "mse"), (3, "mse"), (3, "cosine")])
+@pytest.mark.parametrize("chunk_size, loss", [(1000, "mse"), (3, "cosine")])
 @pytest.mark.parametrize("name", STUDENTS)
 def test_loss_and_gradients(tmp_path, tokenizer, name, chunk_size, loss):
     layers = {0: 1, 1: 2, 2: 1}
@@ -160,7 +160,7 @@ def test_steps_clipped_and_decayed_as_if_the_projections_were_the_students(
         num_train_epochs=1,
         max_grad_norm=0.5,
         weight_decay=0.1,
-        loss_chunk_size=5,
+        loss_chunk_size=2,
     )
     reference, teacher = make_t5().train(), make_teacher(hidden_size=48)
     projections = [p.detach().clone().requires_grad_() for p in trainer._matching.parameters()]
@@ -185,12 +185,11 @@ def test_steps_clipped_and_decayed_as_if_the_projections_were_the_students(
     assert history == [pytest.approx(step, rel=1e-4, abs=6e-5) for step in logged]
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("name, reentrant", [("merged", True), ("t5", True), ("bart", True), ("bart", False)])
 def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer, name, reentrant):
     changed = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     trainers = [
-        make_trainer(tmp_path, tokenizer, STUDENTS[name](), loss_chunk_size=4, max_steps=1, **extra)
+        make_trainer(tmp_path, tokenizer, STUDENTS[name](), loss_chunk_size=2, max_steps=1, **extra)
         for extra in ({}, changed)
     ]
     for trainer in trainers:
@@ -202,7 +201,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer, name, reent
 def test_bf16_autocast_leaves_projections_and_distance_alone(tmp_path, tokenizer):
     """The student's states are rounded, nothing else: the distance is close to float32, gradients too."""
     plain, mixed = (
-        make_trainer(tmp_path, tokenizer, max_steps=1, loss_chunk_size=4, per_device_train_batch_size=8, bf16=bf16)
+        make_trainer(tmp_path, tokenizer, max_steps=1, loss_chunk_size=2, per_device_train_batch_size=8, bf16=bf16)
         for bf16 in (False, True)
     )
     for trainer in (plain, mixed):
@@ -260,8 +259,7 @@ def test_steps_on_own_targets(tmp_path, tokenizer):
     assert log["loss"] == pytest.approx((0.7 * 4 * kl + WEIGHT * distance).mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("teacher_width", [32, 48])
-def test_resumed_equals_never_stopped(tmp_path, tokenizer, teacher_width):
+def test_resumed_equals_never_stopped(tmp_path, tokenizer):
     """Shuffled rows, dropout, AdamW, accumulation, clipping; and the student's folder holds the student alone."""
 
     def make(**changed):
@@ -276,10 +274,10 @@ def test_resumed_equals_never_stopped(tmp_path, tokenizer, teacher_width):
                 num_train_epochs=2,
                 save_strategy="steps",
                 save_steps=3,
-                loss_chunk_size=4,
+                loss_chunk_size=2,
                 **SETTINGS | changed,
             ),
-            teacher=make_teacher(hidden_size=teacher_width),
+            teacher=make_teacher(hidden_size=48),
             train_dataset=ragged_rows(15),
             processing_class=tokenizer,
         )
@@ -288,7 +286,6 @@ def test_resumed_equals_never_stopped(tmp_path, tokenizer, teacher_width):
     start = [p.detach().clone() for p in whole._matching.parameters()]
     for projection in start:
         torch.testing.assert_close(projection.T @ projection, torch.eye(32))  # keeps lengths
-        assert teacher_width == 48 or torch.equal(projection, torch.eye(32))
     whole.train()
     checkpoint = tmp_path / "checkpoint-3"
     resumed.train(resume_from_checkpoint=str(checkpoint))
@@ -338,6 +335,7 @@ def test_what_cannot_be_matched_is_refused(tmp_path, tokenizer):
         DistillationTrainer(student, arguments(tmp_path, **SETTINGS), optimizers=(optimizer, scheduler), **settings)
     trainer = DistillationTrainer(student, arguments(tmp_path, **SETTINGS), optimizers=(optimizer, None), **settings)
     assert set(trainer._matching.parameters()) <= set(optimizer.param_groups[-1]["params"])
+    assert all(torch.equal(p, torch.eye(32)) for p in trainer._matching.parameters())  # both widths are the same
 
     folder = write_teacher(tmp_path / "teacher", tokenizer)
     lengths = {"max_source_length": None, "max_target_length": None}

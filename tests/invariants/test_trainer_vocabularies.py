@@ -136,7 +136,7 @@ def dense(student, kept, rows, divergence, temperature):
     return torch.cat(terms), torch.cat(ce), torch.cat(agree)
 
 
-@pytest.mark.parametrize("chunk_size", [1000, 7])
+@pytest.mark.parametrize("chunk_size", [1000, 3])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "total_variation"])
 def test_a_trimmed_student_by_hand(tmp_path, tokenizer, trimmed, divergence, chunk_size):
     settings = {"divergence": divergence, "distill_temperature": 2.0, "distill_weight": 0.6}
@@ -311,7 +311,7 @@ def universal_by_hand(student, teacher, batch, temperature):
     return torch.stack(distance), torch.cat(ce)
 
 
-@pytest.mark.parametrize("chunk_size", [1000, 7])
+@pytest.mark.parametrize("chunk_size", [1000, 3])
 @pytest.mark.parametrize("other", [wordpiece, unigram])
 def test_universal_by_hand(tmp_path, tokenizer, other, chunk_size):
     theirs = other()

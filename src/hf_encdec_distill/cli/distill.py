@@ -242,6 +242,8 @@ def train_and_save(trainer: DistillationTrainer, checkpoint: str | None) -> None
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; checkpoints in {output} go on with the same command and --resume") from None
+    if trainer.is_fsdp_enabled:  # shards of a checkpoint may stay shards, but `from_pretrained` wants the student
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(output)
 
 

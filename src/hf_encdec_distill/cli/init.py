@@ -103,10 +103,13 @@ def make_student(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..models.rope_encdec import RopeEncDecForConditionalGeneration
+    from ..models.whole_weights import whole_on_each_process
 
     rows = rows.shuffle(seed=0).select(range(min(_CALIBRATION_ROWS, len(rows))))
+    with whole_on_each_process():
+        model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     return RopeEncDecForConditionalGeneration.from_decoder_only(
-        AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32),
+        model,
         tokenizer=AutoTokenizer.from_pretrained(teacher),
         encoder_num_hidden_layers=shape.encoder_layers,
         decoder_num_hidden_layers=shape.decoder_layers,

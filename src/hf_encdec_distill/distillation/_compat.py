@@ -1,6 +1,8 @@
 """Differences between transformers versions that the trainer has to know, each with the condition to remove it."""
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.serialization import register_package
 from transformers import TrainingArguments
 
 
@@ -35,3 +37,18 @@ def samples_by_length(args: TrainingArguments) -> bool:
     """Whether a sampler will ask how long rows are; `group_by_length` is a strategy since transformers 5.0."""
     by_length = ("group_by_length", "batch_rebalance")
     return getattr(args, "group_by_length", False) or getattr(args, "train_sampling_strategy", None) in by_length
+
+
+def let_checkpoints_load_on_many_cpu_processes() -> None:
+    """There accelerate names the device "cpu:0", to which transformers 4.57 restores an optimizer's state, and
+    `torch.load` knows "cpu" alone. 5.x restores to "cpu"; drop this with 4.57.
+    """
+    register_package(100, lambda storage: None, lambda storage, location: storage if location == "cpu:0" else None)
+
+
+def let_fsdp2_generate(model: nn.Module) -> None:
+    """Where FSDP2 shards a model, `generate` needs to gather what is outside of its layers, as `forward` does.
+    transformers 5.x says so when training begins; drop this with 4.57.
+    """
+    if isinstance(model, FSDPModule) and "generate" not in vars(model):
+        register_fsdp_forward_method(model, "generate")

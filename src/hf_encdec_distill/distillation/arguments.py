@@ -99,6 +99,17 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
         default=0.0,
         metadata={"help": "Share of the on-policy steps, 0 to 1, that take their batches from the replay buffer."},
     )
+    freeze_encoder: bool = field(
+        default=False,
+        metadata={
+            "help": "Trains the decoder alone. All that the encoder reads stays as it is, the embedding included, and "
+            "with it an LM head that is tied to it."
+        },
+    )
+    cross_attention_warmup_steps: int = field(
+        default=0,
+        metadata={"help": "Steps at the beginning in which the cross-attentions alone are trained, with their norms."},
+    )
     progressive_depth_steps: int = field(
         default=0,
         metadata={
@@ -131,12 +142,12 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
         },
     )
     loss_chunk_size: int = field(
-        default=512,
+        default=128,
         metadata={
-            "help": "Target tokens whose logits are held at once. A batch with more of them takes its training loss "
-            "chunk by chunk, each going backward before the next, with the same result in a fraction of the memory. "
-            "Where a head cannot be taken apart (FSDP, DeepSpeed, torch.compile, a model that changes its head's "
-            "output) all are held."
+            "help": "Target tokens whose logits are held at once. A batch with more than four times as many takes its "
+            "training loss chunk by chunk, each going backward before the next, with the same result in a fraction of "
+            "the memory. Where a head cannot be taken apart (FSDP, DeepSpeed, torch.compile, a model that changes its "
+            "head's output) all are held."
         },
     )
     max_source_length: int | None = field(
@@ -199,7 +210,13 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             self.hidden_state_layers = _layer_map(self.hidden_state_layers)
         for name in ("on_policy_fraction", "replay_fraction"):
             _within(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")
-        for name in ("hidden_state_weight", "on_policy_warmup_steps", "replay_buffer_size", "sampling_temperature"):
+        for name in (
+            "hidden_state_weight",
+            "on_policy_warmup_steps",
+            "replay_buffer_size",
+            "sampling_temperature",
+            "cross_attention_warmup_steps",
+        ):
             _within(name, getattr(self, name), 0 <= getattr(self, name) < float("inf"), "a finite number, at least 0")
         if self.on_policy_fraction > 0 and self.distill_weight == 0:
             raise ValueError(
@@ -221,6 +238,14 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
                 f"hidden_state_weight={self.hidden_state_weight} with vocab_policy='universal': student and teacher "
                 "read other tokens, so that no state of the one stands where one of the other does. Set it to 0."
             )
+        if self.freeze_encoder and self.gradient_checkpointing:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
+            if self.gradient_checkpointing_kwargs["use_reentrant"]:
+                raise ValueError(
+                    "use_reentrant=True in gradient_checkpointing_kwargs with freeze_encoder=True: the first decoder "
+                    "layer reads a frozen embedding, and reentrant checkpointing would give it no gradient. Set it to "
+                    "False, or leave it out."
+                )
         if self.replay_fraction > 0 and not (self.replay_buffer_size and self.on_policy_fraction):
             raise ValueError(
                 f"replay_fraction={self.replay_fraction} needs replay_buffer_size and on_policy_fraction above 0, got "

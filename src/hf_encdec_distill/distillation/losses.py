@@ -163,7 +163,7 @@ def chunked_sum(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    chunk_size: int = 256,
+    chunk_size: int = 128,
     term_weights: tuple[float, ...] = (1.0,),
 ) -> tuple[Tensor, Tensor]:
     """Sum over N positions of a loss on logits `hidden @ weight.T + bias`, which are made `chunk_size` rows at a time.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from ..models.whole_weights import whole_on_each_process
 from .alignment import SharedVocabulary, log_mass
 from .heads import catch_head_input
 from .losses import Divergence
@@ -128,6 +129,7 @@ class LiveTeacher:
         self._head_is_last = True  # until a forward shows that the model does something to its head's output
 
     @classmethod
+    @whole_on_each_process()
     def load(
         cls, teacher: "nn.Module | str | os.PathLike", dtype: str | None = None, quantization: str | None = None
     ) -> "LiveTeacher":

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,13 @@ from transformers import AutoTokenizer, PreTrainedModel, Seq2SeqTrainer, Trainin
 from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
-from ._compat import let_gradients_reach_adapters, refuse_legacy_prediction_loop
+from ..models.whole_weights import check_same_on_each_process
+from ._compat import (
+    let_checkpoints_load_on_many_cpu_processes,
+    let_fsdp2_generate,
+    let_gradients_reach_adapters,
+    refuse_legacy_prediction_loop,
+)
 from .alignment import (
     IGNORED,
     TEACHER_COLUMNS,
@@ -25,7 +31,9 @@ from .alignment import (
 from .arguments import DistillationTrainingArguments, with_distillation_defaults
 from .cache import CachedTeacher, is_cache
 from .collator import MESSAGES, DistillationCollator, tokenizer_of
+from .cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
 from .empty_targets import EmptyTargets
+from .frozen_encoder import freeze_encoder
 from .heads import catch_head_input
 from .hidden_states import HiddenStateMatching, catch_hidden_states, layer_pairs, refuse_hidden_states, widths
 from .lengths import with_lengths
@@ -35,10 +43,14 @@ from .packing import refuse_packed
 from .positions import check_length, max_positions
 from .rollouts import ReplayBuffer, as_it_was, draw, on_policy_fraction_at, roll_out
 from .schedules import EncoderAnnealing, ProgressiveDepth
+from .shared_prompt import SharedPrompt
 from .teachers import LiveTeacher, PartialScores, check_scores, vocab_size
+from .tied import share_tied_embeddings, share_tied_weights
 
 
 logger = logging.get_logger(__name__)
+
+let_checkpoints_load_on_many_cpu_processes()
 
 
 class DistillationTrainer(Seq2SeqTrainer):
@@ -112,17 +124,23 @@ class DistillationTrainer(Seq2SeqTrainer):
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, *remaining, **kwargs
         )
+        if args.freeze_encoder:
+            freeze_encoder(self.model)
         if self.compute_loss_func is not None:
             raise ValueError(
                 "compute_loss_func would replace the distillation loss; leave it out, or override compute_loss."
             )
         if isinstance(teacher, nn.Module):
             _check_nothing_shared(self.model, teacher)
+        if self.is_fsdp_enabled:
+            share_tied_embeddings(self.model)
         if is_cache(teacher):
             self.teacher = CachedTeacher(teacher)
             teacher = self.teacher.folder
         else:
-            self.teacher = LiveTeacher.load(teacher, args.teacher_dtype, args.teacher_quantization).to(args.device)
+            self.teacher = LiveTeacher.load(teacher, args.teacher_dtype, args.teacher_quantization)
+            check_same_on_each_process(self.teacher.model, self.accelerator)
+            self.teacher.to(args.device)
         self._is_universal = args.vocab_policy == "universal"
         divergence = universal_logit_distance.__name__ if self._is_universal else args.divergence
         self.teacher.check(args.prompt_template, divergence, args.distill_temperature)
@@ -166,6 +184,11 @@ class DistillationTrainer(Seq2SeqTrainer):
         # Smoothing is part of our cross-entropy; the base class would put its own loss in place of ours.
         self.label_smoother = None
         self._student_head_is_last: bool | None = None  # not known yet
+        self._shared: list[SharedPrompt] | None = None  # not known yet
+        if args.cross_attention_warmup_steps > 0:
+            check_cross_attention_warmup(
+                self.model, args.cross_attention_warmup_steps, not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+            )
         if args.on_policy_fraction > 0:
             self._check_on_policy()
         self._depth = ProgressiveDepth(self) if args.progressive_depth_steps else None
@@ -214,7 +237,11 @@ class DistillationTrainer(Seq2SeqTrainer):
         self._check_lengths(inputs, labels)
         student = self._student_inputs(model, inputs)
         chunked = self._goes_in_chunks(model, student, len(rows), return_outputs)
-        score, of_teacher = self._score(labels[rows, columns], rows, columns, inputs, chunked)
+        shared = None if return_outputs else self._shared_prompt(model)
+        with nullcontext() if shared is None else shared.listening():
+            score, of_teacher = self._score(labels[rows, columns], rows, columns, inputs, chunked)
+        if shared is not None:
+            student |= shared.encoder_outputs(student)
         with catch_hidden_states(model, self._matching.student_layers, rows, columns) as of_student:
             if chunked:
                 total, terms = self._chunked_total(model, student, rows, columns, score)
@@ -311,7 +338,8 @@ class DistillationTrainer(Seq2SeqTrainer):
 
     def _goes_in_chunks(self, model: nn.Module, student: Mapping[str, Any], tokens: int, return_outputs: bool) -> bool:
         """Whether the student's logits at the targets are made a few at a time, by `losses.chunked_sum`."""
-        if tokens <= self.args.loss_chunk_size or return_outputs or "labels" in student:
+        # Below four chunks, their gradient of the head in float32 is as large as what they save.
+        if tokens <= 4 * self.args.loss_chunk_size or return_outputs or "labels" in student:
             return False
         # A sharded head is whole inside its module's forward only; a compiled model was traced without our hooks.
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.n_gpu > 1 or is_compiled_module(model):
@@ -405,13 +433,6 @@ class DistillationTrainer(Seq2SeqTrainer):
 
         self.accelerator.clip_grad_norm_ = clip_with_projections
 
-    def training_step(self, *args, **kwargs) -> Tensor:
-        """As the base class; gradients of the projections are averaged over processes with the student's."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self._matching.average_gradients(self.accelerator)
-        return loss
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
@@ -446,6 +467,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         self._on_own_targets = False
         if self._depth is not None and batches and self._depth.is_due():
             self._depth.remove_best(self._loss_in_each(self._depth.without_each(), batches))
+            self._shared = None  # the encoder may no longer be what it was
         self._on_own_targets = bool(batches) and draw(seed, step, 0) < share
         if not self._on_own_targets:
             return batches, count
@@ -496,9 +518,16 @@ class DistillationTrainer(Seq2SeqTrainer):
             self._depth.shrink_to(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if state_dict is not None:
+            state_dict = share_tied_weights(self.model, state_dict)
+        super()._save(output_dir, state_dict)
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self._replay.save(output_dir, self.accelerator.process_index)
+        # trainer_state.json comes next and says that a checkpoint is whole: it has to be, on every process.
+        self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -506,6 +535,35 @@ class DistillationTrainer(Seq2SeqTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._replay.load(checkpoint, self.accelerator.process_index)
+
+    # --- what is trained when ---
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        model = super().call_model_init(trial)
+        if self.args.freeze_encoder:
+            freeze_encoder(model)
+        return model
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        """As the base class, and then what the backward leaves to be done with gradients."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._matching.average_gradients(self.accelerator)
+        if self.state.global_step < self.args.cross_attention_warmup_steps:
+            keep_cross_attention_gradients(self.model)
+        return loss
+
+    def _shared_prompt(self, model: nn.Module) -> SharedPrompt | None:
+        """What the student takes from the teacher's forward in training, if anything."""
+        if not model.training:
+            return None
+        if self._shared is None:  # here, where a run that is resumed has its weights
+            student = self.accelerator.unwrap_model(model)
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            can = isinstance(self.teacher, LiveTeacher) and not sharded
+            exact = can and SharedPrompt.is_exact(student, self.teacher.model)
+            self._shared = [SharedPrompt(student, self.teacher.model)] if exact else []
+        return self._shared[0] if self._shared else None
 
     # --- training log ---
 
@@ -521,6 +579,7 @@ class DistillationTrainer(Seq2SeqTrainer):
 
     def _inner_training_loop(self, *args, **kwargs):
         # Anew each time: `auto_find_batch_size` comes here again after a batch that did not fit.
+        self._shared = None
         self._train_sums, self._train_steps = {}, Counter()
         self._replay = ReplayBuffer(self.args.replay_buffer_size)
         self._empty_targets = EmptyTargets(getattr(tokenizer_of(self.processing_class), "eos_token_id", None))
@@ -582,6 +641,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         if not self.args.predict_with_generate or prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         inputs = self._prepare_inputs(inputs)
+        let_fsdp2_generate(self.model)
 
         # The base class generates with self.model, and calls `model` only for a loss: it gets ours.
         def with_our_loss(**_student_inputs) -> dict[str, Tensor]:
@@ -630,7 +690,7 @@ def _teacher_tokenizer(teacher: "nn.Module | str | os.PathLike"):
         return None
     try:
         return AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # the last is how 4.57 misses a Llama's files
         logger.warning(f"no tokenizer at the teacher's {where!r} ({error}); using the student's for both.")
         return None
 

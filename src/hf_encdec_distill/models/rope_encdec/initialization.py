@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..prompts import distinct_pad_token, encode_prompt, prompt_start_token_id, student_tokenizer
 from ..vocabulary import same_tokens
+from ..whole_weights import whole_on_each_process
 from .configuration_rope_encdec import RopeEncDecConfig
 from .modeling_rope_encdec import RopeEncDecForConditionalGeneration, RopeEncDecRotaryEmbedding
 
@@ -161,7 +162,8 @@ def from_decoder_only(
 def _load_teacher(teacher, tokenizer):
     if not isinstance(teacher, PreTrainedModel):
         path = teacher
-        teacher = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        with whole_on_each_process():
+            teacher = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
         return teacher, tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(path)
     if tokenizer is None and teacher.name_or_path:
         try:
@@ -344,6 +346,55 @@ def _student_state(teacher, config, encoder_layers, decoder_layers) -> dict:
                 block["cross_attn_layernorm.weight"] = block["input_layernorm.weight"]
             state.update({f"model.{side}.layers.{position}.{rest}": tensor for rest, tensor in block.items()})
     return state
+
+
+# What a state of the encoder depends on besides weights.
+_ENCODER_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "attention_bias",
+    "mlp_bias",
+    "qk_norm",
+    "rope_parameters",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+
+
+def encoder_is_first_layers_of(student, teacher) -> bool:
+    """Whether a student's encoder layers are the teacher's first ones in all that its decoder reads, bit for bit.
+
+    The embedding is not compared: a student with a trimmed vocabulary has other rows for the same tokens. A teacher
+    with an adapter or quantised weights is another model than those that its layers came from.
+    """
+    config, depth = student.config, student.config.encoder_states_read[-1]
+    if not isinstance(teacher, PreTrainedModel) or teacher.config.model_type not in SUPPORTED_FAMILIES:
+        return False
+    if depth > teacher.config.num_hidden_layers:
+        return False
+    layers = list(range(config.encoder_num_hidden_layers))
+    of_teacher = _student_config(teacher, layers, [0], "merged")
+    without_rope = [layer for layer in of_teacher.encoder_no_rope_layers if layer < depth]
+    if [layer for layer in config.encoder_no_rope_layers if layer < depth] != without_rope:
+        return False
+    if any(getattr(config, name) != getattr(of_teacher, name) for name in _ENCODER_FIELDS):
+        return False
+    within = tuple(f"model.encoder.layers.{layer}." for layer in range(depth))
+    ours, theirs = (
+        {name: tensor for name, tensor in state.items() if name.startswith(within)}
+        for state in (student.state_dict(), _student_state(teacher, of_teacher, list(range(depth)), []))
+    )
+    return set(ours) == set(theirs) and all(_same(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def _same(one, other) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape or other.is_meta:
+        return False
+    return torch.equal(one, other.to(one.device))
 
 
 def _calibration_rows(calibration, tokenizer, prompt_template, start_token_id) -> list[tuple[list[int], list[int]]]:

@@ -439,6 +439,8 @@ class RopeEncDecPreTrainedModel(PreTrainedModel):
 
     def post_init(self):
         super().post_init()
+        # FSDP2 puts a model under a class of its own, and `save_pretrained` copies the file where `__module__` is.
+        self.__module__ = type(self).__module__
         # From the modules that are there (`merged` has no cross-attention, a plain MLP no gate) and for each class by
         # itself: a plan in the config would be repeated under the prefix of every submodel. Embedding and LM head stay
         # whole on each rank.

@@ -1,0 +1,199 @@
+"""A frozen encoder: what it says stays what it was, and a teacher that it was made of may say it."""
+
+import copy
+
+import pytest
+import torch
+from distillation_toys import EOS, arguments, make_t5, ragged_rows, spread
+from torch.utils.data import SequentialSampler
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
+from hf_encdec_distill.distillation.shared_prompt import SharedPrompt
+
+
+ROWS = ragged_rows(8)
+SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 3, "eos_token_id": EOS}
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig),
+    "phi3": (Phi3ForCausalLM, Phi3Config),  # fused projections
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config),  # norms of queries and keys
+}
+
+
+class InOrder(DistillationTrainer):
+    def _get_train_sampler(self, *_):
+        return SequentialSampler(self.train_dataset)
+
+
+def make_deep(family="llama", **fields):
+    """A teacher of four layers, weights spread."""
+    model, config = FAMILIES[family]
+    return spread(model(config(vocab_size=280, num_hidden_layers=4, **SIZE, **TOKENS, **fields)))
+
+
+def make_student(teacher, **changed):
+    """Two layers of the teacher, then two: the decoder reads the states that enter layers 0 and 2."""
+    settings = {"encoder_layers": [0, 1], "decoder_layers": [0, 3], "calibration": [([5, 6, 7], [8, 9])]}
+    return RopeEncDecForConditionalGeneration.from_decoder_only(teacher, **{**settings, **changed})
+
+
+def make_bart():
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = BartConfig(vocab_size=280, max_position_embeddings=64, decoder_start_token_id=3, **layers, **heads)
+    return spread(BartForConditionalGeneration(config))
+
+
+def make_trainer(folder, student, teacher, tokenizer, rows=ROWS, **changed):
+    settings = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    settings |= {"freeze_encoder": True, "per_device_train_batch_size": 4, "num_train_epochs": 1}
+    return InOrder(
+        student,
+        arguments(folder, **{**settings, **changed}),
+        teacher=teacher,
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+
+
+@torch.no_grad()
+def encode(student, prompt):
+    return student.eval().get_encoder()(prompt).last_hidden_state
+
+
+@pytest.fixture
+def tokenizer(make_bpe_tokenizer):
+    return make_bpe_tokenizer(pad_token="<|endoftext|>")
+
+
+@pytest.mark.parametrize(
+    "name, checkpointing",
+    [("t5", False), ("t5", True), ("bart", False), ("merged", False), ("separate", True), ("untied", True)],
+)
+def test_the_encoder_stays_and_all_else_learns(tmp_path, tokenizer, name, checkpointing):
+    teacher = make_deep(tie_word_embeddings=name != "untied")
+    make = {"t5": make_t5, "bart": make_bart}.get(name)
+    kind = "separate" if name == "separate" else "merged"
+    student = make() if make else make_student(teacher, cross_attention=kind)
+    before, prompt = copy.deepcopy(student.state_dict()), torch.tensor([ROWS[0]["input_ids"]])
+    said = encode(student, prompt)
+    trainer = make_trainer(
+        tmp_path, student, teacher, tokenizer, optim="adamw_torch", gradient_checkpointing=checkpointing
+    )
+    trainer.train()
+    assert torch.equal(encode(student, prompt), said)
+    ours = {id(parameter) for parameter in student.get_encoder().parameters()}
+    assert any(parameter.requires_grad for parameter in student.parameters())
+    for parameter_name, parameter in student.named_parameters():
+        stays = torch.equal(parameter, before[parameter_name])
+        assert stays == (id(parameter) in ours), parameter_name
+    tied = student.get_output_embeddings().weight is student.get_input_embeddings().weight
+    assert tied == (name != "untied")
+
+
+def gradients_of(trainer, batch):
+    trainer.model.zero_grad()
+    trainer.compute_loss(trainer.model.train(), batch).backward()
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "family, side, chunk_size",
+    [("llama", "right", 1000), ("llama", "left", 3), ("phi3", "left", 1000), ("qwen3", "right", 3)],
+)
+def test_a_shared_prompt_pass_is_the_ordinary_one(tmp_path, tokenizer, monkeypatch, family, side, chunk_size):
+    """Same loss and gradients on ragged rows, and the encoder has not run."""
+    tokenizer.padding_side = side
+    teacher = make_deep(family)
+    trainer = make_trainer(tmp_path, make_student(teacher), teacher, tokenizer, loss_chunk_size=chunk_size)
+    batch, runs = trainer.data_collator(ROWS), []
+    gradients_of(trainer, batch)  # finds out about the head
+    trainer.model.get_encoder().register_forward_hook(lambda *_: runs.append(1))
+    shared = gradients_of(trainer, batch)
+    assert not runs
+    trainer._shared = []
+    alone = gradients_of(trainer, batch)
+    assert runs and set(shared) == set(alone)
+    for name, gradient in alone.items():
+        torch.testing.assert_close(shared[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_what_is_not_the_teachers_is_not_shared(tmp_path, tokenizer):
+    teacher = make_deep()
+
+    def exact(student, teacher=teacher, frozen=True):
+        if frozen:
+            student.get_encoder().requires_grad_(False)
+        return SharedPrompt.is_exact(student, teacher)
+
+    assert exact(make_student(teacher))
+    assert not exact(make_student(teacher), frozen=False)
+    assert not exact(make_student(teacher, encoder_layers=[0, 2]))
+    assert not exact(make_student(teacher, encoder_attention="bidirectional"))
+    assert not exact(make_student(teacher, cross_attention="separate"))
+    assert not exact(make_student(teacher, attention_dropout=0.1))
+    assert not exact(make_student(teacher), copy.deepcopy(teacher).to(torch.bfloat16))
+    assert not exact(make_t5())
+    other = copy.deepcopy(teacher)
+    other.config.rms_norm_eps *= 2
+    assert not exact(make_student(teacher), other)
+    student = make_student(teacher)
+    weight = student.model.encoder.layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(torch.inf))
+    assert not exact(student)
+    # The same weights behind it: none of the states that are read has passed them.
+    student = make_student(teacher, decoder_layers=[0, 1])
+    with torch.no_grad():
+        student.model.encoder.layers[1].mlp.down_proj.weight += 1
+    assert exact(student)
+
+
+def test_a_teacher_with_a_prompt_of_its_own_is_not_listened_to(tmp_path, tokenizer):
+    """Two rows in which it reads other tokens: the batch is computed as if nothing were shared."""
+    teacher = make_deep()
+    rows = [{**row, "teacher_input_ids": [*row["input_ids"], 3, *row["labels"]]} for row in ROWS]
+    trainer = make_trainer(tmp_path, make_student(teacher), teacher, tokenizer)
+    runs = []
+    trainer.model.get_encoder().register_forward_hook(lambda *_: runs.append(1))
+    gradients_of(trainer, trainer.data_collator(rows))
+    assert not runs
+    rows[1]["teacher_input_ids"][0] += 1
+    rows[2]["teacher_input_ids"] = [3, *rows[2]["labels"]]
+    batch = trainer.data_collator(rows)
+    shared = gradients_of(trainer, batch)
+    assert runs
+    trainer._shared = []
+    for name, gradient in gradients_of(trainer, batch).items():
+        assert torch.equal(shared[name], gradient), name
+
+
+def test_resumed_equals_never_stopped(tmp_path, tokenizer):
+    teacher = make_deep()
+    settings = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    whole = make_trainer(tmp_path, make_student(teacher), teacher, tokenizer, **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path, make_student(teacher), teacher, tokenizer, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert whole._shared and resumed._shared and resumed.state.global_step == 2
+    for (name, one), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_what_would_starve_the_first_decoder_layer_is_refused(tmp_path):
+    """Reentrant checkpointing gives no gradient to a layer whose input, a frozen embedding, asks for none."""
+    settings = {"freeze_encoder": True, "gradient_checkpointing": True}
+    assert arguments(tmp_path, **settings).gradient_checkpointing_kwargs == {"use_reentrant": False}
+    with pytest.raises(ValueError, match="use_reentrant=True"):
+        arguments(tmp_path, gradient_checkpointing_kwargs={"use_reentrant": True}, **settings)

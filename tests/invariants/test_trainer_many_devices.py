@@ -1,0 +1,272 @@
+"""Shards change nothing: FSDP2 and DistributedDataParallel on two processes do what one process does.
+
+Run as a script (by torchrun, or alone) this file trains, resumes and evaluates, and writes what came out.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import gather_object
+from distillation_toys import arguments, make_t5, make_teacher, ragged_rows, spread
+from safetensors.torch import load_file
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForSeq2SeqLM
+
+from hf_encdec_distill import DistillationTrainer, RopeEncDecConfig, RopeEncDecForConditionalGeneration
+
+
+STUDENTS = ("merged", "separate", "t5")
+LAYERS = {"RopeEncDecEncoderLayer", "RopeEncDecDecoderLayer"}
+WRAPPERS = ("DDP", "FSDP2")
+VOCABULARY = 97
+# What `accelerate launch` makes of examples/accelerate/fsdp2.yaml.
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+ROWS = ragged_rows(12, vocab_size=VOCABULARY)
+LOGGED = ("loss", "ce_loss", "distill_loss", "grad_norm")
+EVAL_ROWS = ragged_rows(7, vocab_size=VOCABULARY, seed=5)
+
+
+class InOrder(DistillationTrainer):
+    """Rows in their order, so that the same rows make up a step however many processes share it."""
+
+    def _get_train_sampler(self, *_):
+        return SequentialSampler(self.train_dataset)
+
+
+def collate(rows):
+    """Padded on the right with 0, without a tokenizer."""
+
+    def pad(values, fill):
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(v) for v in values], True, padding_value=fill)
+
+    fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {name: pad([row[name] for row in rows], fill) for name, fill in fills.items()}
+
+
+def make_student(kind):
+    if kind == "t5":
+        return make_t5(vocab_size=VOCABULARY)
+    config = RopeEncDecConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        encoder_num_hidden_layers=3,
+        decoder_num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        cross_attention=kind,
+        tie_word_embeddings=kind == "merged",
+    )
+    return spread(RopeEncDecForConditionalGeneration(config))
+
+
+def train(cls, models, output, kind, dropout=0.0, resume=None, **changed):
+    """Three steps of four rows on however many processes; models are loaded where and as a script would."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    args = arguments(
+        output,
+        optim="adamw_torch",
+        learning_rate=0.01,
+        adam_epsilon=1e-2,  # at 1e-8 the first steps are the signs of gradients, and no rounding is small
+        max_grad_norm=0.5,
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=2,
+        per_device_train_batch_size=4 // processes,
+        per_device_eval_batch_size=2,
+        distill_weight=0.7,
+        distill_temperature=2.0,
+        loss_chunk_size=3,
+        seed=2,
+        ddp_backend="gloo" if processes > 1 else None,
+        **changed,
+    )
+    args.device  # noqa: B018, where processes meet: from here on weights may be divided among them
+    dropped = {"dropout_rate": dropout} if kind == "t5" else {"attention_dropout": dropout}
+    trainer = cls(
+        AutoModelForSeq2SeqLM.from_pretrained(models / kind, **dropped),
+        args,
+        teacher=str(models / "teacher"),
+        train_dataset=ROWS,
+        eval_dataset=EVAL_ROWS,
+        data_collator=collate,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def what_came_out(trainer):
+    """The numbers of a trained trainer that is now evaluated, and how it was wrapped."""
+    metrics = trainer.evaluate()
+    return {
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "units": sorted(
+            {type(module).__name__ for module in trainer.model.modules() if "FSDP" in type(module).__name__}
+        ),
+        "chunked": trainer._student_head_is_last,
+        "logs": [{k: log[k] for k in LOGGED} for log in trainer.state.log_history if "loss" in log],
+        "eval": {k: v for k, v in metrics.items() if "loss" in k or "agree" in k},
+    }
+
+
+def train_beside_another(models):
+    """With a teacher that this process alone has."""
+    args = arguments(models / "own", ddp_backend="gloo")
+    teacher = make_teacher(vocab_size=VOCABULARY, seed=args.process_index)
+    DistillationTrainer(make_student("merged"), args, teacher=teacher, data_collator=collate)
+
+
+def refusal(action):
+    """What a ValueError says on this process."""
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+
+
+def run(models: Path) -> None:
+    """Both wrappers in the same two processes."""
+    for wrapper in WRAPPERS:
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+        if wrapper == "FSDP2":
+            os.environ |= FSDP2
+        results = {}
+        for kind in STUDENTS:
+            trainer = train(InOrder, models, models / wrapper / kind, kind)
+            trainer.save_model()
+            results[kind] = what_came_out(trainer)
+        for name in ("whole", "resumed"):  # shuffled rows and dropout
+            output = models / wrapper / name
+            checkpoint = str(models / wrapper / "whole" / "checkpoint-2") if name == "resumed" else None
+            train(DistillationTrainer, models, output, "merged", dropout=0.3, resume=checkpoint).save_model()
+        trainer = train(
+            InOrder,
+            models,
+            models / wrapper / "generating",
+            "merged",
+            predict_with_generate=True,
+            generation_max_length=6,
+        )
+        if wrapper == "FSDP2":
+            results["own"] = refusal(lambda: train(InOrder, models, models / "own", "merged", on_policy_fraction=0.5))
+            results["teacher"] = gather_object([refusal(lambda: train_beside_another(models))])
+        results["generated"] = trainer.predict(EVAL_ROWS).predictions.tolist()
+        if trainer.is_world_process_zero():
+            (models / wrapper / "results.json").write_text(json.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with three students, a teacher, and what two processes made of them."""
+    folder = tmp_path_factory.mktemp("many_devices")
+    for kind in STUDENTS:
+        make_student(kind).save_pretrained(folder / kind)
+    make_teacher(vocab_size=VOCABULARY).save_pretrained(folder / "teacher")
+    here = Path(__file__)
+    paths = [str(here.parents[1]), str(Path(sys.modules["hf_encdec_distill"].__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(here), str(folder)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(models):
+    """What one process makes of each student: the trained model, and the numbers."""
+    trainers = {kind: train(InOrder, models, models / "one" / kind, kind) for kind in STUDENTS}
+    return {kind: (trainer.model, what_came_out(trainer)) for kind, trainer in trainers.items()}
+
+
+def results_of(models, wrapper):
+    return json.loads((models / wrapper / "results.json").read_text())
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_two_processes_do_what_one_does(models, alone, wrapper, kind):
+    """Weights, losses, gradient norms, evaluation; one process takes its loss three tokens at a time, as does DDP."""
+    model, expected = alone[kind]
+    got = results_of(models, wrapper)[kind]
+    saved = AutoModelForSeq2SeqLM.from_pretrained(models / wrapper / kind)
+    assert type(saved) is type(model)
+    for (name, one), two in zip(model.state_dict().items(), saved.state_dict().values(), strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6, msg=name)
+    assert len(got["logs"]) == 3
+    for one, two in zip(expected["logs"], got["logs"], strict=True):
+        assert two == pytest.approx(one, rel=1e-4)  # 4.57 rounds its loss to four digits
+    assert got["eval"] == pytest.approx(expected["eval"], rel=1e-5)
+    # The shards of a head are whole in its own forward alone, so FSDP2 never gets as far as asking.
+    assert (got["chunked"], expected["chunked"]) == (None if wrapper == "FSDP2" else True, True)
+
+
+def test_each_layer_is_a_unit_of_fsdp(models, alone):
+    """And the embedding, shared by encoder, decoder and head; a model with no layers named would be one unit."""
+    for kind, layers in (("merged", LAYERS), ("separate", LAYERS), ("t5", {"T5Block"})):
+        got = results_of(models, "FSDP2")[kind]
+        assert got["wrapped"] == f"FSDP{type(alone[kind][0]).__name__}"
+        assert {f"FSDP{name}" for name in layers} <= set(got["units"])
+        assert {"FSDPEmbedding", "FSDPLinear"} <= set(got["units"])
+    assert results_of(models, "DDP")["merged"]["wrapped"] == "DistributedDataParallel"
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_student_is_saved_as_one_process_saves_it(models, wrapper, tmp_path):
+    """The same files, its code among them, with the same names of weights; nothing of the teacher."""
+    make_student("merged").save_pretrained(tmp_path)
+    folder = models / wrapper / "merged"
+    written = {path.name for path in folder.iterdir() if path.is_file()}
+    assert written == {path.name for path in tmp_path.iterdir()} | {"training_args.bin"}
+    assert "modeling_rope_encdec.py" in written
+    names = [sorted(load_file(path / "model.safetensors")) for path in (folder, tmp_path)]
+    assert names[0] == names[1]
+    whole = folder / "checkpoint-2" / "model.safetensors"
+    assert sorted(load_file(whole)) == names[0]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_two_processes_resume_exactly(models, wrapper):
+    """Shuffled rows, dropout on each process, Adam's moments: bit for bit."""
+    whole, resumed = (load_file(models / wrapper / name / "model.safetensors") for name in ("whole", "resumed"))
+    stopped = load_file(models / wrapper / "whole" / "checkpoint-2" / "model.safetensors")
+    for name, weight in whole.items():
+        assert torch.equal(resumed[name], weight), name
+    assert any(not torch.equal(stopped[name], weight) for name, weight in whole.items())
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_two_processes_generate_what_one_does(models, alone, wrapper):
+    """`predict_with_generate`, greedily; rows that are done first wait with the others."""
+    generated = results_of(models, wrapper)["generated"][: len(EVAL_ROWS)]  # 4.57 also gives the row that fills up
+    for tokens, row in zip(generated, EVAL_ROWS, strict=True):
+        own = alone["merged"][0].generate(torch.tensor([row["input_ids"]]), do_sample=False, max_length=6)[0].tolist()
+        assert tokens[: len(own)] == own
+
+
+def test_what_shards_rule_out_is_refused(models):
+    results = results_of(models, "FSDP2")
+    assert re.search(r"on_policy_fraction=0.5 needs the whole student .* DistributedDataParallel", results["own"])
+    for process in results["teacher"]:  # both stop, or the others would wait for ever
+        assert re.search("the teacher of process 1 has not got the weights that process 0 has", process)
+
+
+if __name__ == "__main__":
+    import cpu_fsdp
+
+    cpu_fsdp.admit()
+    run(Path(sys.argv[1]))
