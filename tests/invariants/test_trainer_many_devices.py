@@ -89,7 +89,7 @@ def train(cls, models, output, kind, dropout=0.0, resume=None, **changed):
         per_device_eval_batch_size=2,
         distill_weight=0.7,
         distill_temperature=2.0,
-        loss_chunk_size=3,
+        loss_chunk_size=1,
         seed=2,
         ddp_backend="gloo" if processes > 1 else None,
         **changed,
@@ -209,7 +209,7 @@ def test_two_processes_do_what_one_does(models, alone, wrapper, kind):
         torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6, msg=name)
     assert len(got["logs"]) == 3
     for one, two in zip(expected["logs"], got["logs"], strict=True):
-        assert two == pytest.approx(one, rel=1e-4)  # 4.57 rounds its loss to four digits
+        assert two == pytest.approx(one, rel=3e-4)  # 4.57 rounds its loss to four digits
     assert got["eval"] == pytest.approx(expected["eval"], rel=1e-5)
     # The shards of a head are whole in its own forward alone, so FSDP2 never gets as far as asking.
     assert (got["chunked"], expected["chunked"]) == (None if wrapper == "FSDP2" else True, True)
