@@ -1,0 +1,339 @@
+"""What people switch on in any `Trainer`: it does the same here, on both versions of transformers."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from datasets import Dataset
+from distillation_toys import STUDENTS, arguments, make_rope, make_t5, make_teacher, ragged_rows
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    EarlyStoppingCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+)
+
+from hf_encdec_distill import DistillationTrainer, DistillationTrainingArguments
+from hf_encdec_distill.distillation import metrics
+
+
+ROWS = ragged_rows(8)
+OPTIONS = ("callbacks", "compute_metrics", "model_init", "teacher_processing_class")
+SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+
+
+@pytest.fixture
+def tokenizer(make_bpe_tokenizer):
+    return make_bpe_tokenizer(pad_token="<|endoftext|>")
+
+
+def make_trainer(folder, tokenizer, student=None, rows=ROWS, *, collator=None, cls=DistillationTrainer, **settings):
+    options = {name: settings.pop(name) for name in OPTIONS if name in settings}
+    kind = DistillationTrainingArguments if cls is DistillationTrainer else Seq2SeqTrainingArguments
+    if cls is DistillationTrainer:
+        options["teacher"] = make_teacher()
+    return cls(
+        None if "model_init" in options else (student or make_t5()),
+        arguments(folder, kind, **{"per_device_train_batch_size": 4, "per_device_eval_batch_size": 3, **settings}),
+        data_collator=collator,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+        **options,
+    )
+
+
+def logged(trainer, name="loss"):
+    return [log[name] for log in trainer.state.log_history if name in log]
+
+
+# --- rows ---
+
+BY_LENGTH = (
+    {"group_by_length": True}
+    if hasattr(Seq2SeqTrainingArguments, "group_by_length")
+    else {"train_sampling_strategy": "group_by_length"}
+)
+TEXTS = [{"source": "x" * (1 + 7 * i % 23), "target": "yz"[: 1 + i % 2]} for i in range(24)]
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset", "messages", "ready"])
+def test_texts_are_grouped_by_their_length(tmp_path, tokenizer, kind):
+    """The batches are those of Seq2SeqTrainer on the same rows encoded beforehand, and are of one length each."""
+    ready = [{"input_ids": tokenizer(row["source"])["input_ids"], "labels": [7, 8]} for row in TEXTS]
+    teachers = {"teacher_processing_class": tokenizer}
+    rows = {"list": TEXTS, "dataset": Dataset.from_list(TEXTS), "ready": ready, "messages": []}[kind]
+    if kind == "messages":
+        roles = (("user", "source"), ("assistant", "target"))
+        rows = [{"messages": [{"role": role, "content": row[name]} for role, name in roles]} for row in TEXTS]
+        # Without a chat template, which would be part of the student's source.
+        tokenizer = type(tokenizer)(
+            tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>", pad_token="<s>"
+        )
+    batches = []
+    for cls, data in ((DistillationTrainer, rows), (Seq2SeqTrainer, Dataset.from_list(ready))):
+        collator = DataCollatorForSeq2Seq(tokenizer) if cls is Seq2SeqTrainer else None
+        options = BY_LENGTH | (teachers if cls is DistillationTrainer else {})
+        trainer = make_trainer(tmp_path, tokenizer, rows=data, cls=cls, collator=collator, **options)
+        torch.manual_seed(5)
+        batches.append([batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()])
+        if cls is DistillationTrainer:
+            grouped = trainer.evaluate()
+            in_order = make_trainer(tmp_path, tokenizer, rows=data, **teachers).evaluate()
+            assert grouped["eval_loss"] == pytest.approx(in_order["eval_loss"], rel=1e-5)
+    assert batches[0] == batches[1]
+    assert len({len(batch[0]) for batch in batches[0]}) > 3
+
+
+def test_packed_batches_are_refused(tmp_path, tokenizer):
+    """Flattened by a collator, from ready rows or texts, or packed beforehand; padded positions are no packing."""
+    for rows in (ROWS, TEXTS):
+        trainer = make_trainer(tmp_path, tokenizer, rows=rows, collator=DataCollatorWithFlattening(), max_steps=1)
+        with pytest.raises(ValueError, match=r"the batch is packed \(a batch of 1 rows made of 4\)"):
+            trainer.train()
+    trainer = make_trainer(tmp_path, tokenizer, make_rope("separate"))
+    batch = {"input_ids": torch.tensor([[0, 0, 5, 6, 7]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
+    batch |= {"labels": torch.tensor([[8, 9, 2]]), "position_ids": torch.tensor([[1, 1, 0, 1, 2]])}
+    one = trainer.compute_loss(trainer.model, batch)
+    torch.testing.assert_close(one, trainer.compute_loss(trainer.model, {**batch, "position_ids": None}))
+    for name, value in (
+        ("position_ids", torch.tensor([[0, 0, 0, 1, 0]])),
+        ("decoder_position_ids", torch.tensor([[0, 1, 0]])),
+        ("seq_idx", torch.tensor([[0, 0, 0, 0, 1]])),
+        ("cu_seq_lens_q", torch.tensor([0, 2, 3])),
+    ):
+        with pytest.raises(ValueError, match=rf"the batch is packed \({name} .*DataCollatorForSeq2Seq"):
+            trainer.compute_loss(trainer.model, {**batch, name: value})
+
+
+# --- how the forward is run ---
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_the_same_step_in_other_ways(tmp_path, tokenizer, kind):
+    """Checkpointed: the same weights. Compiled: the same, saved under plain names. In bf16: near, and kept in fp32."""
+    ways = {
+        "plain": {},
+        "checkpointed": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
+        "bf16": {"bf16": True, "loss_chunk_size": 3},
+    }
+    weights, losses = {}, {}
+    for way, settings in ways.items():
+        saving = {"save_strategy": "steps", "save_steps": 1} if way == "compiled" else {}
+        trainer = make_trainer(tmp_path, tokenizer, STUDENTS[kind](), max_steps=1, **SGD, **settings, **saving)
+        trainer.train()
+        weights[way] = {name: value.detach() for name, value in trainer.model.named_parameters()}
+        losses[way] = (logged(trainer, "ce_loss")[0], logged(trainer, "distill_loss")[0])
+        assert all(value.dtype == torch.float32 for value in trainer.model.parameters())
+        if way == "compiled":
+            assert set(load_file(tmp_path / "checkpoint-1" / "model.safetensors")) <= set(
+                STUDENTS[kind]().state_dict()
+            )
+            assert trainer.evaluate()["eval_loss"] < losses["plain"][0]
+    before = dict(STUDENTS[kind]().named_parameters())
+    for way in ("checkpointed", "compiled"):
+        assert losses[way] == pytest.approx(losses["plain"], rel=1e-5)
+        for name, value in weights["plain"].items():
+            torch.testing.assert_close(weights[way][name], value, rtol=1e-4, atol=1e-6, msg=f"{way} {name}")
+    assert losses["bf16"] == pytest.approx(losses["plain"], rel=0.03) and losses["bf16"] != losses["plain"]
+    moves = [torch.cat([(w[n] - before[n]).flatten() for n in before]) for w in (weights["plain"], weights["bf16"])]
+    assert torch.cosine_similarity(*moves, dim=0) > 0.95
+
+
+def make_bart():
+    config = BartConfig(
+        vocab_size=280,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=64,
+        dropout=0.0,
+        pad_token_id=0,
+        bos_token_id=3,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=2,
+    )
+    return BartForConditionalGeneration(config)
+
+
+class WatchEmbeddings(TrainerCallback):
+    """How far what the token embeddings give is from their table, in units of 1 / sqrt(length * width)."""
+
+    def __init__(self, model):
+        self.model, self.seen = model, []
+
+    def on_train_begin(self, *_args, **_kwargs):
+        table = self.model.get_input_embeddings().weight
+        for module in self.model.modules():
+            if isinstance(module, nn.Embedding) and module.weight is table:
+                module.register_forward_hook(self.see)  # behind the noise
+
+    def see(self, module, args, output):
+        noise = output - nn.functional.embedding(args[0], module.weight)
+        size = (output.shape[1] * output.shape[2]) ** 0.5
+        self.seen.append((module.training, (noise.abs().max() * size).item()))
+
+
+@pytest.mark.parametrize("kind", [*STUDENTS, "bart"])
+def test_neftune(tmp_path, tokenizer, kind):
+    """Uniform noise up to alpha / sqrt(length * width) on both sides in training, none in rollouts and evaluation."""
+    student = make_bart() if kind == "bart" else STUDENTS[kind]()
+    watch = WatchEmbeddings(student)
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        student,
+        max_steps=2,
+        neftune_noise_alpha=5.0,
+        on_policy_fraction=1.0,
+        max_target_length=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        callbacks=[watch],
+        loss_chunk_size=4,
+        **{**SGD, "learning_rate": 0.0},
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    noisy = [size for training, size in watch.seen if training]
+    assert len(noisy) == 2 * 2  # encoder and decoder, two steps
+    assert all(0.9 * 5.0 < size <= 5.0 + 1e-3 for size in noisy)
+    quiet = [size for training, size in watch.seen if not training]
+    assert len(quiet) > 10 and max(quiet) < 1e-5
+    assert logged(trainer, "eval_loss") == pytest.approx([before["eval_loss"]] * 2, rel=1e-6)
+    assert not any(hasattr(module, "neftune_noise_alpha") for module in student.modules())
+    watch.seen.clear()
+    trainer.compute_loss(student.train(), trainer.data_collator(ROWS))
+    assert max(size for _, size in watch.seen) < 1e-5
+
+
+# --- what is reported, kept and chosen ---
+
+
+class KeepLogs(TrainerCallback):
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def test_best_model_by_rouge_stops_early(tmp_path, tokenizer):
+    """A rate so small that no answer changes: the first evaluation stays the best, the second ends the run."""
+    keeper = KeepLogs()
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        num_train_epochs=5,
+        learning_rate=1e-6,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        predict_with_generate=True,
+        generation_max_length=8,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_rougeL",
+        include_for_metrics=["inputs", "loss"],
+        eval_accumulation_steps=1,
+        compute_metrics=lambda p: {**score(p), "rows": len(p.inputs), "width": p.inputs.shape[1]},
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=1), keeper],
+    )
+    score = metrics.generation_metrics(tokenizer)
+    trainer.train()
+    assert trainer.state.global_step == 4 and trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    batch = DataCollatorForSeq2Seq(tokenizer)(ROWS)
+    model = make_t5()
+    written = model.generate(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_length=8, num_beams=1
+    )
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    references = tokenizer.batch_decode([row["labels"] for row in ROWS], skip_special_tokens=True)
+    expected = metrics.Rouge().compute(predictions=texts, references=references)["rougeL"]
+    assert trainer.state.best_metric == pytest.approx(expected, rel=1e-6)
+    evaluations = [log for log in keeper.logs if "eval_loss" in log]
+    assert [log["eval_rows"] for log in evaluations] == [8, 8] and evaluations[0]["eval_width"] == 7
+    best, last = (load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in (2, 4))
+    state = trainer.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in best.items())
+    assert any(not torch.equal(last[name], value) for name, value in best.items())
+    history = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    for logs in (history, keeper.logs):
+        steps = [log for log in logs if "loss" in log]
+        assert len(steps) == 4
+        for log in steps:
+            assert log["loss"] == pytest.approx(0.9 * log["distill_loss"] + 0.1 * log["ce_loss"], abs=1e-4)
+
+
+class TooLarge(DistillationTrainer):
+    """Batches of more than two rows do not fit, from the second step on."""
+
+    calls = 0
+
+    def training_step(self, model, inputs, *args):
+        self.calls += 1
+        if self.calls > 1 and len(inputs["labels"]) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return super().training_step(model, inputs, *args)
+
+
+def test_a_batch_that_does_not_fit_is_halved(tmp_path, tokenizer):
+    """`auto_find_batch_size`: the second try logs its own steps, nothing of the first."""
+    trainer = TooLarge(
+        make_t5(),
+        arguments(
+            tmp_path,
+            auto_find_batch_size=True,
+            per_device_train_batch_size=4,
+            num_train_epochs=1,
+            logging_steps=2,
+            **{**SGD, "learning_rate": 0.0},
+        ),
+        teacher=make_teacher(),
+        train_dataset=ROWS,
+        eval_dataset=ROWS,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert trainer._train_batch_size == 2 and trainer.state.global_step == 4
+    for log in (log for log in trainer.state.log_history if "ce_loss" in log):
+        assert log["loss"] == pytest.approx(0.9 * log["distill_loss"] + 0.1 * log["ce_loss"], abs=1e-4)
+
+
+def test_model_init_makes_a_student_for_each_run(tmp_path, tokenizer):
+    """Two runs of one trainer are the same run; the teacher is kept. `resume_from_checkpoint=True` finds the last."""
+    made = Counter()
+
+    def model_init():
+        made["students"] += 1
+        return make_t5(dropout=0.2)
+
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        model_init=model_init,
+        num_train_epochs=2,
+        save_strategy="steps",
+        save_steps=3,
+        data_seed=3,
+        dataloader_num_workers=1,
+    )
+    teacher, runs = trainer.teacher.model, []
+    for resume in (None, None, True):
+        trainer.train(resume_from_checkpoint=resume)
+        runs.append((logged(trainer, "distill_loss"), [p.detach().clone() for p in trainer.model.parameters()]))
+    assert made["students"] >= 3 and trainer.teacher.model is teacher
+    for losses, weights in runs[1:]:
+        assert losses == runs[0][0] and len(losses) == 4
+        assert all(map(torch.equal, weights, runs[0][1]))
