@@ -93,7 +93,14 @@ ARMS = {
     "greedy": Arm("Layers", "greedy", init={"layer_selection": "greedy"}),
     "frozen": Arm("Encoder", "frozen", training={"freeze_encoder": True}),
     "bidirectional": Arm("Encoder", "bidirectional", init={"encoder_attention": "bidirectional"}),
+    "annealed": Arm("Encoder", "causal to bidirectional in 30 steps", training={"bidirectional_warmup_steps": 30}),
     "shallow": Arm("Depth", "13 + 2 layers", init={"layers": (13, 2)}),
+    "progressive": Arm(
+        "Depth",
+        "14 + 7 layers, one less every 5 steps",
+        init={"layers": (14, 7)},
+        training={"progressive_depth_steps": 5, "final_encoder_layers": 11, "final_decoder_layers": 4},
+    ),
     "deep": Arm("Depth", "7 + 8 layers", init={"layers": (7, 8)}),
 }
 LAYERS = (11, 4)
