@@ -203,7 +203,6 @@ def test_neftune(tmp_path, tokenizer, kind):
         eval_strategy="steps",
         eval_steps=1,
         callbacks=[watch],
-        loss_chunk_size=4,
         **{**SGD, "learning_rate": 0.0},
     )
     before = trainer.evaluate()
