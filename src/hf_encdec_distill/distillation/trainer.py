@@ -560,7 +560,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         if self._shared is None:  # here, where a run that is resumed has its weights
             student = self.accelerator.unwrap_model(model)
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            can = isinstance(self.teacher, LiveTeacher) and not sharded
+            can = isinstance(self.teacher, LiveTeacher) and not (sharded or self.args.bidirectional_warmup_steps)
             exact = can and SharedPrompt.is_exact(student, self.teacher.model)
             self._shared = [SharedPrompt(student, self.teacher.model)] if exact else []
         return self._shared[0] if self._shared else None
