@@ -340,12 +340,12 @@ MUTATIONS = [
         "invariants/test_on_policy.py::test_resumed_equals_never_stopped_with_replay",
     ),
     Mutation(
-        11,
+        9,
         "a rollout draws from the process's random numbers",
         _ROLLOUTS,
         "with torch.random.fork_rng(devices):\n        torch.manual_seed(seed)\n",
         "if True:\n",
-        "invariants/test_on_policy.py::test_resumed_equals_never_stopped_with_replay",
+        "invariants/test_on_policy.py::test_sampling_is_seeded_and_in_proportion_to_its_temperature",
     ),
     Mutation(
         11,
@@ -354,6 +354,22 @@ MUTATIONS = [
         "with torch.random.fork_rng(devices), catch_head_input(head, zero, zero) as caught:",
         "with catch_head_input(head, zero, zero) as caught:",
         f"{_LOSS}::test_finding_out_about_the_head_draws_no_random_numbers",
+    ),
+    Mutation(
+        11,
+        "the projections of the hidden states begin again",
+        _TRAINER,
+        "self._matching.load(checkpoint)",
+        "pass",
+        "invariants/test_hidden_states.py::test_resumed_equals_never_stopped",
+    ),
+    Mutation(
+        11,
+        "a deep student is given the weights of a shallower one",
+        _TRAINER,
+        "self._depth.shrink_to(resume_from_checkpoint)",
+        "pass",
+        "invariants/test_schedules.py::test_resumed_equals_never_stopped",
     ),
     Mutation(
         12,
