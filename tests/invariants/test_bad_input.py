@@ -19,8 +19,17 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from distillation_toys import EOS, arguments, make_t5, make_teacher, ragged_rows, write_pairs, write_teacher
-from torch.utils.data import SequentialSampler
+from distillation_toys import (
+    EOS,
+    InOrder,
+    arguments,
+    collate,
+    make_t5,
+    make_teacher,
+    ragged_rows,
+    write_pairs,
+    write_teacher,
+)
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, TrainerCallback
 
 from hf_encdec_distill import DistillationTrainer
@@ -344,26 +353,12 @@ def test_a_cache_that_was_made_of_other_rows(models, tmp_path, capsys):
 # One of two processes dies -------------------------------------------------------------------------------------------
 
 
-class InOrder(DistillationTrainer):
-    def _get_train_sampler(self, *_):
-        return SequentialSampler(self.train_dataset)
-
-
 class Dies(TrainerCallback):
     """The second process, in the middle of the fourth step; the last checkpoint is that of the second."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 3 and int(os.environ.get("RANK", 0)) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-def collate(rows):
-    fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    pad = torch.nn.utils.rnn.pad_sequence
-    return {
-        name: pad([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=fill)
-        for name, fill in fills.items()
-    }
 
 
 def train(folder: Path, checkpoint: str | None = None, dies: bool = False) -> DistillationTrainer:

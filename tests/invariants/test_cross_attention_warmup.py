@@ -4,20 +4,14 @@ import copy
 
 import pytest
 import torch
-from distillation_toys import EOS, arguments, make_t5, make_teacher, ragged_rows, spread
-from torch.utils.data import SequentialSampler
+from distillation_toys import EOS, InOrder, arguments, make_t5, make_teacher, ragged_rows, spread
 from transformers import BartConfig, BartForConditionalGeneration
 
-from hf_encdec_distill import DistillationTrainer, RopeEncDecConfig, RopeEncDecForConditionalGeneration
+from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
 
 
 ROWS = ragged_rows(8)
 TOKENS = {"pad_token_id": 0, "bos_token_id": 3, "eos_token_id": EOS, "decoder_start_token_id": 3}
-
-
-class InOrder(DistillationTrainer):
-    def _get_train_sampler(self, *_):
-        return SequentialSampler(self.train_dataset)
 
 
 def make_bart():

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from distillation_toys import EOS, arguments, make_t5, ragged_rows, spread
-from torch.utils.data import SequentialSampler
+from distillation_toys import EOS, InOrder, arguments, make_t5, ragged_rows, spread
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -17,7 +16,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
+from hf_encdec_distill import RopeEncDecForConditionalGeneration
 from hf_encdec_distill.distillation.shared_prompt import SharedPrompt
 
 
@@ -29,11 +28,6 @@ FAMILIES = {
     "phi3": (Phi3ForCausalLM, Phi3Config),  # fused projections
     "qwen3": (Qwen3ForCausalLM, Qwen3Config),  # norms of queries and keys
 }
-
-
-class InOrder(DistillationTrainer):
-    def _get_train_sampler(self, *_):
-        return SequentialSampler(self.train_dataset)
 
 
 def make_deep(family="llama", **fields):

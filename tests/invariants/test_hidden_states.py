@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from distillation_toys import arguments, make_t5, make_teacher, ragged_rows, spread, write_teacher
+from distillation_toys import InOrder, arguments, make_t5, make_teacher, ragged_rows, spread, write_teacher
 from safetensors.torch import load_file
-from torch.utils.data import SequentialSampler
 from transformers import BartConfig, BartForConditionalGeneration, HfArgumentParser
 
 from hf_encdec_distill import (
@@ -25,11 +24,6 @@ ROWS = ragged_rows(8)
 START = 5  # of a merged student's decoder
 WEIGHT = 0.5
 SETTINGS = {"distill_weight": 0.7, "distill_temperature": 2.0, "hidden_state_weight": WEIGHT}
-
-
-class InOrder(DistillationTrainer):
-    def _get_train_sampler(self, *_):
-        return SequentialSampler(self.train_dataset)
 
 
 def make_rope(kind):

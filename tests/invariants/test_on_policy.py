@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from distillation_toys import EOS, arguments, make_t5, make_teacher, ragged_rows, token_terms, write_teacher
-from torch.utils.data import SequentialSampler
+from distillation_toys import EOS, InOrder, arguments, make_t5, make_teacher, ragged_rows, token_terms, write_teacher
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
 from hf_encdec_distill.distillation.cache import capture
@@ -12,11 +11,6 @@ from hf_encdec_distill.distillation.teachers import LiveTeacher
 
 
 ROWS = ragged_rows(8)
-
-
-class InOrder(DistillationTrainer):
-    def _get_train_sampler(self, *_):
-        return SequentialSampler(self.train_dataset)
 
 
 @pytest.fixture

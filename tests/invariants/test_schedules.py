@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from distillation_toys import arguments, make_t5, ragged_rows, spread
-from torch.utils.data import SequentialSampler
+from distillation_toys import InOrder, arguments, collate, make_t5, ragged_rows, spread
 from transformers import AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
@@ -45,23 +44,6 @@ def make_student(kind="merged", dropout=0.0, **fields):
     return RopeEncDecForConditionalGeneration.from_decoder_only(
         make_llama(), cross_attention=kind, attention_dropout=dropout, **fields
     )
-
-
-def collate(rows):
-    """Padded on the right with 0, without a tokenizer."""
-
-    def pad(values, fill):
-        return torch.nn.utils.rnn.pad_sequence([torch.tensor(v) for v in values], True, padding_value=fill)
-
-    fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    return {name: pad([row[name] for row in rows], fill) for name, fill in fills.items()}
-
-
-class InOrder(DistillationTrainer):
-    """Rows in their order, so that the same rows make up a step however many processes share it."""
-
-    def _get_train_sampler(self, *_):
-        return SequentialSampler(self.train_dataset)
 
 
 def make_trainer(folder, student, cls=DistillationTrainer, **changed):

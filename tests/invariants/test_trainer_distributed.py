@@ -11,32 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from distillation_toys import arguments, make_t5, make_teacher, ragged_rows, token_terms
-from torch.utils.data import SequentialSampler
+from distillation_toys import InOrder, arguments, collate, make_t5, make_teacher, ragged_rows, token_terms
 
-from hf_encdec_distill import DistillationTrainer
 from hf_encdec_distill.distillation.rollouts import draw
 
 
 ROWS = ragged_rows(8)
 EVAL_ROWS = ragged_rows(7, seed=5)
-
-
-class InOrder(DistillationTrainer):
-    """Rows in their order, so that the same rows make up a step however many processes share it."""
-
-    def _get_train_sampler(self, *_):
-        return SequentialSampler(self.train_dataset)
-
-
-def collate(rows):
-    """Padded on the right with 0, without a tokenizer."""
-
-    def pad(values, fill):
-        return torch.nn.utils.rnn.pad_sequence([torch.tensor(v) for v in values], True, padding_value=fill)
-
-    fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    return {name: pad([row[name] for row in rows], fill) for name, fill in fills.items()}
 
 
 def run(folder: Path) -> None:

@@ -4,8 +4,17 @@ import functools
 
 import pytest
 import torch
-from distillation_toys import EOS, LargestTensor, arguments, make_t5, make_teacher, ragged_rows, spread, token_terms
-from torch.utils.data import SequentialSampler
+from distillation_toys import (
+    EOS,
+    InOrder,
+    LargestTensor,
+    arguments,
+    make_t5,
+    make_teacher,
+    ragged_rows,
+    spread,
+    token_terms,
+)
 from transformers import (
     DataCollatorForSeq2Seq,
     GraniteConfig,
@@ -20,13 +29,6 @@ from hf_encdec_distill.distillation.teachers import LiveTeacher
 
 
 ROWS = ragged_rows(8)
-
-
-class InOrder(DistillationTrainer):
-    """Rows in their order, so that a step can be written by hand."""
-
-    def _get_train_sampler(self, *_):
-        return SequentialSampler(self.train_dataset)
 
 
 class Seq2SeqInOrder(Seq2SeqTrainer):
