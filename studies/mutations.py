@@ -3,8 +3,8 @@
     python studies/mutations.py
 
 For each entry of `MUTATIONS` the package is copied, one line of the copy is broken, and the test that is to guard the
-property runs on the copy; it has to fail there, and to pass on the package as it is. The table goes to
-docs/studies/mutations.md.
+property runs on the copy; it has to fail there, and to pass on the package as it is. The table is the
+last section of docs/design.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "src/hf_encdec_distill"
-OUTPUT = ROOT / "docs" / "studies" / "mutations.md"
+OUTPUT = ROOT / "docs" / "design.md"
+HEADING = "## What has to be exact, broken on purpose"
 
 PROPERTIES = {
     1: "Pads never enter a mean; the denominator is the target tokens of the whole accumulated, distributed batch",
@@ -431,8 +432,8 @@ def main() -> None:
     if escaped:
         raise SystemExit(f"{len(escaped)} of {len(mutations)} were not caught")
     if chosen is None:
-        OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-        OUTPUT.write_text(table(), encoding="utf-8")
+        before = OUTPUT.read_text(encoding="utf-8").partition(HEADING)[0]
+        OUTPUT.write_text(before + table(), encoding="utf-8")
 
 
 def is_caught(mutation: Mutation) -> bool:
@@ -462,12 +463,12 @@ def run_tests(root: Path, *tests: str) -> int:
 
 def table() -> str:
     lines = [
-        "# What has to be exact, broken on purpose\n",
+        f"{HEADING}\n",
         "Output of `python studies/mutations.py`: the line on the left was put in place of the one that is there, and "
         "the test on the right failed.\n",
     ]
     for number, title in PROPERTIES.items():
-        lines += [f"## {number}. {title}\n", "| broken | line | caught by |", "|---|---|---|"]
+        lines += [f"### {number}. {title}\n", "| broken | line | caught by |", "|---|---|---|"]
         for mutation in (mutation for mutation in MUTATIONS if mutation.number == number):
             code = re.sub(r"\s+", " ", mutation.new).strip() or "(taken out)"
             code = code.replace("|", "\\|")
