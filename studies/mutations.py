@@ -464,15 +464,14 @@ def run_tests(root: Path, *tests: str) -> int:
 def table() -> str:
     lines = [
         f"{HEADING}\n",
-        "Output of `python studies/mutations.py`: the line on the left was put in place of the one that is there, and "
-        "the test on the right failed.\n",
+        "Output of `python studies/mutations.py`: with the line changed as it says, the test on the right failed.\n",
     ]
     for number, title in PROPERTIES.items():
         lines += [f"### {number}. {title}\n", "| broken | line | caught by |", "|---|---|---|"]
         for mutation in (mutation for mutation in MUTATIONS if mutation.number == number):
-            code = re.sub(r"\s+", " ", mutation.new).strip() or "(taken out)"
-            code = code.replace("|", "\\|")
-            lines.append(f"| {mutation.what} | `{mutation.file}`: `{code}` | `{mutation.test}` |")
+            old, new = (re.sub(r"\s+", " ", code).strip().replace("|", "\\|") for code in (mutation.old, mutation.new))
+            change = f"`{old}` → `{new}`" if new else f"without `{old}`"
+            lines.append(f"| {mutation.what} | `{mutation.file}`: {change} | `{mutation.test}` |")
         lines.append("")
     return "\n".join(lines)
 
