@@ -125,6 +125,8 @@ def test_the_same_step_in_other_ways(tmp_path, tokenizer, kind):
         "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
         "bf16": {"bf16": True, "loss_chunk_size": 3},
     }
+    if kind != "merged":  # tracing takes longer than all else here
+        del ways["compiled"]
     weights, losses = {}, {}
     for way, settings in ways.items():
         saving = {"save_strategy": "steps", "save_steps": 1} if way == "compiled" else {}
@@ -139,7 +141,7 @@ def test_the_same_step_in_other_ways(tmp_path, tokenizer, kind):
             )
             assert trainer.evaluate()["eval_loss"] < losses["plain"][0]
     before = dict(STUDENTS[kind]().named_parameters())
-    for way in ("checkpointed", "compiled"):
+    for way in ways.keys() - {"plain", "bf16"}:
         assert losses[way] == pytest.approx(losses["plain"], rel=1e-5)
         for name, value in weights["plain"].items():
             torch.testing.assert_close(weights[way][name], value, rtol=1e-4, atol=1e-6, msg=f"{way} {name}")
