@@ -24,9 +24,13 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
-def _precision(monkeypatch):
-    # transformers 4.57 writes the precision of one TrainingArguments there and takes it for all that follow.
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+def _no_accelerate_settings():
+    # transformers 4.57 writes precision and compilation of one TrainingArguments there, for all that follow to take.
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -569,17 +569,19 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, tokenizer, command):
 
 # As above, on texts whose targets the teacher samples.
 GENERATE = """
+import os
 import sys
 from hf_encdec_distill.distillation import LiveTeacher, TargetGeneration, capture
 from transformers import AutoTokenizer
 folder, count, teacher = sys.argv[1:]
 # Two neighbours end alike, for the processes take turns and the toy teacher answers some endings only.
 rows = [{"source": f"def f{i}(): return" + " x" * (i // 2 % 4)} for i in range(int(count))]
-print(capture(
+captured = capture(
     LiveTeacher.load(teacher), rows, folder, AutoTokenizer.from_pretrained(teacher), batch_size=2, rows_per_shard=2,
     generation=TargetGeneration(max_new_tokens=30, sampling_temperature=1.0, num_return_sequences=16, keep="all"),
     prompt_template="{source}:", progress=False,
-))
+)
+os.write(1, f"{captured}\\n".encode())  # at once: two processes write to one pipe
 """
 
 
