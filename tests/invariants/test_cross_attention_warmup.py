@@ -127,5 +127,7 @@ def test_what_has_no_cross_attention_is_refused(tmp_path, tokenizer):
         parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="T5ForConditionalGeneration has no cross-attention that is trained"):
         train(tmp_path, student, tokenizer, cross_attention_warmup_steps=2)
+    with pytest.raises(ValueError, match="layerwise optimizers"):
+        train(tmp_path, make_t5(), tokenizer, cross_attention_warmup_steps=2, optim="galore_adamw_layerwise")
     with pytest.raises(ValueError, match="cross_attention_warmup_steps=-1"):
         arguments(tmp_path, cross_attention_warmup_steps=-1)

@@ -324,6 +324,7 @@ def test_encoder_learns_to_look_ahead(tmp_path):
         ({"bidirectional_warmup_steps": 2, "encoder": "bidirectional"}, "nothing to change"),
         ({"bidirectional_warmup_steps": 2, "student": "t5"}, "got T5ForConditionalGeneration"),
         ({"progressive_depth_steps": 2, "final_encoder_layers": 2, "best": True}, "load_best_model_at_end"),
+        ({"progressive_depth_steps": 2, "final_encoder_layers": 2, "auto_find_batch_size": True}, "begins again"),
         ({"bidirectional_warmup_steps": 2, "best": True}, "load_best_model_at_end"),
     ],
 )

@@ -307,6 +307,11 @@ def with_distillation_defaults(args: TrainingArguments) -> TrainingArguments:
     return args
 
 
+def steps_in_backward(args: TrainingArguments) -> bool:
+    """Whether the optimizer updates weights in their backward, so that nobody else ever sees their gradients."""
+    return any(kind in args.optim.value for kind in ("layerwise", "lomo"))
+
+
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}.")

@@ -50,8 +50,9 @@ def check_cross_attention_warmup(model: nn.Module, steps: int, gradients_are_who
         )
     if not gradients_are_whole:
         raise ValueError(
-            f"{asked} drops the gradients of single parameters, which FSDP and DeepSpeed keep in pieces of many: use "
-            "DistributedDataParallel, or leave it at 0."
+            f"{asked} drops the gradients of single parameters, which FSDP and DeepSpeed keep in pieces of many and "
+            "layerwise optimizers and LOMO use up in the backward pass: use DistributedDataParallel and another "
+            "optimizer, or leave it at 0."
         )
 
 

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, extract_model_from_parallel
 from torch import Tensor, nn
 
+from .arguments import steps_in_backward
 from .losses import HIDDEN_STATE_LOSSES, at_least_float32
 
 
@@ -158,7 +159,7 @@ def refuse_hidden_states(trainer) -> None:
             f"{weight} with a scheduler of your own, which knows nothing of the projections that the optimizer is "
             "going to train: give optimizers=(optimizer, None), or neither."
         )
-    if any(kind in args.optim.value for kind in ("layerwise", "lomo")):
+    if steps_in_backward(args):
         raise ValueError(
             f"{weight} with optim={args.optim.value!r}, which updates the student's weights in their backward and "
             "nothing else: choose another optimizer."

@@ -255,6 +255,11 @@ def _check_whole(trainer, what: str) -> None:
             f"{what} with hidden_state_weight={args.hidden_state_weight}: which layers of student and teacher belong "
             "together would change with each layer that goes. Leave one of them out."
         )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            f"{what} with auto_find_batch_size, which begins again after layers have gone. Set "
+            "per_device_train_batch_size to what fits."
+        )
     if args.load_best_model_at_end:
         raise ValueError(
             f"{what} with load_best_model_at_end: the best student would be one from before layers were taken out. "

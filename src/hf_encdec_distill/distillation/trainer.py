@@ -28,7 +28,7 @@ from .alignment import (
     target_positions,
     with_teacher_inputs,
 )
-from .arguments import DistillationTrainingArguments, with_distillation_defaults
+from .arguments import DistillationTrainingArguments, steps_in_backward, with_distillation_defaults
 from .cache import CachedTeacher, is_cache
 from .collator import MESSAGES, DistillationCollator, tokenizer_of
 from .cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
@@ -186,9 +186,8 @@ class DistillationTrainer(Seq2SeqTrainer):
         self._student_head_is_last: bool | None = None  # not known yet
         self._shared: list[SharedPrompt] | None = None  # not known yet
         if args.cross_attention_warmup_steps > 0:
-            check_cross_attention_warmup(
-                self.model, args.cross_attention_warmup_steps, not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-            )
+            whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or steps_in_backward(args))
+            check_cross_attention_warmup(self.model, args.cross_attention_warmup_steps, whole)
         if args.on_policy_fraction > 0:
             self._check_on_policy()
         self._depth = ProgressiveDepth(self) if args.progressive_depth_steps else None
