@@ -368,6 +368,7 @@ def train(folder: Path, checkpoint: str | None = None, dies: bool = False) -> Di
         arguments(
             folder,
             learning_rate=1e-2,
+            adam_epsilon=1e-2,  # at 1e-8 the first steps are the signs of gradients, and no rounding is small
             max_steps=6,
             save_strategy="steps",
             save_steps=2,

@@ -235,7 +235,8 @@ def test_samples_are_drawn_from_the_teacher(tmp_path, tokenizer, power):
         SharedVocabulary.between(280, 280),
     )
     one, two = (CachedTeacher(tmp_path / name).scores(*where) for name in ("one", "two"))
-    assert torch.equal(one.ids, two.ids) and torch.equal(one.weights, two.weights)
+    assert torch.equal(one.ids, two.ids)
+    torch.testing.assert_close(one.weights, two.weights, rtol=1e-4, atol=0.0)  # rows beside it move the rounding
     logits = make_teacher()(sequence).logits[0, columns].detach()
     assert torch.equal(one.top(slice(None)), logits.argmax(-1))
     probs = torch.softmax(logits[0], -1)
