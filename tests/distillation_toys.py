@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import SequentialSampler
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_encdec_distill import (
     DistillationTrainer,
@@ -94,24 +101,25 @@ def make_t5(vocab_size=280, dropout=0.0, seed=2):
     return spread(T5ForConditionalGeneration(config), std=0.5, seed=seed)
 
 
+_BART_SIDE = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
+
+
+def make_bart(**fields):
+    """Two layers of BART on each side, eval mode; `fields` of the config count for more."""
+    sides = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in _BART_SIDE.items()}
+    tokens = {"pad_token_id": 0, "bos_token_id": 3, "eos_token_id": EOS, "decoder_start_token_id": EOS}
+    shape = {"vocab_size": 280, "d_model": 32, "max_position_embeddings": 64, "dropout": 0.0, **sides, **tokens}
+    return spread(BartForConditionalGeneration(BartConfig(**{**shape, "forced_eos_token_id": EOS, **fields})))
+
+
 def make_rope(cross_attention, seed=3, **fields):
-    """Two layers of RopeEncDec on each side, eval mode; `cross_attention` is "separate" or "merged"."""
-    config = RopeEncDecConfig(
-        vocab_size=280,
-        hidden_size=32,
-        intermediate_size=64,
-        encoder_num_hidden_layers=2,
-        decoder_num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        cross_attention=cross_attention,
-        decoder_start_token_id=1,
-        bos_token_id=3,
-        eos_token_id=EOS,
-        pad_token_id=0,
-        **fields,
-    )
-    return spread(RopeEncDecForConditionalGeneration(config), seed=seed)
+    """Two layers of RopeEncDec on each side, eval mode; `cross_attention` is "separate" or "merged"; `fields` of the
+    config count for more."""
+    layers = {"encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2}
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, **layers}
+    tokens = {"decoder_start_token_id": 1, "bos_token_id": 3, "eos_token_id": EOS, "pad_token_id": 0}
+    config = {"vocab_size": 280, "cross_attention": cross_attention, **shape, **tokens, **fields}
+    return spread(RopeEncDecForConditionalGeneration(RopeEncDecConfig(**config)), seed=seed)
 
 
 STUDENTS = {

@@ -1,34 +1,14 @@
 """Cross-attention first: what is trained in the first steps, and that nothing else is moved by anything."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from distillation_toys import EOS, InOrder, arguments, make_t5, make_teacher, ragged_rows, spread
-from transformers import BartConfig, BartForConditionalGeneration
-
-from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
+from distillation_toys import InOrder, arguments, make_bart, make_rope, make_t5, make_teacher, ragged_rows
 
 
 ROWS = ragged_rows(8)
-TOKENS = {"pad_token_id": 0, "bos_token_id": 3, "eos_token_id": EOS, "decoder_start_token_id": 3}
-
-
-def make_bart():
-    size = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "dropout": 0.0}
-    config = BartConfig(vocab_size=280, max_position_embeddings=64, **size, **heads, **TOKENS)
-    return spread(BartForConditionalGeneration(config))
-
-
-def make_rope(kind="separate"):
-    layers = {"encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2}
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return spread(
-        RopeEncDecForConditionalGeneration(
-            RopeEncDecConfig(vocab_size=280, cross_attention=kind, **layers, **size, **TOKENS)
-        )
-    )
 
 
 # Students, and what their cross-attentions are made of, spelt out.
@@ -48,7 +28,7 @@ STUDENTS = {
         },
     ),
     "rope": (
-        make_rope,
+        partial(make_rope, "separate"),
         {
             f"model.decoder.layers.{i}.{part}.weight"
             for i in range(2)
@@ -102,7 +82,7 @@ def test_warmup_is_training_with_all_else_frozen(tmp_path, tokenizer, name, accu
 
 
 def test_afterwards_all_is_trained(tmp_path, tokenizer):
-    student = make_rope()
+    student = make_rope("separate")
     before = copy.deepcopy(student.state_dict())
     train(tmp_path, student, tokenizer, cross_attention_warmup_steps=2, max_steps=3)
     assert not any(torch.equal(parameter, before[name]) for name, parameter in student.named_parameters())

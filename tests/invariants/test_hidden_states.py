@@ -1,20 +1,28 @@
 """Matching of hidden states, against rows run one by one and steps written by hand."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from distillation_toys import InOrder, arguments, make_t5, make_teacher, ragged_rows, spread, write_teacher
+from distillation_toys import (
+    InOrder,
+    arguments,
+    make_bart,
+    make_rope,
+    make_t5,
+    make_teacher,
+    ragged_rows,
+    write_teacher,
+)
 from safetensors.torch import load_file
-from transformers import BartConfig, BartForConditionalGeneration, HfArgumentParser
+from transformers import HfArgumentParser
 
 from hf_encdec_distill import (
     DistillationTrainer,
     DistillationTrainingArguments,
-    RopeEncDecConfig,
-    RopeEncDecForConditionalGeneration,
 )
 from hf_encdec_distill.distillation import LiveTeacher, capture
 from hf_encdec_distill.distillation.hidden_states import layer_pairs, refuse_hidden_states
@@ -26,36 +34,11 @@ WEIGHT = 0.5
 SETTINGS = {"distill_weight": 0.7, "distill_temperature": 2.0, "hidden_state_weight": WEIGHT}
 
 
-def make_rope(kind):
-    config = RopeEncDecConfig(
-        vocab_size=280,
-        hidden_size=32,
-        intermediate_size=48,
-        encoder_num_hidden_layers=3,
-        decoder_num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        cross_attention=kind,
-        decoder_start_token_id=START,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return spread(RopeEncDecForConditionalGeneration(config))
-
-
-def make_bart():
-    sizes = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
-    sizes |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "d_model": 32, "vocab_size": 280, "dropout": 0.0}
-    ids = {"pad_token_id": 0, "bos_token_id": 3, "eos_token_id": 2, "decoder_start_token_id": START}
-    return spread(BartForConditionalGeneration(BartConfig(**sizes, **ids, forced_eos_token_id=None)))
-
-
 STUDENTS = {
-    "merged": lambda: make_rope("merged"),
-    "separate": lambda: make_rope("separate"),
+    "merged": partial(make_rope, "merged", encoder_num_hidden_layers=3, decoder_start_token_id=START),
+    "separate": partial(make_rope, "separate", encoder_num_hidden_layers=3, decoder_start_token_id=START),
     "t5": make_t5,
-    "bart": make_bart,
+    "bart": partial(make_bart, decoder_start_token_id=START, forced_eos_token_id=None),
 }
 
 
@@ -299,9 +282,9 @@ def test_resumed_equals_never_stopped(tmp_path, tokenizer):
 
 def test_layers(tmp_path):
     teacher = make_teacher()
-    assert layer_pairs(make_bart(), teacher, None) == {1: 1, 2: 2}
+    assert layer_pairs(STUDENTS["bart"](), teacher, None) == {1: 1, 2: 2}
     teacher.config.num_hidden_layers = 30
-    assert layer_pairs(make_rope("merged"), teacher, None) == {1: 15, 2: 30}
+    assert layer_pairs(STUDENTS["merged"](), teacher, None) == {1: 15, 2: 30}
     assert layer_pairs(make_t5(), teacher, {2: 7}) == {2: 7}
     with pytest.raises(ValueError, match=r"no pair \(3, 1\).*decoder, 0 \(its embedding\) to 2.*0 to 30"):
         layer_pairs(make_t5(), teacher, {1: 1, 3: 1})

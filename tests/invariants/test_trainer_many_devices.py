@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import gather_object
-from distillation_toys import InOrder, arguments, collate, make_t5, make_teacher, ragged_rows, spread
+from distillation_toys import InOrder, arguments, collate, make_rope, make_t5, make_teacher, ragged_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from hf_encdec_distill import DistillationTrainer, RopeEncDecConfig, RopeEncDecForConditionalGeneration
+from hf_encdec_distill import DistillationTrainer
 
 
 STUDENTS = ("merged", "separate", "t5")
@@ -40,19 +40,8 @@ EVAL_ROWS = ragged_rows(7, vocab_size=VOCABULARY, seed=5)
 def make_student(kind):
     if kind == "t5":
         return make_t5(vocab_size=VOCABULARY)
-    config = RopeEncDecConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        encoder_num_hidden_layers=3,
-        decoder_num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        cross_attention=kind,
-        tie_word_embeddings=kind == "merged",
-    )
-    return spread(RopeEncDecForConditionalGeneration(config))
+    sizes = {"vocab_size": VOCABULARY, "encoder_num_hidden_layers": 3}
+    return make_rope(kind, **sizes, tie_word_embeddings=kind == "merged")
 
 
 def train(cls, models, output, kind, dropout=0.0, resume=None, **changed):

@@ -5,12 +5,10 @@ import pickle
 import pytest
 import torch
 from datasets import Dataset
-from distillation_toys import EOS, arguments, make_t5, make_teacher, ragged_rows, spread, token_terms
+from distillation_toys import EOS, arguments, make_bart, make_t5, make_teacher, ragged_rows, spread, token_terms
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
     DataCollatorForSeq2Seq,
     HfArgumentParser,
     LlamaForCausalLM,
@@ -40,27 +38,6 @@ TEXT = [
 @pytest.fixture
 def tokenizer(make_bpe_tokenizer):
     return make_bpe_tokenizer(add_bos=True, pad_token="<|endoftext|>")
-
-
-def make_bart():
-    config = BartConfig(
-        vocab_size=280,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        max_position_embeddings=64,
-        dropout=0.0,
-        pad_token_id=0,
-        bos_token_id=3,
-        eos_token_id=EOS,
-        decoder_start_token_id=EOS,
-        forced_eos_token_id=EOS,
-    )
-    return spread(BartForConditionalGeneration(config))
 
 
 def make_t5gemma():
