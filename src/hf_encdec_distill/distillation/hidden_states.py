@@ -148,7 +148,7 @@ def refuse_hidden_states(trainer) -> None:
             f"{weight} with the cache {trainer.teacher.folder}, which holds distributions and no hidden states. Give "
             "a live teacher."
         )
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.get_tp_size() > 1
+    sharded = trainer.is_sharded or trainer.get_tp_size() > 1
     if sharded or args.n_gpu > 1 or getattr(trainer, "is_distributed_loading_by_transformers", False):
         raise ValueError(
             f"{weight} needs a whole student on each process, since its projections are trained beside it: use "

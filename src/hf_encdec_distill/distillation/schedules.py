@@ -245,7 +245,7 @@ def _check_student(student: nn.Module, what: str) -> None:
 
 def _check_whole(trainer, what: str) -> None:
     args = trainer.args
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or args.n_gpu > 1 or args.torch_compile:
+    if trainer.is_sharded or args.n_gpu > 1 or args.torch_compile:
         raise ValueError(
             f"{what} takes layers out of a student that is whole on each process: one device or "
             "DistributedDataParallel, no FSDP, DeepSpeed, DataParallel or torch_compile."

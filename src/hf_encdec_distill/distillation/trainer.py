@@ -186,7 +186,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         self._student_head_is_last: bool | None = None  # not known yet
         self._shared: list[SharedPrompt] | None = None  # not known yet
         if args.cross_attention_warmup_steps > 0:
-            whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or steps_in_backward(args))
+            whole = not (self.is_sharded or steps_in_backward(args))
             check_cross_attention_warmup(self.model, args.cross_attention_warmup_steps, whole)
         if args.on_policy_fraction > 0:
             self._check_on_policy()
@@ -210,6 +210,11 @@ class DistillationTrainer(Seq2SeqTrainer):
         self._train_sums: dict[str, Tensor] = {}
         self._train_steps: Counter[str] = Counter()
         self._eval_sums: dict[str, Tensor] | None = None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed divide the student among processes."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     # --- the loss ---
 
@@ -341,7 +346,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         if tokens <= 4 * self.args.loss_chunk_size or return_outputs or "labels" in student:
             return False
         # A sharded head is whole inside its module's forward only; a compiled model was traced without our hooks.
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.n_gpu > 1 or is_compiled_module(model):
+        if self.is_sharded or self.args.n_gpu > 1 or is_compiled_module(model):
             return False
         if self._student_head_is_last is None:
             self._student_head_is_last = self._find_out_about_head(model, student)
@@ -432,16 +437,6 @@ class DistillationTrainer(Seq2SeqTrainer):
 
         self.accelerator.clip_grad_norm_ = clip_with_projections
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            self._matching.save(output_dir)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if not self.args.save_only_model:
-            self._matching.load(self.state.best_model_checkpoint)
-
     # --- on-policy steps ---
 
     def _check_on_policy(self) -> None:
@@ -450,7 +445,7 @@ class DistillationTrainer(Seq2SeqTrainer):
                 f"on_policy_fraction={self.args.on_policy_fraction} with the cache {self.teacher.folder}: nobody can "
                 "have recorded what the student is going to write. Give a live teacher."
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_sharded:
             raise ValueError(
                 f"on_policy_fraction={self.args.on_policy_fraction} needs the whole student on each process to "
                 "generate with: use DistributedDataParallel instead of FSDP or DeepSpeed."
@@ -492,49 +487,6 @@ class DistillationTrainer(Seq2SeqTrainer):
         self._replay.add(rolled)
         return rolled
 
-    @torch.no_grad()
-    def _loss_in_each(self, contexts: list[Callable[[], AbstractContextManager]], batches: list) -> Tensor:
-        """The loss of a step's batches, of all processes, inside each of the N contexts, in eval mode: `[N]`."""
-        student = self.accelerator.unwrap_model(self.model)
-        totals, tokens = [0.0] * len(contexts), 0
-        with as_it_was(student, seed=0):
-            for batch in map(self._prepare_inputs, batches):
-                labels = batch["labels"]
-                rows, columns = target_positions(labels)
-                inputs = self._student_inputs(student, batch)
-                score, _ = self._score(labels[rows, columns], rows, columns, batch, chunked=False)
-                tokens += len(rows)
-                for number, context in enumerate(contexts):
-                    with context():
-                        logits_BTV = student(**inputs)["logits"]
-                    terms = score(logits_BTV[rows, columns])
-                    totals[number] += self._combine({name: values.sum() for name, values in terms.items()}).item()
-        sums = self.accelerator.reduce(torch.tensor([*totals, tokens], device=self.args.device), reduction="sum")
-        return sums[:-1] / sums[-1].clamp(min=1)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._depth is not None:
-            self._depth.shrink_to(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if state_dict is not None:
-            state_dict = share_tied_weights(self.model, state_dict)
-        super()._save(output_dir, state_dict)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self._replay.save(output_dir, self.accelerator.process_index)
-        # trainer_state.json comes next and says that a checkpoint is whole: it has to be, on every process.
-        self.accelerator.wait_for_everyone()
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self._matching.load(checkpoint)
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._replay.load(checkpoint, self.accelerator.process_index)
-
     # --- what is trained when ---
 
     def call_model_init(self, trial=None) -> nn.Module:
@@ -558,11 +510,66 @@ class DistillationTrainer(Seq2SeqTrainer):
             return None
         if self._shared is None:  # here, where a run that is resumed has its weights
             student = self.accelerator.unwrap_model(model)
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            can = isinstance(self.teacher, LiveTeacher) and not (sharded or self.args.bidirectional_warmup_steps)
+            can = isinstance(self.teacher, LiveTeacher)
+            can = can and not (self.is_sharded or self.args.bidirectional_warmup_steps)
             exact = can and SharedPrompt.is_exact(student, self.teacher.model)
             self._shared = [SharedPrompt(student, self.teacher.model)] if exact else []
         return self._shared[0] if self._shared else None
+
+    @torch.no_grad()
+    def _loss_in_each(self, contexts: list[Callable[[], AbstractContextManager]], batches: list) -> Tensor:
+        """The loss of a step's batches, of all processes, inside each of the N contexts, in eval mode: `[N]`."""
+        student = self.accelerator.unwrap_model(self.model)
+        totals, tokens = [0.0] * len(contexts), 0
+        with as_it_was(student, seed=0):
+            for batch in map(self._prepare_inputs, batches):
+                labels = batch["labels"]
+                rows, columns = target_positions(labels)
+                inputs = self._student_inputs(student, batch)
+                score, _ = self._score(labels[rows, columns], rows, columns, batch, chunked=False)
+                tokens += len(rows)
+                for number, context in enumerate(contexts):
+                    with context():
+                        logits_BTV = student(**inputs)["logits"]
+                    terms = score(logits_BTV[rows, columns])
+                    totals[number] += self._combine({name: values.sum() for name, values in terms.items()}).item()
+        sums = self.accelerator.reduce(torch.tensor([*totals, tokens], device=self.args.device), reduction="sum")
+        return sums[:-1] / sums[-1].clamp(min=1)
+
+    # --- checkpoints ---
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self._matching.save(output_dir)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if not self.args.save_only_model:
+            self._matching.load(self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._depth is not None:
+            self._depth.shrink_to(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if state_dict is not None:
+            state_dict = share_tied_weights(self.model, state_dict)
+        super()._save(output_dir, state_dict)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self._replay.save(output_dir, self.accelerator.process_index)
+        # trainer_state.json comes next and says that a checkpoint is whole: it has to be, on every process.
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._matching.load(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._replay.load(checkpoint, self.accelerator.process_index)
 
     # --- training log ---
 
