@@ -1,0 +1,190 @@
+"""The two plain modules that every target is made from: what the encoder computes once, and one step of the decoder.
+
+They run a [`RopeEncDecForConditionalGeneration`]'s own layers on tensors alone, without cache objects, masks from a
+registry or anything else that a tracer would have to see through. Cross keys and values leave the encoder, so that
+the decoder needs nothing else of the prompt but its mask.
+
+Shapes are named by suffix, as in the model: B batch, S prompt, T target tokens of this call, P target tokens of
+earlier calls, M slots of a fixed cache, G key/value heads, R query heads for each of them, D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..models.rope_encdec import RopeEncDecForConditionalGeneration
+from ..models.rope_encdec.modeling_rope_encdec import apply_rotary_pos_emb
+
+
+# Added to the score of a key that is masked out. Finite, and within fp16: with -inf a row that sees no key at all (a
+# pad on the left of a causal prompt) would be NaN, and the least fp32 number is -inf in fp16.
+MASKED = -3e4
+
+
+class ExportedEncoder(nn.Module):
+    """Prompt -> the keys and values that each decoder layer reads.
+
+    Args:
+        model: its weights are used, not copied.
+    """
+
+    def __init__(self, model: RopeEncDecForConditionalGeneration):
+        super().__init__()
+        self.encoder, self.decoder = model.model.encoder, model.model.decoder
+        self.config = model.config
+        # Layers above the highest state that is read do nothing for the decoder.
+        self.depth = max(self.config.encoder_states_read)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        """`(B, S)` ids and mask to key and value `(B, G, S, D)` of each decoder layer in turn."""
+        real = attention_mask.to(torch.int64)
+        merged = self.config.cross_attention == "merged"
+        if merged:
+            positions = (real.cumsum(-1) - 1).clamp(min=0)
+        else:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        hidden = self.encoder.embed_tokens(input_ids)
+        rotary = self.encoder.rotary_emb(hidden, positions)
+        visible = (real > 0)[:, None, None]
+        if self.config.encoder_attention == "causal":
+            order = torch.arange(input_ids.shape[1], device=input_ids.device)
+            visible = visible & (order[None] <= order[:, None])[None, None]
+        bias = _bias(visible, hidden)
+
+        entering = [hidden]
+        for layer in self.encoder.layers[: self.depth]:
+            attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+            query = attention.project_query(normed)
+            key, value = attention.project_key_value(normed)
+            if layer.uses_rope:
+                query, key = apply_rotary_pos_emb(query, rotary), apply_rotary_pos_emb(key, rotary)
+            hidden = hidden + attention.o_proj(grouped_attention(query, key, value, bias))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            entering.append(hidden)
+
+        outputs = []
+        for layer, state in zip(self.decoder.layers, self.config.encoder_state_of_decoder_layer, strict=True):
+            if merged:
+                key, value = layer.self_attn.project_prompt(
+                    layer.input_layernorm(entering[state]), rotary if layer.uses_rope else None
+                )
+            else:
+                key, value = layer.cross_attn.project_key_value(self.encoder.norm(entering[state]))
+            outputs += [key, value]
+        return tuple(outputs)
+
+
+class ExportedDecoder(nn.Module):
+    """Target tokens -> logits, and the target's keys and values.
+
+    Args:
+        model: its weights are used, not copied.
+        fixed: the cache has M slots of which this call fills one, the one at `position`, and T is 1; else the new keys
+            and values are appended to those of earlier calls.
+    """
+
+    def __init__(self, model: RopeEncDecForConditionalGeneration, fixed: bool = False):
+        super().__init__()
+        self.embed_tokens, self.decoder, self.lm_head = (
+            model.model.encoder.embed_tokens,
+            model.model.decoder,
+            model.lm_head,
+        )
+        self.config, self.fixed = model.config, fixed
+
+    def forward(self, input_ids: Tensor, encoder_attention_mask: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        """
+        Args:
+            input_ids: `(B, T)`.
+            encoder_attention_mask: `(B, S)`, 1 where the prompt is real.
+            states: with a fixed cache `position` `(1,)` first, the number of earlier tokens. Then for each layer its
+                own key and value `(B, G, P or M, D)`, then for each layer the prompt's `(B, G, S, D)`.
+
+        Returns:
+            logits `(B, T, V)`, then for each layer its own key and value, with the new tokens in them.
+        """
+        positions = states[0] if self.fixed else None
+        states = states[1:] if self.fixed else states
+        layers = len(self.decoder.layers)
+        own, cross = states[: 2 * layers], states[2 * layers :]
+        real = encoder_attention_mask.to(torch.int64)
+        hidden = self.embed_tokens(input_ids)
+        target, past = input_ids.shape[1], own[0].shape[2]
+        if self.fixed:
+            slots = torch.arange(past, device=input_ids.device)
+            visible = (slots <= positions)[None, None, None]
+            here = (slots == positions).to(hidden.dtype)[None, None, :, None]
+        else:
+            positions = torch.arange(past, past + target, device=input_ids.device)
+            visible = (torch.arange(past + target, device=input_ids.device)[None] <= positions[:, None])[None, None]
+        merged = self.config.cross_attention == "merged"
+        rotary = self.decoder.rotary_emb(
+            hidden, positions[None] + real.sum(-1, keepdim=True) if merged else positions[None]
+        )
+        own_bias = _bias(visible, hidden)
+        cross_bias = _bias((real > 0)[:, None, None], hidden)
+        if merged:
+            batch, prompt = encoder_attention_mask.shape
+            bias = torch.cat(
+                (
+                    cross_bias.expand(batch, 1, target, prompt),
+                    own_bias.expand(batch, 1, target, own_bias.shape[-1]),
+                ),
+                dim=-1,
+            )
+
+        outputs = []
+        for index, layer in enumerate(self.decoder.layers):
+            cross_key, cross_value = cross[2 * index : 2 * index + 2]
+            attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+            query = attention.project_query(normed)
+            new_key, new_value = attention.project_key_value(normed)
+            if layer.uses_rope:
+                query, new_key = apply_rotary_pos_emb(query, rotary), apply_rotary_pos_emb(new_key, rotary)
+            if self.fixed:
+                # By multiplication: a write to a slice is refused by some converters, and this one is small.
+                key, value = (
+                    old * (1 - here) + new * here
+                    for old, new in zip(own[2 * index : 2 * index + 2], (new_key, new_value), strict=True)
+                )
+            else:
+                key = torch.cat((own[2 * index], new_key), dim=2)
+                value = torch.cat((own[2 * index + 1], new_value), dim=2)
+            outputs += [key, value]
+            if merged:
+                attended = grouped_attention(
+                    query,
+                    torch.cat((cross_key, key), dim=2),
+                    torch.cat((cross_value, value), dim=2),
+                    bias,
+                )
+                hidden = hidden + attention.o_proj(attended)
+            else:
+                hidden = hidden + attention.o_proj(grouped_attention(query, key, value, own_bias))
+                query = layer.cross_attn.project_query(layer.cross_attn_layernorm(hidden))
+                attended = grouped_attention(query, cross_key, cross_value, cross_bias)
+                hidden = hidden + layer.cross_attn.o_proj(attended)
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return self.lm_head(self.decoder.norm(hidden)), *outputs
+
+
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Attention of `(B, G * R, T, D)` to `(B, G, K, D)` under a bias `(B or 1, 1, T or 1, K)`, to `(B, T, G * R * D)`.
+
+    The R query heads of a group stand one after the other on the time axis, so that keys and values are read as they
+    are instead of being repeated R times: less memory traffic on every target, and a repeat of a stateful cache is
+    what OpenVINO cannot compile.
+    """
+    groups, (batch, heads, length, width) = key.shape[1], query.shape
+    ratio = heads // groups
+    if ratio > 1:
+        query = query.reshape(batch, groups, ratio * length, width)
+        bias = bias.repeat(1, 1, ratio, 1) if bias.shape[2] != 1 else bias
+    # No `scale`: the default is ours too, and naming it makes Core ML spell the attention out.
+    output = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    return output.reshape(batch, heads, length, width).transpose(1, 2).reshape(batch, length, heads * width)
+
+
+def _bias(visible: Tensor, like: Tensor) -> Tensor:
+    return (~visible).to(like.dtype) * MASKED
