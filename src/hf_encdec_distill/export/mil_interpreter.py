@@ -152,29 +152,27 @@ def _refuse_unknown(operations) -> None:
 
 
 def _read_block(block, folder: Path) -> tuple[list[Step], dict[str, np.ndarray]]:
-    """The steps that depend on an input, and all constants that they need: decoded, decompressed, widened."""
+    """The operations to run, and the constants that they need: decoded, decompressed, widened."""
     readers, constants, steps = {}, {}, []
+
+    def keep(value) -> str:
+        name = f"constant {len(constants)}"  # no name of the file has a space
+        constants[name] = _read_value(value, folder, readers)
+        return name
+
     for operation in block.operations:
-        names = [each.name for each in operation.outputs]
         if operation.type == "const":
-            constants[names[0]] = _read_value(operation.attributes["val"], folder, readers)
+            constants[operation.outputs[0].name] = _read_value(operation.attributes["val"], folder, readers)
             continue
-        arguments = {}
-        for parameter, argument in operation.inputs.items():
-            bound = []
-            for index, each in enumerate(argument.arguments):
-                bound.append(each.name or f"{parameter} {index} of {operation.type} {names}")
-                if each.WhichOneof("binding") == "value":
-                    constants[bound[-1]] = _read_value(each.value, folder, readers)
-            arguments[parameter] = bound
-        if operation.type.startswith("constexpr_"):
-            # Until iOS 17 what it decompresses is an attribute, since iOS 18 an input.
-            for parameter, value in operation.attributes.items():
-                if parameter != "name":
-                    arguments[parameter] = [f"{parameter} of {names[0]}"]
-                    constants[arguments[parameter][0]] = _read_value(value, folder, readers)
+        arguments = {
+            parameter: [each.name or keep(each.value) for each in argument.arguments]
+            for parameter, argument in operation.inputs.items()
+        }
         step = Step(operation.type, arguments, {each.name: _tensor(each.type).dtype for each in operation.outputs})
         if operation.type.startswith("constexpr_"):
+            # What it decompresses is an attribute until iOS 17, an input since iOS 18.
+            attributes = {name: value for name, value in operation.attributes.items() if name != "name"}
+            arguments.update({parameter: [keep(value)] for parameter, value in attributes.items()})
             _run([step], constants)
         else:
             steps.append(step)
@@ -222,10 +220,11 @@ def _data_type(number: int) -> tuple[str, np.dtype, int]:
     name = _coremltools()[0].MIL_pb2.DataType.Name(number).lower()
     if name in ("bool", "string"):
         return name, np.dtype({"bool": np.bool_, "string": np.str_}[name]), 8
-    kind, bits = re.fullmatch(r"([a-z]+)(\d+)\w*", name).groups()
-    if kind not in ("float", "int", "uint") or name.startswith("float8"):
-        raise NotImplementedError(f"values of type {name} have no equal in NumPy")
-    return name, np.dtype(f"{kind}{max(8, int(bits))}"), int(bits)
+    kind, bits = re.match(r"(\D+)(\d+)", name).groups()
+    try:
+        return name, np.dtype(f"{kind}{max(8, int(bits))}"), int(bits)
+    except TypeError as error:
+        raise NotImplementedError(f"values of type {name}, which NumPy does not have") from error
 
 
 def _tensor(kind) -> Feature:
@@ -239,7 +238,7 @@ def _feature(description) -> Feature:
     """A `FeatureDescription` of Model.proto, which knows the bounds of a flexible shape."""
     kind = description.type.WhichOneof("Type")
     if kind != "multiArrayType":
-        raise ValueError(f"input {description.name!r} is a {kind}; convert the model with tensors as its inputs.")
+        raise ValueError(f"input {description.name!r} is of {kind}; convert the model with tensors as its inputs.")
     array = description.type.multiArrayType
     name = array.ArrayDataType.Name(array.dataType)
     dtype = np.dtype("float64" if name == "DOUBLE" else name.lower())
