@@ -10,11 +10,13 @@ earlier calls, M slots of a fixed cache, G key/value heads, R query heads for ea
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from ..models.rope_encdec import RopeEncDecForConditionalGeneration
-from ..models.rope_encdec.modeling_rope_encdec import apply_rotary_pos_emb
+from ..models.rope_encdec.modeling_rope_encdec import RopeEncDecRMSNorm, apply_rotary_pos_emb
 
 
 # Added to the score of a key that is masked out. Finite, and within fp16: with -inf a row that sees no key at all (a
@@ -27,11 +29,13 @@ class ExportedEncoder(nn.Module):
 
     Args:
         model: its weights are used, not copied.
+        rotary: gives cosines and sines, as the model's own does by default; see [`RotaryTable`].
     """
 
-    def __init__(self, model: RopeEncDecForConditionalGeneration):
+    def __init__(self, model: RopeEncDecForConditionalGeneration, rotary: nn.Module | None = None):
         super().__init__()
         self.encoder, self.decoder = model.model.encoder, model.model.decoder
+        self.rotary = rotary or self.encoder.rotary_emb
         self.config = model.config
         # Layers above the highest state that is read do nothing for the decoder.
         self.depth = max(self.config.encoder_states_read)
@@ -45,7 +49,7 @@ class ExportedEncoder(nn.Module):
         else:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         hidden = self.encoder.embed_tokens(input_ids)
-        rotary = self.encoder.rotary_emb(hidden, positions)
+        rotary = self.rotary(hidden, positions)
         visible = (real > 0)[:, None, None]
         if self.config.encoder_attention == "causal":
             order = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -82,16 +86,27 @@ class ExportedDecoder(nn.Module):
         model: its weights are used, not copied.
         fixed: the cache has M slots of which this call fills one, the one at `position`, and T is 1; else the new keys
             and values are appended to those of earlier calls.
+        repeat: self-attention repeats keys and values for its query heads. OpenVINO's CPU plug-in makes that, its
+            states and the concatenation one operation, and takes a folded query for a longer one (2026.4,
+            `ScaledDotProductAttentionWithKVCache`).
+        rotary: as in [`ExportedEncoder`].
     """
 
-    def __init__(self, model: RopeEncDecForConditionalGeneration, fixed: bool = False):
+    def __init__(
+        self,
+        model: RopeEncDecForConditionalGeneration,
+        fixed: bool = False,
+        repeat: bool = False,
+        rotary: nn.Module | None = None,
+    ):
         super().__init__()
         self.embed_tokens, self.decoder, self.lm_head = (
             model.model.encoder.embed_tokens,
             model.model.decoder,
             model.lm_head,
         )
-        self.config, self.fixed = model.config, fixed
+        self.rotary = rotary or self.decoder.rotary_emb
+        self.config, self.fixed, self.repeat = model.config, fixed, repeat
 
     def forward(self, input_ids: Tensor, encoder_attention_mask: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         """
@@ -119,9 +134,7 @@ class ExportedDecoder(nn.Module):
             positions = torch.arange(past, past + target, device=input_ids.device)
             visible = (torch.arange(past + target, device=input_ids.device)[None] <= positions[:, None])[None, None]
         merged = self.config.cross_attention == "merged"
-        rotary = self.decoder.rotary_emb(
-            hidden, positions[None] + real.sum(-1, keepdim=True) if merged else positions[None]
-        )
+        rotary = self.rotary(hidden, positions[None] + real.sum(-1, keepdim=True) if merged else positions[None])
         own_bias = _bias(visible, hidden)
         cross_bias = _bias((real > 0)[:, None, None], hidden)
         if merged:
@@ -161,12 +174,54 @@ class ExportedDecoder(nn.Module):
                 )
                 hidden = hidden + attention.o_proj(attended)
             else:
+                if self.repeat:
+                    key, value = (x.repeat_interleave(attention.num_key_value_groups, dim=1) for x in (key, value))
                 hidden = hidden + attention.o_proj(grouped_attention(query, key, value, own_bias))
                 query = layer.cross_attn.project_query(layer.cross_attn_layernorm(hidden))
                 attended = grouped_attention(query, cross_key, cross_value, cross_bias)
                 hidden = hidden + layer.cross_attn.o_proj(attended)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return self.lm_head(self.decoder.norm(hidden)), *outputs
+
+
+class RotaryTable(nn.Module):
+    """Cosines and sines of the first `length` positions, looked up instead of computed: for runtimes that would round
+    the angles to fp16, in which position 1000 is off by half a radian."""
+
+    def __init__(self, rotary: nn.Module, length: int):
+        super().__init__()
+        with torch.no_grad():
+            cos, sin = rotary(torch.zeros(1), torch.arange(length)[None])
+        self.register_buffer("cos", cos[0])
+        self.register_buffer("sin", sin[0])
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cos[position_ids].to(x.dtype), self.sin[position_ids].to(x.dtype)
+
+
+class ScaledRMSNorm(nn.Module):
+    """RMSNorm whose squares stay within fp16, which ends at 65504: each row is first divided by its largest number, if
+    that is more than 1. The result is the same; without it a row with a 256 in it would come out as zeros."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = x.abs().amax(-1, keepdim=True).clamp(min=1.0)
+        x = x / largest
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps * largest.pow(-2)))
+
+
+def with_scaled_norms(model: RopeEncDecForConditionalGeneration) -> RopeEncDecForConditionalGeneration:
+    """A copy of the model, with the same weights, whose norms are [`ScaledRMSNorm`]s."""
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    model = copy.deepcopy(model, memo)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, RopeEncDecRMSNorm):
+                setattr(module, name, ScaledRMSNorm(child))
+    return model
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:

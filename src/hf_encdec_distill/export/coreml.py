@@ -1,0 +1,301 @@
+"""Core ML: `encoder.mlpackage` and `decoder.mlpackage`, written and proven on any system.
+
+Batch 1. Keys and values of all layers are one tensor `(layers, 1, G, length, D)`. The decoder keeps its own in two
+states (iOS 18, macOS 15) or, stateless, takes and returns them (iOS 16, macOS 13). All but fp32 compute in fp16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import platform
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from .graphs import GraphCache, Graphs, needs
+from .modules import ExportedDecoder, ExportedEncoder, RotaryTable, with_scaled_norms
+from .recipe import Graph, Port, Shapes, stacked
+
+
+_FILES = {"encoder": "encoder.mlpackage", "decoder": "decoder.mlpackage"}
+_LONGEST_PROMPT, _LONGEST_ANSWER = 2048, 256  # tokens, of `dynamic`: states need a size
+_BLOCK = 32  # weights of int4 that share a scale
+_GROUP = 16  # channels of palette4 that share 16 values
+_DESCRIPTIONS = {
+    "input_ids": "Token ids of the prompt; in the decoder its last token, decoder_start_token_id at first",
+    "attention_mask": "1 where the prompt is real, 0 where it is padded",
+    "encoder_attention_mask": "The mask that the encoder was given",
+    "position": "How many target tokens came before this one",
+    "cross_keys": "The prompt's keys of each decoder layer, once for each prompt",
+    "cross_values": "The prompt's values of each decoder layer, once for each prompt",
+    "self_keys": "Keys of earlier target tokens, zeros at first",
+    "self_values": "Values of earlier target tokens, zeros at first",
+    "new_keys": "self_keys with those of this token",
+    "new_values": "self_values with those of this token",
+    "logits": "Score of each token of the vocabulary to come next",
+}
+
+
+def settle(config, variant: str, shapes: Shapes, stateful: bool | None) -> tuple[Shapes, bool]:
+    """Shapes and statefulness where the user has left them open.
+
+    Raises:
+        ValueError: states in fp32, which Core ML does not have.
+    """
+    if stateful and variant == "fp32":
+        raise ValueError("Core ML keeps states in fp16: export variant fp32 stateless, or choose fp16, int8 or int4")
+    if shapes.targets is None:
+        answer = min(_LONGEST_ANSWER, config.max_position_embeddings // 2)
+        shapes = Shapes(range(1, min(_LONGEST_PROMPT, config.max_position_embeddings - answer) + 1), answer)
+    return shapes, variant != "fp32" if stateful is None else stateful
+
+
+def cache_dtype(variant: str) -> str:
+    return "float32" if variant == "fp32" else "float16"
+
+
+def export(model, graphs: dict[str, Graph], shapes: Shapes, variant: str, stateful: bool, folder: Path) -> None:
+    """Write the packages of `model` into `folder`.
+
+    Raises:
+        ImportError: coremltools is missing; the message has the line that installs it.
+    """
+    with needs("coreml"), _quiet():
+        import coremltools as ct
+    model = model.float() if variant == "fp32" else with_scaled_norms(model.float())
+    rotary = RotaryTable(model.model.encoder.rotary_emb, max(shapes.prompts) + shapes.targets)
+    modules = {
+        "encoder": _StackedEncoder(ExportedEncoder(model, rotary)),
+        "decoder": _StackedDecoder(ExportedDecoder(model, fixed=True, rotary=rotary)),
+    }
+    recipe = stacked(graphs)
+    if stateful:
+        modules["decoder"] = _WithState(modules["decoder"], recipe["decoder"])
+    new = (
+        stateful
+        or variant in ("int4", "palette4")
+        or (len(shapes.prompts) > 1 and not isinstance(shapes.prompts, range))
+    )
+    for name, graph in recipe.items():
+        states = set(graph.cache) if stateful else set()
+        inputs = [port for port in graph.inputs if port.name not in states]
+        outputs = [port for port in graph.outputs if port.name not in {graph.cache[state] for state in states}]
+        examples = [_example(port, shapes) for port in inputs]
+        with _quiet(), _mended():
+            traced = torch.jit.trace(modules[name].eval(), tuple(examples), check_trace=False)
+            package = ct.convert(
+                traced,
+                inputs=[_tensor_type(port, shapes, variant) for port in inputs],
+                outputs=[ct.TensorType(name=port.name, dtype=np.dtype(cache_dtype(variant))) for port in outputs],
+                states=[
+                    ct.StateType(ct.TensorType(shape=port.axes, dtype=np.float16), name=port.name)
+                    for port in graph.inputs
+                    if port.name in states
+                ]
+                or None,
+                minimum_deployment_target=ct.target.iOS18 if new else ct.target.iOS16,
+                compute_precision=ct.precision.FLOAT32 if variant == "fp32" else ct.precision.FLOAT16,
+                convert_to="mlprogram",
+                skip_model_load=True,
+            )
+            package = _compressed(package, variant)
+        _describe(package, name, model.config, shapes, variant)
+        package.save(str(folder / _FILES[name]))
+
+
+class _StackedEncoder(nn.Module):
+    def __init__(self, encoder: ExportedEncoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        cross = self.encoder(input_ids, attention_mask)
+        return torch.stack(cross[0::2]), torch.stack(cross[1::2])
+
+
+class _StackedDecoder(nn.Module):
+    def __init__(self, decoder: ExportedDecoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, input_ids, mask, position, own_keys, own_values, cross_keys, cross_values) -> tuple[Tensor, ...]:
+        layers = range(own_keys.shape[0])
+        own = [tensor[layer] for layer in layers for tensor in (own_keys, own_values)]
+        cross = [tensor[layer] for layer in layers for tensor in (cross_keys, cross_values)]
+        logits, *new = self.decoder(input_ids, mask, position, *own, *cross)
+        return logits, torch.stack(new[0::2]), torch.stack(new[1::2])
+
+
+class _WithState(nn.Module):
+    """The same with its own keys and values in buffers, which the converter makes states of."""
+
+    def __init__(self, decoder: _StackedDecoder, graph: Graph):
+        super().__init__()
+        self.decoder = decoder
+        for port in graph.inputs:
+            if port.name in graph.cache:
+                self.register_buffer(port.name, torch.zeros(port.axes))
+
+    def forward(self, input_ids, mask, position, cross_keys, cross_values) -> Tensor:
+        logits, keys, values = self.decoder(
+            input_ids, mask, position, self.self_keys, self.self_values, cross_keys, cross_values
+        )
+        self.self_keys[:] = keys
+        self.self_values[:] = values
+        return logits
+
+
+def _example(port: Port, shapes: Shapes) -> Tensor:
+    sizes = {"prompt": shapes.prompts[0] if len(shapes.prompts) == 1 else max(2, min(shapes.prompts))}
+    example = port.example(sizes, torch.float32)
+    return example.int() if example.dtype == torch.int64 else example
+
+
+def _tensor_type(port: Port, shapes: Shapes, variant: str):
+    """A new one for each conversion, since the converter changes what it is given."""
+    import coremltools as ct
+
+    dtype = np.int32 if port.dtype is torch.int64 else np.dtype(cache_dtype(variant))
+    if "prompt" not in port.axes:
+        return ct.TensorType(name=port.name, shape=port.axes, dtype=dtype)
+
+    def with_prompt(size):
+        return [size if axis == "prompt" else axis for axis in port.axes]
+
+    if isinstance(shapes.prompts, range):
+        shape = ct.Shape(with_prompt(ct.RangeDim(1, shapes.prompts[-1], default=min(64, shapes.prompts[-1]))))
+    else:
+        every = [with_prompt(size) for size in shapes.prompts]
+        shape = ct.EnumeratedShapes(every, default=every[-1])
+    return ct.TensorType(name=port.name, shape=shape, dtype=dtype)
+
+
+def _compressed(package, variant: str):
+    """Weights of more than 2048 numbers in 8 bits for each channel, in 4 by blocks, or as 16 values for a group."""
+    if variant in ("fp32", "fp16"):
+        return package
+    import coremltools.optimize.coreml as optimize
+
+    if variant == "palette4":
+        options = optimize.OpPalettizerConfig(
+            mode="uniform", nbits=4, granularity="per_grouped_channel", group_size=_GROUP
+        )
+        return optimize.palettize_weights(package, optimize.OptimizationConfig(global_config=options))
+    blocks = (
+        {"granularity": "per_block", "block_size": _BLOCK} if variant == "int4" else {"granularity": "per_channel"}
+    )
+    options = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", dtype=variant, **blocks)
+    return optimize.linear_quantize_weights(package, optimize.OptimizationConfig(global_config=options))
+
+
+def _describe(package, name: str, config, shapes: Shapes, variant: str) -> None:
+    """What Xcode shows of a model."""
+    package.author = f"hf-encdec-distill {__version__}"
+    package.version = __version__
+    package.license = getattr(config, "license", None) or "see the model card"
+    package.short_description = {
+        "encoder": "Reads a prompt once: keys and values for each decoder layer.",
+        "decoder": "One target token: scores of the next.",
+    }[name]
+    for described in (package.input_description, package.output_description):
+        for port in described:
+            described[port] = _DESCRIPTIONS[port]
+    package.user_defined_metadata.update(
+        {
+            "com.github.apple.coremltools.package": "hf-encdec-distill",
+            "variant": variant,
+            "shapes": str(shapes),
+            "decoder_start_token_id": str(config.decoder_start_token_id),
+            "eos_token_id": str(config.eos_token_id),
+        }
+    )
+
+
+@contextlib.contextmanager
+def _mended() -> Iterator[None]:
+    """coremltools 9.0 calls int() on an array of one number, which NumPy since 2.4 refuses ("only 0-dimensional arrays
+    can be converted to Python scalars", `_cast` in converters/mil/frontend/torch/ops.py). Goes with the first release
+    of coremltools that converts a traced `x.shape[0]` on NumPy 2.4."""
+    from coremltools.converters.mil.frontend.torch import ops
+    from coremltools.converters.mil.mil import Builder
+
+    original = ops._cast
+
+    def cast(context, node, dtype, name):
+        value = context[node.inputs[0]]
+        if value.can_be_folded_to_const() and np.ndim(value.val) > 0 and np.size(value.val) == 1:
+            context.add(Builder.const(val=dtype(np.asarray(value.val).item()), name=node.name), node.name)
+        else:
+            original(context, node, dtype, name)
+
+    ops._cast = cast
+    try:
+        yield
+    finally:
+        ops._cast = original
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the converter's bars, and its remarks on versions that it has not been tested with."""
+    logger = logging.getLogger("coremltools")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+class CoreMlGraphs(Graphs):
+    """An exported folder on Core ML where it is there, else on [`MilProgram`], operation by operation."""
+
+    def __init__(self, folder: Path, graphs: Mapping[str, Graph], shapes: Shapes, dtype, stateful: bool):
+        super().__init__(graphs, shapes, dtype)
+        self.stateful = stateful
+        if platform.system() == "Darwin":
+            with needs("coreml"), _quiet():
+                from coremltools.models import MLModel as Program
+        else:
+            from .mil_interpreter import MilProgram as Program
+        self.programs = {name: Program(str(folder / file)) for name, file in _FILES.items()}
+        self._layers = len(self._own) // 2
+
+    def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+        outputs = self.programs[graph].predict(self._stacked(inputs))
+        return self._unstacked(outputs, "new" if graph == "decoder" else "cross")
+
+    def _stacked(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Layers of one kind as one tensor, and whole numbers in Core ML's 32 bits."""
+        plain = {name: array.astype(np.int32) for name, array in inputs.items() if "." not in name}
+        kinds: dict[str, list[np.ndarray]] = {}
+        for name, array in inputs.items():
+            if "." in name:
+                _, _, side, kind = name.split(".")
+                kinds.setdefault(f"{'cross' if side == 'encoder' else 'self'}_{kind}s", []).append(array)
+        return plain | {name: np.stack(arrays) for name, arrays in kinds.items()}
+
+    def _unstacked(self, outputs: Mapping[str, np.ndarray], kind: str) -> list[np.ndarray]:
+        logits = [outputs["logits"]] if "logits" in outputs else []
+        layers = range(self._layers)
+        return logits + [outputs[f"{kind}_{side}"][layer] for layer in layers for side in ("keys", "values")]
+
+    def new_cache(self, batch: int) -> GraphCache:
+        if not self.stateful:
+            return super().new_cache(batch)
+        return GraphCache([self.programs["decoder"].make_state() for _ in range(batch)])
+
+    def step(self, inputs: dict[str, np.ndarray], own) -> tuple[np.ndarray, object]:
+        if not self.stateful:
+            return super().step(inputs, own)
+        state = dict(own) if isinstance(own, dict) else own  # rows of a beam may share one
+        logits = self.programs["decoder"].predict(self._stacked(inputs), state)["logits"]
+        return logits, state

@@ -1,0 +1,137 @@
+"""An exported folder's graphs as two calls, whatever runs them: `encode` a prompt, `decode` some target tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from .recipe import Graph, Shapes
+
+
+class GraphCache:
+    """The target's keys and values of one generation.
+
+    `rows` are groups of arrays in the order of the recipe: one group for all rows of the batch where the graphs take a
+    batch, else one for each row.
+    """
+
+    def __init__(self, rows: list[list[np.ndarray]]):
+        self.rows = rows
+        self.length = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def reorder_cache(self, beam_idx) -> None:
+        """What beam search asks of a cache: row i goes on from row `beam_idx[i]`. Arrays are never written to, so that
+        rows may share one."""
+        order = np.asarray(beam_idx)
+        if len(self.rows) == 1:
+            self.rows = [[array[order] for array in self.rows[0]]]
+        else:
+            self.rows = [self.rows[index] for index in order]
+
+
+class Graphs(ABC):
+    """
+    Args:
+        graphs: from [`recipe.graphs`].
+        shapes: which lengths they take.
+        dtype: of keys and values.
+    """
+
+    def __init__(self, graphs: Mapping[str, Graph], shapes: Shapes, dtype: np.dtype = np.float32):
+        self.graphs, self.shapes, self.dtype = graphs, shapes, np.dtype(dtype)
+        ports = graphs["decoder"].inputs
+        self._own = [port for port in ports if port.name in graphs["decoder"].cache]
+        self._cross = [port.name for port in ports if port.name.startswith("past") and port not in self._own]
+
+    @abstractmethod
+    def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+        """Outputs of the `encoder` or the `decoder`, in the order of the recipe."""
+
+    def encode(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """`(B, S)` ids and mask to the cross keys and values `(B, G, S', D)`, and the mask `(B, S')`, where `S'` is
+        what the graphs pad to.
+
+        Raises:
+            ValueError: the prompt is longer than the graphs take.
+        """
+        missing = self.shapes.padded(input_ids.shape[1]) - input_ids.shape[1]
+        if missing:
+            input_ids, attention_mask = (np.pad(x, ((0, 0), (0, missing))) for x in (input_ids, attention_mask))
+        batch = slice(None) if self.shapes.targets is None else None
+        parts = [batch] if batch is not None else [slice(row, row + 1) for row in range(len(input_ids))]
+        outputs = [
+            self.run("encoder", {"input_ids": input_ids[part], "attention_mask": attention_mask[part]})
+            for part in parts
+        ]
+        return [np.concatenate(tensors) for tensors in zip(*outputs, strict=True)], attention_mask
+
+    def new_cache(self, batch: int) -> GraphCache:
+        if self.shapes.targets is None:
+            return GraphCache([[self._empty(port, batch) for port in self._own]])
+        return GraphCache([[self._empty(port, 1) for port in self._own]] * batch)
+
+    def _empty(self, port, batch: int) -> np.ndarray:
+        sizes = {"batch": batch, "past": 0}
+        return np.zeros([sizes.get(axis, axis) for axis in port.axes], self.dtype)
+
+    def decode(
+        self, input_ids: np.ndarray, encoder_mask: np.ndarray, cross: Sequence[np.ndarray], cache: GraphCache
+    ) -> np.ndarray:
+        """Logits `(B, T, V)` of `(B, T)` target tokens that follow those in the cache, which then holds these too.
+
+        Raises:
+            ValueError: the cache has not so many slots.
+        """
+        length = input_ids.shape[1]
+        slots = self.shapes.targets
+        if slots is None:
+            logits = self._step(slice(None), input_ids, encoder_mask, cross, cache, 0)
+        else:
+            if cache.length + length > slots:
+                raise ValueError(
+                    f"{cache.length + length} target tokens: this export ({self.shapes}) has {slots} slots; ask for "
+                    "fewer with max_new_tokens, or export again with more"
+                )
+            rows = [
+                np.concatenate(
+                    [
+                        self._step(slice(row, row + 1), input_ids[:, t : t + 1], encoder_mask, cross, cache, row, t)
+                        for t in range(length)
+                    ],
+                    axis=1,
+                )
+                for row in range(len(input_ids))
+            ]
+            logits = np.concatenate(rows)
+        cache.length += length
+        return logits.astype(np.float32)
+
+    def _step(self, part, input_ids, encoder_mask, cross, cache: GraphCache, row: int, ahead: int = 0) -> np.ndarray:
+        """One call of the decoder for the rows `part`, whose keys and values are the group `row` of the cache."""
+        inputs = {"input_ids": input_ids[part], "encoder_attention_mask": encoder_mask[part]}
+        if self.shapes.targets is not None:
+            inputs["position"] = np.array([cache.length + ahead])
+        inputs |= dict(zip(self._cross, (array[part] for array in cross), strict=True))
+        logits, cache.rows[row] = self.step(inputs, cache.rows[row])
+        return logits
+
+    def step(self, inputs: dict[str, np.ndarray], own: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The decoder with its keys and values as inputs and outputs; a stateful target has its own way."""
+        inputs |= {port.name: array for port, array in zip(self._own, own, strict=True)}
+        logits, *own = self.run("decoder", inputs)
+        return logits, own
+
+
+@contextmanager
+def needs(extra: str):
+    """Turn a failing import into the line that mends it."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f'{error}; mend: pip install "hf-encdec-distill[{extra}]"') from error

@@ -1,0 +1,191 @@
+"""ONNX: `encoder_model.onnx`, `decoder_model.onnx`, and one file of weights that both read.
+
+A weight that both graphs use (the embedding, and with `merged` cross-attention the projections of keys and values) and
+the tied head are stored once. Opset 18, which ONNX Runtime has known since 1.14 (2023).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .graphs import Graphs, needs
+from .recipe import Graph, Shapes
+from .tracing import export_programs
+
+
+OPSET = 18
+WEIGHTS = "model.onnx_data"
+_FILES = {"encoder": "encoder_model.onnx", "decoder": "decoder_model.onnx"}
+_STORED_INSIDE = 1024  # bytes; what is smaller stays in the graph, where shape inference finds it
+_BLOCK = 32  # weights of int4 that share a scale
+
+
+def settle(config, variant: str, shapes: Shapes, stateful: bool | None) -> tuple[Shapes, bool]:
+    """Shapes and statefulness where the user has left them open.
+
+    Raises:
+        ValueError: a stateful decoder is asked for, which ONNX does not have.
+    """
+    if stateful:
+        raise ValueError("ONNX graphs have no states: leave stateful out, or choose openvino or coreml")
+    return shapes, False
+
+
+def cache_dtype(variant: str) -> str:
+    return "float16" if variant == "fp16" else "float32"
+
+
+def export(model, graphs: dict[str, Graph], shapes: Shapes, variant: str, stateful: bool, folder: Path) -> None:
+    """Write the graphs of `model` into `folder`.
+
+    Raises:
+        ImportError: onnx, onnxscript or onnxruntime are missing; the message has the line that installs them.
+    """
+    with needs("onnx"):
+        import onnx
+        import onnx_ir
+        import onnxscript  # noqa: F401
+    if variant == "fp16":
+        model = copy.deepcopy(model).half()
+    programs = export_programs(model, graphs)
+    store: dict[str, tuple[int, int]] = {}
+    with open(folder / WEIGHTS, "wb") as weights:
+        for name, graph in graphs.items():
+            with _quiet():
+                program = torch.onnx.export(programs[name], (), opset_version=OPSET, verbose=False)
+            _name_ports(program.model.graph, graph)
+            proto = program.model_proto
+            if variant in ("int8", "int4"):
+                proto = _quantized(proto, variant)
+            written = onnx_ir.from_proto(proto)
+            _store_weights(written, weights, store, folder)
+            onnx_ir.save(written, folder / _FILES[name])
+    for file in _FILES.values():
+        onnx.checker.check_model(str(folder / file))
+
+
+def _name_ports(graph, recipe: Graph) -> None:
+    """The recipe's names for inputs, outputs and their free axes, in place of the tracer's symbols."""
+    import onnx_ir
+
+    for values, ports in ((graph.inputs, recipe.inputs), (graph.outputs, recipe.outputs)):
+        for value, port in zip(values, ports, strict=True):
+            value.name = port.name
+            value.shape = onnx_ir.Shape(port.axes)
+
+
+def _quantized(proto, variant: str):
+    """Weights of matrix products and of the embedding in 8 bits, one scale for each channel, or in 4, in blocks."""
+    with needs("onnx"):
+        import onnx
+        from onnxruntime.quantization import QuantType, matmul_nbits_quantizer, quantize_dynamic
+    proto = _with_head_as_matrix(proto)
+    if variant == "int4":
+        options = matmul_nbits_quantizer.DefaultWeightOnlyQuantConfig(
+            block_size=_BLOCK, is_symmetric=False, accuracy_level=4, op_types_to_quantize=("MatMul", "Gather")
+        )
+        quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(proto, algo_config=options)
+        quantizer.process()
+        return quantizer.model.model
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        quantize_dynamic(
+            proto,
+            path,
+            op_types_to_quantize=["MatMul", "Gather"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=True,
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+        )
+        return onnx.load(path)
+
+
+def _with_head_as_matrix(proto):
+    """A transposed weight as a weight: quantisers look for the second operand of a product among the constants."""
+    import onnx
+    from onnx import numpy_helper
+
+    weights = {weight.name: weight for weight in proto.graph.initializer}
+    for node in [node for node in proto.graph.node if node.op_type == "Transpose" and node.input[0] in weights]:
+        order = next(list(a.ints) for a in node.attribute if a.name == "perm")
+        matrix = np.ascontiguousarray(numpy_helper.to_array(weights[node.input[0]]).transpose(order))
+        proto.graph.initializer.append(numpy_helper.from_array(matrix, node.output[0]))
+        proto.graph.node.remove(node)
+    used = {name for node in proto.graph.node for name in node.input}
+    for weight in [weight for weight in proto.graph.initializer if weight.name not in used]:
+        proto.graph.initializer.remove(weight)
+    assert isinstance(proto, onnx.ModelProto)
+    return proto
+
+
+def _store_weights(model, weights, store: dict[str, tuple[int, int]], folder: Path) -> None:
+    """Move what is large into the open file `weights`, where what is there already (`store`) is not written again."""
+    import onnx_ir
+
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor.nbytes < _STORED_INSIDE:
+            continue
+        content = tensor.tobytes()
+        key = hashlib.sha256(content).hexdigest()
+        if key not in store:
+            weights.write(b"\0" * (-weights.tell() % 64))  # so that a runtime can map it as it is
+            store[key] = (weights.tell(), len(content))
+            weights.write(content)
+            weights.flush()
+        offset, length = store[key]
+        value.const_value = onnx_ir.ExternalTensor(
+            WEIGHTS, offset, length, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=folder
+        )
+
+
+@contextmanager
+def _quiet():
+    """Without the exporter's remarks on torchvision and on what it is about to do."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+class OnnxGraphs(Graphs):
+    """An exported folder on ONNX Runtime.
+
+    Args:
+        providers: execution providers, the preferred one first.
+    """
+
+    files = (*_FILES.values(), WEIGHTS)
+
+    def __init__(self, folder: Path, graphs: dict[str, Graph], shapes: Shapes, dtype, providers=None):
+        super().__init__(graphs, shapes, dtype)
+        with needs("onnx"):
+            import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.sessions = {
+            name: onnxruntime.InferenceSession(
+                str(folder / file), options, providers=list(providers or ["CPUExecutionProvider"])
+            )
+            for name, file in _FILES.items()
+        }
+
+    def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+        return self.sessions[graph].run(None, dict(inputs))

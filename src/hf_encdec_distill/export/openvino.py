@@ -1,0 +1,176 @@
+"""OpenVINO: `openvino_encoder_model.xml` and `openvino_decoder_model.xml`, each with its weights beside it.
+
+The decoder is stateful unless asked otherwise: the runtime keeps the target's keys and values, and `beam_idx` says
+from which row each row goes on. With fixed shapes (an NPU's form) no dimension is left open.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .graphs import GraphCache, Graphs, needs
+from .recipe import Graph, Shapes
+from .tracing import export_programs
+
+
+_FILES = {"encoder": "openvino_encoder_model", "decoder": "openvino_decoder_model"}
+_BEAM = "beam_idx"
+_BLOCK = 32  # weights of int4 that share a scale
+
+
+def settle(config, variant: str, shapes: Shapes, stateful: bool | None) -> tuple[Shapes, bool]:
+    """Shapes and statefulness where the user has left them open."""
+    return shapes, True if stateful is None else stateful
+
+
+def cache_dtype(variant: str) -> str:
+    return "float32"  # `fp16` is how weights are stored; the device chooses what it computes in
+
+
+def export(model, graphs: dict[str, Graph], shapes: Shapes, variant: str, stateful: bool, folder: Path) -> None:
+    """Write the graphs of `model` into `folder`.
+
+    Raises:
+        ImportError: openvino or, for int8 and int4, nncf are missing; the message has the line that installs them.
+    """
+    with needs("openvino"):
+        import openvino
+    programs = export_programs(model.float(), graphs, repeat=stateful and shapes.targets is None)
+    for name, graph in graphs.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.export's on a class of openvino's
+            converted = openvino.convert_model(programs[name])
+        for ports, recipe in ((converted.inputs, graph.inputs), (converted.outputs, graph.outputs)):
+            for port, of_recipe in zip(ports, recipe, strict=True):
+                port.get_tensor().set_names({of_recipe.name})
+        converted.reshape({port.name: [-1 if isinstance(a, str) else a for a in port.axes] for port in graph.inputs})
+        if name == "decoder" and stateful:
+            _make_stateful(converted, graph, batched=shapes.targets is None)
+        if variant in ("int8", "int4"):
+            converted = _compressed(converted, variant, fixed=shapes.targets is not None)
+        openvino.save_model(converted, folder / f"{_FILES[name]}.xml", compress_to_fp16=variant == "fp16")
+
+
+def _compressed(model, variant: str, fixed: bool):
+    """Weights in 8 bits, a scale for each channel, or in 4, in blocks; symmetric where the shapes are fixed, since an NPU
+    takes no other form, and there int4 has a scale for each channel too."""
+    with needs("openvino"):
+        import nncf
+    form = f"{variant.upper()}_{'SYM' if fixed else 'ASYM'}"
+    options = {} if variant == "int8" else {"group_size": -1 if fixed else _BLOCK, "ratio": 1.0}
+    return nncf.compress_weights(model, mode=getattr(nncf.CompressWeightsMode, form), **options)
+
+
+def _make_stateful(model, graph: Graph, batched: bool) -> None:
+    """Turn the cache from inputs and outputs into states that begin empty, or as zeros where they have fixed slots."""
+    import openvino
+    from openvino import opset13 as ops
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    if batched:
+        beam = ops.parameter([-1], openvino.Type.i32, name=_BEAM)
+        beam.output(0).get_tensor().set_names({_BEAM})
+        model.add_parameters([beam])
+        for name in graph.cache:
+            state = model.input(name)
+            readers = state.get_target_inputs()
+            reordered = ops.gather(state, beam, ops.constant(0))
+            for reader in readers:
+                reader.replace_source_output(reordered.output(0))
+        model.validate_nodes_and_infer_types()
+    apply_make_stateful_transformation(model, dict(graph.cache))
+    if not batched:
+        return
+    # A state is as large as its first value, and the batch is known only at run time.
+    batch = ops.gather(ops.shape_of(model.input("input_ids"), "i64"), ops.constant([0]), ops.constant(0))
+    for op in model.get_ops():
+        if op.get_type_name() == "ReadValue":
+            _, heads, _, width = op.get_output_partial_shape(0)
+            shape = ops.concat([batch, ops.constant(np.array([heads.get_length(), 0, width.get_length()]))], 0)
+            op.set_arguments([ops.broadcast(ops.constant(np.float32(0)), shape)])
+    model.validate_nodes_and_infer_types()
+
+
+class OpenVinoGraphs(Graphs):
+    """An exported folder on OpenVINO.
+
+    Args:
+        device: as OpenVINO names it, such as `CPU`, `GPU` or `NPU`.
+        settings: of the device, over those that make a CPU compute and keep its states in fp32, which are the ones that
+            parity is proven with. OpenVINO's own choices are faster and less exact: bfloat16 where the CPU has it, and
+            8 bits in states (`KV_CACHE_PRECISION`).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        graphs: Mapping[str, Graph],
+        shapes: Shapes,
+        dtype,
+        stateful: bool,
+        device: str = "CPU",
+        settings: Mapping[str, object] | None = None,
+    ):
+        super().__init__(graphs, shapes, dtype)
+        with needs("openvino"):
+            import openvino
+        core = openvino.Core()
+        exact = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+        exact["KV_CACHE_PRECISION"] = "f32"
+        settings = {**(exact if device == "CPU" else {}), **(settings or {})}
+        self.compiled = {
+            name: core.compile_model(folder / f"{file}.xml", device, settings) for name, file in _FILES.items()
+        }
+        self.stateful = stateful
+        self.request = self.compiled["decoder"].create_infer_request() if stateful else None
+        self.running: GraphCache | None = None  # whose keys and values are in the request
+
+    def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+        outputs = self.compiled[graph](dict(inputs))
+        return [outputs[port.name] for port in self.graphs[graph].outputs]
+
+    def new_cache(self, batch: int) -> GraphCache:
+        """Of a stateful decoder with a free batch, only the order of the rows, which goes to `beam_idx`."""
+        if self.stateful and self.shapes.targets is None:
+            return GraphCache([[np.arange(batch, dtype=np.int32)]])
+        return super().new_cache(batch)
+
+    def decode(self, input_ids, encoder_mask, cross, cache: GraphCache) -> np.ndarray:
+        """
+        Raises:
+            ValueError: the runtime's states belong to a generation that began after that of `cache`.
+        """
+        if self.stateful:
+            if cache.length == 0:
+                self.request.reset_state()
+                self.running = cache
+            elif cache is not self.running:
+                raise ValueError(
+                    "this decoder is stateful and another generation has begun on it: end one before the other, or "
+                    "export with --stateless"
+                )
+        return super().decode(input_ids, encoder_mask, cross, cache)
+
+    def step(self, inputs: dict[str, np.ndarray], own: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+        if not self.stateful:
+            return super().step(inputs, own)
+        if self.shapes.targets is None:
+            logits = self.request.infer(inputs | {_BEAM: own[0]})[0]
+            return logits, [np.arange(len(own[0]), dtype=np.int32)]
+        # Rows take turns on the one set of states that there is.
+        states = {state.name: state for state in self.request.query_state()}
+        import openvino
+
+        for name, array in zip(self._state_names(states), own, strict=True):
+            states[name].state = openvino.Tensor(array)
+        logits = self.request.infer(inputs)[0]
+        return logits, [states[name].state.data.copy() for name in self._state_names(states)]
+
+    def _state_names(self, states) -> list[str]:
+        """Names of the states in the order of the cache; OpenVINO joins those of input and output."""
+        return [next(name for name in states if name.startswith(port.name)) for port in self._own]

@@ -1,0 +1,245 @@
+"""What the exported graphs of a student are, as data: inputs, outputs, axes, cache, precision, and how equal they must be.
+
+Every target reads this; an option of the architecture that changes a shape changes it here and nowhere else. Names are
+those that Optimum and transformers.js give to the same tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ..models.rope_encdec import RopeEncDecConfig
+
+
+TARGETS = ("onnx", "openvino", "coreml")
+# What is stored of a weight; `palette4` (16 values for each group of channels) is Core ML's own.
+VARIANTS = {
+    "fp32": TARGETS,
+    "fp16": TARGETS,
+    "int8": TARGETS,
+    "int4": TARGETS,
+    "palette4": ("coreml",),
+}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far an export may be from PyTorch.
+
+    `logits` is the largest difference, as a share of the largest logit; `None` where rounding of weights makes it say
+    little. `ce` is the rise of the cross-entropy on the rows, as a share of PyTorch's; `agreement` the share of target
+    tokens at which both put the same token first; `tokens` the share of greedy and beam answers that are the same to the last
+    token.
+    """
+
+    logits: float | None
+    ce: float
+    agreement: float
+    tokens: float
+
+
+BOUNDS = {
+    "fp32": Bounds(logits=1e-4, ce=1e-4, agreement=0.999, tokens=1.0),
+    "fp16": Bounds(logits=None, ce=0.01, agreement=0.98, tokens=0.8),
+    "int8": Bounds(logits=None, ce=0.05, agreement=0.9, tokens=0.0),
+    "int4": Bounds(logits=None, ce=0.25, agreement=0.7, tokens=0.0),
+    "palette4": Bounds(logits=None, ce=0.25, agreement=0.7, tokens=0.0),
+}
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Which lengths the graphs take.
+
+    Args:
+        prompts: `None` for any number of prompt tokens, one number for exactly so many (shorter ones are padded),
+            several for any of them, or a `range` for all from its start on.
+        targets: slots of the cache, that is, the longest answer; `None` for a cache that grows.
+    """
+
+    prompts: tuple[int, ...] | range | None = None
+    targets: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Shapes:
+        """`dynamic`, `fixed:SRC,TGT`, `enumerated:SRC,...,TGT` or `ranged:SRC,TGT` (all lengths up to SRC).
+
+        Raises:
+            ValueError: it is none of them, or a length is no whole number of at least 1.
+        """
+        kind, _, rest = text.partition(":")
+        numbers = [int(part) if part.strip().isdecimal() else 0 for part in rest.split(",")] if rest else []
+        if text == "dynamic":
+            return cls()
+        if min(numbers, default=0) >= 1:
+            *prompts, targets = numbers
+            if kind == "fixed" and len(prompts) == 1:
+                return cls(tuple(prompts), targets)
+            if kind == "enumerated" and len(prompts) >= 2:
+                return cls(tuple(sorted(set(prompts))), targets)
+            if kind == "ranged" and len(prompts) == 1:
+                return cls(range(1, prompts[0] + 1), targets)
+        raise ValueError(
+            f"shapes {text!r}: give dynamic, fixed:SRC,TGT, enumerated:SRC,SRC,...,TGT or ranged:SRC,TGT, with lengths "
+            "in tokens of at least 1"
+        )
+
+    def __str__(self) -> str:
+        if self.targets is None:
+            return "dynamic"
+        if isinstance(self.prompts, range):
+            return f"ranged:{self.prompts[-1]},{self.targets}"
+        return (
+            f"{'fixed' if len(self.prompts) == 1 else 'enumerated'}:{','.join(map(str, self.prompts))},{self.targets}"
+        )
+
+    def padded(self, length: int) -> int:
+        """The number of prompt tokens that a prompt of `length` tokens is padded to.
+
+        Raises:
+            ValueError: the graphs do not take so long a prompt.
+        """
+        if self.prompts is None:
+            return length
+        fitting = [size for size in self.prompts if size >= length]
+        if not fitting:
+            raise ValueError(
+                f"a prompt of {length} tokens: this export ({self}) takes at most {max(self.prompts)}; cut the prompt, "
+                "or export again with a longer one"
+            )
+        return min(fitting)
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output: its axes, by name or by size, and its dtype (`None` for the working precision)."""
+
+    name: str
+    axes: tuple[str | int, ...]
+    dtype: torch.dtype | None = None
+
+    def example(self, sizes: Mapping[str, int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of the port's shape, its axes of the given sizes; ones, or token 1 that is real."""
+        return torch.ones([sizes.get(axis, axis) for axis in self.axes], dtype=self.dtype or dtype)
+
+
+@dataclass(frozen=True)
+class Graph:
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    # Input of the cache -> the output that takes its place at the next call.
+    cache: Mapping[str, str] = field(default_factory=dict)
+
+
+# Sizes of the named axes in an example. No two alike and none below 2, or a tracer takes one for the other or for 1.
+EXAMPLE_SIZES = {"batch": 2, "prompt": 5, "target": 3, "past": 4, "past + target": 7}
+
+
+def graphs(config: RopeEncDecConfig, shapes: Shapes) -> dict[str, Graph]:
+    """The `encoder` (once for each prompt) and the `decoder` (once for each call) of a student.
+
+    With `shapes.targets` the batch is 1, the decoder takes one token, and its cache has so many slots, the one at
+    `position` to be filled. One prompt length makes the axis `prompt` that number.
+    """
+    prompts = shapes.prompts
+    prompt = prompts[0] if prompts is not None and len(prompts) == 1 else "prompt"
+    fixed = shapes.targets is not None
+    batch, target = (1, 1) if fixed else ("batch", "target")
+    heads, width = config.num_key_value_heads, config.head_dim
+    sides = [(layer, side) for layer in range(config.decoder_num_hidden_layers) for side in ("key", "value")]
+
+    def cache(prefix: str, of: str, length: str | int) -> tuple[Port, ...]:
+        return tuple(Port(f"{prefix}.{layer}.{of}.{side}", (batch, heads, length, width)) for layer, side in sides)
+
+    past = cache("past_key_values", "decoder", shapes.targets or "past")
+    present = cache("present", "decoder", shapes.targets or "past + target")
+    position = (Port("position", (1,), torch.int64),) if fixed else ()
+    return {
+        "encoder": Graph(
+            inputs=(
+                Port("input_ids", (batch, prompt), torch.int64),
+                Port("attention_mask", (batch, prompt), torch.int64),
+            ),
+            outputs=cache("present", "encoder", prompt),
+        ),
+        "decoder": Graph(
+            inputs=(
+                Port("input_ids", (batch, target), torch.int64),
+                Port("encoder_attention_mask", (batch, prompt), torch.int64),
+                *position,
+                *past,
+                *cache("past_key_values", "encoder", prompt),
+            ),
+            outputs=(Port("logits", (batch, target, config.vocab_size)), *present),
+            cache={old.name: new.name for old, new in zip(past, present, strict=True)},
+        ),
+    }
+
+
+def stacked(recipe: Mapping[str, Graph]) -> dict[str, Graph]:
+    """The same graphs with the layers of each kind of key and value in one tensor, layers first: `cross_keys`,
+    `cross_values`, `self_keys` and `self_values`, and `new_keys` and `new_values` for the last two as outputs."""
+
+    def of(ports: tuple[Port, ...], decoder_name: str) -> tuple[Port, ...]:
+        plain = [port for port in ports if "." not in port.name]
+        layered = [port for port in ports if "." in port.name]
+        merged: dict[str, list[Port]] = {}
+        for port in layered:
+            _, _, side, kind = port.name.split(".")
+            merged.setdefault(f"{'cross' if side == 'encoder' else decoder_name}_{kind}s", []).append(port)
+        return (*plain, *(Port(name, (len(same), *same[0].axes)) for name, same in merged.items()))
+
+    return {
+        name: Graph(
+            of(graph.inputs, "self"),
+            of(graph.outputs, "new"),
+            {"self_keys": "new_keys", "self_values": "new_values"} if graph.cache else {},
+        )
+        for name, graph in recipe.items()
+    }
+
+
+def check_exportable(model: torch.nn.Module, target: str, variant: str, shapes: Shapes) -> None:
+    """
+    Raises:
+        ValueError: there is no such target or variant, the target has no such variant or shapes, the model is none of
+            ours, or it has an option that a graph cannot express; the message names both.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target {target!r}: choose of {', '.join(TARGETS)}")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r}: choose of {', '.join(VARIANTS)}")
+    if target not in VARIANTS[variant]:
+        raise ValueError(
+            f"variant {variant!r} is for {' and '.join(VARIANTS[variant])}, not for {target}: choose of "
+            f"{', '.join(name for name, targets in VARIANTS.items() if target in targets)}"
+        )
+    config = model.config
+    if config.model_type != "rope_encdec" or not hasattr(model, "lm_head"):
+        raise ValueError(
+            f"{type(model).__name__} of model type {config.model_type!r} cannot be exported: it has to be a "
+            "RopeEncDecForConditionalGeneration (hf-encdec-distill init makes one out of a decoder-only model)"
+        )
+    rope = config.rope_parameters["rope_type"]
+    if rope in ("dynamic", "longrope"):
+        raise ValueError(
+            f"rope_type={rope!r} chooses its frequencies by the longest sequence of a call, which no graph for {target} "
+            "can: set another rope_type before training, or use the model in PyTorch"
+        )
+    several = shapes.prompts is not None and len(shapes.prompts) > 1
+    if target == "onnx" and shapes.targets is not None and several or target == "openvino" and several:
+        raise ValueError(f"shapes {shapes}: {target} takes dynamic and fixed:SRC,TGT; the others are for coreml")
+    if shapes.prompts is not None and _positions(config, shapes) > config.max_position_embeddings:
+        raise ValueError(
+            f"shapes {shapes} need {_positions(config, shapes)} positions, the model has max_position_embeddings="
+            f"{config.max_position_embeddings}; give shorter ones"
+        )
+
+
+def _positions(config: RopeEncDecConfig, shapes: Shapes) -> int:
+    """`merged` decoders count on where the prompt ends, the others from 0."""
+    prompt, target = max(shapes.prompts), shapes.targets
+    return prompt + target if config.cross_attention == "merged" else max(prompt, target)

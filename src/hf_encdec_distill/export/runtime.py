@@ -1,0 +1,165 @@
+"""An exported folder as a model: `generate` of transformers on ONNX Runtime, OpenVINO or Core ML."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub.utils.sha import sha_fileobj
+from transformers import AutoConfig, GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.modeling_utils import PreTrainedModel
+
+from ..models.rope_encdec import RopeEncDecConfig
+from ..models.rope_encdec.compat_rope_encdec import CACHE_FIELD
+from .graphs import Graphs
+from .recipe import Shapes, graphs
+
+
+MANIFEST = "exported.json"
+MANIFEST_VERSION = 1
+
+
+class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """What [`RopeEncDecForConditionalGeneration`] answers, from exported graphs: `model(...)` without gradients, and
+    `model.generate(...)` with all that transformers offers for it.
+
+    Args:
+        graphs: the graphs of an exported folder.
+    """
+
+    config_class = RopeEncDecConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, config: RopeEncDecConfig, graphs: Graphs):
+        super().__init__(config)
+        self.graphs = graphs
+        self.generation_config = GenerationConfig.from_model_config(config)
+        self.anchor = torch.nn.Parameter(torch.zeros(()), requires_grad=False)  # gives `device` and `dtype`
+        self.encoder = _Encoder(graphs)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ExportedForConditionalGeneration:
+        """
+        Raises:
+            ValueError: the folder holds no export, one of a newer version, or a file that is not as it was written.
+            ImportError: the runtime is missing; the message has the line that installs it.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        config = AutoConfig.from_pretrained(folder)
+        shapes = Shapes.parse(manifest["shapes"])
+        model = cls(config, load_graphs(folder, manifest, graphs(config, shapes), shapes))
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model.eval()
+
+    def get_encoder(self, modality=None):
+        return self.encoder if modality is None else self
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        return False  # `forward` makes a cache of its own
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, encoder_outputs=None, **kwargs):
+        cache = kwargs.get(CACHE_FIELD)
+        seen = 0 if cache is None else cache.get_seq_length()
+        return {
+            "decoder_input_ids": input_ids[:, seen:],
+            "attention_mask": attention_mask,
+            "encoder_outputs": encoder_outputs,
+            CACHE_FIELD: cache,
+        }
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        decoder_input_ids=None,
+        encoder_outputs=None,
+        past_key_values=None,
+        cache=None,
+        **kwargs,
+    ) -> Seq2SeqLMOutput:
+        """
+        Args:
+            input_ids, attention_mask (`torch.LongTensor` of shape `(B, S)`): Prompt, or `encoder_outputs`.
+            decoder_input_ids (`torch.LongTensor` of shape `(B, T)`): Target tokens that follow those of the cache.
+            past_key_values ([`GraphCache`], *optional*): From an earlier call; `cache` is transformers 5.24's name.
+
+        Returns:
+            [`Seq2SeqLMOutput`], `logits` of shape `(B, T, V)`
+        """
+        cache = past_key_values if cache is None else cache
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(input_ids, attention_mask)
+        *cross, mask = (tensor.numpy() for tensor in encoder_outputs.values())
+        if cache is None:
+            cache = self.graphs.new_cache(len(decoder_input_ids))
+        logits = self.graphs.decode(decoder_input_ids.numpy(), mask, cross, cache)
+        return Seq2SeqLMOutput(logits=torch.from_numpy(logits), **{CACHE_FIELD: cache})
+
+
+class _Encoder(torch.nn.Module):
+    """As `generate` calls an encoder. All that the decoder needs is in the output, since `generate` repeats it, tensor
+    by tensor, for beams."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, graphs: Graphs):
+        super().__init__()
+        self.graphs = graphs
+
+    def forward(self, input_ids, attention_mask=None, **kwargs) -> BaseModelOutput:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        cross, mask = self.graphs.encode(input_ids.numpy(), mask.numpy())
+        first, *others = (torch.from_numpy(array) for array in (*cross, mask))
+        outputs = BaseModelOutput(last_hidden_state=first)
+        for index, tensor in enumerate(others):
+            outputs[f"cross_{index}"] = tensor
+        return outputs
+
+
+def load_graphs(folder: Path, manifest: dict, recipe, shapes: Shapes) -> Graphs:
+    """The graphs of a folder on the runtime of their target."""
+    dtype = np.dtype(manifest["cache_dtype"])
+    if manifest["target"] == "onnx":
+        from .onnx import OnnxGraphs
+
+        return OnnxGraphs(folder, recipe, shapes, dtype)
+    if manifest["target"] == "openvino":
+        from .openvino import OpenVinoGraphs
+
+        return OpenVinoGraphs(folder, recipe, shapes, dtype, manifest["stateful"])
+    from .coreml import CoreMlGraphs
+
+    return CoreMlGraphs(folder, recipe, shapes, dtype, manifest["stateful"])
+
+
+def read_manifest(folder: Path) -> dict:
+    """`exported.json` of a folder, after a look at every file that it names.
+
+    Raises:
+        ValueError: there is none, it is of a newer version, or a file is missing or changed.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{folder} holds no export: make one with hf-encdec-distill export MODEL {folder}") from None
+    if manifest["version"] > MANIFEST_VERSION:
+        raise ValueError(
+            f"{folder / MANIFEST} is of version {manifest['version']}, this package reads up to {MANIFEST_VERSION}: "
+            "pip install -U hf-encdec-distill"
+        )
+    for name, digest in manifest["files"].items():
+        found = sha256(folder / name) if (folder / name).is_file() else "missing"
+        if found != digest:
+            state = "missing" if found == "missing" else f"changed after the export (sha256 {found}, not {digest})"
+            raise ValueError(f"{folder / name} is {state}: export the model again")
+    return manifest
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return sha_fileobj(stream).hex()
