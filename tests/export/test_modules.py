@@ -2,41 +2,10 @@
 
 import pytest
 import torch
+from architectures import OPTIONS
 from toys import KINDS, make_model, ragged, random_ids
 
 from hf_encdec_distill.export.modules import ExportedDecoder, ExportedEncoder
-
-
-OPTIONS = {
-    "separate": {"kind": "separate"},
-    "separate, causal encoder": {"kind": "separate", "encoder_attention": "causal"},
-    "separate, any encoder layer": {"kind": "separate", "cross_attention_layers": [1, 2]},
-    "merged": {"kind": "merged"},
-    "merged, causal encoder": {"kind": "merged", "encoder_attention": "causal"},
-    "merged, any encoder layer": {"kind": "merged", "cross_attention_layers": [3, 0]},
-    "a key and value head for each query head": {"kind": "merged", "num_key_value_heads": 4},
-    "one key and value head": {"kind": "separate", "num_key_value_heads": 1},
-    "biases": {"kind": "merged", "attention_bias": True, "mlp_bias": True},
-    "biases on queries, keys and values": {"kind": "separate", "attention_bias": "qkv"},
-    "norms of queries and keys": {"kind": "merged", "qk_norm": True},
-    "plain MLP": {"kind": "separate", "gated_mlp": False, "hidden_act": "gelu"},
-    "head of its own": {"kind": "merged", "tie_word_embeddings": False},
-    "wide heads": {"kind": "merged", "head_dim": 16},
-    "layers without RoPE": {"kind": "merged", "encoder_no_rope_layers": [1], "decoder_no_rope_layers": [0]},
-    "half of a head turned": {"kind": "merged", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-    "linear RoPE": {"kind": "separate", "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
-    "YaRN": {"kind": "merged", "rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-    "Llama 3's RoPE": {
-        "kind": "merged",
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
-    },
-}
 
 
 def empty_cache(config, batch, slots=0):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import adapt, cache, convert_mu, distill, evaluate, info, init, quickstart, teach
+from . import adapt, cache, convert_mu, distill, evaluate, export, generate, info, init, quickstart, teach
 
 
 PROGRAM = "hf-encdec-distill"
@@ -23,6 +23,8 @@ COMMANDS = {
     "cache": cache,
     "distill": distill,
     "evaluate": evaluate,
+    "export": export,
+    "generate": generate,
     "convert-mu": convert_mu,
     "info": info,
 }

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from .graphs import GraphCache, Graphs, needs
+from .graphs import GraphCache, Graphs
 from .modules import ExportedDecoder, ExportedEncoder, RotaryTable, with_scaled_norms
 from .recipe import Graph, Port, Shapes, stacked
 
@@ -61,12 +61,8 @@ def cache_dtype(variant: str) -> str:
 
 
 def export(model, graphs: dict[str, Graph], shapes: Shapes, variant: str, stateful: bool, folder: Path) -> None:
-    """Write the packages of `model` into `folder`.
-
-    Raises:
-        ImportError: coremltools is missing; the message has the line that installs it.
-    """
-    with needs("coreml"), _quiet():
+    """Write the packages of `model` into `folder`."""
+    with _quiet():
         import coremltools as ct
     model = model.float() if variant == "fp32" else with_scaled_norms(model.float())
     rotary = RotaryTable(model.model.encoder.rotary_emb, max(shapes.prompts) + shapes.targets)
@@ -262,7 +258,7 @@ class CoreMlGraphs(Graphs):
         super().__init__(graphs, shapes, dtype)
         self.stateful = stateful
         if platform.system() == "Darwin":
-            with needs("coreml"), _quiet():
+            with _quiet():
                 from coremltools.models import MLModel as Program
         else:
             from .mil_interpreter import MilProgram as Program

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
+from .graphs import check_installed
 from .recipe import Shapes, check_exportable, graphs
 from .runtime import MANIFEST, MANIFEST_VERSION, sha256
 
@@ -39,12 +41,8 @@ def export_model(
     check_exportable(model, target, variant, shapes)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty: choose a folder that is not there yet")
-    if target == "onnx":
-        from . import onnx as backend
-    elif target == "openvino":
-        from . import openvino as backend
-    else:
-        from . import coreml as backend
+    backend = backend_of(target)
+    check_installed(target)
     shapes, stateful = backend.settle(model.config, variant, shapes, stateful)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -64,6 +62,11 @@ def export_model(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return folder
+
+
+def backend_of(target: str):
+    """The module of a target, with `settle`, `cache_dtype` and `export`."""
+    return importlib.import_module(f".{target}", __package__)
 
 
 def write_manifest(folder: Path, target: str, variant: str, shapes: Shapes, stateful: bool, cache_dtype: str) -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 
 from .recipe import Graph, Shapes
+
+
+# What a target needs, its runtime first.
+PACKAGES = {
+    "onnx": ("onnxruntime", "onnx", "onnxscript"),
+    "openvino": ("openvino", "nncf"),
+    "coreml": ("coremltools",),
+}
 
 
 class GraphCache:
@@ -128,10 +136,15 @@ class Graphs(ABC):
         return logits, own
 
 
-@contextmanager
-def needs(extra: str):
-    """Turn a failing import into the line that mends it."""
-    try:
-        yield
-    except ImportError as error:
-        raise ImportError(f'{error}; mend: pip install "hf-encdec-distill[{extra}]"') from error
+def check_installed(target: str, to_run: bool = False) -> None:
+    """
+    Args:
+        to_run: whether an export is to be run only.
+
+    Raises:
+        ImportError: a package is missing; the message has the line that installs it.
+    """
+    needed = PACKAGES[target][:1] if to_run else PACKAGES[target]
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(f"{target} needs {' and '.join(missing)}: pip install {' '.join(missing)}")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .graphs import Graphs, needs
+from .graphs import Graphs
 from .recipe import Graph, Shapes
 from .tracing import export_programs
 
@@ -45,15 +45,11 @@ def cache_dtype(variant: str) -> str:
 
 
 def export(model, graphs: dict[str, Graph], shapes: Shapes, variant: str, stateful: bool, folder: Path) -> None:
-    """Write the graphs of `model` into `folder`.
+    """Write the graphs of `model` into `folder`."""
+    import onnx
+    import onnx_ir
+    import onnxscript  # noqa: F401
 
-    Raises:
-        ImportError: onnx, onnxscript or onnxruntime are missing; the message has the line that installs them.
-    """
-    with needs("onnx"):
-        import onnx
-        import onnx_ir
-        import onnxscript  # noqa: F401
     if variant == "fp16":
         model = copy.deepcopy(model).half()
     programs = export_programs(model, graphs)
@@ -85,9 +81,9 @@ def _name_ports(graph, recipe: Graph) -> None:
 
 def _quantized(proto, variant: str):
     """Weights of matrix products and of the embedding in 8 bits, one scale for each channel, or in 4, in blocks."""
-    with needs("onnx"):
-        import onnx
-        from onnxruntime.quantization import QuantType, matmul_nbits_quantizer, quantize_dynamic
+    import onnx
+    from onnxruntime.quantization import QuantType, matmul_nbits_quantizer, quantize_dynamic
+
     proto = _with_head_as_matrix(proto)
     if variant == "int4":
         options = matmul_nbits_quantizer.DefaultWeightOnlyQuantConfig(
@@ -176,8 +172,8 @@ class OnnxGraphs(Graphs):
 
     def __init__(self, folder: Path, graphs: dict[str, Graph], shapes: Shapes, dtype, providers=None):
         super().__init__(graphs, shapes, dtype)
-        with needs("onnx"):
-            import onnxruntime
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         self.sessions = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .graphs import GraphCache, Graphs, needs
+from .graphs import GraphCache, Graphs
 from .recipe import Graph, Shapes
 from .tracing import export_programs
 
@@ -33,13 +33,9 @@ def cache_dtype(variant: str) -> str:
 
 
 def export(model, graphs: dict[str, Graph], shapes: Shapes, variant: str, stateful: bool, folder: Path) -> None:
-    """Write the graphs of `model` into `folder`.
+    """Write the graphs of `model` into `folder`."""
+    import openvino
 
-    Raises:
-        ImportError: openvino or, for int8 and int4, nncf are missing; the message has the line that installs them.
-    """
-    with needs("openvino"):
-        import openvino
     programs = export_programs(model.float(), graphs, repeat=stateful and shapes.targets is None)
     for name, graph in graphs.items():
         with warnings.catch_warnings():
@@ -57,10 +53,10 @@ def export(model, graphs: dict[str, Graph], shapes: Shapes, variant: str, statef
 
 
 def _compressed(model, variant: str, fixed: bool):
-    """Weights in 8 bits, a scale for each channel, or in 4, in blocks; symmetric where the shapes are fixed, since an NPU
-    takes no other form, and there int4 has a scale for each channel too."""
-    with needs("openvino"):
-        import nncf
+    """Weights in 8 bits, a scale for each channel, or in 4, in blocks; symmetric where the shapes are fixed, since an
+    NPU takes no other form, and there int4 has a scale for each channel too."""
+    import nncf
+
     form = f"{variant.upper()}_{'SYM' if fixed else 'ASYM'}"
     options = {} if variant == "int8" else {"group_size": -1 if fixed else _BLOCK, "ratio": 1.0}
     return nncf.compress_weights(model, mode=getattr(nncf.CompressWeightsMode, form), **options)
@@ -101,9 +97,9 @@ class OpenVinoGraphs(Graphs):
 
     Args:
         device: as OpenVINO names it, such as `CPU`, `GPU` or `NPU`.
-        settings: of the device, over those that make a CPU compute and keep its states in fp32, which are the ones that
-            parity is proven with. OpenVINO's own choices are faster and less exact: bfloat16 where the CPU has it, and
-            8 bits in states (`KV_CACHE_PRECISION`).
+        settings: of the device, over those that make a CPU compute and keep its states in fp32, which are the ones
+            that parity is proven with. OpenVINO's own choices are faster and less exact: bfloat16 where the CPU has
+            it, and 8 bits in states (`KV_CACHE_PRECISION`).
     """
 
     def __init__(
@@ -117,8 +113,8 @@ class OpenVinoGraphs(Graphs):
         settings: Mapping[str, object] | None = None,
     ):
         super().__init__(graphs, shapes, dtype)
-        with needs("openvino"):
-            import openvino
+        import openvino
+
         core = openvino.Core()
         exact = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
         exact["KV_CACHE_PRECISION"] = "f32"

@@ -1,4 +1,4 @@
-"""What the exported graphs of a student are, as data: inputs, outputs, axes, cache, precision, and how equal they must be.
+"""What the exported graphs of a student are, as data: ports, axes, cache, and how equal to PyTorch they have to be.
 
 Every target reads this; an option of the architecture that changes a shape changes it here and nowhere else. Names are
 those that Optimum and transformers.js give to the same tensors.
@@ -31,8 +31,8 @@ class Bounds:
 
     `logits` is the largest difference, as a share of the largest logit; `None` where rounding of weights makes it say
     little. `ce` is the rise of the cross-entropy on the rows, as a share of PyTorch's; `agreement` the share of target
-    tokens at which both put the same token first; `tokens` the share of greedy and beam answers that are the same to the last
-    token.
+    tokens at which both put the same token first; `tokens` the share of greedy and beam answers that are the same to
+    the last token.
     """
 
     logits: float | None
@@ -83,8 +83,8 @@ class Shapes:
             if kind == "ranged" and len(prompts) == 1:
                 return cls(range(1, prompts[0] + 1), targets)
         raise ValueError(
-            f"shapes {text!r}: give dynamic, fixed:SRC,TGT, enumerated:SRC,SRC,...,TGT or ranged:SRC,TGT, with lengths "
-            "in tokens of at least 1"
+            f"shapes {text!r}: give dynamic, fixed:SRC,TGT, enumerated:SRC,SRC,...,TGT or ranged:SRC,TGT, with "
+            "lengths in tokens of at least 1"
         )
 
     def __str__(self) -> str:
@@ -107,8 +107,8 @@ class Shapes:
         fitting = [size for size in self.prompts if size >= length]
         if not fitting:
             raise ValueError(
-                f"a prompt of {length} tokens: this export ({self}) takes at most {max(self.prompts)}; cut the prompt, "
-                "or export again with a longer one"
+                f"a prompt of {length} tokens: this export ({self}) takes at most {max(self.prompts)}; cut the prompt "
+                "or export again with longer shapes"
             )
         return min(fitting)
 
@@ -226,8 +226,8 @@ def check_exportable(model: torch.nn.Module, target: str, variant: str, shapes: 
     rope = config.rope_parameters["rope_type"]
     if rope in ("dynamic", "longrope"):
         raise ValueError(
-            f"rope_type={rope!r} chooses its frequencies by the longest sequence of a call, which no graph for {target} "
-            "can: set another rope_type before training, or use the model in PyTorch"
+            f"rope_type={rope!r} chooses its frequencies by the longest sequence of a call, which no graph for "
+            f"{target} can: set another rope_type before training, or use the model in PyTorch"
         )
     several = shapes.prompts is not None and len(shapes.prompts) > 1
     if target == "onnx" and shapes.targets is not None and several or target == "openvino" and several:

@@ -14,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..models.rope_encdec import RopeEncDecConfig
 from ..models.rope_encdec.compat_rope_encdec import CACHE_FIELD
-from .graphs import Graphs
+from .graphs import Graphs, check_installed
 from .recipe import Shapes, graphs
 
 
@@ -123,6 +123,7 @@ class _Encoder(torch.nn.Module):
 
 def load_graphs(folder: Path, manifest: dict, recipe, shapes: Shapes) -> Graphs:
     """The graphs of a folder on the runtime of their target."""
+    check_installed(manifest["target"], to_run=True)
     dtype = np.dtype(manifest["cache_dtype"])
     if manifest["target"] == "onnx":
         from .onnx import OnnxGraphs

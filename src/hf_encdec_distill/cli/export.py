@@ -1,0 +1,189 @@
+"""Export a student to ONNX, OpenVINO or Core ML, and prove that what was written answers as PyTorch does.
+
+With several targets each has a folder of its own in OUT. What is out of bounds keeps the name OUT.rejected, and the
+command fails. parity.json in the folder has what was compared; docs/export.md explains it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ._inputs import add_data_arguments, load_splits
+
+
+SUMMARY = "export to ONNX, OpenVINO or Core ML, proven equal"
+EXAMPLE = "hf-encdec-distill export runs/quickstart/student --target onnx,openvino --variant int8 exported"
+
+# Answers of an interpreter that runs a program operation by operation take their time.
+_ROWS = {"onnx": 24, "openvino": 24, "coreml": 6}
+_MAX_SOURCE, _MAX_TARGET = 256, 32
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder or Hub id of a student")
+    parser.add_argument("output", metavar="OUT", help="new folder")
+    parser.add_argument(
+        "--target", required=True, metavar="NAME[,NAME]", help="any of onnx, openvino and coreml, with commas between"
+    )
+    parser.add_argument(
+        "--variant",
+        default="fp32",
+        metavar="NAME",
+        help="how weights are stored: fp32, fp16, int8, int4, or palette4 for coreml (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shapes",
+        default="dynamic",
+        metavar="SHAPES",
+        help="dynamic, or fixed:SRC,TGT in tokens, as NPUs want it; for coreml also ranged:SRC,TGT and "
+        "enumerated:SRC,...,TGT (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stateless",
+        action="store_true",
+        help="keys and values as inputs and outputs of the decoder: for iOS 16 and 17, or several answers at once",
+    )
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--rows",
+        type=int,
+        metavar="N",
+        help=f"test rows to compare on (default: {_ROWS['onnx']}, or {_ROWS['coreml']} for coreml)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..export.recipe import Shapes
+
+    targets = list(dict.fromkeys(part.strip() for part in args.target.split(",")))
+    if args.rows is not None and args.rows < 1:
+        raise ValueError(f"--rows {args.rows}: give at least 1")
+    output = Path(args.output)
+    folders = {target: output if len(targets) == 1 else output / target for target in targets}
+    for folder in folders.values():
+        _refuse_used(folder)
+    shapes = Shapes.parse(args.shapes)
+    model, tokenizer = _load(args.model)
+    _check(model, targets, args, shapes)
+    reports = {target: _export(target, folders[target], model, tokenizer, args, shapes) for target in targets}
+    print(json.dumps(reports, indent=1) if args.json else _page(reports))
+    failed = {target: report["failures"] for target, report in reports.items() if report["failures"]}
+    if failed:
+        sentences = "; ".join(f"{target}: {', '.join(failures)}" for target, failures in failed.items())
+        names = ", ".join(f"{folders[target]}.rejected" for target in failed)
+        raise ValueError(f"not equal to PyTorch within bounds: {sentences}; kept as {names}")
+
+
+def _refuse_used(folder: Path) -> None:
+    for path in (folder, folder.with_name(f"{folder.name}.rejected")):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"{path} is not empty: remove it, or choose another OUT")
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    """The student in fp32, and its tokenizer.
+
+    Raises:
+        ValueError: it is a model of another type.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type != "rope_encdec":
+        raise ValueError(
+            f"{name} is a {config.model_type}: only students of this package can be exported; hf-encdec-distill init "
+            "makes one out of a decoder-only model"
+        )
+    return AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(name)
+
+
+def _check(model, targets: list[str], args: argparse.Namespace, shapes) -> None:
+    """All that can be wrong with any of the targets, before the first is exported."""
+    from ..export.exporting import backend_of
+    from ..export.graphs import check_installed
+    from ..export.recipe import check_exportable
+
+    for target in targets:
+        check_exportable(model, target, args.variant, shapes)
+        backend_of(target).settle(model.config, args.variant, shapes, False if args.stateless else None)
+        check_installed(target)
+
+
+def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespace, shapes) -> dict[str, Any]:
+    """Write, prove, and only then give the folder its name."""
+    import shutil
+
+    from ..distillation.metrics import rouge_l
+    from ..export.exporting import export_model
+    from ..export.parity import PARITY, prove
+    from ._display import Display
+    from ._state import write_json
+
+    rows = _rows(target, model, tokenizer, args, shapes)
+    unproven = folder.with_name(f"{folder.name}.unproven")
+    shutil.rmtree(unproven, ignore_errors=True)
+    display = Display(lambda: 0.0, stages=2)
+    try:
+        with display.stage(f"export to {target}") as update:
+            stateful = False if args.stateless else None
+            export_model(model, tokenizer, target, unproven, args.variant, shapes, stateful)
+            update(1.0, str(folder))
+        with display.stage(f"compare {target} with PyTorch") as update:
+            report = prove(unproven, model, rows, tokenizer, rouge_l, _MAX_TARGET, update)
+        write_json(unproven / PARITY, report)
+        final = folder.with_name(f"{folder.name}.rejected") if report["failures"] else folder
+        if final.exists():
+            final.rmdir()
+        unproven.rename(final)
+    finally:
+        shutil.rmtree(unproven, ignore_errors=True)
+    return report
+
+
+def _rows(target: str, model, tokenizer, args: argparse.Namespace, shapes) -> list[dict]:
+    """Real rows, cut as a student of this task reads them, to no more than the graphs take."""
+    max_source = min(_MAX_SOURCE, max(shapes.prompts) if shapes.prompts else _MAX_SOURCE)
+    max_target = min(_MAX_TARGET, shapes.targets or _MAX_TARGET)
+    pairs = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")["test"]
+    pairs = pairs.shuffle(seed=0).select(range(min(args.rows or _ROWS[target], len(pairs))))
+    eos = model.generation_config.eos_token_id
+    eos = eos[0] if isinstance(eos, list) else eos
+    rows = []
+    for pair in pairs:
+        labels = tokenizer(pair["target"], add_special_tokens=False)["input_ids"][: max_target - 1]
+        inputs = tokenizer(pair["source"], truncation=True, max_length=max_source)["input_ids"]
+        rows.append({"inputs": inputs, "labels": [*labels, *([] if eos is None else [eos])], "target": pair["target"]})
+    return rows
+
+
+def _page(reports: dict[str, dict]) -> str:
+    from ._display import table
+
+    def both(report: dict, name: str) -> str:
+        return f"{report[name]['exported']:.3f} / {report[name]['pytorch']:.3f}" if name in report else ""
+
+    def times(report: dict, name: str) -> str:
+        seconds = report["seconds"]
+        return f"{1e3 * seconds['exported'][name]:.1f} / {1e3 * seconds['pytorch'][name]:.1f}"
+
+    lines = {
+        "largest difference of logits, share of scale": lambda r: f"{r['logits']:.1e}",
+        "greedy answers equal": lambda r: f"{r['tokens']['greedy']:.0%}",
+        "beam answers equal": lambda r: f"{r['tokens']['beam']:.0%}",
+        "cross-entropy, exported / PyTorch": lambda r: both(r, "ce"),
+        "same token first": lambda r: f"{r['agreement']:.1%}",
+        "ROUGE-L, exported / PyTorch": lambda r: both(r, "rouge_l"),
+        "first token, ms, exported / PyTorch": lambda r: times(r, "first_token"),
+        "each further token, ms, exported / PyTorch": lambda r: times(r, "token"),
+        "size, MB, exported / PyTorch in fp32": lambda r: (
+            f"{r['megabytes']['exported']:.1f} / {r['megabytes']['pytorch_fp32']:.1f}"
+        ),
+        "within bounds": lambda r: "no" if r["failures"] else "yes",
+    }
+    header = ["", *(f"{target} {report['variant']}" for target, report in reports.items())]
+    return table(header, [[title, *(of(report) for report in reports.values())] for title, of in lines.items()])

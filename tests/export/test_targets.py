@@ -1,0 +1,277 @@
+"""Each target against PyTorch: every option of the architecture, every kind of shapes, states or none."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import OPTIONS, TOGETHER
+from toys import make_model, ragged, random_ids
+
+from hf_encdec_distill.export.exporting import export_model
+from hf_encdec_distill.export.recipe import TARGETS, Shapes
+from hf_encdec_distill.export.runtime import ExportedForConditionalGeneration
+
+
+TOLERANCE = 1e-5  # of the largest logit
+
+
+def export(model, folder, target, **options):
+    torch.manual_seed(0)
+    shapes = Shapes.parse(options.pop("shapes", "ranged:12,10" if target == "coreml" else "dynamic"))
+    export_model(model, None, target, folder, shapes=shapes, **options)
+    return ExportedForConditionalGeneration.from_pretrained(folder)
+
+
+def toy(**options):
+    model = make_model(**options)
+    # Random weights end when they like; all rows shall go on to the last token.
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@torch.no_grad()
+def assert_logits_equal(exported, model, batch, prompt, target, side="right"):
+    ids, mask = random_ids(batch, prompt), torch.ones(batch, prompt, dtype=torch.long)
+    for row in range(1, batch):
+        pads = min(row, prompt - 1)
+        mask[row, slice(0, pads) if side == "left" else slice(prompt - pads, None)] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": random_ids(batch, target)}
+    expected = model(**inputs).logits
+    torch.testing.assert_close(
+        exported(**inputs).logits, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())
+    )
+
+
+def assert_answers_equal(exported, model, tokens=6, **options):
+    for side in ("right", "left"):
+        ids, mask, _ = ragged(side)
+        inputs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": tokens, "do_sample": False, **options}
+        assert exported.generate(**inputs).tolist() == model.generate(**inputs).tolist()
+
+
+@pytest.mark.parametrize("options", TOGETHER.values(), ids=TOGETHER)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_architecture(target, options, tmp_path):
+    """A grid of shapes, then greedy and beam answers, then the first again: nothing is left over from a call."""
+    model = toy(**options)
+    exported = export(model, tmp_path / "exported", target)
+    grid = [(1, 1, 1), (3, 7, 4), (1, 12, 1), (2, 1, 3), (2, 5, 1)]
+    for shape in [*grid, grid[0]]:
+        for side in ("left", "right"):
+            assert_logits_equal(exported, model, *shape, side)
+    assert_answers_equal(exported, model)
+    assert_answers_equal(exported, model, num_beams=3)
+    assert_answers_equal(exported, model)
+
+
+def test_every_option_is_exported():
+    """To each target, since a toy goes to all."""
+
+    def settings(toys):
+        return {f"{name}={value}" for toy in toys.values() for name, value in toy.items()}
+
+    missing = settings(OPTIONS) - settings(TOGETHER)
+    assert not missing
+
+
+SIZES = {
+    "onnx": ["fixed:9,8"],
+    "openvino": ["fixed:9,8"],
+    "coreml": ["fixed:9,8", "enumerated:4,9,8"],
+}
+
+
+@pytest.mark.parametrize("kind", ["separate", "merged"])
+@pytest.mark.parametrize("target,shapes", [(target, shapes) for target in SIZES for shapes in SIZES[target]])
+def test_sizes_that_are_fixed(target, shapes, kind, tmp_path):
+    """Short prompts are padded, and past the sizes there is an error, not a wrong answer."""
+    model = toy(kind=kind)
+    exported = export(model, tmp_path / "exported", target, shapes=shapes)
+    for shape in [(1, 1, 1), (2, 4, 3), (1, 9, 8)]:
+        assert_logits_equal(exported, model, *shape)
+    assert_answers_equal(exported, model, num_beams=2)
+    with pytest.raises(ValueError, match=f"a prompt of 10 tokens: this export .{shapes}. takes at most 9"):
+        exported.generate(random_ids(1, 10))
+    with pytest.raises(ValueError, match="9 target tokens: this export .* has 8 slots"):
+        exported.generate(random_ids(1, 9), max_new_tokens=9, do_sample=False)
+
+
+@pytest.mark.parametrize("kind", ["separate", "merged"])
+@pytest.mark.parametrize("shapes", ["dynamic", "fixed:9,8"])
+def test_openvino_without_states(shapes, kind, tmp_path):
+    model = toy(kind=kind)
+    exported = export(model, tmp_path / "exported", "openvino", shapes=shapes, stateful=False)
+    assert_logits_equal(exported, model, 2, 7, 3)
+    assert_answers_equal(exported, model, num_beams=3)
+
+
+def test_one_set_of_states_serves_one_generation(tmp_path):
+    model = toy(kind="merged")
+    exported = export(model, tmp_path / "exported", "openvino")
+    inputs = {"input_ids": random_ids(1, 4), "decoder_input_ids": random_ids(1, 1)}
+    first = exported(**inputs)
+    exported(**inputs)
+    cache = first.get("cache", first.get("past_key_values"))
+    with pytest.raises(ValueError, match="another generation has begun on it"):
+        exported(**inputs, past_key_values=cache)
+
+
+def test_fixed_openvino_graphs_have_no_open_dimension(tmp_path):
+    import openvino
+
+    export(toy(kind="merged"), tmp_path / "exported", "openvino", shapes="fixed:9,8")
+    for file in (tmp_path / "exported").glob("*.xml"):
+        model = openvino.Core().read_model(file)
+        assert all(port.get_partial_shape().is_static for op in model.get_ops() for port in op.outputs()), (
+            f"{file.name} has a dimension that an NPU cannot compile"
+        )
+
+
+@pytest.mark.parametrize("stateful", [True, False])
+@pytest.mark.parametrize("kind", ["separate", "merged"])
+def test_core_ml_in_half_precision(kind, stateful, tmp_path):
+    """In states, whose only type it is, and without: rounding apart, the same."""
+    model = toy(kind=kind)
+    exported = export(model, tmp_path / "exported", "coreml", variant="fp16", shapes="fixed:9,8", stateful=stateful)
+    ids, labels = random_ids(2, 9), random_ids(2, 6)
+    with torch.no_grad():
+        expected = model(input_ids=ids, decoder_input_ids=labels).logits
+    found = exported(input_ids=ids, decoder_input_ids=labels).logits
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+    assert any(op.startswith("write_state") for op in _operations(tmp_path / "exported")) is stateful
+
+
+def _operations(folder):
+    import coremltools
+
+    spec = coremltools.utils.load_spec(str(folder / "decoder.mlpackage"))
+    main = spec.mlProgram.functions["main"]
+    return [op.type for op in main.block_specializations[main.opset].operations]
+
+
+@pytest.mark.parametrize("kind", ["separate", "merged"])
+def test_large_states_do_not_overflow_half_precision(kind, tmp_path):
+    """A residual stream of a thousand, as real models have: squared it is beyond fp16."""
+    model = toy(kind=kind, encoder_num_hidden_layers=1, decoder_num_hidden_layers=1)
+    with torch.no_grad():
+        model.model.encoder.embed_tokens.weight[:, 0] = 1000.0
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    exported = export(model, tmp_path / "exported", "coreml", variant="fp16", shapes="fixed:9,8")
+    ids, labels = random_ids(1, 9), random_ids(1, 4)
+    with torch.no_grad():
+        expected = model(input_ids=ids, decoder_input_ids=labels).logits
+    found = exported(input_ids=ids, decoder_input_ids=labels).logits
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("target", ["openvino", "coreml"])
+def test_positions_keep_their_precision_far_out(target, tmp_path):
+    """Angles rounded to fp16 are off by half a radian at position 1000."""
+    model = toy(kind="merged", max_position_embeddings=1100, encoder_num_hidden_layers=1, decoder_num_hidden_layers=1)
+    shapes = "dynamic" if target == "openvino" else "fixed:1000,8"
+    exported = export(model, tmp_path / "exported", target, variant="fp16", shapes=shapes)
+    ids, labels = random_ids(1, 1000), random_ids(1, 3)
+    with torch.no_grad():
+        expected = model(input_ids=ids, decoder_input_ids=labels).logits
+    found = exported(input_ids=ids, decoder_input_ids=labels).logits
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_weights_of_onnx_are_stored_once(tmp_path):
+    """Embedding, head and shared projections: one file, less than the model's own parameters and a little."""
+    model = toy(kind="merged", vocab_size=4096)
+    export(model, tmp_path / "exported", "onnx")
+    parameters = sum(p.numel() for p in model.parameters()) * 4
+    assert os.path.getsize(tmp_path / "exported" / "model.onnx_data") < 1.05 * parameters
+    assert all(os.path.getsize(file) < 0.3 * parameters for file in (tmp_path / "exported").glob("*.onnx"))
+
+
+def test_onnx_graphs_say_what_they_are(tmp_path):
+    import onnx
+
+    export(toy(kind="merged"), tmp_path / "exported", "onnx")
+    decoder = onnx.load(tmp_path / "exported" / "decoder_model.onnx", load_external_data=False)
+    axes = {
+        port.name: [dim.dim_param or dim.dim_value for dim in port.type.tensor_type.shape.dim]
+        for port in (*decoder.graph.input, *decoder.graph.output)
+    }
+    assert axes["input_ids"] == ["batch", "target"]
+    assert axes["past_key_values.1.decoder.key"] == ["batch", 2, "past", 8]
+    assert axes["past_key_values.0.encoder.value"] == ["batch", 2, "prompt", 8]
+    assert axes["present.0.decoder.value"] == ["batch", 2, "past + target", 8]
+    assert axes["logits"] == ["batch", "target", 97]
+    assert "encoder_hidden_states" not in axes
+    assert [entry.version for entry in decoder.opset_import if entry.domain == ""] == [18]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_changed_file_is_found(target, tmp_path):
+    folder = tmp_path / "exported"
+    export(toy(kind="merged"), folder, target)
+    name = next(name for name in json.loads((folder / "exported.json").read_text())["files"] if "decoder" in name)
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{Path(name).name} is changed after the export"):
+        ExportedForConditionalGeneration.from_pretrained(folder)
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"{Path(name).name} is missing"):
+        ExportedForConditionalGeneration.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"target": "tflite"}, "target 'tflite': choose of onnx, openvino, coreml"),
+        ({"variant": "int2"}, "variant 'int2': choose of fp32"),
+        ({"variant": "palette4"}, "variant 'palette4' is for coreml, not for onnx: choose of fp32, fp16, int8, int4"),
+        ({"shapes": "ranged:8,8"}, "onnx takes dynamic and fixed"),
+        ({"shapes": "fixed:128,8"}, "need 136 positions, the model has max_position_embeddings=128"),
+        ({"stateful": True}, "ONNX graphs have no states"),
+        ({"target": "coreml", "stateful": True}, "Core ML keeps states in fp16: export variant fp32 stateless"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_what_cannot_be_exported(change, message, tmp_path):
+    options = {"target": "onnx", **change}
+    with pytest.raises(ValueError, match=message):
+        export(toy(kind="merged"), tmp_path / "exported", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_rope_that_no_graph_can_express(rope, tmp_path):
+    parameters = {"rope_type": rope, "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    parameters["original_max_position_embeddings"] = 64
+    with pytest.raises(ValueError, match=f"rope_type='{rope}' chooses its frequencies .* no graph for openvino can"):
+        export(toy(kind="merged", rope_parameters=parameters), tmp_path / "exported", "openvino")
+
+
+def test_a_model_of_another_type(tmp_path):
+    from toys import make_llama
+
+    with pytest.raises(ValueError, match="LlamaForCausalLM of model type 'llama' cannot be exported"):
+        export_model(make_llama(), None, "onnx", tmp_path / "exported")
+
+
+def test_nothing_half_done_is_left(tmp_path, monkeypatch):
+    from hf_encdec_distill.export import onnx
+
+    monkeypatch.setattr(onnx, "_name_ports", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        export(toy(kind="merged"), tmp_path / "exported", "onnx")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "mine").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        export(toy(kind="merged"), tmp_path / "exported", "onnx")
+
+
+def test_a_missing_backend_is_named(tmp_path, monkeypatch):
+    from hf_encdec_distill.export import graphs
+
+    monkeypatch.setitem(graphs.PACKAGES, "onnx", ("onnxruntime", "no_such_package"))
+    with pytest.raises(ImportError, match="onnx needs no_such_package: pip install no_such_package"):
+        export(toy(kind="merged"), tmp_path / "exported", "onnx")
