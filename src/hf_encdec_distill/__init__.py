@@ -1,10 +1,12 @@
 """Distil a decoder-only language model into a RoPE encoder-decoder that plugs into transformers.
 
-Importing the package registers the model with the `Auto` classes; everything else is imported on first use (PEP 562).
+Importing the package registers the model with the `Auto` classes, and with Optimum once that is imported; everything
+else is imported on first use (PEP 562).
 """
 
 import importlib
 
+from .export.optimum_registration import register_with_optimum
 from .models.rope_encdec import (
     RopeEncDecConfig,
     RopeEncDecEncoderModel,
@@ -12,6 +14,8 @@ from .models.rope_encdec import (
     RopeEncDecModel,
 )
 
+
+register_with_optimum()
 
 __version__ = "0.1.0"
 
