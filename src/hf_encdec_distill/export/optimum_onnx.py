@@ -33,6 +33,7 @@ from ..models.rope_encdec import RopeEncDecForConditionalGeneration, RopeEncDecM
 from ..models.rope_encdec.modeling_rope_encdec import (
     RopeEncDecEncoderOutput,
     RopeEncDecPreTrainedModel,
+    _once_per_prompt,
     states_handed_over,
 )
 from .modules import MASKED
@@ -50,39 +51,80 @@ _TASK_OF_CLASS = {
     RopeEncDecModel.__name__: "feature-extraction",
 }
 
-# The key of our attention in transformers' registries, for the time of an export.
-_TRACEABLE_ATTENTION = "rope_encdec_export"
-
-
-def _traceable_attention(module, query, key, value, attention_mask, **kwargs):
+def grouped_attention(module, query, key, value, attention_mask, **kwargs):
     """`query` `(B, G * R, T, D)` on `(B, G, K, D)` under an additive mask `(B, 1, T, K)`, to `(B, T, G * R, D)`.
 
     As [`~hf_encdec_distill.export.modules.grouped_attention`], without its look at lengths, which a tracer would take
-    for constants: here the mask has always a row for each of the T queries. And B and T are the mask's: those of a
-    query without RoPE come out of a reshape, whose lengths torch.onnx (v2.13) writes down as it saw them.
+    for constants: here the mask has always a row for each of the T queries.
     """
+    query, attention_mask = _fold_groups(module, query, attention_mask)
+    output = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+    return _unfold_groups(module, output, attention_mask), None
+
+
+def _fold_groups(module, query, attention_mask):
+    """The R query heads of a group one after the other on the time axis: `(B, G, R * T, D)`, `(B, 1, R * T, K)`."""
+    # B and T are the mask's. A query without RoPE comes out of a reshape, whose lengths torch.onnx (v2.13) writes down
+    # as it has seen them.
+    batch, length = attention_mask.shape[0], attention_mask.shape[2]
+    groups, ratio = module.config.num_key_value_heads, module.num_key_value_groups
+    if ratio == 1:
+        return query, attention_mask
+    return query.reshape(batch, groups, ratio * length, module.head_dim), attention_mask.repeat(1, 1, ratio, 1)
+
+
+def _unfold_groups(module, output, attention_mask):
+    """`(B, G, R * T, D)` to `(B, T, G * R, D)`."""
     ratio = module.num_key_value_groups
-    heads, width = module.config.num_attention_heads, module.head_dim
     batch, length = attention_mask.shape[0], attention_mask.shape[2]
     if ratio > 1:
-        query = query.reshape(batch, heads // ratio, ratio * length, width)
-        attention_mask = attention_mask.repeat(1, 1, ratio, 1)
-    output = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-    return output.reshape(batch, heads, length, width).transpose(1, 2), None
+        output = output.reshape(batch, module.config.num_attention_heads, length // ratio, module.head_dim)
+    return output.transpose(1, 2)
 
 
-def _additive_mask(*args, dtype, allow_is_causal_skip=False, **kwargs):
+def _merged_attention(
+    module,
+    hidden_states,
+    encoder_states,
+    position_embeddings,
+    encoder_position_embeddings,
+    attention_mask,
+    cache=None,
+    positions=None,
+    **kwargs,
+):
+    """`RopeEncDecMergedAttention.forward` with the scores of prompt and target put together instead of their keys: no
+    copy of the prompt's keys and values for each token, and OpenVINO (v2026.4) does not compile a stateful prompt that
+    is concatenated ("Invalid graph status")."""
+    query, key, value = module.project_own(hidden_states, position_embeddings, cache, positions)
+    prompt_key, prompt_value = _once_per_prompt(
+        cache, module.layer_idx, lambda: module.project_prompt(encoder_states, encoder_position_embeddings)
+    )
+    query, attention_mask = _fold_groups(module, query * module.scaling, attention_mask)
+    scores = torch.cat(
+        (torch.matmul(query, prompt_key.transpose(2, 3)), torch.matmul(query, key.transpose(2, 3))), dim=-1
+    )
+    weights = (scores + attention_mask).softmax(dim=-1)
+    prompt_length = prompt_key.shape[2]
+    output = torch.matmul(weights[..., :prompt_length], prompt_value)
+    output = output + torch.matmul(weights[..., prompt_length:], value)
+    return module.o_proj(_unfold_groups(module, output, attention_mask).flatten(-2)), None, None
+
+
+def additive_mask(*args, dtype, allow_is_causal_skip=False, **kwargs):
     """`(B, 1, T, K)`, never `None`: finite, so that a row which sees no key is not NaN, and within fp16."""
     visible = sdpa_mask_without_vmap(*args, allow_is_causal_skip=False, **kwargs)
     return (~visible).to(dtype) * MASKED
 
 
-ALL_ATTENTION_FUNCTIONS.register(_TRACEABLE_ATTENTION, _traceable_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(_TRACEABLE_ATTENTION, _additive_mask)
+ALL_ATTENTION_FUNCTIONS.register("rope_encdec_onnx", grouped_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register("rope_encdec_onnx", additive_mask)
 
 
 class TraceableModel:
     """What our model needs for the time of an export besides Optimum's own patches; a mixin for a `ModelPatcher`."""
+
+    attention = "rope_encdec_onnx"  # in both registries of transformers
 
     def __init__(self, config, model, model_kwargs=None):
         self._forward_before = vars(model).get("forward")
@@ -93,19 +135,22 @@ class TraceableModel:
     def __enter__(self):
         super().__enter__()
         self._attention_before = self._model.config._attn_implementation
-        self._model.config._attn_implementation = _TRACEABLE_ATTENTION
-        self._longrope = [
-            module
-            for module in self._model.modules()
-            if getattr(module, "rope_type", None) == "longrope" and hasattr(module, "rope_init_fn")
-        ]
-        for module in self._longrope:
-            module.forward = functools.partial(_longrope_forward, module)
+        self._model.config._attn_implementation = self.attention
+        self._patched_modules = []
+        for module in self._model.modules():
+            if hasattr(module, "project_prompt"):
+                self._patch(module, _merged_attention)
+            elif getattr(module, "rope_type", None) == "longrope":
+                self._patch(module, _longrope)
+
+    def _patch(self, module, forward):
+        module.forward = functools.partial(forward, module)
+        self._patched_modules.append(module)
 
     def __exit__(self, *exception):
         super().__exit__(*exception)
         self._model.config._attn_implementation = self._attention_before
-        for module in self._longrope:
+        for module in self._patched_modules:
             del module.forward
         # Optimum leaves its last wrapper on the model, which may go on being used, or be pickled for validation.
         if self._forward_before is None:
@@ -134,7 +179,7 @@ def _with_one_encoder_tensor(forward, behavior):
     return with_one_encoder_tensor
 
 
-def _longrope_forward(module, x, position_ids):
+def _longrope(module, x, position_ids):
     """LongRoPE has two sets of frequencies, and upstream's choice between them is an `if` that a tracer would freeze."""
     limit = getattr(module.config, "original_max_position_embeddings", module.config.max_position_embeddings)
     short, _ = module.rope_init_fn(module.config, x.device)

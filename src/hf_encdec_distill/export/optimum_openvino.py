@@ -4,18 +4,66 @@
 Written against optimum-intel v1.27.0: optimum/exporters/openvino/model_configs.py and model_patcher.py.
 """
 
+import torch
+from optimum.exporters.onnx.model_patcher import PatchingSpec
 from optimum.exporters.openvino.model_patcher import OVSeq2SeqModelPatcher
 from optimum.exporters.tasks import TasksManager
+from torch import nn
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .optimum_onnx import MODEL_TYPE, TASKS, RopeEncDecOnnxConfig, TraceableModel
+from .optimum_onnx import (
+    MODEL_TYPE,
+    TASKS,
+    RopeEncDecOnnxConfig,
+    TraceableModel,
+    additive_mask,
+    grouped_attention,
+)
+
+
+def _attention(module, query, key, value, attention_mask, **kwargs):
+    """Shapes as in [`grouped_attention`].
+
+    OpenVINO's CPU plugin (v2026.4) fuses self-attention with the state that is its cache, and then knows repeated heads
+    but takes folded ones for more queries than there are new keys. Of cross-attention's state it cannot compile a
+    repeat ("ReadValueWithSubgraph operation with dynamic rank").
+    """
+    if not module.is_causal:
+        return grouped_attention(module, query, key, value, attention_mask)
+    key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
+    output = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+    return output.transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("rope_encdec_openvino", _attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register("rope_encdec_openvino", additive_mask)
+
+_split = torch.Tensor.split
+
+
+def _split_by_gathering(tensor, split_size, dim=0):
+    """`torch.Tensor.split`, for the states that the decoder reads: one operation with several outputs is more than
+    OpenVINO's CPU plugin (v2026.4) can have between an input and a state, and it makes one of slices too."""
+    if not isinstance(split_size, int):
+        return _split(tensor, split_size, dim)
+    indices = torch.arange(int(tensor.shape[dim]))
+    return tuple(tensor.index_select(dim, part) for part in _split(indices, split_size))
 
 
 class RopeEncDecOVModelPatcher(TraceableModel, OVSeq2SeqModelPatcher):
-    pass
+    attention = "rope_encdec_openvino"
 
 
 class RopeEncDecOpenVINOConfig(RopeEncDecOnnxConfig):
     _MODEL_PATCHER = RopeEncDecOVModelPatcher
 
+    @property
+    def PATCHING_SPECS(self):  # noqa: N802
+        # A new list each time, since the patcher adds its own to it.
+        return [PatchingSpec(torch.Tensor, "split", _split_by_gathering, _split)]
 
-TasksManager.create_register("openvino")(MODEL_TYPE, *TASKS)(RopeEncDecOpenVINOConfig)
+
+# Optimum has taken the ONNX recipe over if that was there first.
+TasksManager.create_register("openvino", overwrite_existing=True)(MODEL_TYPE, *TASKS)(RopeEncDecOpenVINOConfig)
