@@ -2,8 +2,8 @@
 `optimum-cli export onnx`. Imported by `optimum_registration` as soon as Optimum's own recipes are.
 
 Optimum's encoder-decoders know one output of the encoder, `last_hidden_state`, and hand it to the decoder as
-`encoder_hidden_states`. Where our decoder reads other encoder states than the last one, they travel there, side by side
-as in `cross_attention_states`.
+`encoder_hidden_states`. Where our decoder reads other encoder states than the last one, they travel there, side by
+side as in `cross_attention_states`.
 
 Written against optimum v2.1.0 and optimum-onnx v0.1.0: optimum/exporters/tasks.py, optimum/exporters/onnx/config.py
 and model_patcher.py.
@@ -50,6 +50,7 @@ _TASK_OF_CLASS = {
     RopeEncDecForConditionalGeneration.__name__: "text2text-generation",
     RopeEncDecModel.__name__: "feature-extraction",
 }
+
 
 def grouped_attention(module, query, key, value, attention_mask, **kwargs):
     """`query` `(B, G * R, T, D)` on `(B, G, K, D)` under an additive mask `(B, 1, T, K)`, to `(B, T, G * R, D)`.
@@ -180,7 +181,7 @@ def _with_one_encoder_tensor(forward, behavior):
 
 
 def _longrope(module, x, position_ids):
-    """LongRoPE has two sets of frequencies, and upstream's choice between them is an `if` that a tracer would freeze."""
+    """LongRoPE has two sets of frequencies, and upstream chooses by an `if`, which a tracer would freeze."""
     limit = getattr(module.config, "original_max_position_embeddings", module.config.max_position_embeddings)
     short, _ = module.rope_init_fn(module.config, x.device)
     long, _ = module.rope_init_fn(module.config, x.device, seq_len=limit + 1)

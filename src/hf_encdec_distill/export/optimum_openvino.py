@@ -4,6 +4,8 @@
 Written against optimum-intel v1.27.0: optimum/exporters/openvino/model_configs.py and model_patcher.py.
 """
 
+import functools
+
 import torch
 from optimum.exporters.onnx.model_patcher import PatchingSpec
 from optimum.exporters.openvino.model_patcher import OVSeq2SeqModelPatcher
@@ -26,9 +28,9 @@ from .optimum_onnx import (
 def _attention(module, query, key, value, attention_mask, **kwargs):
     """Shapes as in [`grouped_attention`].
 
-    OpenVINO's CPU plugin (v2026.4) fuses self-attention with the state that is its cache, and then knows repeated heads
-    but takes folded ones for more queries than there are new keys. Of cross-attention's state it cannot compile a
-    repeat ("ReadValueWithSubgraph operation with dynamic rank").
+    OpenVINO's CPU plugin (v2026.4) fuses self-attention with the state that is its cache, and then knows repeated
+    heads but takes folded ones for more queries than there are new keys. Of cross-attention's state it cannot compile
+    a repeat ("ReadValueWithSubgraph operation with dynamic rank").
     """
     if not module.is_causal:
         return grouped_attention(module, query, key, value, attention_mask)
@@ -52,8 +54,37 @@ def _split_by_gathering(tensor, split_size, dim=0):
     return tuple(tensor.index_select(dim, part) for part in _split(indices, split_size))
 
 
+def _project_prompt(module, twins, *args):
+    """`RopeEncDecMergedAttention.project_prompt` through twins of the two projections."""
+    for name, twin in twins.items():
+        getattr(module, name).forward = twin
+    try:
+        return type(module).project_prompt(module, *args)
+    finally:
+        for name in twins:
+            del getattr(module, name).forward
+
+
 class RopeEncDecOVModelPatcher(TraceableModel, OVSeq2SeqModelPatcher):
     attention = "rope_encdec_openvino"
+
+    def __enter__(self):
+        super().__enter__()
+        # Prompt and target share these weights in a merged decoder. What fills a state is a graph of its own in the
+        # CPU plugin (v2026.4), which does not take scales of compressed weights from the graph around it. The twins
+        # are copies for the time of the export; equal constants are written once.
+        self._merged = [module for module in self._model.modules() if hasattr(module, "project_prompt")]
+        for module in self._merged:
+            twins = {}
+            for name in ("k_proj", "v_proj"):
+                weights = {key: weight.detach().clone() for key, weight in getattr(module, name).named_parameters()}
+                twins[name] = functools.partial(nn.functional.linear, **weights)
+            module.project_prompt = functools.partial(_project_prompt, module, twins)
+
+    def __exit__(self, *exception):
+        for module in self._merged:
+            del module.project_prompt
+        super().__exit__(*exception)
 
 
 class RopeEncDecOpenVINOConfig(RopeEncDecOnnxConfig):

@@ -1,14 +1,14 @@
 """Makes Optimum know our model once both are imported, in either order, without importing Optimum ourselves.
 
 In code, Optimum (v2.1.0) looks for recipes nowhere but in its own modules: it has no entry points, and the namespace
-`optimum.commands.register` is searched by its command line alone. So somebody has to import our recipes, and not before
-a user has imported Optimum, which `import hf_encdec_distill` must not do: it costs seconds and is often not installed.
-What is left is to wait for the module that holds Optimum's own recipes. A finder on `sys.meta_path` does that, which
-touches nothing but the modules named here, and our recipes join Optimum's right after those are registered. The
-alternatives are worse: a `.pth` file would run in each interpreter of the environment, and an explicit call would be
-one more thing to know that no other model of transformers needs.
+`optimum.commands.register` is searched by its command line alone. So somebody has to import our recipes, and not
+before a user has imported Optimum, which `import hf_encdec_distill` must not do: it costs time and is often not
+installed. What is left is to wait for the module that holds Optimum's own recipes. A finder on `sys.meta_path` does
+that: it touches nothing but the modules named here, and our recipes join Optimum's right after those are registered.
+The alternatives are worse: a `.pth` file would run in each interpreter of the environment, and an explicit call would
+be one more thing to know that no other model of transformers needs.
 
-A script that has neither our import nor our model (remote code only) is not reached; it can import this package.
+A script that loads our model by `trust_remote_code=True` alone is not reached; `import hf_encdec_distill` mends that.
 """
 
 import importlib
