@@ -242,11 +242,17 @@ def test_what_cannot_be_exported(change, message, tmp_path):
 
 
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
-def test_rope_that_no_graph_can_express(rope, tmp_path):
+def test_rope_that_is_ruled_by_the_longest_sequence(rope, tmp_path):
+    """Both sides of the limit, in one graph; Core ML looks positions up in one table."""
     parameters = {"rope_type": rope, "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    parameters["original_max_position_embeddings"] = 64
-    with pytest.raises(ValueError, match=f"rope_type='{rope}' chooses its frequencies .* no graph for openvino can"):
-        export(toy(kind="merged", rope_parameters=parameters), tmp_path / "exported", "openvino")
+    parameters["original_max_position_embeddings"] = 8
+    model = toy(kind="merged", max_position_embeddings=8, rope_parameters=parameters)
+    for target in ("onnx", "openvino"):
+        exported = export(model, tmp_path / target, target)
+        for prompt in (4, 7, 12):
+            assert_logits_equal(exported, model, 1, prompt, 3)
+    with pytest.raises(ValueError, match=f"rope_type='{rope}' chooses its frequencies .* coreml"):
+        export(model, tmp_path / "coreml", "coreml", shapes="fixed:4,4")
 
 
 def test_a_model_of_another_type(tmp_path):

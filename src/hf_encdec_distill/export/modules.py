@@ -22,6 +22,8 @@ from ..models.rope_encdec.modeling_rope_encdec import RopeEncDecRMSNorm, apply_r
 # Added to the score of a key that is masked out. Finite, and within fp16: with -inf a row that sees no key at all (a
 # pad on the left of a causal prompt) would be NaN, and the least fp32 number is -inf in fp16.
 MASKED = -3e4
+# RoPE types whose frequencies depend on the longest sequence of a call.
+RULED_BY_LENGTH = ("dynamic", "longrope")
 
 
 class ExportedEncoder(nn.Module):
@@ -29,13 +31,13 @@ class ExportedEncoder(nn.Module):
 
     Args:
         model: its weights are used, not copied.
-        rotary: gives cosines and sines, as the model's own does by default; see [`RotaryTable`].
+        rotary: gives cosines and sines; the model's own by default, or a [`RotaryTable`].
     """
 
     def __init__(self, model: RopeEncDecForConditionalGeneration, rotary: nn.Module | None = None):
         super().__init__()
         self.encoder, self.decoder = model.model.encoder, model.model.decoder
-        self.rotary = rotary or self.encoder.rotary_emb
+        self.rotary = rotary or TraceableRotary(self.encoder.rotary_emb)
         self.config = model.config
         # Layers above the highest state that is read do nothing for the decoder.
         self.depth = max(self.config.encoder_states_read)
@@ -105,7 +107,7 @@ class ExportedDecoder(nn.Module):
             model.model.decoder,
             model.lm_head,
         )
-        self.rotary = rotary or self.decoder.rotary_emb
+        self.rotary = rotary or TraceableRotary(self.decoder.rotary_emb)
         self.config, self.fixed, self.repeat = model.config, fixed, repeat
 
     def forward(self, input_ids: Tensor, encoder_attention_mask: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
@@ -182,6 +184,32 @@ class ExportedDecoder(nn.Module):
                 hidden = hidden + layer.cross_attn.o_proj(attended)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return self.lm_head(self.decoder.norm(hidden)), *outputs
+
+
+class TraceableRotary(nn.Module):
+    """The model's RoPE as it is, but for the two types whose frequencies depend on the longest sequence of a call:
+    there upstream asks for that length with an `if`, which a tracer would freeze."""
+
+    def __init__(self, rotary: nn.Module):
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        rotary = self.rotary
+        if rotary.rope_type not in RULED_BY_LENGTH:
+            return rotary(x, position_ids)
+        length = position_ids.max() + 1
+        if rotary.rope_type == "dynamic":
+            inv_freq, _ = rotary.rope_init_fn(rotary.config, x.device, seq_len=length)
+        else:
+            limit = getattr(rotary.config, "original_max_position_embeddings", rotary.config.max_position_embeddings)
+            short, _ = rotary.rope_init_fn(rotary.config, x.device)
+            long, _ = rotary.rope_init_fn(rotary.config, x.device, seq_len=limit + 1)
+            inv_freq = torch.where(length > limit, long, short)
+        angles = position_ids[..., None].float() * inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
 
 
 class RotaryTable(nn.Module):

@@ -36,7 +36,7 @@ from ..models.rope_encdec.modeling_rope_encdec import (
     _once_per_prompt,
     states_handed_over,
 )
-from .modules import MASKED
+from .modules import MASKED, RULED_BY_LENGTH, TraceableRotary
 
 
 MODEL_TYPE = "rope_encdec"
@@ -141,8 +141,8 @@ class TraceableModel:
         for module in self._model.modules():
             if hasattr(module, "project_prompt"):
                 self._patch(module, _merged_attention)
-            elif getattr(module, "rope_type", None) == "longrope":
-                self._patch(module, _longrope)
+            elif getattr(module, "rope_type", None) in RULED_BY_LENGTH:
+                self._patch(module, lambda rotary, *args: TraceableRotary(rotary)(*args))
 
     def _patch(self, module, forward):
         module.forward = functools.partial(forward, module)
@@ -178,17 +178,6 @@ def _with_one_encoder_tensor(forward, behavior):
         return outputs
 
     return with_one_encoder_tensor
-
-
-def _longrope(module, x, position_ids):
-    """LongRoPE has two sets of frequencies, and upstream chooses by an `if`, which a tracer would freeze."""
-    limit = getattr(module.config, "original_max_position_embeddings", module.config.max_position_embeddings)
-    short, _ = module.rope_init_fn(module.config, x.device)
-    long, _ = module.rope_init_fn(module.config, x.device, seq_len=limit + 1)
-    angles = position_ids[..., None].float() * torch.where(position_ids.max() + 1 > limit, long, short)
-    angles = torch.cat((angles, angles), dim=-1)
-    cos, sin = angles.cos() * module.attention_scaling, angles.sin() * module.attention_scaling
-    return cos.to(x.dtype), sin.to(x.dtype)
 
 
 class RopeEncDecModelPatcher(TraceableModel, ModelPatcher):

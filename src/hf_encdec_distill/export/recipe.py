@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..models.rope_encdec import RopeEncDecConfig
+from .modules import RULED_BY_LENGTH
 
 
 TARGETS = ("onnx", "openvino", "coreml")
@@ -224,10 +225,10 @@ def check_exportable(model: torch.nn.Module, target: str, variant: str, shapes: 
             "RopeEncDecForConditionalGeneration (hf-encdec-distill init makes one out of a decoder-only model)"
         )
     rope = config.rope_parameters["rope_type"]
-    if rope in ("dynamic", "longrope"):
+    if target == "coreml" and rope in RULED_BY_LENGTH:
         raise ValueError(
-            f"rope_type={rope!r} chooses its frequencies by the longest sequence of a call, which no graph for "
-            f"{target} can: set another rope_type before training, or use the model in PyTorch"
+            f"rope_type={rope!r} chooses its frequencies by the longest sequence of a call, which the table of the "
+            "coreml target cannot: export to onnx or openvino, or train with another rope_type"
         )
     several = shapes.prompts is not None and len(shapes.prompts) > 1
     if target == "onnx" and shapes.targets is not None and several or target == "openvino" and several:
