@@ -1,0 +1,201 @@
+"""The proof: what is equal passes, what is quantised is judged by what it costs, and what is broken is caught."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from hf_encdec_distill.cli.main import main
+from hf_encdec_distill.export import mil_interpreter
+from hf_encdec_distill.export.exporting import export_model, write_manifest
+from hf_encdec_distill.export.parity import prove
+from hf_encdec_distill.export.recipe import BOUNDS, TARGETS, VARIANTS, Shapes
+
+
+CASES = [(target, variant) for variant, targets in VARIANTS.items() for target in targets]
+
+
+def exported(model, folder, target, variant="fp32"):
+    return export_model(model, None, target, folder, variant, Shapes.parse("fixed:8,8"))
+
+
+@pytest.mark.parametrize("target,variant", CASES)
+def test_every_variant_of_every_target(target, variant, trained, rows, tmp_path):
+    """On weights that mean something; only int4 of 64 channels is allowed to cost more than its bounds."""
+    report = prove(exported(trained, tmp_path / "exported", target, variant), trained, rows, max_new_tokens=7)
+    if variant != "int4":
+        assert report["failures"] == []
+    assert report["tokens"]["greedy"] >= {"int4": 0.5, "palette4": 0.75}.get(variant, 1.0)
+    assert report["ce"]["pytorch"] < 0.2 and report["megabytes"]["exported"] > 0
+    assert all(report["seconds"][side]["token"] > 0 for side in ("exported", "pytorch"))
+    grid = {(case["batch"], case["prompt"], case["target"]) for case in report["shapes"]}
+    assert (1, 1, 1) in grid and any(batch > 1 for batch, _, _ in grid)
+    if variant == "fp32":
+        assert report["logits"] < 1e-5
+
+
+def test_what_is_stored_in_fewer_bits_is_smaller(trained, tmp_path):
+    """Of the weights of matrix products; a toy's other bytes do not shrink."""
+    sizes = {}
+    for variant in ("fp32", "fp16", "int8"):
+        folder = exported(trained, tmp_path / variant, "openvino", variant)
+        sizes[variant] = sum(file.stat().st_size for file in folder.glob("*.bin"))
+    assert sizes["fp16"] < 0.6 * sizes["fp32"] and sizes["int8"] < 0.4 * sizes["fp32"]
+
+
+def swap_one_weight(target, folder):
+    """One number of one matrix, as far as it goes."""
+    if target == "onnx":
+        file = folder / "model.onnx_data"
+        numbers = np.fromfile(file, np.float32)
+        numbers[np.abs(numbers).argmax()] *= -1
+        numbers.tofile(file)
+    elif target == "openvino":
+        file = folder / "openvino_decoder_model.bin"
+        content = bytearray(file.read_bytes())
+        numbers = np.frombuffer(content, np.float32, count=len(content) // 4)
+        size = np.where(np.isfinite(numbers) & (np.abs(numbers) < 10), np.abs(numbers), 0)
+        numbers[size.argmax()] *= -1
+        file.write_bytes(content)
+    else:
+        file = folder / "decoder.mlpackage" / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+        numbers = np.fromfile(file, np.float32)
+        size = np.where(np.isfinite(numbers) & (np.abs(numbers) < 10), np.abs(numbers), 0)
+        numbers[size.argmax()] *= -1
+        numbers.tofile(file)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_one_changed_weight_is_caught(target, trained, rows, tmp_path):
+    """Even where the hashes are made to fit."""
+    folder = exported(trained, tmp_path / "exported", target)
+    swap_one_weight(target, folder)
+    write_manifest(folder, target, "fp32", Shapes.parse("fixed:8,8"), target == "openvino", "float32")
+    failures = prove(folder, trained, rows[:3], max_new_tokens=4)["failures"]
+    assert any(sentence.startswith("logits differ by") for sentence in failures)
+
+
+def test_one_wrong_operation_of_the_interpreter_is_caught(trained, rows, tmp_path, monkeypatch):
+    folder = exported(trained, tmp_path / "exported", "coreml")
+    monkeypatch.setitem(mil_interpreter.OPERATIONS, "cos", mil_interpreter.OPERATIONS["sin"])
+    assert not prove(folder, trained, rows[:3], max_new_tokens=4)["failures"]  # a table: no cosine is left to compute
+    monkeypatch.setitem(mil_interpreter.OPERATIONS, "silu", mil_interpreter.OPERATIONS["sigmoid"])
+    assert prove(folder, trained, rows[:3], max_new_tokens=4)["failures"]
+
+
+def test_not_a_number_is_out_of_bounds(trained, rows, tmp_path, monkeypatch):
+    from hf_encdec_distill.export.runtime import ExportedForConditionalGeneration
+
+    folder = exported(trained, tmp_path / "exported", "onnx", "int8")
+    forward = ExportedForConditionalGeneration.forward
+
+    def broken(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        outputs.logits = torch.full_like(outputs.logits, torch.nan)
+        return outputs
+
+    monkeypatch.setattr(ExportedForConditionalGeneration, "forward", broken)
+    failures = prove(folder, trained, rows[:3], max_new_tokens=4)["failures"]
+    assert any("cross-entropy rises by nan%" in sentence for sentence in failures)
+
+
+def test_rows_that_do_not_fit(trained, tmp_path):
+    folder = export_model(trained, None, "onnx", tmp_path / "exported", "fp32", Shapes.parse("fixed:4,4"))
+    with pytest.raises(ValueError, match="none of 1 rows fits an export of shapes fixed:4,4"):
+        prove(folder, trained, [{"inputs": [3] * 5, "labels": [3, 2]}])
+
+
+def test_every_variant_has_bounds():
+    assert set(BOUNDS) == set(VARIANTS)
+    assert BOUNDS["fp32"].logits <= 1e-4 and BOUNDS["fp32"].tokens == 1.0
+
+
+# The command
+
+
+def export(folder, out, *options):
+    data = ["--dataset", str(folder / "rows.jsonl"), "--rows", "4"]
+    return main(["export", str(folder / "student"), str(out), *data, *options])
+
+
+def test_export_of_several_targets_and_generate(trained_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert export(trained_folder, out, "--target", "onnx,coreml", "--shapes", "fixed:8,8", "--json") == 0
+    reports = json.loads(capsys.readouterr().out)
+    for target in ("onnx", "coreml"):
+        report = json.loads((out / target / "parity.json").read_text())
+        assert report == reports[target]
+        assert report["failures"] == [] and report["rouge_l"]["exported"] == report["rouge_l"]["pytorch"] > 0.9
+        assert main(["generate", str(out / target), "w1 w2 w3", "w9 w8", "--max-new-tokens", "6"]) == 0
+        assert capsys.readouterr().out == "w3 w2 w1\nw8 w9\n"
+    assert sorted(path.name for path in out.iterdir()) == ["coreml", "onnx"]
+    assert main(["generate", str(trained_folder / "student"), "w1 w2 w3", "--num-beams", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"text": "w1 w2 w3", "answer": "w3 w2 w1"}]
+    assert main(["generate", str(out / "onnx"), "w1 " * 9]) == 2
+    assert "a prompt of 9 tokens: this export (fixed:8,8) takes at most 8" in capsys.readouterr().err
+
+
+def test_what_is_out_of_bounds_is_rejected(trained_folder, tmp_path, capsys, monkeypatch):
+    from hf_encdec_distill.export import onnx
+
+    quantized = onnx._quantized
+    monkeypatch.setattr(onnx, "_quantized", lambda proto, variant: break_a_weight(quantized(proto, variant)))
+    assert export(trained_folder, tmp_path / "out", "--target", "onnx", "--variant", "int8") == 2
+    captured = capsys.readouterr()
+    assert "not equal to PyTorch within bounds: onnx: cross-entropy rises by" in captured.err
+    assert "within bounds" in captured.out and f"kept as {tmp_path / 'out'}.rejected" in captured.err
+    assert [path.name for path in tmp_path.iterdir()] == ["out.rejected"]
+    assert json.loads((tmp_path / "out.rejected" / "parity.json").read_text())["failures"]
+    assert export(trained_folder, tmp_path / "out", "--target", "onnx") == 2
+    assert "out.rejected is not empty: remove it" in capsys.readouterr().err
+
+
+def break_a_weight(proto):
+    from onnx import TensorProto, numpy_helper
+
+    for weight in proto.graph.initializer:
+        if weight.data_type == TensorProto.FLOAT and len(weight.dims) == 1 and weight.dims[0] == 64:
+            weight.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(weight), weight.name))
+    return proto
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (["--target", "tflite"], "target 'tflite': choose of onnx, openvino, coreml"),
+        (["--target", "onnx", "--variant", "int3"], "variant 'int3': choose of"),
+        (["--target", "onnx,openvino", "--variant", "palette4"], "is for coreml, not for onnx"),
+        (["--target", "onnx", "--shapes", "8x8"], "shapes '8x8': give dynamic, fixed:SRC,TGT"),
+        (["--target", "onnx", "--shapes", "fixed:0,8"], "lengths in tokens of at least 1"),
+        (["--target", "onnx", "--rows", "0"], "--rows 0: give at least 1"),
+    ],
+)
+def test_errors_before_anything_is_written(options, message, trained_folder, tmp_path, capsys):
+    assert export(trained_folder, tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_another_type(make_bpe_tokenizer, tmp_path, capsys):
+    from toys import make_llama
+
+    make_llama().save_pretrained(tmp_path / "llama")
+    assert main(["export", str(tmp_path / "llama"), str(tmp_path / "out"), "--target", "onnx"]) == 2
+    assert "is a llama: only students of this package can be exported" in capsys.readouterr().err
+
+
+def test_commands_without_backends_say_what_to_install(trained_folder, tmp_path):
+    """A process in which ONNX Runtime cannot be imported."""
+    code = (
+        "import sys, importlib.util\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'onnxruntime' else find(name, *a)\n"
+        "from hf_encdec_distill.cli.main import main\n"
+        "sys.exit(main(['export', *sys.argv[1:], '--target', 'onnx']))"
+    )
+    command = [sys.executable, "-c", code, str(trained_folder / "student"), str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "onnx needs onnxruntime: pip install onnxruntime" in result.stderr
