@@ -25,5 +25,5 @@ def optimum(session):
 @nox.session
 def latest(session):
     """The newest transformers 5, which no release of optimum-onnx admits."""
-    session.install("-e", ".[demo,dev]", "transformers>=5.23,<6", "trl>=1.16")
+    session.install("-e", ".[demo,dev,exporters]", "transformers>=5.23,<6", "trl>=1.16")
     session.run("pytest", *session.posargs)
