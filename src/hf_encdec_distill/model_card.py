@@ -31,6 +31,8 @@
     published   the entry of models that the saved weights are, default "student_kd"; it becomes the model-index
     latency     `hf_encdec_distill.bench.compare_latency(...).to_dict()`
     cost        `hf_encdec_distill.bench.compare_cost(...).to_dict()`
+    exports     {folder: `hf_encdec_distill.export.parity.prove(...)`}; default what `parity.json` says in the folders
+                beside the card
     machine     `hf_encdec_distill.bench.machine_description()`, of the training
     curves      {key of models: [Trainer log_history rows]}, for the plots
     samples     [{"source", "reference", and one text for any key of models}, ...]
@@ -139,6 +141,8 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
     if not isinstance(metrics, Mapping):
         metrics = json.loads(Path(metrics).read_text(encoding="utf-8"))
     _check(metrics)
+    found = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in _parity_files(path.parent)}
+    metrics = {"exports": found, **metrics}
     folder = path.resolve().parent.name
     title = metrics.get("title") or metrics.get("student", {}).get("name") or folder
     sections = (
@@ -148,6 +152,7 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
         _results(metrics),
         _figures(metrics),
         _speed(metrics),
+        _exports(metrics),
         _samples(metrics),
         _training(metrics),
         _limits(metrics),
@@ -448,6 +453,37 @@ def _speed(metrics: Mapping) -> str:
         return ""
     header = ["", "decoder-only teacher", "student", "student / teacher"]
     return "## Speed and size against the teacher\n\n" + _table(header, rows) + "\n\n" + "\n\n".join(notes)
+
+
+def _parity_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/parity.json"))
+
+
+def _exports(metrics: Mapping) -> str:
+    exports = metrics.get("exports")
+    if not exports:
+        return ""
+    header = ["folder", "", "size, MB", "largest difference of logits", "greedy answers equal", "CE", "ROUGE-L"]
+    rows = []
+    for folder, report in exports.items():
+        rouge = report.get("rouge_l")
+        rows.append(
+            [
+                f"`{folder}`",
+                f"{report['target']}, {report['variant']}, {report['shapes_taken']}",
+                f"{report['megabytes']['exported']:.1f}",
+                f"{report['logits']:.1e}",
+                f"{report['tokens']['greedy']:.0%}",
+                f"{report['ce']['exported']:.3f} ({report['ce']['pytorch']:.3f})",
+                f"{100 * rouge['exported']:.1f} ({100 * rouge['pytorch']:.1f})" if rouge else None,
+            ]
+        )
+    count = ", ".join(sorted({str(report["rows"]) for report in exports.values()}))
+    note = (
+        f"Each compared with this model in PyTorch, fp32, whose numbers are in brackets, on {count} held-out rows; "
+        "differences of logits as a share of the largest logit."
+    )
+    return f"## Exports\n\n{_table(header, rows)}\n\n{note}"
 
 
 def _machine(machine: Mapping) -> str:

@@ -212,6 +212,28 @@ def test_the_tables_hold_the_measured_numbers(tmp_path):
     assert "1,234 train, 56 test" in text and "arXiv:2501.16273" in text
 
 
+def test_exports_beside_the_card_are_in_it(tmp_path):
+    report = {
+        "target": "onnx",
+        "variant": "int8",
+        "shapes_taken": "dynamic",
+        "megabytes": {"exported": 91.26, "pytorch_fp32": 325.6},
+        "logits": 0.0512,
+        "tokens": {"greedy": 0.875, "beam": 0.75},
+        "ce": {"exported": 3.7123, "pytorch": 3.7},
+        "rouge_l": {"exported": 0.2961, "pytorch": 0.297},
+        "rows": 24,
+    }
+    assert "## Exports" not in write_model_card(tmp_path, metrics()).read_text()
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "parity.json").write_text(json.dumps(report))
+    text = write_model_card(tmp_path, metrics()).read_text()
+    row = "| `onnx` | onnx, int8, dynamic | 91.3 | 5.1e-02 | 88% | 3.712 (3.700) | 29.6 (29.7) |"
+    assert row in text and "on 24 held-out rows" in text
+    del report["rouge_l"]
+    assert "3.712 (3.700) | – |" in write_model_card(tmp_path, metrics() | {"exports": {"onnx": report}}).read_text()
+
+
 def test_samples_cannot_break_out_of_their_fences(tmp_path):
     text = ModelCard.load(write_model_card(tmp_path, metrics())).text
     assert "````\nx = '```'\n````" in text
