@@ -76,6 +76,8 @@ def test_the_commands_are_those_that_work():
         "cache",
         "distill",
         "evaluate",
+        "export",
+        "generate",
         "convert-mu",
         "info",
     }
