@@ -206,6 +206,18 @@ def test_onnx_graphs_say_what_they_are(tmp_path):
     assert [entry.version for entry in decoder.opset_import if entry.domain == ""] == [18]
 
 
+def test_what_xcode_shows(tmp_path):
+    import coremltools
+
+    export(toy(kind="merged"), tmp_path / "exported", "coreml", variant="fp16", shapes="fixed:9,8", license="mit")
+    for name in ("encoder", "decoder"):
+        package = tmp_path / "exported" / f"{name}.mlpackage"
+        described = coremltools.utils.load_spec(str(package)).description
+        assert described.metadata.license == "mit" and described.metadata.author.startswith("hf-encdec-distill")
+        assert described.metadata.shortDescription and described.metadata.userDefined["shapes"] == "fixed:9,8"
+        assert all(port.shortDescription for port in (*described.input, *described.output))
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_changed_file_is_found(target, tmp_path):
     folder = tmp_path / "exported"

@@ -131,7 +131,8 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
     try:
         with display.stage(f"export to {target}") as update:
             stateful = False if args.stateless else None
-            export_model(model, tokenizer, target, unproven, args.variant, shapes, stateful)
+            license = _license(args.model)
+            export_model(model, tokenizer, target, unproven, args.variant, shapes, stateful, license)
             update(1.0, str(folder))
         with display.stage(f"compare {target} with PyTorch") as update:
             report = prove(unproven, model, rows, tokenizer, rouge_l, _MAX_TARGET, update)
@@ -143,6 +144,17 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
     finally:
         shutil.rmtree(unproven, ignore_errors=True)
     return report
+
+
+def _license(name: str) -> str:
+    """What the model card says."""
+    from huggingface_hub import ModelCard
+
+    path = Path(name) / "README.md" if Path(name).exists() else name
+    try:
+        return ModelCard.load(path).data.get("license") or "unknown"
+    except (OSError, ValueError):  # no card, no network: an export does not fail for that
+        return "unknown"
 
 
 def _rows(target: str, model, tokenizer, args: argparse.Namespace, shapes) -> list[dict]:

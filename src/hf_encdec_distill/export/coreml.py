@@ -60,7 +60,9 @@ def cache_dtype(variant: str) -> str:
     return "float32" if variant == "fp32" else "float16"
 
 
-def export(model, graphs: dict[str, Graph], shapes: Shapes, variant: str, stateful: bool, folder: Path) -> None:
+def export(
+    model, graphs: dict[str, Graph], shapes: Shapes, variant: str, stateful: bool, folder: Path, license: str
+) -> None:
     """Write the packages of `model` into `folder`."""
     with _quiet():
         import coremltools as ct
@@ -101,7 +103,7 @@ def export(model, graphs: dict[str, Graph], shapes: Shapes, variant: str, statef
                 skip_model_load=True,
             )
             package = _compressed(package, variant)
-        _describe(package, name, model.config, shapes, variant)
+        _describe(package, name, model.config, shapes, variant, license)
         package.save(str(folder / _FILES[name]))
 
 
@@ -190,11 +192,11 @@ def _compressed(package, variant: str):
     return optimize.linear_quantize_weights(package, optimize.OptimizationConfig(global_config=options))
 
 
-def _describe(package, name: str, config, shapes: Shapes, variant: str) -> None:
+def _describe(package, name: str, config, shapes: Shapes, variant: str, license: str) -> None:
     """What Xcode shows of a model."""
     package.author = f"hf-encdec-distill {__version__}"
     package.version = __version__
-    package.license = getattr(config, "license", None) or "see the model card"
+    package.license = license
     package.short_description = {
         "encoder": "Reads a prompt once: keys and values for each decoder layer.",
         "decoder": "One target token: scores of the next.",

@@ -23,6 +23,7 @@ def export_model(
     variant: str = "fp32",
     shapes: Shapes | None = None,
     stateful: bool | None = None,
+    license: str = "unknown",
 ) -> Path:
     """Write the graphs of a student, its config, generation config and tokenizer, and `exported.json`.
 
@@ -32,6 +33,7 @@ def export_model(
         folder: new or empty; takes its name when everything is in it.
         stateful: whether the runtime keeps the target's keys and values. `None` is the target's way: OpenVINO does,
             Core ML does in half precision (its states have no other), ONNX does not.
+        license: of the weights, as an identifier that the Hub knows; written into the files.
 
     Raises:
         ValueError: the folder is in use, or see [`recipe.check_exportable`].
@@ -49,7 +51,7 @@ def export_model(
     partial.mkdir(parents=True)
     try:
         with torch.no_grad():
-            backend.export(model.eval(), graphs(model.config, shapes), shapes, variant, stateful, partial)
+            backend.export(model.eval(), graphs(model.config, shapes), shapes, variant, stateful, partial, license)
         model.config.save_pretrained(partial)
         model.generation_config.save_pretrained(partial)
         if tokenizer is not None:

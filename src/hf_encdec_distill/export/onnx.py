@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,9 @@ def cache_dtype(variant: str) -> str:
     return "float16" if variant == "fp16" else "float32"
 
 
-def export(model, graphs: dict[str, Graph], shapes: Shapes, variant: str, stateful: bool, folder: Path) -> None:
+def export(
+    model, graphs: dict[str, Graph], shapes: Shapes, variant: str, stateful: bool, folder: Path, license: str
+) -> None:
     """Write the graphs of `model` into `folder`."""
     import onnx
     import onnx_ir
@@ -61,8 +64,10 @@ def export(model, graphs: dict[str, Graph], shapes: Shapes, variant: str, statef
             _name_ports(program.model.graph, graph)
             proto = program.model_proto
             if variant in ("int8", "int4"):
-                proto = _quantized(proto, variant)
+                with _quiet():
+                    proto = _quantized(proto, variant)
             written = onnx_ir.from_proto(proto)
+            written.metadata_props["license"] = license
             _store_weights(written, weights, store, folder)
             onnx_ir.save(written, folder / _FILES[name])
     for file in _FILES.values():
@@ -92,8 +97,6 @@ def _quantized(proto, variant: str):
         quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(proto, algo_config=options)
         quantizer.process()
         return quantizer.model.model
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         quantize_dynamic(
@@ -110,7 +113,6 @@ def _quantized(proto, variant: str):
 
 def _with_head_as_matrix(proto):
     """A transposed weight as a weight: quantisers look for the second operand of a product among the constants."""
-    import onnx
     from onnx import numpy_helper
 
     weights = {weight.name: weight for weight in proto.graph.initializer}
@@ -122,7 +124,6 @@ def _with_head_as_matrix(proto):
     used = {name for node in proto.graph.node for name in node.input}
     for weight in [weight for weight in proto.graph.initializer if weight.name not in used]:
         proto.graph.initializer.remove(weight)
-    assert isinstance(proto, onnx.ModelProto)
     return proto
 
 
@@ -149,16 +150,15 @@ def _store_weights(model, weights, store: dict[str, tuple[int, int]], folder: Pa
 
 @contextmanager
 def _quiet():
-    """Without the exporter's remarks on torchvision and on what it is about to do."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without remarks on torchvision, and on every node that is or is not quantised."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(level)
 
 
 class OnnxGraphs(Graphs):

@@ -32,7 +32,9 @@ def cache_dtype(variant: str) -> str:
     return "float32"  # `fp16` is how weights are stored; the device chooses what it computes in
 
 
-def export(model, graphs: dict[str, Graph], shapes: Shapes, variant: str, stateful: bool, folder: Path) -> None:
+def export(
+    model, graphs: dict[str, Graph], shapes: Shapes, variant: str, stateful: bool, folder: Path, license: str
+) -> None:
     """Write the graphs of `model` into `folder`."""
     import openvino
 
@@ -49,6 +51,7 @@ def export(model, graphs: dict[str, Graph], shapes: Shapes, variant: str, statef
             _make_stateful(converted, graph, batched=shapes.targets is None)
         if variant in ("int8", "int4"):
             converted = _compressed(converted, variant, fixed=shapes.targets is not None)
+        converted.set_rt_info(license, ["license"])
         openvino.save_model(converted, folder / f"{_FILES[name]}.xml", compress_to_fp16=variant == "fp16")
 
 
