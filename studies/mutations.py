@@ -457,7 +457,7 @@ def broken(text: str, mutation: Mutation) -> str:
 
 def run_tests(root: Path, *tests: str) -> int:
     environment = {**os.environ, "PYTHONPATH": str(root / "src")}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *(f"tests/{test}" for test in tests)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", *(f"tests/{test}" for test in tests)]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True).returncode
 
 
