@@ -102,6 +102,16 @@ def test_not_a_number_is_out_of_bounds(trained, rows, tmp_path, monkeypatch):
     assert any("cross-entropy rises by nan%" in sentence for sentence in failures)
 
 
+def test_a_student_that_was_trained_without_its_cache(trained, rows, tmp_path):
+    """`Trainer` writes `use_cache=False` into the config, for one where gradients are checkpointed."""
+    trained.config.use_cache = False
+    try:
+        report = prove(exported(trained, tmp_path / "exported", "onnx"), trained, rows[:2], max_new_tokens=7)
+    finally:
+        trained.config.use_cache = True
+    assert report["failures"] == []
+
+
 def test_rows_that_do_not_fit(trained, tmp_path):
     folder = export_model(trained, None, "onnx", tmp_path / "exported", "fp32", Shapes.parse("fixed:4,4"))
     with pytest.raises(ValueError, match="none of 1 rows fits an export of shapes fixed:4,4"):

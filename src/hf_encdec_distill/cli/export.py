@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ EXAMPLE = "hf-encdec-distill export runs/quickstart/student --target onnx,openvi
 # Answers of an interpreter that runs a program operation by operation take their time.
 _ROWS = {"onnx": 24, "openvino": 24, "coreml": 6}
 _MAX_SOURCE, _MAX_TARGET = 256, 32
+_GUESS, _SHARE_OF_EXPORT = 90.0, 0.2  # seconds of a target before anything is known, and how much of them writes it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,14 +129,26 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
     rows = _rows(target, model, tokenizer, args, shapes)
     unproven = folder.with_name(f"{folder.name}.unproven")
     shutil.rmtree(unproven, ignore_errors=True)
-    display = Display(lambda: 0.0, stages=2)
+    begun, share = time.monotonic(), _SHARE_OF_EXPORT
+
+    def seconds_left() -> float:
+        used = time.monotonic() - begun
+        return max(_GUESS - used, 0.0) if share == _SHARE_OF_EXPORT else used / share - used
+
+    display = Display(seconds_left, stages=2)
     try:
         with display.stage(f"export to {target}") as update:
             stateful = False if args.stateless else None
             license = _license(args.model)
             export_model(model, tokenizer, target, unproven, args.variant, shapes, stateful, license)
             update(1.0, str(folder))
-        with display.stage(f"compare {target} with PyTorch") as update:
+        with display.stage(f"compare {target} with PyTorch") as show:
+
+            def update(done: float, detail: str) -> None:
+                nonlocal share
+                share = _SHARE_OF_EXPORT + (1 - _SHARE_OF_EXPORT) * done
+                show(done, detail)
+
             report = prove(unproven, model, rows, tokenizer, rouge_l, _MAX_TARGET, update)
         write_json(unproven / PARITY, report)
         final = folder.with_name(f"{folder.name}.rejected") if report["failures"] else folder
