@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from toys import KINDS, make_model, ragged, random_ids
 
 from hf_encdec_distill.export import mil_interpreter
+from hf_encdec_distill.export.coreml import mended
 from hf_encdec_distill.export.mil_interpreter import MilProgram
 from hf_encdec_distill.export.modules import ExportedDecoder, ExportedEncoder
 
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    ct = pytest.importorskip("coremltools")
-    from coremltools.converters.mil.frontend.torch import ops as torch_frontend
+    import coremltools as ct
     from coremltools.converters.mil.mil import Builder as mb
     from coremltools.converters.mil.mil import Function, Program, types
 
@@ -494,15 +494,6 @@ def test_state_is_kept_from_call_to_call(tmp_path):
 # Whole programs: our two modules
 
 
-def cast_of_one_number(context, node, dtype, name, original=torch_frontend._cast):
-    """coremltools 9.0 calls int() on an array of one number, which NumPy 2.4 refuses."""
-    value = context[node.inputs[0]]
-    if value.can_be_folded_to_const() and np.ndim(value.val) > 0 and np.size(value.val) == 1:
-        context.add(mb.const(val=dtype(np.asarray(value.val).item()), name=node.name), node.name)
-    else:
-        original(context, node, dtype, name)
-
-
 PRECISIONS = {"fp32": ct.precision.FLOAT32, "fp16": ct.precision.FLOAT16}
 # Logits and keys of the toys reach 5, where a unit in the last place of fp16 is 0.004.
 ERRORS = {"fp32": 1e-5, "fp16": 0.02}
@@ -531,9 +522,8 @@ class WithState(torch.nn.Module):
 def trace(module, names, inputs, path, shapes=None, floats=np.float32, **options):
     """Convert with a fixed shape for each input that `shapes` does not name."""
     inputs = [x.int() if x.dtype == torch.int64 else x for x in inputs]
-    with torch.no_grad(), warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+    with torch.no_grad(), warnings.catch_warnings(), mended():
         warnings.simplefilter("ignore")
-        patch.setattr(torch_frontend, "_cast", cast_of_one_number)
         traced = torch.jit.trace(module.eval(), tuple(inputs), check_trace=False)
         convert(
             traced,

@@ -7,9 +7,7 @@ states (iOS 18, macOS 15) or, stateless, takes and returns them (iOS 16, macOS 1
 from __future__ import annotations
 
 import contextlib
-import logging
 import platform
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from .graphs import GraphCache, Graphs
+from .graphs import GraphCache, Graphs, quiet
 from .modules import ExportedDecoder, ExportedEncoder, RotaryTable, with_scaled_norms
-from .recipe import Graph, Port, Shapes, stacked
+from .recipe import Graph, Port, Shapes, stacked, stacked_name
 
 
 _FILES = {"encoder": "encoder.mlpackage", "decoder": "decoder.mlpackage"}
@@ -64,7 +62,7 @@ def export(
     model, graphs: dict[str, Graph], shapes: Shapes, variant: str, stateful: bool, folder: Path, license: str
 ) -> None:
     """Write the packages of `model` into `folder`."""
-    with _quiet():
+    with quiet():
         import coremltools as ct
     model = model.float() if variant == "fp32" else with_scaled_norms(model.float())
     rotary = RotaryTable(model.model.encoder.rotary_emb, max(shapes.prompts) + shapes.targets)
@@ -85,7 +83,7 @@ def export(
         inputs = [port for port in graph.inputs if port.name not in states]
         outputs = [port for port in graph.outputs if port.name not in {graph.cache[state] for state in states}]
         examples = [_example(port, shapes) for port in inputs]
-        with _quiet(), _mended():
+        with quiet(), mended():
             traced = torch.jit.trace(modules[name].eval(), tuple(examples), check_trace=False)
             package = ct.convert(
                 traced,
@@ -216,7 +214,7 @@ def _describe(package, name: str, config, shapes: Shapes, variant: str, license:
 
 
 @contextlib.contextmanager
-def _mended() -> Iterator[None]:
+def mended() -> Iterator[None]:
     """coremltools 9.0 calls int() on an array of one number, which NumPy since 2.4 refuses ("only 0-dimensional arrays
     can be converted to Python scalars", `_cast` in converters/mil/frontend/torch/ops.py). Goes with the first release
     of coremltools that converts a traced `x.shape[0]` on NumPy 2.4."""
@@ -239,20 +237,6 @@ def _mended() -> Iterator[None]:
         ops._cast = original
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the converter's bars, and its remarks on versions that it has not been tested with."""
-    logger = logging.getLogger("coremltools")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
 class CoreMlGraphs(Graphs):
     """An exported folder on Core ML where it is there, else on [`MilProgram`], operation by operation."""
 
@@ -260,7 +244,7 @@ class CoreMlGraphs(Graphs):
         super().__init__(graphs, shapes, dtype)
         self.stateful = stateful
         if platform.system() == "Darwin":
-            with _quiet():
+            with quiet():
                 from coremltools.models import MLModel as Program
         else:
             from .mil_interpreter import MilProgram as Program
@@ -277,8 +261,7 @@ class CoreMlGraphs(Graphs):
         kinds: dict[str, list[np.ndarray]] = {}
         for name, array in inputs.items():
             if "." in name:
-                _, _, side, kind = name.split(".")
-                kinds.setdefault(f"{'cross' if side == 'encoder' else 'self'}_{kind}s", []).append(array)
+                kinds.setdefault(stacked_name(name), []).append(array)
         return plain | {name: np.stack(arrays) for name, arrays in kinds.items()}
 
     def _unstacked(self, outputs: Mapping[str, np.ndarray], kind: str) -> list[np.ndarray]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -71,11 +74,13 @@ class Graphs(ABC):
         missing = self.shapes.padded(input_ids.shape[1]) - input_ids.shape[1]
         if missing:
             input_ids, attention_mask = (np.pad(x, ((0, 0), (0, missing))) for x in (input_ids, attention_mask))
-        batch = slice(None) if self.shapes.targets is None else None
-        parts = [batch] if batch is not None else [slice(row, row + 1) for row in range(len(input_ids))]
+        if self.shapes.targets is None:
+            return list(
+                self.run("encoder", {"input_ids": input_ids, "attention_mask": attention_mask})
+            ), attention_mask
         outputs = [
-            self.run("encoder", {"input_ids": input_ids[part], "attention_mask": attention_mask[part]})
-            for part in parts
+            self.run("encoder", {"input_ids": ids[None], "attention_mask": mask[None]})
+            for ids, mask in zip(input_ids, attention_mask, strict=True)
         ]
         return [np.concatenate(tensors) for tensors in zip(*outputs, strict=True)], attention_mask
 
@@ -134,6 +139,19 @@ class Graphs(ABC):
         inputs |= {port.name: array for port, array in zip(self._own, own, strict=True)}
         logits, *own = self.run("decoder", inputs)
         return logits, own
+
+
+@contextmanager
+def quiet():
+    """Without the converters' warnings and remarks, on versions, on torchvision, on every node that they pass."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 def check_installed(target: str, to_run: bool = False) -> None:

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import logging
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .graphs import Graphs
+from .graphs import Graphs, quiet
 from .recipe import Graph, Shapes
 from .tracing import export_programs
 
@@ -51,7 +48,6 @@ def export(
     """Write the graphs of `model` into `folder`."""
     import onnx
     import onnx_ir
-    import onnxscript  # noqa: F401
 
     if variant == "fp16":
         model = copy.deepcopy(model).half()
@@ -59,12 +55,12 @@ def export(
     store: dict[str, tuple[int, int]] = {}
     with open(folder / WEIGHTS, "wb") as weights:
         for name, graph in graphs.items():
-            with _quiet():
+            with quiet():
                 program = torch.onnx.export(programs[name], (), opset_version=OPSET, verbose=False)
             _name_ports(program.model.graph, graph)
             proto = program.model_proto
             if variant in ("int8", "int4"):
-                with _quiet():
+                with quiet():
                     proto = _quantized(proto, variant)
             written = onnx_ir.from_proto(proto)
             written.metadata_props["license"] = license
@@ -146,19 +142,6 @@ def _store_weights(model, weights, store: dict[str, tuple[int, int]], folder: Pa
         value.const_value = onnx_ir.ExternalTensor(
             WEIGHTS, offset, length, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=folder
         )
-
-
-@contextmanager
-def _quiet():
-    """Without remarks on torchvision, and on every node that is or is not quantised."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 class OnnxGraphs(Graphs):

@@ -6,14 +6,13 @@ from which row each row goes on. With fixed shapes (an NPU's form) no dimension 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .graphs import GraphCache, Graphs
+from .graphs import GraphCache, Graphs, quiet
 from .recipe import Graph, Shapes
 from .tracing import export_programs
 
@@ -40,8 +39,7 @@ def export(
 
     programs = export_programs(model.float(), graphs, repeat=stateful and shapes.targets is None)
     for name, graph in graphs.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.export's on a class of openvino's
+        with quiet():
             converted = openvino.convert_model(programs[name])
         for ports, recipe in ((converted.inputs, graph.inputs), (converted.outputs, graph.outputs)):
             for port, of_recipe in zip(ports, recipe, strict=True):
@@ -118,6 +116,7 @@ class OpenVinoGraphs(Graphs):
         super().__init__(graphs, shapes, dtype)
         import openvino
 
+        self._tensor = openvino.Tensor
         core = openvino.Core()
         exact = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
         exact["KV_CACHE_PRECISION"] = "f32"
@@ -161,15 +160,11 @@ class OpenVinoGraphs(Graphs):
         if self.shapes.targets is None:
             logits = self.request.infer(inputs | {_BEAM: own[0]})[0]
             return logits, [np.arange(len(own[0]), dtype=np.int32)]
-        # Rows take turns on the one set of states that there is.
-        states = {state.name: state for state in self.request.query_state()}
-        import openvino
-
-        for name, array in zip(self._state_names(states), own, strict=True):
-            states[name].state = openvino.Tensor(array)
+        # Rows take turns on the one set of states that there is. OpenVINO joins the names of input and output in that
+        # of a state.
+        found = self.request.query_state()
+        states = [next(state for state in found if state.name.startswith(port.name)) for port in self._own]
+        for state, array in zip(states, own, strict=True):
+            state.state = self._tensor(array)
         logits = self.request.infer(inputs)[0]
-        return logits, [states[name].state.data.copy() for name in self._state_names(states)]
-
-    def _state_names(self, states) -> list[str]:
-        """Names of the states in the order of the cache; OpenVINO joins those of input and output."""
-        return [next(name for name in states if name.startswith(port.name)) for port in self._own]
+        return logits, [state.state.data.copy() for state in states]

@@ -14,7 +14,7 @@ import torch
 
 from ..models.rope_encdec.compat_rope_encdec import CACHE_FIELD
 from .recipe import BOUNDS, Shapes
-from .runtime import ExportedForConditionalGeneration, read_manifest
+from .runtime import ExportedForConditionalGeneration
 
 
 PARITY = "parity.json"
@@ -46,11 +46,11 @@ def prove(
         `logits` (the largest of them), `tokens` (`greedy` and `beam`, shares of equal answers), `ce` and `agreement`
         on the rows, `rouge_l`, `seconds`, `megabytes`, `bounds`, and `failures`: sentences, empty if all is within.
     """
-    manifest = read_manifest(folder)
     exported = ExportedForConditionalGeneration.from_pretrained(folder)
+    manifest = exported.manifest
     model = model.float().eval()
     bounds = BOUNDS[manifest["variant"]]
-    shapes = Shapes.parse(manifest["shapes"])
+    shapes = exported.graphs.shapes
     rows = _that_fit(rows, shapes)
     update(0.0, "logits over a grid of shapes")
     grid = compare_logits(exported, model, shapes)

@@ -189,8 +189,7 @@ def stacked(recipe: Mapping[str, Graph]) -> dict[str, Graph]:
         layered = [port for port in ports if "." in port.name]
         merged: dict[str, list[Port]] = {}
         for port in layered:
-            _, _, side, kind = port.name.split(".")
-            merged.setdefault(f"{'cross' if side == 'encoder' else decoder_name}_{kind}s", []).append(port)
+            merged.setdefault(stacked_name(port.name, decoder_name), []).append(port)
         return (*plain, *(Port(name, (len(same), *same[0].axes)) for name, same in merged.items()))
 
     return {
@@ -201,6 +200,12 @@ def stacked(recipe: Mapping[str, Graph]) -> dict[str, Graph]:
         )
         for name, graph in recipe.items()
     }
+
+
+def stacked_name(name: str, own: str = "self") -> str:
+    """`past_key_values.0.encoder.key` -> `cross_keys`, `past_key_values.0.decoder.key` -> `self_keys`."""
+    _, _, side, kind = name.split(".")
+    return f"{'cross' if side == 'encoder' else own}_{kind}s"
 
 
 def check_exportable(model: torch.nn.Module, target: str, variant: str, shapes: Shapes) -> None:

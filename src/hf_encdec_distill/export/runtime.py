@@ -53,6 +53,7 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         shapes = Shapes.parse(manifest["shapes"])
         model = cls(config, load_graphs(folder, manifest, graphs(config, shapes), shapes))
         model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.manifest = manifest
         return model.eval()
 
     def get_encoder(self, modality=None):

@@ -26,7 +26,8 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.metadata import ExportMetadata
 from transformers.exporters.runners.base import ModelRunner
 
-from .coreml import _mended, _quiet
+from .coreml import mended
+from .graphs import quiet
 
 
 @dataclass
@@ -63,7 +64,7 @@ class CoreMlExporter(DynamoExporter):
                 "dynamic shapes: this backend exports fixed ones; hf-encdec-distill export --shapes ranged:SRC,TGT "
                 "makes flexible prompts"
             )
-        with _quiet():
+        with quiet():
             import coremltools as ct
         # Core ML's whole numbers have 32 bits, and a view of other strides would be refused.
         inputs = {
@@ -72,7 +73,7 @@ class CoreMlExporter(DynamoExporter):
         }
         program, metadata = super().export_program(model, inputs, config=config)
         precision = {"float32": ct.precision.FLOAT32, "float16": ct.precision.FLOAT16}[config.compute_precision]
-        with _quiet(), _mended():
+        with quiet(), mended():
             package = ct.convert(
                 program.run_decompositions({}),
                 minimum_deployment_target=getattr(ct.target, config.minimum_deployment_target),
