@@ -54,13 +54,19 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     names = [*OURS, *(TRL if importlib.util.find_spec("trl") else ())]
     taken: dict[str, list[dict]] = {name: [] for name in names}
+    file = args.output / "cost.json"
+    if file.exists():  # goes on where it stopped
+        before = json.loads(file.read_text(encoding="utf-8"))
+        taken = {name: before.get(name, []) for name in names}
     for number in range(args.rounds):
         for name in names:
+            if len(taken[name]) > number:
+                continue
             command = [sys.executable, __file__, "--work", str(args.work), "--measure", name]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             taken[name].append(json.loads(output.splitlines()[-1]))
             print(number, name, taken[name][-1], flush=True)
-            write_json(args.output / "cost.json", taken)
+            write_json(file, taken)
     (args.output / "cost.md").write_text(table(taken), encoding="utf-8")
 
 
