@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from tasks import write_json
+from hf_encdec_distill.cli._state import write_json
 
 
 HIDDEN, VOCABULARY = 576, 49_152

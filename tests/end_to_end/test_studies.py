@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ STUDIES = Path(__file__).parents[2] / "studies"
 def studies(monkeypatch):
     monkeypatch.syspath_prepend(str(STUDIES))
     yield
-    for name in ("tasks", "quality", "cost"):
+    for name in [file.stem for file in STUDIES.glob("*.py")]:
         sys.modules.pop(name, None)
 
 
@@ -86,3 +87,25 @@ def test_cost_table(studies):
 
     table = cost.table({"cross-entropy alone": [run(1.0), run(2.0)], "live teacher": [run(1.5), run(4.0)]})
     assert "| live teacher | 5.0 | 2.75 [1.50, 4.00] | 1.75 [1.50, 2.00] | 2.91 | 2.00 |" in table
+
+
+def test_chunked_loss(studies, tmp_path, monkeypatch):
+    import chunked_loss
+
+    monkeypatch.setattr(chunked_loss, "HIDDEN", 16)
+    monkeypatch.setattr(chunked_loss, "VOCABULARY", 64)
+    once = functools.cache(lambda command: json.dumps(chunked_loss.measure(command[0], *map(int, command[1:]))))
+    asked = []
+
+    def run(command, **_):
+        asked.append(tuple(command[command.index("--measure") + 1 :]))
+        return subprocess.CompletedProcess(command, 0, stdout=once(asked[-1]))
+
+    monkeypatch.setattr(chunked_loss.subprocess, "run", run)
+    monkeypatch.setattr(chunked_loss, "TARGETS", 256)
+    monkeypatch.setattr(sys, "argv", ["chunked_loss", "--output", str(tmp_path), "--rounds", "1"])
+    chunked_loss.main()
+    taken = json.loads((tmp_path / "chunked_loss.json").read_text())
+    assert len(asked) == len(taken) and all(run["seconds"] > 0 for (run,) in taken.values())
+    chunked_loss.main()  # nothing is run twice
+    assert len(asked) == len(taken)
