@@ -1,0 +1,136 @@
+"""Every code block of README and docs runs, page by page and in order, on toys that bear the names that the page uses.
+
+A block that cannot run here says why in a comment before it: `<!-- not run here: ... -->`; one that needs Optimum, which
+no release of admits transformers 5, `<!-- transformers 4.57 -->`, and the other way round `<!-- transformers 5 -->`.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from distillation_toys import write_teacher
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_encdec_distill import RopeEncDecForConditionalGeneration
+from hf_encdec_distill.cli.main import main
+
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"))
+    if "runs" not in path.parts  # what a run wrote
+)
+TEACHER = "HuggingFaceTB/SmolLM2-135M-Instruct"
+RUNS = ("python", "bash")
+# Shown, not run by a test of the docs: output, file trees, prompts, and Swift, which no compiler is there for.
+SHOWN = ("", "text", "swift", "yaml", "json", "bibtex")
+BLOCK = re.compile(r"(?:^<!-- (?P<note>[^>]*?) -->\n)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.M | re.S)
+LANE = f"transformers {'4.57' if transformers.__version__.startswith('4.') else '5'}"
+
+
+def blocks(page):
+    return [match.groupdict() for match in BLOCK.finditer((ROOT / page).read_text(encoding="utf-8"))]
+
+
+def runs(block):
+    note = block["note"] or ""
+    if note.startswith("not run here") or note in ("quickstart", "test"):  # these two are what .ci/run and tests run
+        return False
+    return block["language"] in RUNS and not (note.startswith("transformers ") and note != LANE)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, make_bpe_tokenizer):
+    """A folder with what the pages name and do not make themselves."""
+    folder = tmp_path_factory.mktemp("world")
+    write_teacher(folder / TEACHER, make_bpe_tokenizer(), layers=13, std=0.1)
+    teacher = AutoModelForCausalLM.from_pretrained(folder / TEACHER)
+    tokenizer = AutoTokenizer.from_pretrained(folder / TEACHER)
+    run = folder / "runs" / "quickstart"
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(
+        teacher,
+        tokenizer=tokenizer,
+        encoder_num_hidden_layers=3,
+        decoder_num_hidden_layers=2,
+        layer_selection="even",
+    )
+    student.save_pretrained(run / "student")
+    student.tokenizer.save_pretrained(run / "student")
+    shutil.copytree(folder / TEACHER, run / "work" / "teacher")
+    rows = [{"source": f"def add{i}(a, b): return a + {i}", "target": f"Return a and {i}."} for i in range(60)]
+    with open(folder / "pairs.jsonl", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    with open(folder / "pairs.csv", "w") as file:
+        file.write("source,target\n")
+        file.writelines('"{source}","{target}"\n'.format(**row) for row in rows)
+    (folder / "corpus").mkdir()
+    (folder / "corpus" / "text.txt").write_text(
+        "Of what there is to read, a part is read and the rest is written.\n" * 60
+    )
+    (folder / "examples").symlink_to(ROOT / "examples")
+    return folder
+
+
+def run_shell(code):
+    """Our own commands in this process, since each would import torch anew; everything else as it is."""
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["hf-encdec-distill"]:
+            assert main(words[1:]) == 0, line
+        elif words[:1] == ["pip"]:
+            assert words[1] == "install", line  # what it installs is there: the tests need it too
+        elif words:
+            program = Path(sys.executable).with_name(words[0])
+            command = [str(program) if program.exists() else words[0], *words[1:]]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_run(page, world, tmp_path, monkeypatch):
+    shutil.copytree(world, tmp_path / "world", symlinks=True)
+    monkeypatch.chdir(tmp_path / "world")
+    namespace = {"__name__": page}
+    for block in filter(runs, blocks(page)):
+        if block["language"] == "bash":
+            run_shell(block["code"])
+        else:
+            exec(compile(block["code"], f"{page}: {block['code'].splitlines()[0]}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_are_of_a_known_kind(page):
+    for block in blocks(page):
+        assert block["language"] in (*RUNS, *SHOWN), block["code"]
+        if (block["note"] or "").startswith("not run here"):
+            assert len(block["note"].removeprefix("not run here").strip(" :")) > 10, "say why"
+
+
+def test_a_block_that_fails_is_found(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "page.md").write_text("```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError):
+        test_blocks_run("page.md", world, tmp_path, monkeypatch)
+    (tmp_path / "page.md").write_text("```bash\nhf-encdec-distill info nothing-there\n```\n")
+    shutil.rmtree(tmp_path / "world")
+    with pytest.raises(AssertionError):
+        test_blocks_run("page.md", world, tmp_path, monkeypatch)
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    headings = [
+        match for line in page.splitlines() if line.startswith("**") for match in re.findall(r"\*\*`(.+?)`", line)
+    ]
+    assert len(headings) > 10
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    code = re.sub(r'"\n\s+f?"', "", code)  # sentences go over several lines
+    theirs = {"Transformers does not recognize this architecture", "transformers"}
+    assert [heading for heading in headings if heading not in code and heading not in theirs] == []
