@@ -1,7 +1,7 @@
 """Every code block of README and docs runs, page by page and in order, on toys that bear the names that the page uses.
 
-A block that cannot run here says why in a comment before it: `<!-- not run here: ... -->`; one that needs Optimum, which
-no release of admits transformers 5, `<!-- transformers 4.57 -->`, and the other way round `<!-- transformers 5 -->`.
+A block that cannot run here says why in a comment before it, `<!-- not run here: ... -->`; one that needs Optimum, no
+release of which admits transformers 5, `<!-- transformers 4.57 -->`, one of the other lane `<!-- transformers 5 -->`.
 """
 
 import json
