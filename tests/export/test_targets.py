@@ -118,6 +118,68 @@ def test_one_set_of_states_serves_one_generation(tmp_path):
         exported(**inputs, past_key_values=cache)
 
 
+CALIBRATION = [{"inputs": [3, 4, 5], "labels": [6, 7, 2]}, {"inputs": [8, 9], "labels": [9, 2]}]
+
+
+@pytest.mark.parametrize("stateful", [True, False])
+@pytest.mark.parametrize("shapes", ["dynamic", "fixed:9,8"])
+@pytest.mark.parametrize("kind", ["separate", "merged"])
+def test_int4_from_calibration(kind, shapes, stateful, tmp_path):
+    """What the rows say moves weights: other rows, other logits, and both near those of PyTorch."""
+    model = toy(kind=kind, intermediate_size=64)  # blocks of 32
+    ids, labels = random_ids(1, 6), random_ids(1, 4)
+    logits = []
+    for name, rows in (("one", CALIBRATION), ("other", [{"inputs": [40, 50, 60, 70], "labels": [80, 90, 91]}])):
+        options = {"shapes": shapes, "variant": "int4", "stateful": stateful, "calibration": rows}
+        exported = export(model, tmp_path / name, "openvino", **options)
+        assert exported.manifest["calibration"] == len(rows)
+        logits.append(exported(input_ids=ids, decoder_input_ids=labels).logits)
+    with torch.no_grad():
+        expected = model(input_ids=ids, decoder_input_ids=labels).logits
+    assert not torch.equal(*logits)
+    assert all((found - expected).norm() < 0.5 * expected.norm() for found in logits)
+
+
+def test_calls_of_fixed_graphs_are_decoding_steps():
+    """Each token goes in alone, with the keys and values of those before it, and there are as many as are promised."""
+    from hf_encdec_distill.export.openvino import _Calls
+    from hf_encdec_distill.export.recipe import graphs
+
+    model, shapes = toy(kind="merged"), Shapes.parse("fixed:9,8")
+    calls = _Calls("decoder", model, graphs(model.config, shapes), shapes, CALIBRATION)
+    seen = list(calls)
+    assert [int(call["position"][0]) for call in seen] == [0, 1, 2, 0, 1] and len(calls) == len(seen)
+    start = model.config.decoder_start_token_id
+    assert [int(call["input_ids"][0, 0]) for call in seen] == [start, 6, 7, start, 9]
+    filled = [int(call["past_key_values.0.decoder.key"].any((0, 1, 3)).sum()) for call in seen]
+    assert filled == [0, 1, 2, 0, 1]
+
+
+def test_kv_cache_precision_is_written_and_heeded(tmp_path):
+    """In a step that reads states 8 bits are seen, and in fp32 nothing is."""
+    import openvino
+
+    model = toy(kind="separate")
+    ids, labels = random_ids(1, 6), random_ids(1, 4)
+    with torch.no_grad():
+        expected = model(input_ids=ids, decoder_input_ids=labels).logits[:, -1]
+    off = {}
+    for precision in ("f32", "u8"):
+        folder = tmp_path / precision
+        exported = export(model, folder, "openvino", kv_cache_precision=precision)
+        assert exported.manifest["kv_cache_precision"] == precision
+        written = openvino.Core().read_model(folder / "openvino_decoder_model.xml").get_rt_info()
+        assert written["runtime_options"]["KV_CACHE_PRECISION"].value == precision
+        decoder = exported.graphs.compiled["decoder"]
+        assert decoder.get_property("KV_CACHE_PRECISION") == getattr(openvino.Type, precision)
+        encoded = exported.encoder(ids)
+        first = exported(encoder_outputs=encoded, decoder_input_ids=labels[:, :3])
+        cache = first.get("cache", first.get("past_key_values"))
+        found = exported(encoder_outputs=encoded, decoder_input_ids=labels[:, 3:], past_key_values=cache).logits[:, -1]
+        off[precision] = float((found - expected).abs().max() / expected.abs().max())
+    assert off["f32"] < TOLERANCE < 1e-4 < off["u8"] < 0.05
+
+
 def test_fixed_openvino_graphs_have_no_open_dimension(tmp_path):
     import openvino
 
@@ -243,6 +305,15 @@ def test_a_changed_file_is_found(target, tmp_path):
         ({"shapes": "fixed:128,8"}, "need 136 positions, the model has max_position_embeddings=128"),
         ({"stateful": True}, "ONNX graphs have no states"),
         ({"target": "coreml", "stateful": True}, "Core ML keeps states in fp16: export variant fp32 stateless"),
+        (
+            {"variant": "int4", "calibration": CALIBRATION},
+            "calibration rows are for target openvino with variant int4",
+        ),
+        ({"target": "openvino", "variant": "int8", "calibration": CALIBRATION}, "not for openvino with int8"),
+        ({"target": "openvino", "variant": "int4", "calibration": []}, "none of 0 rows fits"),
+        ({"kv_cache_precision": "u8"}, "a KV-cache precision is for target openvino, not for onnx"),
+        ({"target": "openvino", "kv_cache_precision": "u2"}, "KV-cache precision 'u2': choose of f32, f16, bf16, u8"),
+        ({"target": "openvino", "kv_cache_precision": "u8"}, "'u8' is heeded for a stateful decoder .* 'merged'"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(map(str, value.values())),
 )

@@ -48,6 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keys and values as inputs and outputs of the decoder: for iOS 16 and 17, or several answers at once",
     )
+    parser.add_argument(
+        "--calibration-rows",
+        type=int,
+        metavar="N",
+        help="for int4 to openvino: training rows whose activations say which weights matter (AWQ; default: none)",
+    )
+    parser.add_argument(
+        "--kv-cache-precision",
+        metavar="NAME",
+        help="for openvino: f32, f16, bf16 or u8, written into the file and proven with; separate decoders, dynamic "
+        "shapes (default: f32 in the proof, the device's own elsewhere)",
+    )
     add_data_arguments(parser)
     parser.add_argument(
         "--rows",
@@ -64,6 +76,8 @@ def run(args: argparse.Namespace) -> None:
     targets = list(dict.fromkeys(part.strip() for part in args.target.split(",")))
     if args.rows is not None and args.rows < 1:
         raise ValueError(f"--rows {args.rows}: give at least 1")
+    if args.calibration_rows is not None and args.calibration_rows < 1:
+        raise ValueError(f"--calibration-rows {args.calibration_rows}: give at least 1")
     output = Path(args.output)
     folders = {target: output if len(targets) == 1 else output / target for target in targets}
     for folder in folders.values():
@@ -108,11 +122,15 @@ def _check(model, targets: list[str], args: argparse.Namespace, shapes) -> None:
     """All that can be wrong with any of the targets, before the first is exported."""
     from ..export.exporting import backend_of
     from ..export.graphs import check_installed
-    from ..export.recipe import check_exportable
+    from ..export.recipe import check_exportable, check_openvino_options
 
+    stateful, calibrated = False if args.stateless else None, args.calibration_rows is not None
     for target in targets:
         check_exportable(model, target, args.variant, shapes)
-        backend_of(target).settle(model.config, args.variant, shapes, False if args.stateless else None)
+        check_openvino_options(
+            model.config, target, args.variant, shapes, stateful, calibrated, args.kv_cache_precision
+        )
+        backend_of(target).settle(model.config, args.variant, shapes, stateful)
         check_installed(target)
 
 
@@ -126,7 +144,10 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
     from ._display import Display
     from ._state import write_json
 
-    rows = _rows(target, model, tokenizer, args, shapes)
+    rows = _rows("test", args.rows or _ROWS[target], model, tokenizer, args, shapes)
+    calibration = None
+    if args.calibration_rows is not None:
+        calibration = _rows("train", args.calibration_rows, model, tokenizer, args, shapes)
     unproven = folder.with_name(f"{folder.name}.unproven")
     shutil.rmtree(unproven, ignore_errors=True)
     begun, share = time.monotonic(), _SHARE_OF_EXPORT
@@ -140,7 +161,18 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
         with display.stage(f"export to {target}") as update:
             stateful = False if args.stateless else None
             license = _license(args.model)
-            export_model(model, tokenizer, target, unproven, args.variant, shapes, stateful, license)
+            export_model(
+                model,
+                tokenizer,
+                target,
+                unproven,
+                args.variant,
+                shapes,
+                stateful,
+                license,
+                calibration,
+                args.kv_cache_precision,
+            )
             update(1.0, str(folder))
         with display.stage(f"compare {target} with PyTorch") as show:
 
@@ -171,12 +203,12 @@ def _license(name: str) -> str:
         return "unknown"
 
 
-def _rows(target: str, model, tokenizer, args: argparse.Namespace, shapes) -> list[dict]:
-    """Real rows, cut as a student of this task reads them, to no more than the graphs take."""
+def _rows(split: str, count: int, model, tokenizer, args: argparse.Namespace, shapes) -> list[dict]:
+    """Real rows of a split, cut as a student of this task reads them, to no more than the graphs take."""
     max_source = min(_MAX_SOURCE, max(shapes.prompts) if shapes.prompts else _MAX_SOURCE)
     max_target = min(_MAX_TARGET, shapes.targets or _MAX_TARGET)
-    pairs = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")["test"]
-    pairs = pairs.shuffle(seed=0).select(range(min(args.rows or _ROWS[target], len(pairs))))
+    pairs = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")[split]
+    pairs = pairs.shuffle(seed=0).select(range(min(count, len(pairs))))
     eos = model.generation_config.eos_token_id
     eos = eos[0] if isinstance(eos, list) else eos
     rows = []

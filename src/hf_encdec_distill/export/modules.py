@@ -14,6 +14,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import repeat_kv
 
 from ..models.rope_encdec import RopeEncDecForConditionalGeneration
 from ..models.rope_encdec.modeling_rope_encdec import RopeEncDecRMSNorm, apply_rotary_pos_emb
@@ -90,7 +91,8 @@ class ExportedDecoder(nn.Module):
             and values are appended to those of earlier calls.
         repeat: self-attention repeats keys and values for its query heads. OpenVINO's CPU plug-in makes that, its
             states and the concatenation one operation, and takes a folded query for a longer one (2026.4,
-            `ScaledDotProductAttentionWithKVCache`).
+            `ScaledDotProductAttentionWithKVCache`). Expanded, not `repeat_interleave`: a Gather is not recognised, and
+            the plug-in then ignores `KV_CACHE_PRECISION`.
         rotary: as in [`ExportedEncoder`].
     """
 
@@ -177,7 +179,7 @@ class ExportedDecoder(nn.Module):
                 hidden = hidden + attention.o_proj(attended)
             else:
                 if self.repeat:
-                    key, value = (x.repeat_interleave(attention.num_key_value_groups, dim=1) for x in (key, value))
+                    key, value = (repeat_kv(x, attention.num_key_value_groups) for x in (key, value))
                 hidden = hidden + attention.o_proj(grouped_attention(query, key, value, own_bias))
                 query = layer.cross_attn.project_query(layer.cross_attn_layernorm(hidden))
                 attended = grouped_attention(query, cross_key, cross_value, cross_bias)

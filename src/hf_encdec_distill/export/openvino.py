@@ -6,13 +6,15 @@ from which row each row goes on. With fixed shapes (an NPU's form) no dimension 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from .graphs import GraphCache, Graphs, quiet
+from .modules import ExportedDecoder, ExportedEncoder
 from .recipe import Graph, Shapes
 from .tracing import export_programs
 
@@ -20,6 +22,7 @@ from .tracing import export_programs
 _FILES = {"encoder": "openvino_encoder_model", "decoder": "openvino_decoder_model"}
 _BEAM = "beam_idx"
 _BLOCK = 32  # weights of int4 that share a scale
+_KV_CACHE_PRECISION = ["runtime_options", "KV_CACHE_PRECISION"]  # where OpenVINO and optimum-intel look for it
 
 
 def settle(config, variant: str, shapes: Shapes, stateful: bool | None) -> tuple[Shapes, bool]:
@@ -32,9 +35,17 @@ def cache_dtype(variant: str) -> str:
 
 
 def export(
-    model, graphs: dict[str, Graph], shapes: Shapes, variant: str, stateful: bool, folder: Path, license: str
+    model,
+    graphs: dict[str, Graph],
+    shapes: Shapes,
+    variant: str,
+    stateful: bool,
+    folder: Path,
+    license: str,
+    calibration: Sequence[Mapping[str, Any]] | None = None,
+    kv_cache_precision: str | None = None,
 ) -> None:
-    """Write the graphs of `model` into `folder`."""
+    """Write the graphs of `model` into `folder`; see [`export_model`] for the last two."""
     import openvino
 
     programs = export_programs(model.float(), graphs, repeat=stateful and shapes.targets is None)
@@ -45,22 +56,73 @@ def export(
             for port, of_recipe in zip(ports, recipe, strict=True):
                 port.get_tensor().set_names({of_recipe.name})
         converted.reshape({port.name: [-1 if isinstance(a, str) else a for a in port.axes] for port in graph.inputs})
-        if name == "decoder" and stateful:
-            _make_stateful(converted, graph, batched=shapes.targets is None)
         if variant in ("int8", "int4"):
-            converted = _compressed(converted, variant, fixed=shapes.targets is not None)
+            calls = None if calibration is None else _Calls(name, model, graphs, shapes, calibration)
+            converted = _compressed(converted, variant, shapes.targets is not None, calls)
+        if name == "decoder" and stateful:  # after compression, which feeds keys and values as inputs
+            _make_stateful(converted, graph, batched=shapes.targets is None)
+            if kv_cache_precision is not None:
+                converted.set_rt_info(kv_cache_precision, _KV_CACHE_PRECISION)
         converted.set_rt_info(license, ["license"])
         openvino.save_model(converted, folder / f"{_FILES[name]}.xml", compress_to_fp16=variant == "fp16")
 
 
-def _compressed(model, variant: str, fixed: bool):
+def _compressed(model, variant: str, fixed: bool, calls: _Calls | None):
     """Weights in 8 bits, a scale for each channel, or in 4, in blocks; symmetric where the shapes are fixed, since an
-    NPU takes no other form, and there int4 has a scale for each channel too."""
+    NPU takes no other form, and there int4 has a scale for each channel too. With `calls` AWQ (Lin et al. 2023,
+    arXiv:2306.00978, section 3.2) scales the channels of each product by how large their activations are."""
     import nncf
 
     form = f"{variant.upper()}_{'SYM' if fixed else 'ASYM'}"
-    options = {} if variant == "int8" else {"group_size": -1 if fixed else _BLOCK, "ratio": 1.0}
+    options: dict[str, Any] = {}
+    if variant == "int4":
+        options = {"group_size": -1 if fixed else _BLOCK, "ratio": 1.0}
+    if calls is not None:
+        options |= {"dataset": nncf.Dataset(calls), "subset_size": len(calls), "awq": True}
     return nncf.compress_weights(model, mode=getattr(nncf.CompressWeightsMode, form), **options)
+
+
+class _Calls:
+    """The inputs of each call of a graph while PyTorch reads the prompts of rows and is fed their targets, as often
+    as it is asked for them: with fixed shapes all of them at once could fill the memory."""
+
+    def __init__(
+        self, graph: str, model, graphs: Mapping[str, Graph], shapes: Shapes, rows: Sequence[Mapping[str, Any]]
+    ):
+        self.graph, self.model, self.rows = graph, model, rows
+        self.pytorch = _RecordingGraphs(model, graphs, shapes)
+
+    def __len__(self) -> int:
+        token_by_token = self.graph == "decoder" and self.pytorch.shapes.targets is not None
+        return sum(len(row["labels"]) if token_by_token else 1 for row in self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        for row in self.rows:
+            self.pytorch.calls = {"encoder": [], "decoder": []}
+            prompt = np.array([row["inputs"]])
+            cross, mask = self.pytorch.encode(prompt, np.ones_like(prompt))
+            if self.graph == "decoder":
+                tokens = self.model.prepare_decoder_input_ids_from_labels(torch.tensor([row["labels"]]))
+                self.pytorch.decode(tokens.numpy(), mask, cross, self.pytorch.new_cache(1))
+            yield from self.pytorch.calls[self.graph]
+
+
+class _RecordingGraphs(Graphs):
+    """The modules that the graphs are made from, which note what they are called with."""
+
+    def __init__(self, model, graphs: Mapping[str, Graph], shapes: Shapes):
+        super().__init__(graphs, shapes)
+        self.modules = {
+            "encoder": ExportedEncoder(model),
+            "decoder": ExportedDecoder(model, shapes.targets is not None),
+        }
+        self.calls: dict[str, list[dict[str, np.ndarray]]] = {}
+
+    @torch.no_grad()
+    def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+        self.calls[graph].append(dict(inputs))
+        tensors = (torch.as_tensor(inputs[port.name]) for port in self.graphs[graph].inputs)
+        return [output.numpy() for output in self.modules[graph](*tensors)]
 
 
 def _make_stateful(model, graph: Graph, batched: bool) -> None:
@@ -99,8 +161,9 @@ class OpenVinoGraphs(Graphs):
     Args:
         device: as OpenVINO names it, such as `CPU`, `GPU` or `NPU`.
         settings: of the device, over those that make a CPU compute and keep its states in fp32, which are the ones
-            that parity is proven with. OpenVINO's own choices are faster and less exact: bfloat16 where the CPU has
-            it, and 8 bits in states (`KV_CACHE_PRECISION`).
+            that parity is proven with; a precision of states that is written in the file stands. OpenVINO's own
+            choices are faster and less exact: bfloat16 where the CPU has it, and 8 bits in states
+            (`KV_CACHE_PRECISION`).
     """
 
     def __init__(
@@ -119,11 +182,11 @@ class OpenVinoGraphs(Graphs):
         self._tensor = openvino.Tensor
         core = openvino.Core()
         exact = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
-        exact["KV_CACHE_PRECISION"] = "f32"
+        models = {name: core.read_model(folder / f"{file}.xml") for name, file in _FILES.items()}
+        if not models["decoder"].has_rt_info(_KV_CACHE_PRECISION):
+            exact["KV_CACHE_PRECISION"] = "f32"
         settings = {**(exact if device == "CPU" else {}), **(settings or {})}
-        self.compiled = {
-            name: core.compile_model(folder / f"{file}.xml", device, settings) for name, file in _FILES.items()
-        }
+        self.compiled = {name: core.compile_model(model, device, settings) for name, model in models.items()}
         self.stateful = stateful
         self.request = self.compiled["decoder"].create_infer_request() if stateful else None
         self.running: GraphCache | None = None  # whose keys and values are in the request

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..models.rope_encdec.compat_rope_encdec import CACHE_FIELD
-from .recipe import BOUNDS, Shapes
+from .recipe import BOUNDS, Shapes, that_fit
 from .runtime import ExportedForConditionalGeneration
 
 
@@ -51,7 +51,7 @@ def prove(
     model = model.float().eval()
     bounds = BOUNDS[manifest["variant"]]
     shapes = exported.graphs.shapes
-    rows = _that_fit(rows, shapes)
+    rows = that_fit(rows, shapes)
     update(0.0, "logits over a grid of shapes")
     grid = compare_logits(exported, model, shapes)
     update(0.3, f"greedy and beam answers to {len(rows)} rows")
@@ -100,22 +100,6 @@ def _failures(report: Mapping[str, Any], bounds) -> list[str]:
         },
     }
     return [sentence for sentence, holds in checks.items() if not holds]
-
-
-def _that_fit(rows: Sequence[Mapping], shapes: Shapes) -> list[Mapping]:
-    """
-    Raises:
-        ValueError: none does.
-    """
-    longest = max(shapes.prompts) if shapes.prompts is not None else np.inf
-    slots = shapes.targets or np.inf
-    fitting = [row for row in rows if 0 < len(row["inputs"]) <= longest and len(row["labels"]) <= slots]
-    if not fitting:
-        raise ValueError(
-            f"none of {len(rows)} rows fits an export of shapes {shapes}: give --dataset with shorter ones, or longer "
-            "--shapes"
-        )
-    return fitting
 
 
 @torch.no_grad()

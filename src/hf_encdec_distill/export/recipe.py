@@ -6,7 +6,8 @@ those that Optimum and transformers.js give to the same tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,8 @@ VARIANTS = {
     "int4": TARGETS,
     "palette4": ("coreml",),
 }
+# Types of a stateful OpenVINO decoder's keys and values: those of its CPU plug-in that lose no more than 8 bits do.
+KV_CACHE_PRECISIONS = ("f32", "f16", "bf16", "u8")
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,22 @@ def stacked_name(name: str, own: str = "self") -> str:
     return f"{'cross' if side == 'encoder' else own}_{kind}s"
 
 
+def that_fit(rows: Sequence[Mapping], shapes: Shapes) -> list[Mapping]:
+    """
+    Raises:
+        ValueError: none does.
+    """
+    longest = max(shapes.prompts) if shapes.prompts is not None else math.inf
+    slots = shapes.targets or math.inf
+    fitting = [row for row in rows if 0 < len(row["inputs"]) <= longest and len(row["labels"]) <= slots]
+    if not fitting:
+        raise ValueError(
+            f"none of {len(rows)} rows fits an export of shapes {shapes}: give --dataset with shorter ones, or longer "
+            "--shapes"
+        )
+    return fitting
+
+
 def check_exportable(model: torch.nn.Module, target: str, variant: str, shapes: Shapes) -> None:
     """
     Raises:
@@ -242,6 +261,39 @@ def check_exportable(model: torch.nn.Module, target: str, variant: str, shapes: 
         raise ValueError(
             f"shapes {shapes} need {_positions(config, shapes)} positions, the model has max_position_embeddings="
             f"{config.max_position_embeddings}; give shorter ones"
+        )
+
+
+def check_openvino_options(
+    config: RopeEncDecConfig,
+    target: str,
+    variant: str,
+    shapes: Shapes,
+    stateful: bool | None,
+    calibrated: bool,
+    kv_cache_precision: str | None,
+) -> None:
+    """
+    Raises:
+        ValueError: calibration without int4 weights of OpenVINO, or a precision of states that no plug-in would heed.
+    """
+    if calibrated and (target, variant) != ("openvino", "int4"):
+        raise ValueError(
+            f"calibration rows are for target openvino with variant int4, not for {target} with {variant}: leave them "
+            "out, or export int4 to openvino"
+        )
+    if kv_cache_precision is None:
+        return
+    if kv_cache_precision not in KV_CACHE_PRECISIONS:
+        raise ValueError(f"KV-cache precision {kv_cache_precision!r}: choose of {', '.join(KV_CACHE_PRECISIONS)}")
+    if target != "openvino":
+        raise ValueError(f"a KV-cache precision is for target openvino, not for {target}: leave it out")
+    if stateful is False or shapes.targets is not None or config.cross_attention == "merged":
+        raise ValueError(
+            f"KV-cache precision {kv_cache_precision!r} is heeded for a stateful decoder of "
+            "cross_attention='separate' and dynamic shapes only, "
+            f"this one is {'stateless' if stateful is False else 'stateful'}, "
+            f"{config.cross_attention!r} and {shapes}: leave it out"
         )
 
 
