@@ -13,12 +13,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from distillation_toys import write_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
 from hf_encdec_distill.cli.main import main
+from hf_encdec_distill.models.prompts import encode_prompt
 
 
 ROOT = Path(__file__).parents[2]
@@ -46,13 +48,32 @@ def runs(block):
     return block["language"] in RUNS and not (note.startswith("transformers ") and note != LANE)
 
 
+def learn(teacher, tokenizer, rows):
+    """Teach it that an answer ends."""
+    ids = [
+        [*encode_prompt(tokenizer, row["source"]), *tokenizer(row["target"] + tokenizer.eos_token).input_ids]
+        for row in rows
+    ]
+    batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(teacher.train().parameters(), lr=3e-3)
+    for _ in range(150):
+        teacher(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    teacher.eval()
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory, make_bpe_tokenizer):
     """A folder with what the pages name and do not make themselves."""
     folder = tmp_path_factory.mktemp("world")
+    rows = [{"source": f"def add{i}(a, b): return a + {i}", "target": f"Return a and {i}."} for i in range(60)]
     write_teacher(folder / TEACHER, make_bpe_tokenizer(), layers=13, std=0.1)
     teacher = AutoModelForCausalLM.from_pretrained(folder / TEACHER)
     tokenizer = AutoTokenizer.from_pretrained(folder / TEACHER)
+    learn(teacher, tokenizer, rows)
+    teacher.save_pretrained(folder / TEACHER)
     run = folder / "runs" / "quickstart"
     student = RopeEncDecForConditionalGeneration.from_decoder_only(
         teacher,
@@ -64,7 +85,6 @@ def world(tmp_path_factory, make_bpe_tokenizer):
     student.save_pretrained(run / "student")
     student.tokenizer.save_pretrained(run / "student")
     shutil.copytree(folder / TEACHER, run / "work" / "teacher")
-    rows = [{"source": f"def add{i}(a, b): return a + {i}", "target": f"Return a and {i}."} for i in range(60)]
     with open(folder / "pairs.jsonl", "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     with open(folder / "pairs.csv", "w") as file:
