@@ -91,9 +91,10 @@ def world(tmp_path_factory, make_bpe_tokenizer):
         file.write("source,target\n")
         file.writelines('"{source}","{target}"\n'.format(**row) for row in rows)
     (folder / "corpus").mkdir()
-    (folder / "corpus" / "text.txt").write_text(
-        "Of what there is to read, a part is read and the rest is written.\n" * 60
-    )
+    for i in range(200):
+        (folder / "corpus" / f"{i}.txt").write_text(
+            f"Of {i} things to read, a part is read and the rest is written.\n" * 4
+        )
     (folder / "examples").symlink_to(ROOT / "examples")
     return folder
 
