@@ -1,7 +1,6 @@
 """One commit to the Hub, whole or not at all."""
 
-from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
@@ -13,7 +12,7 @@ def upload(
     repo_type: str,
     commit_message: str,
     *,
-    replaces: Iterable[str] = (),
+    replaces: Callable[[list[str]], Iterable[str]],
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
@@ -27,7 +26,7 @@ def upload(
         files: name in the repository -> file.
         repo_id: `user/name`, or `name` for one of the user's own.
         repo_type: `"model"` or `"dataset"`.
-        replaces: patterns; what matches them in the repository and is not in `files` is deleted in the same commit.
+        replaces: which of the names in the repository are deleted in the same commit, unless they are in `files`.
         private: of a repository that is made; None leaves it to the user's or the organisation's default.
         revision: branch, made of main if it is not there.
         create_pr: a pull request to that branch in place of a commit on it.
@@ -47,7 +46,7 @@ def upload(
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
         there = api.list_repo_files(repo_id, repo_type=repo_type, revision=revision)
-        gone = {name for name in there for pattern in replaces if fnmatchcase(name, pattern)} - set(files)
+        gone = set(replaces(there)) - set(files)
         return api.create_commit(
             repo_id,
             [

@@ -1,4 +1,4 @@
-"""A small Hub on this machine: what `huggingface_hub` asks of the real one to create, upload, commit, list and download.
+"""A small Hub on this machine: what `huggingface_hub` asks of the real one to create, upload, list and download.
 
 Repositories live in memory; a revision is a branch, `refs/pr/N` or the id of a commit. Small text comes in the commit
 itself, everything else is uploaded first by the LFS protocol (https://github.com/git-lfs/git-lfs/blob/main/docs/api,
@@ -20,6 +20,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import yaml
+
+
+TOKEN = "hf_of_the_tests"
 
 
 class LargeFile(bytes):

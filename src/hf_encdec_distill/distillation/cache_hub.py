@@ -42,7 +42,8 @@ def push(
         repo_id,
         "dataset",
         commit_message,
-        replaces=["*.parquet"],  # what an earlier push left that is no part of the cache any more
+        # What an earlier push left that is no part of the cache any more.
+        replaces=lambda names: [name for name in names if name.endswith(".parquet")],
         private=private,
         revision=revision,
         token=token,
