@@ -31,6 +31,7 @@ def run_script(tmp_path):
             [sys.executable, "-c", script, *map(str, words)],
             env=environment,
             cwd=tmp_path,
+            stdin=subprocess.DEVNULL,  # nobody is there to answer whether code may be trusted
             capture_output=True,
             text=True,
             timeout=500,
@@ -45,7 +46,7 @@ def run_script(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub that `HfApi` of this process uploads to; downloads have the real one's address in them, from the import."""
+    """A Hub that `HfApi` of this process uploads to; downloads have the address of the import in them."""
     with Hub(TOKEN) as hub:
         for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
             monkeypatch.setattr(constants, name, value)

@@ -78,7 +78,7 @@ def pushed(hub, revision="main"):
 
 def one_error(capsys):
     output = capsys.readouterr()
-    errors = [line for line in output.err.splitlines() if line.startswith("hf-encdec-distill")]
+    errors = [line for line in output.err.split("\n") if line.startswith("hf-encdec-distill")]
     assert len(errors) == 1 and "Traceback" not in output.err and not output.out
     assert TOKEN not in output.err
     return errors[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -189,18 +190,27 @@ def _of_earlier_student(there: list[str]) -> list[str]:
 
 
 def _push(folder: Path, names: list[str], args: argparse.Namespace) -> dict[str, str]:
+    from huggingface_hub.utils import disable_progress_bars
+
     from ..hub import upload
 
-    commit = upload(
-        {name: folder / name for name in names},
-        args.repo_id,
-        "model",
-        args.commit_message,
-        replaces=_of_earlier_student,
-        private=args.private or None,
-        revision=args.revision,
-        create_pr=args.create_pr,
-    )
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        commit = upload(
+            {name: folder / name for name in names},
+            args.repo_id,
+            "model",
+            args.commit_message,
+            replaces=_of_earlier_student,
+            private=args.private or None,
+            revision=args.revision,
+            create_pr=args.create_pr,
+        )
+    except OSError:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the bar of an upload that failed leaves its line open
+        raise
     return {"commit": commit.oid, "url": commit.pr_url or commit.commit_url}
 
 
