@@ -1,4 +1,4 @@
-"""Writes the students of this release that later releases have to load: PYTHONPATH=tests python tests/hub/freeze.py
+"""Writes the students of this release that later releases load: PYTHONPATH=src:tests python tests/hub/freeze.py
 
 A folder `frozen/MAJOR.MINOR` for each release, with a student of either cross-attention as `save_pretrained` leaves it
 (weights, config, tokenizer, and the model files as they are today) and, in `expected.safetensors`, what it answered.

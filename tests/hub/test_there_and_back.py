@@ -106,6 +106,7 @@ for name, revision, inputs, out in json.loads(sys.argv[1]):
 """
 
 
+PUSH_COMMAND = "import sys; from hf_encdec_distill.cli.main import main; sys.exit(main(sys.argv[1:]))"
 # Room for no file of more than 60 kB, in which the weights do not fit; then for all.
 DOWNLOAD = """
 import os
