@@ -86,6 +86,9 @@ def files_to_push(folder: Path, exports: list[str] | None = None) -> list[str]:
             f"{folder} holds no student, there is no config.json: name a folder that save_pretrained wrote"
         )
     names = [*_weights(folder), *_beside_weights(folder)]
+    missing = sorted(name for name in _named_code(folder) if name not in names)
+    if missing:
+        raise ValueError(f"{folder / 'config.json'} names {', '.join(missing)}, not there: save the student again")
     if not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"{folder} has no tokenizer: save it there first, tokenizer.save_pretrained({str(folder)!r})")
     names += [name for name in _RECORDS if (folder / name).is_file()]
@@ -110,19 +113,18 @@ def _weights(folder: Path) -> list[str]:
 
 
 def _beside_weights(folder: Path) -> list[str]:
-    """Config, generation config, tokenizer, and the Python files that `auto_map` of the config names."""
+    """Config, generation config, tokenizer, and the Python files that `auto_map` of the config names, where there."""
     from transformers.dynamic_module_utils import get_relative_import_files
 
-    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
-    code = {f"{target.partition('.')[0]}.py" for target in auto_map.values()}
-    missing = sorted(name for name in code if not (folder / name).is_file())
-    if missing:
-        raise ValueError(
-            f"auto_map of {folder / 'config.json'} names {', '.join(missing)}, not there: save the student again"
-        )
+    code = {name for name in _named_code(folder) if (folder / name).is_file()}
     code |= {Path(file).name for name in set(code) for file in get_relative_import_files(folder / name)}
-    given = ("config.json", "generation_config.json", *sorted(code), *_TOKENIZER)
-    return [name for name in given if (folder / name).is_file()]
+    names = ("config.json", "generation_config.json", *sorted(code), *_TOKENIZER)
+    return [name for name in names if (folder / name).is_file()]
+
+
+def _named_code(folder: Path) -> set[str]:
+    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
+    return {f"{target.partition('.')[0]}.py" for target in auto_map.values()}
 
 
 def _figures(folder: Path) -> list[str]:
@@ -138,7 +140,7 @@ def _figures(folder: Path) -> list[str]:
     except Exception as error:  # PyYAML's are no ValueErrors
         raise ValueError(f"the metadata of {folder / _CARD} are not valid: {error}") from error
     shown = [unquote(path) for path in _FIGURE.findall(card.text) if "://" not in path]
-    inside = [path for path in shown if (folder / path).resolve().is_relative_to(folder.resolve())]
+    inside = [path for path in shown if ".." not in Path(path).parts and not Path(path).is_absolute()]
     missing = [path for path in shown if path not in inside or not (folder / path).is_file()]
     if missing:
         raise ValueError(f"{folder / _CARD} shows {', '.join(missing)}, not in {folder}: put it there or take it out")
