@@ -23,7 +23,7 @@ from pathlib import Path
 
 from distillation_toys import arguments, ragged_rows
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainer, Seq2SeqTrainingArguments
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, TrainerCallback
 
 import hf_encdec_distill
 from hf_encdec_distill import DistillationTrainer
@@ -45,12 +45,22 @@ model, tokenizer = load()
 model.tokenizer = tokenizer
 model.push_to_hub("ann/by-method", max_shard_size="60kB", private=True)
 
+
+class WaitForPush(TrainerCallback):
+    # So that each save is a commit, of what was saved then.
+
+    def on_save(self, *args, **kwargs):
+        trainer._finish_current_push()
+
+
 # The arguments have a token of their own, which the trainer pickles and pushes.
 options = dict(push_to_hub=True, hub_private_repo=True, max_steps=2, save_strategy="steps", save_steps=1)
 rows = ragged_rows(4)
 model, tokenizer = load()
-args = arguments("by-trainer", hub_always_push=True, hub_token=token, **options)
-trainer = DistillationTrainer(model, args, teacher=teacher, processing_class=tokenizer, train_dataset=rows)
+args = arguments("by-trainer", hub_token=token, **options)
+trainer = DistillationTrainer(
+    model, args, teacher=teacher, processing_class=tokenizer, train_dataset=rows, callbacks=[WaitForPush()]
+)
 Path("by-trainer/README.md").write_text(card)
 trainer.train()
 trainer.push_to_hub()
