@@ -34,7 +34,7 @@ def upload(
 
     Raises:
         OSError: there is no token, the Hub refused or cannot be reached, or `private` was asked of a repository that
-            is public. The branch is as it was.
+            is public. The branch is as it was; where only the answer was lost, all has gone up.
     """
     api = HfApi(token=token)
     if not (token or get_token()):

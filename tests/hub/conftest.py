@@ -45,17 +45,19 @@ def run_script(tmp_path):
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def forget_sessions():
+    """Lets the client look again whether it is offline."""
+    forget = getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils.reset_sessions
+    yield forget
+    forget()
+
+
+@pytest.fixture
+def hub(monkeypatch, forget_sessions):
     """A Hub that `HfApi` of this process uploads to; downloads have the address of the import in them."""
     with Hub(TOKEN) as hub:
         for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        _forget_sessions()
+        forget_sessions()
         yield hub
-    _forget_sessions()
-
-
-def _forget_sessions():
-    forget = getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils.reset_sessions
-    forget()

@@ -85,7 +85,7 @@ class Hub:
         self.cdn = f"http://localhost:{self._server.server_port}/storage"
 
     def __enter__(self) -> "Hub":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_):

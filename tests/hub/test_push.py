@@ -206,7 +206,7 @@ def test_metadata_that_the_hub_refuses_are_refused_before_any_file(hub, folder, 
     assert not pushed(hub)[1] and not hub.stored
 
 
-def test_no_token_no_network_no_hub(hub, folder, capsys, monkeypatch):
+def test_no_token_no_network_no_hub(hub, folder, capsys, monkeypatch, forget_sessions):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "nowhere"))
     assert push(folder, "ann/student") == 2
@@ -215,6 +215,10 @@ def test_no_token_no_network_no_hub(hub, folder, capsys, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert push(folder, "ann/student") == 2
     assert "was not uploaded to http://127.0.0.1:9" in one_error(capsys)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forget_sessions()
+    assert push(folder, "ann/student") == 2
+    assert "offline mode is enabled" in one_error(capsys)
     assert not hub.requests
 
 
