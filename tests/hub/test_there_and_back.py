@@ -21,13 +21,17 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from distillation_toys import arguments, ragged_rows
+from huggingface_hub import snapshot_download
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers import DataCollatorForSeq2Seq, TrainerCallback
 
 import hf_encdec_distill
 from hf_encdec_distill import DistillationTrainer
 from hf_encdec_distill.cli.main import main
+from hf_encdec_distill.export.exporting import export_model
+from hf_encdec_distill.export.runtime import ExportedForConditionalGeneration
 
 student, teacher, card = sys.argv[1:]
 token = os.environ["HF_TOKEN"]
@@ -37,7 +41,14 @@ def load():
     return AutoModelForSeq2SeqLM.from_pretrained(student), AutoTokenizer.from_pretrained(student)
 
 
+model, tokenizer = load()
+export_model(model, tokenizer, "onnx", Path(student, "onnx"))
+Path(student, "onnx", "parity.json").write_text('{"failures": []}')
 assert main(["push", student, "ann/by-command"]) == 0
+folder = snapshot_download("ann/by-command", allow_patterns="onnx/*")
+exported = ExportedForConditionalGeneration.from_pretrained(Path(folder, "onnx"))
+prompt = dict(tokenizer("Return the sum.", return_tensors="pt", return_token_type_ids=False))
+assert torch.equal(exported.generate(**prompt, max_new_tokens=8), model.generate(**prompt, max_new_tokens=8))
 there = AutoModelForSeq2SeqLM.from_pretrained("ann/by-command")  # the package is there: nothing has to be trusted
 assert type(there) is hf_encdec_distill.RopeEncDecForConditionalGeneration
 
