@@ -123,8 +123,9 @@ def _beside_weights(folder: Path) -> list[str]:
 
 
 def _named_code(folder: Path) -> set[str]:
+    """Of this folder: `user/name--module.Class` is code of another repository."""
     auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
-    return {f"{target.partition('.')[0]}.py" for target in auto_map.values()}
+    return {f"{target.partition('.')[0]}.py" for target in auto_map.values() if "--" not in target}
 
 
 def _figures(folder: Path) -> list[str]:
