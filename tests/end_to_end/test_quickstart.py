@@ -150,6 +150,7 @@ def test_a_person_gets_a_table_and_the_lines_that_load_the_student(run):
     card = (folder / "student" / "README.md").read_text()
     assert card.startswith("---\n") and "student, distilled" in card
     recipe = json.loads((folder / "recipe.json").read_text())
+    assert json.loads((folder / "student" / "recipe.json").read_text())["recipe"] == recipe["recipe"]
     assert recipe["settings"]["minutes"] == 0.6 and recipe["versions"]["torch"] == torch.__version__
 
 

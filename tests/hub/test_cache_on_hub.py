@@ -1,20 +1,14 @@
 """A cache goes to a Hub and comes back, with either client library; the Hub is a small one of this machine."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import yaml
 from distillation_toys import make_teacher, ragged_rows, write_pairs, write_teacher
 from huggingface_hub import HfApi
-from server import Hub
+from server import TOKEN, Hub
 
 from hf_encdec_distill.distillation import CachedTeacher, LiveTeacher, capture
 
 
-TOKEN = "hf_of_the_tests"
 # In processes of their own: the client reads where the Hub is when it is imported.
 THERE_AND_BACK = """
 import sys
@@ -69,38 +63,11 @@ for use in (lambda: CachedTeacher(sys.argv[1]).push_to_hub("ann/more"), lambda: 
 """
 
 
-@pytest.fixture
-def run(tmp_path):
-    tests = Path(__file__).parents[1]
-    package = Path(sys.modules["hf_encdec_distill"].__file__).parents[1]
-
-    def start(script, *words, **environment):
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))},
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "PYTHONPATH": os.pathsep.join((str(package), str(tests))),
-            **environment,
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", script, *map(str, words)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        assert TOKEN not in done.stdout + done.stderr
-        return done.stdout.splitlines()
-
-    return start
-
-
-def test_there_and_back(run, tmp_path, make_bpe_tokenizer):
+def test_there_and_back(run_script, tmp_path, make_bpe_tokenizer):
     teacher = write_teacher(tmp_path / "teacher", make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>"))
     pairs = write_pairs(tmp_path / "pairs.csv", 40)
     with Hub(TOKEN) as hub:
-        said = run(THERE_AND_BACK, tmp_path / "cache", teacher, pairs, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
+        said = run_script(THERE_AND_BACK, tmp_path / "cache", teacher, pairs, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
         repository = hub.repositories["datasets/ann/records"]
         (oid, files), (_, cut) = repository.at("main"), repository.at("cut")
         assert said[-1] == f"{hub.url}/datasets/ann/records/commit/{oid}"
@@ -113,14 +80,14 @@ def test_there_and_back(run, tmp_path, make_bpe_tokenizer):
         assert {"README.md", "manifest.json", "tokenizer.json"} <= set(cut)
 
 
-def test_a_hub_that_refuses_or_is_offline_is_named(run, tmp_path, make_bpe_tokenizer):
+def test_a_hub_that_refuses_or_is_offline_is_named(run_script, tmp_path, make_bpe_tokenizer):
     tokenizer = make_bpe_tokenizer(pad_token="<|endoftext|>")
     capture(LiveTeacher(make_teacher()), ragged_rows(3), tmp_path / "cache", tokenizer, progress=False)
     with Hub(TOKEN) as hub:
-        pushing, reading = run(REFUSED, tmp_path / "cache", HF_ENDPOINT=hub.url, HF_TOKEN="hf_wrong")
+        pushing, reading = run_script(REFUSED, tmp_path / "cache", HF_ENDPOINT=hub.url, HF_TOKEN="hf_wrong")
         assert "401" in pushing and "ann/none" in reading
         assert not hub.repositories
-    pushing, reading = run(REFUSED, tmp_path / "cache", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
+    pushing, reading = run_script(REFUSED, tmp_path / "cache", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1", HF_TOKEN=TOKEN)
     assert "offline" in pushing and "outgoing traffic has been disabled" in reading
 
 
@@ -132,5 +99,5 @@ def test_what_the_http_library_says_becomes_one_line(tmp_path, make_bpe_tokenize
         raise RuntimeError("no route to host")
 
     monkeypatch.setattr(HfApi, "create_repo", nobody)
-    with pytest.raises(OSError, match=r"the Hub cannot be reached at http.* to upload ann/more: no route to host"):
-        CachedTeacher(tmp_path / "cache").push_to_hub("ann/more")
+    with pytest.raises(OSError, match=r"ann/more was not uploaded to http.*: no route to host"):
+        CachedTeacher(tmp_path / "cache").push_to_hub("ann/more", token=TOKEN)

@@ -382,8 +382,8 @@ class Pipeline:
         for folder in (self.folder, self.folder / "student"):
             plot_loss_curves(metrics["curves"], folder / "loss.png")
             plot_quality(metrics["models"], folder / "quality.png", spread=metrics["spread"])
+            write_json(folder / "recipe.json", self._recipe_file())
         write_json(self.folder / "metrics.json", metrics)
-        write_json(self.folder / "recipe.json", self._recipe_file())
         (self.folder / "samples.md").write_text(
             samples_page(metrics["samples"], "python" if self.built_in_task else ""), encoding="utf-8"
         )

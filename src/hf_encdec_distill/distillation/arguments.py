@@ -287,6 +287,10 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
                 f"source_column and target_column are both {self.source_column!r}; name two different columns."
             )
 
+    def __getstate__(self) -> dict:
+        # The trainer pickles its arguments beside each checkpoint, and pushes that file too.
+        return {**self.__dict__, "hub_token": None}
+
 
 def with_distillation_defaults(args: TrainingArguments) -> TrainingArguments:
     """Gives plain `Seq2SeqTrainingArguments` the fields of `DistillationTrainingArguments` at their defaults.

@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi, snapshot_download
+from huggingface_hub import DatasetCard, DatasetCardData, snapshot_download
 
+from ..hub import upload
 from .shards import shard_files
 
 
@@ -35,24 +36,18 @@ def push(
     folder: Path, repo_id: str, private: bool | None, revision: str | None, token: str | None, commit_message: str
 ) -> str:
     """See `CachedTeacher.push_to_hub`."""
-    api = HfApi(token=token)
-    where = {"repo_type": "dataset", "revision": revision}
-    try:
-        repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, repo_type="dataset", exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message,
-            ignore_patterns=["partial-*"],
-            delete_patterns=["*.parquet"],  # what an earlier push left that is no part of the cache any more
-            **where,
-        )
-    except OSError:
-        raise
-    except Exception as error:  # the HTTP library, which is not the same for all versions of the Hub's client
-        raise OSError(f"the Hub cannot be reached at {api.endpoint} to upload {repo_id}: {error}") from error
+    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    commit = upload(
+        {name: file for name, file in files.items() if not name.startswith("partial-")},
+        repo_id,
+        "dataset",
+        commit_message,
+        # What an earlier push left that is no part of the cache any more.
+        replaces=lambda names: [name for name in names if name.endswith(".parquet")],
+        private=private,
+        revision=revision,
+        token=token,
+    )
     return commit.commit_url
 
 

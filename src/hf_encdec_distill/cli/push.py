@@ -1,0 +1,232 @@
+"""Push a finished student to the Hub, in one commit: all of it, or nothing.
+
+What goes up is the weights (safetensors), the config, the files of the model that it names, generation config and
+tokenizer, the card with its figures, the recipe, and the proven exports in the folder's subfolders. All else stays
+here: checkpoints, the trainer's state, pickles. Weights and exports that an earlier push left are replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+
+SUMMARY = "push a student, its card and its exports to the Hub"
+EXAMPLE = "hf-encdec-distill push runs/quickstart/student user/name --private --dry-run"
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_CARD = "README.md"
+# Of one kind of tokenizer or another; `save_pretrained` of transformers writes them.
+_TOKENIZER = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "tokenizer.model",
+)
+_RECORDS = ("recipe.json", "recipe.yaml", "provenance.json", "LICENSE", "NOTICE")
+_FIGURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="of the student, as quickstart, distill or export left it")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="user/name; made if it is not there")
+    parser.add_argument("--private", action="store_true", help="make that a private one")
+    parser.add_argument("--revision", metavar="BRANCH", help="made if it is not there (default: main)")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request in place of a commit")
+    parser.add_argument("--commit-message", default="Upload a student", metavar="TEXT", help="default: %(default)s")
+    parser.add_argument(
+        "--include",
+        nargs="*",
+        metavar="EXPORT",
+        help="subfolders with exports to push, none if none is named (default: all that are proven)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="list what would go up, and ask nothing of the network")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(args.repo_id)
+    folder = Path(args.folder)
+    names = files_to_push(folder, args.include)
+    result: dict[str, Any] = {
+        "repo_id": args.repo_id,
+        "files": [{"path": name, "bytes": (folder / name).stat().st_size} for name in names],
+        "left_out": _left_out(folder, names),
+    }
+    if not args.dry_run:
+        result |= _push(folder, names, args)
+    print(json.dumps(result, indent=1) if args.json else _page(result))
+
+
+def files_to_push(folder: Path, exports: list[str] | None = None) -> list[str]:
+    """What of a student's folder belongs on the Hub, relative to the folder.
+
+    Args:
+        exports: subfolders with an export; by default all that are proven.
+
+    Raises:
+        ValueError: the student is not whole, its card is none to huggingface_hub, or an export is not proven or not
+            as it was when it was.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no student, there is no config.json: name a folder that save_pretrained wrote"
+        )
+    names = [*_weights(folder), *_beside_weights(folder)]
+    missing = sorted(name for name in _named_code(folder) if name not in names)
+    if missing:
+        raise ValueError(f"{folder / 'config.json'} names {', '.join(missing)}, not there: save the student again")
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ValueError(f"{folder} has no tokenizer: save it there first, tokenizer.save_pretrained({str(folder)!r})")
+    names += [name for name in _RECORDS if (folder / name).is_file()]
+    if (folder / _CARD).is_file():
+        names += [_CARD, *_figures(folder)]
+    for export in _proven_exports(folder) if exports is None else exports:
+        names += [f"{Path(export).as_posix()}/{name}" for name in _of_export(folder / export)]
+    return list(dict.fromkeys(names))
+
+
+def _weights(folder: Path) -> list[str]:
+    """One file, or all shards with their index: what `from_pretrained` would read."""
+    if (folder / _WEIGHTS).is_file():
+        return [_WEIGHTS]
+    if not (folder / _INDEX).is_file():
+        raise ValueError(f"{folder} has no weights in safetensors: save the student there with save_pretrained")
+    shards = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise ValueError(f"{folder / _INDEX} names {', '.join(missing)}, not there: save the student again")
+    return [_INDEX, *shards]
+
+
+def _beside_weights(folder: Path) -> list[str]:
+    """Config, generation config, tokenizer, and the Python files that `auto_map` of the config names, where there."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    code = {name for name in _named_code(folder) if (folder / name).is_file()}
+    code |= {Path(file).name for name in set(code) for file in get_relative_import_files(folder / name)}
+    names = ("config.json", "generation_config.json", *sorted(code), *_TOKENIZER)
+    return [name for name in names if (folder / name).is_file()]
+
+
+def _named_code(folder: Path) -> set[str]:
+    """Of this folder: `user/name--module.Class` is code of another repository."""
+    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
+    return {f"{target.partition('.')[0]}.py" for target in auto_map.values() if "--" not in target}
+
+
+def _figures(folder: Path) -> list[str]:
+    """The pictures of this folder that the card shows.
+
+    Raises:
+        ValueError: huggingface_hub cannot read the card's metadata.
+    """
+    from huggingface_hub import ModelCard
+
+    try:
+        card = ModelCard.load(folder / _CARD)
+    except Exception as error:  # PyYAML's are no ValueErrors
+        raise ValueError(f"the metadata of {folder / _CARD} are not valid: {error}") from error
+    shown = [unquote(path) for path in _FIGURE.findall(card.text) if "://" not in path]
+    inside = [path for path in shown if ".." not in Path(path).parts and not Path(path).is_absolute()]
+    missing = [path for path in shown if path not in inside or not (folder / path).is_file()]
+    if missing:
+        raise ValueError(f"{folder / _CARD} shows {', '.join(missing)}, not in {folder}: put it there or take it out")
+    return inside
+
+
+def _proven_exports(folder: Path) -> list[str]:
+    from ..export.runtime import MANIFEST
+
+    names = sorted(file.parent.name for file in folder.glob(f"*/{MANIFEST}"))
+    return [name for name in names if _why_not_proven(folder / name) is None]
+
+
+def _why_not_proven(export: Path) -> str | None:
+    from ..export.parity import PARITY
+
+    if export.suffix in (".rejected", ".unproven", ".partial") or not (export / PARITY).is_file():
+        return f"there is no {PARITY} that proves it equal to PyTorch"
+    failures = json.loads((export / PARITY).read_text(encoding="utf-8"))["failures"]
+    return f"not equal to PyTorch within bounds: {', '.join(failures)}" if failures else None
+
+
+def _of_export(export: Path) -> list[str]:
+    """Files of an export, all as they were when it was proven."""
+    from ..export.parity import PARITY
+    from ..export.runtime import MANIFEST, read_manifest
+
+    manifest = read_manifest(export)
+    reason = _why_not_proven(export)
+    if reason is not None:
+        raise ValueError(f"{export} is not pushed, {reason}: export again, or leave it out")
+    return [*manifest["files"], MANIFEST, PARITY, *_beside_weights(export)]
+
+
+def _left_out(folder: Path, names: list[str]) -> list[str]:
+    """Files and subfolders of which nothing goes up."""
+    pushed = {name.partition("/")[0] for name in names}
+    return sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in pushed)
+
+
+def _of_earlier_student(there: list[str]) -> list[str]:
+    """Weights and exports in the repository, which do not belong to the student that comes."""
+    from ..export.runtime import MANIFEST
+
+    exports = {name.removesuffix(MANIFEST) for name in there if name.endswith(f"/{MANIFEST}")}
+    return [name for name in there if re.fullmatch(r"model.*\.safetensors(\.index\.json)?", name)] + [
+        name for name in there if name.startswith(tuple(exports))
+    ]
+
+
+def _push(folder: Path, names: list[str], args: argparse.Namespace) -> dict[str, str]:
+    from huggingface_hub.utils import disable_progress_bars
+
+    from ..hub import upload
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        commit = upload(
+            {name: folder / name for name in names},
+            args.repo_id,
+            "model",
+            args.commit_message,
+            replaces=_of_earlier_student,
+            private=args.private or None,
+            revision=args.revision,
+            create_pr=args.create_pr,
+        )
+    except OSError:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the bar of an upload that failed leaves its line open
+        raise
+    return {"commit": commit.oid, "url": commit.pr_url or commit.commit_url}
+
+
+def _page(result: dict[str, Any]) -> str:
+    from ._display import table
+
+    files = result["files"]
+    rows = [[file["path"], f"{file['bytes'] / 1e6:.3f}"] for file in files]
+    rows.append([f"{len(files)} files", f"{sum(file['bytes'] for file in files) / 1e6:.3f}"])
+    parts = [table([result["repo_id"], "MB"], rows)]
+    if _CARD not in (file["path"] for file in files):
+        parts.append(f"There is no model card: write_model_card of hf_encdec_distill.model_card makes {_CARD}.")
+    if result["left_out"]:
+        parts.append(f"Left out: {', '.join(result['left_out'])}")
+    parts.append(result.get("url", "Nothing was sent."))
+    return "\n\n".join(parts)

@@ -1,0 +1,64 @@
+"""One commit to the Hub, whole or not at all."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
+
+def upload(
+    files: Mapping[str, Path],
+    repo_id: str,
+    repo_type: str,
+    commit_message: str,
+    *,
+    replaces: Callable[[list[str]], Iterable[str]],
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+) -> CommitInfo:
+    """Make the repository and the branch where they are not there, and commit to it.
+
+    Not `HfApi.upload_folder`: from huggingface_hub 2 on that makes several commits of one folder.
+
+    Args:
+        files: name in the repository -> file.
+        repo_id: `user/name`, or `name` for one of the user's own.
+        repo_type: `"model"` or `"dataset"`.
+        replaces: which of the names in the repository are deleted in the same commit, unless they are in `files`.
+        private: of a repository that is made; None leaves it to the user's or the organisation's default.
+        revision: branch, made of main if it is not there.
+        create_pr: a pull request to that branch in place of a commit on it.
+        token: by default the one of the environment, or that `hf auth login` stored.
+
+    Raises:
+        OSError: there is no token, the Hub refused or cannot be reached, or `private` was asked of a repository that
+            is public. The branch is as it was; where only the answer was lost, all has gone up.
+    """
+    api = HfApi(token=token)
+    if not (token or get_token()):
+        raise OSError(f"no token to write to {api.endpoint} with: log in (hf auth login), or set HF_TOKEN")
+    try:
+        repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        if private and not api.repo_info(repo_id, repo_type=repo_type).private:
+            raise OSError("it is there already, and public: push without private, or to another name")
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+        there = api.list_repo_files(repo_id, repo_type=repo_type, revision=revision)
+        gone = set(replaces(there)) - set(files)
+        return api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationAdd(name, str(file)) for name, file in files.items()),
+                *(CommitOperationDelete(name) for name in sorted(gone)),
+            ],
+            commit_message=commit_message,
+            repo_type=repo_type,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except Exception as error:  # of the client's HTTP library, which is not the same for all its versions
+        # Of one file among several the client says only in the cause why it was not uploaded.
+        reason = f"{error} {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else str(error)
+        raise OSError(f"{repo_id} was not uploaded to {api.endpoint}: {reason}") from error

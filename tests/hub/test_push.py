@@ -1,0 +1,278 @@
+"""`push`: what goes up, in one commit, and what a Hub that fails leaves behind."""
+
+import hashlib
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from server import TOKEN, LargeFile
+
+from hf_encdec_distill.cli.main import main
+from hf_encdec_distill.export.exporting import write_manifest
+from hf_encdec_distill.export.recipe import Shapes
+
+
+FROZEN = Path(__file__).parent / "frozen" / "0.1" / "merged"
+STUDENT = {
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "configuration_rope_encdec.py",
+    "modeling_rope_encdec.py",
+    "compat_rope_encdec.py",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+}
+RECORDS = {"README.md", "loss.png", "recipe.yaml", "provenance.json"}
+EXPORT = {"model.onnx", "model.onnx_data", "config.json", "exported.json", "parity.json"}
+CARD = """---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+
+# A student
+
+![Loss](loss.png) ![Elsewhere](https://example.com/picture.png)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A student as a run leaves it, with what does not belong on the Hub beside it."""
+    folder = tmp_path / "student"
+    shutil.copytree(FROZEN, folder)
+    (folder / "README.md").write_text(CARD)
+    (folder / "loss.png").write_bytes(b"\x89PNG\0")
+    for name in ("recipe.yaml", "provenance.json", "trainer_state.json", "state.json"):
+        (folder / name).write_text("{}")
+    for name in ("training_args.bin", "pytorch_model.bin", "optimizer.pt", "checkpoint-1/model.safetensors", "work/x"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"\x80\x04pickle")
+    return folder
+
+
+def write_export(folder, failures=()):
+    """What `export` leaves, with graphs that no runtime has to read."""
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"\0graph")
+    (folder / "model.onnx_data").write_bytes(b"\0weights" * 100)
+    (folder / "config.json").write_text("{}")
+    write_manifest(folder, "onnx", "int8", Shapes(), False, "float32")
+    (folder / "parity.json").write_text(json.dumps({"failures": list(failures)}))
+    (folder / "notes.txt").write_text("mine")
+
+
+def push(*words):
+    return main(["push", *map(str, words)])
+
+
+def pushed(hub, revision="main"):
+    oid, files = hub.repositories["models/ann/student"].at(revision)
+    return oid, {name: content for name, content in files.items() if name != ".gitattributes"}
+
+
+def one_error(capsys):
+    output = capsys.readouterr()
+    errors = [line for line in output.err.split("\n") if line.startswith("hf-encdec-distill")]
+    assert len(errors) == 1 and "Traceback" not in output.err and not output.out
+    assert TOKEN not in output.err
+    return errors[0]
+
+
+def test_what_goes_up_and_what_stays(hub, folder, capsys):
+    write_export(folder / "onnx")
+    write_export(folder / "onnx_int8")
+    write_export(folder / "openvino.rejected", ["greedy answers"])
+    assert push(folder, "ann/student", "--private", "--commit-message", "First", "--json") == 0
+    output = capsys.readouterr()
+    oid, files = pushed(hub)
+    exports = {f"{export}/{name}" for export in ("onnx", "onnx_int8") for name in EXPORT}
+    assert set(files) == STUDENT | RECORDS | exports
+    for name, content in files.items():
+        assert content == (folder / name).read_bytes(), name
+    assert {name for name, content in files.items() if isinstance(content, LargeFile)} == {
+        "model.safetensors",
+        "loss.png",
+        *(f"{export}/{name}" for export in ("onnx", "onnx_int8") for name in ("model.onnx", "model.onnx_data")),
+    }
+    repository = hub.repositories["models/ann/student"]
+    assert repository.private and list(repository.messages.values()) == ["initial commit", "First"]
+    said = json.loads(output.out)
+    assert said["commit"] == oid and said["url"] == f"{hub.url}/ann/student/commit/{oid}"
+    assert {file["path"]: file["bytes"] for file in said["files"]} == {n: len(c) for n, c in files.items()}
+    assert {"training_args.bin", "checkpoint-1/", "openvino.rejected/", "work/"} <= set(said["left_out"])
+    assert TOKEN not in output.out + output.err
+
+
+def test_a_dry_run_lists_the_same_and_asks_nothing(hub, folder, capsys, monkeypatch):
+    write_export(folder / "onnx")
+    monkeypatch.delenv("HF_TOKEN")
+    assert push(folder, "ann/student", "--dry-run", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {file["path"] for file in said["files"]} == STUDENT | RECORDS | {f"onnx/{name}" for name in EXPORT}
+    assert push(folder, "ann/student", "--dry-run", "--include") == 0
+    page = capsys.readouterr().out
+    assert "Nothing was sent." in page and "onnx/model.onnx" not in page
+    size = (folder / "model.safetensors").stat().st_size
+    assert f"{size / 1e6:.3f}" in page.splitlines()[2]
+    assert not hub.requests
+
+
+def test_a_second_push_replaces_weights_and_exports(hub, folder, capsys):
+    write_export(folder / "onnx")
+    assert push(folder, "ann/student") == 0
+    first, _ = pushed(hub)
+    repository = hub.repositories["models/ann/student"]
+    repository.commit("main", {**repository.at("main")[1], "notes/theirs.md": b"kept"}, "by hand")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.rmtree(folder / "onnx")
+    write_export(folder / "onnx_int8")
+    assert push(folder, "ann/student") == 0
+    shards = {"model-00001-of-00001.safetensors", "model.safetensors.index.json"}
+    exports = {f"onnx_int8/{name}" for name in EXPORT}
+    expected = (STUDENT - {"model.safetensors"}) | shards | RECORDS | exports | {"notes/theirs.md"}
+    assert set(pushed(hub)[1]) == expected
+    assert "model.safetensors" in pushed(hub, first)[1]  # what was pinned stays
+
+
+def test_branches_and_pull_requests(hub, folder, capsys):
+    assert push(folder, "ann/student") == 0
+    main_before, _ = pushed(hub)
+    (folder / "recipe.yaml").write_text("seed: 1\n")
+    assert push(folder, "ann/student", "--create-pr") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{hub.url}/ann/student/discussions/1"
+    assert push(folder, "ann/student", "--revision", "v2") == 0
+    assert pushed(hub)[0] == main_before
+    for revision in ("refs/pr/1", "v2"):
+        assert pushed(hub, revision)[1]["recipe.yaml"] == b"seed: 1\n"
+
+
+def test_a_public_repository_does_not_become_private(hub, folder, capsys):
+    assert push(folder, "ann/student") == 0
+    before = pushed(hub)
+    capsys.readouterr()
+    assert push(folder, "ann/student", "--private") == 2
+    assert "there already, and public" in one_error(capsys)
+    assert pushed(hub) == before
+
+
+def break_hash(folder):
+    write_export(folder / "onnx")
+    (folder / "onnx" / "model.onnx").write_bytes(b"\0graph of another")
+
+
+def break_parity(folder):
+    write_export(folder / "onnx", ["greedy answers 12 %"])
+
+
+def reject(folder):
+    write_export(folder / "onnx")
+    (folder / "onnx").rename(folder / "onnx.rejected")
+
+
+@pytest.mark.parametrize(
+    ("harm", "words", "message"),
+    [
+        (break_hash, [], r"onnx/model.onnx is changed after the export"),
+        (break_parity, ["--include", "onnx"], r"not equal to PyTorch within bounds: greedy answers 12 %"),
+        (reject, ["--include", "onnx.rejected"], r"no parity.json that proves it"),
+        (lambda folder: None, ["--include", "coreml"], r"holds no export"),
+        (lambda folder: (folder / "model.safetensors").unlink(), [], r"no weights in safetensors"),
+        (lambda folder: (folder / "modeling_rope_encdec.py").unlink(), [], r"names modeling_rope_encdec.py"),
+        (lambda folder: (folder / "compat_rope_encdec.py").unlink(), [], r"No such file.*compat_rope_encdec.py"),
+        (lambda folder: (folder / "loss.png").unlink(), [], r"shows loss.png"),
+        (lambda folder: (folder / "tokenizer_config.json").unlink(), [], r"has no tokenizer"),
+        (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), [], r"metadata of .* are not valid"),
+    ],
+)
+def test_what_is_not_whole_is_refused(hub, folder, capsys, harm, words, message):
+    harm(folder)
+    assert push(folder, "ann/student", *words) == 2
+    assert re.search(message, one_error(capsys))
+    assert not hub.repositories
+
+
+def test_metadata_that_the_hub_refuses_are_refused_before_any_file(hub, folder, capsys):
+    (folder / "README.md").write_text("---\nlicense: [mit]\n---\n")
+    assert push(folder, "ann/student") == 2
+    assert '"license" must be a string' in one_error(capsys)
+    assert not pushed(hub)[1] and not hub.stored
+
+
+def test_no_token_no_network_no_hub(hub, folder, capsys, monkeypatch, forget_sessions):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "nowhere"))
+    assert push(folder, "ann/student") == 2
+    assert "no token to write to" in one_error(capsys)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert push(folder, "ann/student") == 2
+    assert "was not uploaded to http://127.0.0.1:9" in one_error(capsys)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forget_sessions()
+    assert push(folder, "ann/student") == 2
+    assert "offline mode is enabled" in one_error(capsys)
+    assert not hub.requests
+
+
+# Faults ------------------------------------------------------------------------------------------------------------
+
+LFS, COMMIT, PREUPLOAD = "PUT /storage/", "POST .*/commit/", "POST .*/preupload/"
+MENDED = {
+    "an upload that fails": (LFS, {"status": 500}),
+    "an upload that is cut": (LFS, {"cut": True}),
+    "an upload that is throttled": (LFS, {"status": 503}),
+}
+FINAL = {
+    "a commit that fails": (COMMIT, {"status": 500}, "500"),
+    "a commit that is cut": (COMMIT, {"cut": True}, "was not uploaded to"),
+    "too many requests": (COMMIT, {"status": 429, "retry_after": 1}, "429"),
+    "content that changes on its way": (LFS, {"flipped": True}, "BadDigest"),
+    "no space over there": (LFS, {"status": 507, "message": "Insufficient Storage"}, "507"),
+    "a token that has expired": ("POST .*/objects/batch", {"status": 401, "message": "token has expired"}, "expired"),
+    "a token that may only read": (PREUPLOAD, {"status": 403, "message": "read-only token"}, "read-only"),
+}
+
+
+@pytest.fixture
+def second_push(hub, folder, capsys, monkeypatch):
+    """A repository with a student, and another one that is to follow; waits between retries are none."""
+    assert push(folder, "ann/student") == 0
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    (folder / "recipe.yaml").write_text("seed: 2\n")
+    capsys.readouterr()
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    return folder
+
+
+@pytest.mark.parametrize("name", MENDED)
+def test_a_fault_that_passes_is_tried_again(hub, second_push, name):
+    request, fault = MENDED[name]
+    before = len(hub.requests)
+    hub.fail(request, **fault)
+    assert push(second_push, "ann/student") == 0
+    tries = [asked for asked in hub.requests[before:] if asked.startswith("PUT /storage/")]
+    assert len(tries) == 2
+    _, files = pushed(hub)
+    assert files["model.safetensors"] == (second_push / "model.safetensors").read_bytes()
+    assert files["recipe.yaml"] == b"seed: 2\n"
+
+
+@pytest.mark.parametrize("name", FINAL)
+def test_a_fault_that_stays_leaves_the_branch_as_it_was(hub, second_push, capsys, name):
+    request, fault, message = FINAL[name]
+    before = pushed(hub)
+    hub.fail(request, times=99, **fault)
+    assert push(second_push, "ann/student") == 2
+    assert message in one_error(capsys)
+    assert pushed(hub) == before
+    assert all(hashlib.sha256(content).hexdigest() == oid for oid, content in hub.stored.items())
+    assert not [file for file in second_push.rglob("*") if file.is_file() and TOKEN.encode() in file.read_bytes()]
