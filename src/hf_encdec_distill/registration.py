@@ -1,4 +1,4 @@
-"""Makes transformers and Optimum know our model once they are imported, in either order, without importing them ourselves.
+"""Makes transformers and Optimum know our model once they are imported, in either order, without importing them.
 
 `import hf_encdec_distill` must cost nothing: the command line answers `--help` and completes words in a blink, and
 Optimum is often not installed. transformers has no entry points for models of others; Optimum (v2.1.0) looks for
