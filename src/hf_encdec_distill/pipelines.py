@@ -90,11 +90,8 @@ class Text2TextGenerationPipeline(pipelines.Pipeline):
 
 
 if TASK in pipelines.PIPELINE_REGISTRY.supported_tasks:
-    # transformers 4.57 looks for the name of a model's class among these, and logs an error if it was registered.
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES["rope_encdec"] = (
-        "RopeEncDecForConditionalGeneration",
-        "ExportedForConditionalGeneration",
-    )
+    # transformers 4.57 logs an error for a class that is neither registered nor named here, as that of exports is not.
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES["rope_encdec"] = "ExportedForConditionalGeneration"
 else:
     # transformers 5.24 refuses by this list before it asks its registry.
     getattr(pipelines, "REMOVED_TASKS", {}).pop(TASK, None)

@@ -158,12 +158,15 @@ if IS_4:
         )
         assert elsewhere(f"{code}print(pipe({TEXTS[:2]!r}, max_new_tokens=6))", tmp_path).strip() == str(expected)
 
-    @pytest.mark.parametrize("accelerator", ["ort", "ov"])
+    @pytest.mark.parametrize("accelerator", ["ort", "openvino"])
     def test_pipelines_of_optimum(folder, accelerator):
-        from optimum.pipelines import pipeline
+        if accelerator == "ort":
+            from optimum.pipelines import pipeline
+        else:
+            from optimum.intel.pipelines import pipeline
 
         pipe = pipeline(TASK, model=str(folder), accelerator=accelerator)
-        assert type(pipe.model).__name__ == {"ort": "ORTModelForSeq2SeqLM", "ov": "OVModelForSeq2SeqLM"}[accelerator]
+        assert type(pipe.model).__name__ == {"ort": "ORTModelForSeq2SeqLM"}.get(accelerator, "OVModelForSeq2SeqLM")
         expected = [{"generated_text": generated(folder, text, **GREEDY)[1][0]} for text in TEXTS]
         assert pipe(TEXTS, **GREEDY) == expected
 
