@@ -1,6 +1,7 @@
 """Pipelines, streamers and batches with a student and with what was exported of it, as people have them on either
 version of transformers; the answers are held against `generate`, and 4.57's own pipeline against ours."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -158,15 +159,17 @@ if IS_4:
         )
         assert elsewhere(f"{code}print(pipe({TEXTS[:2]!r}, max_new_tokens=6))", tmp_path).strip() == str(expected)
 
-    @pytest.mark.parametrize("accelerator", ["ort", "openvino"])
-    def test_pipelines_of_optimum(folder, accelerator):
-        if accelerator == "ort":
-            from optimum.pipelines import pipeline
-        else:
-            from optimum.intel.pipelines import pipeline
-
-        pipe = pipeline(TASK, model=str(folder), accelerator=accelerator)
-        assert type(pipe.model).__name__ == {"ort": "ORTModelForSeq2SeqLM"}.get(accelerator, "OVModelForSeq2SeqLM")
+    @pytest.mark.parametrize("package", ["optimum.pipelines", "optimum.intel.pipelines"])
+    def test_pipelines_of_optimum(folder, package):
+        options, name = {
+            "optimum.pipelines": ({"accelerator": "ort"}, "ORTModelForSeq2SeqLM"),
+            "optimum.intel.pipelines": (
+                {"accelerator": "openvino", "model_kwargs": {"export": True}},
+                "OVModelForSeq2SeqLM",
+            ),
+        }[package]
+        pipe = importlib.import_module(package).pipeline(TASK, model=str(folder), **options)
+        assert type(pipe.model).__name__ == name
         expected = [{"generated_text": generated(folder, text, **GREEDY)[1][0]} for text in TEXTS]
         assert pipe(TEXTS, **GREEDY) == expected
 
