@@ -382,6 +382,21 @@ def test_distill_on_targets_that_the_teacher_wrote(student_folder, teacher_folde
     assert "eval_teacher_agreement" in capsys.readouterr().out
 
 
+def test_adapt_reads_text(student_folder, teacher_folder, tmp_path, capsys):
+    """Two steps on a folder of text: the student is another one, is measured on held-out text, and loads."""
+    corpus, output = tmp_path / "corpus", tmp_path / "adapted"
+    corpus.mkdir()
+    for number in range(60):
+        (corpus / f"{number}.txt").write_text(f"Number {number} is followed by {number + 1}, as everybody knows. " * 6)
+    options = ["--teacher", str(teacher_folder), "--text", str(corpus), "--output", str(output), "--window", "24"]
+    options += ["--max-steps", "2", "--learning-rate", "1e-2", "--eval-rows", "4", "--use-cpu", "--report-to", "none"]
+    assert main(["adapt", str(student_folder), *options, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["output"], said["steps"]) == (str(output), 2) and said["metrics"]["eval_loss"] > 0
+    before, after = (AutoModelForSeq2SeqLM.from_pretrained(folder) for folder in (student_folder, output))
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
 def test_convert_mu_writes_what_auto_model_loads(tmp_path, capsys):
     data = Path(__file__).parents[1] / "model" / "data"
     tensors = load_file(data / "mu_weights.safetensors")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import platform
 import warnings
 from importlib import metadata
@@ -53,13 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     requirements = _requirements()
-    names = {requirement.name for needed in requirements.values() for requirement in needed}
+    names = {requirement.name for extra in ("", *_ADDS) for requirement in requirements.get(extra, ())}
     versions = {name: version for name in sorted(names) if (version := _version(name))}
     broken = {requirement.name: f"needs {requirement}" for requirement in _unmet(requirements[""])}
     modules = [_MODULES.get(requirement.name, requirement.name) for requirement in requirements[""]]
     runtimes: dict[str, Any] = {}
     with progress("import") as update, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        logging.disable(logging.ERROR)  # remarks of converters on versions and on what they lack
         for index, name in enumerate([*modules, *_OURS]):
             update(index / (len(modules) + len(_OURS)), name)
             try:
@@ -72,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
                     runtimes[name] = _devices(name)
                 except Exception as error:
                     runtimes[name] = _first_line(error)
+        logging.disable(logging.NOTSET)
     content = {
         "healthy": not broken,
         "broken": broken,
