@@ -61,9 +61,9 @@ def _import(ours):
         importlib.import_module(f".{ours}", __package__)
     except Exception as error:  # whatever it is, theirs has to go on working for all other models
         warnings.warn(
-            f"what was imported will not know models of type rope_encdec: {type(error).__name__}: {error}. The versions "
-            "that work are those of pip install -U hf-encdec-distill, for Optimum those of its extras [onnx] and "
-            "[openvino].",
+            f"what was imported will not know models of type rope_encdec: {type(error).__name__}: {error}. The "
+            "versions that work are those of pip install -U hf-encdec-distill, for Optimum those of its extras [onnx] "
+            "and [openvino].",
             RuntimeWarning,
             stacklevel=2,
         )
