@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         metavar="FOLDER",
-        help="new folder for metrics.json, quality.png, answers.jsonl and a model-index for each model",
+        help="new folder for metrics.json, quality.png and .svg, answers.jsonl and a model-index for each model",
     )
     parser.add_argument(
         "--update-card", action="store_true", help="write the results into README.md of each MODEL that is a folder"
