@@ -1,27 +1,25 @@
 """Distil a decoder-only language model into a RoPE encoder-decoder that plugs into transformers.
 
-Importing the package registers the model with the `Auto` classes, and with Optimum once that is imported; everything
-else is imported on first use (PEP 562).
+Importing the package registers the model with the `Auto` classes, and more with transformers' pipelines and with
+Optimum, once those are imported (see `registration`). What is named here is imported on first use (PEP 562).
 """
 
 import importlib
 
-from .export.optimum_registration import register_with_optimum
-from .models.rope_encdec import (
-    RopeEncDecConfig,
-    RopeEncDecEncoderModel,
-    RopeEncDecForConditionalGeneration,
-    RopeEncDecModel,
-)
+from .registration import register
 
 
-register_with_optimum()
+register()
 
 __version__ = "0.1.0"
 
 _ON_FIRST_USE = {
     "DistillationTrainer": "distillation.trainer",
     "DistillationTrainingArguments": "distillation.arguments",
+    "RopeEncDecConfig": "models.rope_encdec",
+    "RopeEncDecEncoderModel": "models.rope_encdec",
+    "RopeEncDecForConditionalGeneration": "models.rope_encdec",
+    "RopeEncDecModel": "models.rope_encdec",
 }
 
 __all__ = [

@@ -183,4 +183,8 @@ def test_a_used_folder_is_not_overwritten_and_a_finished_run_shows_its_table_aga
     assert "--resume" in error and "--output" in error
     shown = subprocess.run([*COMMAND, "--resume", "--output", str(run["folder"])], capture_output=True, text=True)
     assert (shown.returncode, shown.stdout) == (0, run["resumed"].stdout)
+    shown = subprocess.run(
+        [*COMMAND, "--resume", "--json", "--output", str(run["folder"])], capture_output=True, text=True
+    )
+    assert json.loads(shown.stdout) == json.loads(before)
     assert (run["folder"] / "metrics.json").read_bytes() == before

@@ -143,7 +143,7 @@ def test_export_of_several_targets_and_generate(trained_folder, tmp_path, capsys
         assert capsys.readouterr().out == "w3 w2 w1\nw8 w9\n"
     assert sorted(path.name for path in out.iterdir()) == ["coreml", "onnx"]
     assert main(["generate", str(trained_folder / "student"), "w1 w2 w3", "--num-beams", "2", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == [{"text": "w1 w2 w3", "answer": "w3 w2 w1"}]
+    assert json.loads(capsys.readouterr().out) == {"answers": [{"text": "w1 w2 w3", "answer": "w3 w2 w1"}]}
     assert main(["generate", str(out / "onnx"), "w1 " * 9]) == 2
     assert "a prompt of 9 tokens: this export (fixed:8,8) takes at most 8" in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ import hf_encdec_distill
 
 ROOT = Path(hf_encdec_distill.__file__).parent
 # From what nobody of ours imports to what everybody may: a layer imports those after it.
-LAYERS = ["cli", "bench", "export", "model_card", "distillation", "data", "models", "hub"]
+LAYERS = ["cli", "bench", "export", "model_card", "distillation", "data", "models", "pipelines", "registration", "hub"]
 NOT_EACH_OTHER = {("export", "distillation"), ("distillation", "export")}
 TRAVELS = ["configuration_rope_encdec", "modeling_rope_encdec", "compat_rope_encdec"]
 
@@ -64,14 +64,34 @@ def modules_after(code):
     )
 
 
-def test_importing_the_package_loads_little_more_than_transformers():
+def test_importing_the_package_loads_neither_torch_nor_transformers():
+    added = modules_after("import hf_encdec_distill") - modules_after("")
+    assert {name.split(".")[0] for name in added} - sys.stdlib_module_names == {"hf_encdec_distill"}
+
+
+@pytest.mark.parametrize("ours_first", [True, False], ids=["ours first", "transformers first"])
+def test_the_model_is_registered_in_either_order_of_imports(ours_first):
+    imports = ["import hf_encdec_distill", "from transformers import AutoConfig, AutoModelForSeq2SeqLM"]
+    code = "\n".join(
+        [
+            *(imports if ours_first else reversed(imports)),
+            "config = AutoConfig.for_model('rope_encdec', encoder_num_hidden_layers=1, decoder_num_hidden_layers=1,",
+            "    vocab_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=2)",
+            "print(type(AutoModelForSeq2SeqLM.from_config(config)).__module__)",
+        ]
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "hf_encdec_distill.models.rope_encdec.modeling_rope_encdec", run.stderr
+
+
+def test_the_model_loads_little_more_than_transformers():
     before = modules_after("from transformers import PreTrainedModel, AutoModelForSeq2SeqLM")
-    added = modules_after("import hf_encdec_distill") - before
+    added = modules_after("from hf_encdec_distill import RopeEncDecForConditionalGeneration") - before
     heavy = {"datasets", "evaluate", "peft", "matplotlib", "rich", "optimum", "openvino", "coremltools", "onnxruntime"}
     assert not {name.split(".")[0] for name in added} & heavy
     assert not {name for name in added if name.startswith("transformers.trainer")}
     ours = {name for name in added if name.startswith("hf_encdec_distill")}
-    assert len(ours) == 8, ours
+    assert len(ours) == 7, ours
     # What any model that generates loads of transformers itself is upstream's choice, and differs by version.
     assert len([name for name in added if not name.startswith("transformers.")]) < 40
 

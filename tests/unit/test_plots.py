@@ -2,6 +2,8 @@
 
 import sys
 
+import matplotlib.colors
+import matplotlib.figure
 import matplotlib.image
 import pytest
 
@@ -20,7 +22,7 @@ MODELS = {
 def drawn(monkeypatch):
     """The figure that the next call would have saved."""
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "_save", lambda draw, path: figures.append(draw()))
     return figures
 
 
@@ -105,12 +107,47 @@ def test_latency_bars(drawn):
 
 
 def test_files_are_pictures_written_whole_and_repeatable(tmp_path):
-    first, second = (plot_quality(MODELS, tmp_path / "new" / name) for name in ("a.png", "b.png"))
-    height, width, _ = matplotlib.image.imread(first).shape
+    names = {"a.png", "a.svg", "a-dark.png", "a-dark.svg"}
+    first, second = (plot_quality(MODELS, tmp_path / folder / "a.png", "95 %").parent for folder in ("one", "two"))
+    height, width, _ = matplotlib.image.imread(first / "a.png").shape
     assert width > 600 and height > 200
-    assert first.read_bytes() == second.read_bytes()
-    assert b"<svg" in plot_quality(MODELS, tmp_path / "c.svg").read_bytes()
-    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["a.png", "b.png", "c.svg"]
+    assert {path.name for path in first.iterdir()} == {path.name for path in second.iterdir()} == names
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert plot_quality(MODELS, tmp_path / "b.svg") == tmp_path / "b.svg"
+    assert b"<svg" in (tmp_path / "b.svg").read_bytes()
+
+
+def luminance(colour):
+    """Relative luminance, WCAG 2.2."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(colour)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(colour, other):
+    light, dark = sorted((luminance(colour), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_what_is_written_can_be_read_on_light_and_dark_pages(monkeypatch, tmp_path):
+    figures = []
+    save = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
+    )
+    plot_quality(MODELS, tmp_path / "a.png", "95 %")
+    light, dark = figures[0], figures[-1]
+    assert luminance(light.get_facecolor()) == 1.0 and luminance(dark.get_facecolor()) == 0.0
+    for figure in (light, dark):
+        page = figure.get_facecolor()
+        for axis in visible_axes(figure):
+            texts = [*axis.texts, *axis.get_xticklabels(), *axis.get_yticklabels(), axis.title, axis._left_title]
+            assert min(contrast(text.get_color(), page) for text in texts) > 4.5  # WCAG 2.2, AA
+            assert min(contrast(bar.get_facecolor()[:3], page) for bar in axis.patches) > 3
+            # The line of an error bar, over its halo in the colour of the page.
+            halos, lines = axis.collections[::2], axis.collections[1::2]
+            assert all(matplotlib.colors.same_color(halo.get_color()[0], page) for halo in halos)
+            assert all(contrast(line.get_color()[0][:3], page) > 7 for line in lines)
 
 
 def test_nothing_to_draw_is_an_error(tmp_path):

@@ -17,6 +17,7 @@ _EXPORTS = {
     "compare_latency": "latency",
     "greedy_decode": "latency",
     "bf16_unit": "latency",
+    "cpu_flags": "latency",
     "best_cpu_dtype": "latency",
     "machine_description": "latency",
     "plot_loss_curves": "plots",

@@ -36,16 +36,19 @@ def _cpu_info(field: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), "")
 
 
+def cpu_flags() -> set[str]:
+    """What this CPU can do, in the words of torch's cpuinfo, or of /proc/cpuinfo where this torch cannot say."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return {name for name, value in torch.cpu.get_capabilities().items() if value is True}
+    return set(f"{_cpu_info('flags')} {_cpu_info('Features')}".split())
+
+
 def bf16_unit() -> str | None:
     """The unit with which this CPU multiplies bfloat16 matrices in hardware; `None` if it has none.
 
-    Without one, torch emulates bfloat16 and is slower than in float32. torch is asked first, /proc/cpuinfo where this
-    torch cannot say.
+    Without one, torch emulates bfloat16 and is slower than in float32.
     """
-    if hasattr(torch.cpu, "get_capabilities"):
-        flags = {name for name, value in torch.cpu.get_capabilities().items() if value is True}
-    else:
-        flags = set(f"{_cpu_info('flags')} {_cpu_info('Features')}".split())
+    flags = cpu_flags()
     for unit, needed in (("AMX", "amx_bf16"), ("AVX512-BF16", "avx512_bf16"), ("Arm BF16", "bf16")):
         if needed in flags:
             return unit

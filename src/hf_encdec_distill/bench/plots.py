@@ -1,4 +1,4 @@
-"""Plots of a run: loss curves, quality and latency, as PNG or SVG by the file's suffix.
+"""Plots of a run: loss curves, quality and latency, as PNG and SVG, for light pages and for dark ones.
 
 Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which people with any common colour blindness
 can tell apart; lines differ in their dashes too. Spread is drawn as error bars and named. Figures are drawn on
@@ -6,13 +6,16 @@ matplotlib's Agg canvas directly, so that no display is needed and the caller's 
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from ..model_card import METRICS, bounds, model_label, model_order
 
 
 try:
+    import matplotlib
+    import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 except ImportError as error:
@@ -20,11 +23,16 @@ except ImportError as error:
 
 _COLOURS = {
     "teacher_before": "#999999",
-    "teacher": "#333333",
+    "teacher": "text.color",
     "student_start": "#56B4E9",
     "student_ce": "#E69F00",
     "student_kd": "#0072B2",
     "lead_baseline": "#CC79A7",
+}
+# Themes by what their files' names end in: matplotlib's own styles and what we draw besides.
+_THEMES = {
+    "": ("default", {"grid.color": "#e6e6e6", "text.color": "#222222"}),
+    "-dark": ("dark_background", {"grid.color": "#3d3d3d", "text.color": "#e6e6e6"}),
 }
 _OTHER_COLOURS = ("#009E73", "#D55E00", "#F0E442")
 _DASHES = ("-", "--", "-.", ":")
@@ -41,19 +49,25 @@ _NOTE = {"textcoords": "offset points", "va": "center", "fontsize": 9}
 
 def _colour(key: str, keys: Sequence[str]) -> str:
     others = [other for other in keys if other not in _COLOURS]
-    return _COLOURS.get(key) or _OTHER_COLOURS[others.index(key) % len(_OTHER_COLOURS)]
+    colour = _COLOURS.get(key) or _OTHER_COLOURS[others.index(key) % len(_OTHER_COLOURS)]
+    return matplotlib.rcParams.get(colour, colour)
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def _save(draw: Callable[[], Figure], path: str | Path) -> Path:
+    """Write `x.png`, `x.svg`, `x-dark.png` and `x-dark.svg` for a `path` of either suffix; returns `path`."""
     path = Path(path)
     if path.suffix not in (".png", ".svg"):
         raise ValueError(f"cannot draw {path.name!r}: the name has to end in .png or .svg")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    # No date inside: the same numbers give the same file.
-    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    figure.savefig(temporary, format=path.suffix[1:], dpi=150, metadata=metadata)
-    os.replace(temporary, path)
+    for ending, (style, more) in _THEMES.items():
+        # No date and no random ids inside: the same numbers give the same file.
+        with matplotlib.style.context([style, {**more, "svg.hashsalt": path.stem}]):
+            figure = draw()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+                file = path.with_name(f"{path.stem}{ending}{suffix}")
+                temporary = file.with_name(f"{file.name}.tmp")
+                figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=metadata)
+                os.replace(temporary, file)
     return path
 
 
@@ -61,7 +75,7 @@ def _figure(width: float, height: float, panels: int, **options) -> tuple[Figure
     """A figure of rows `height` inches high, three panels at most in each: a page shrinks wider ones too far."""
     columns = min(3, panels)
     rows = -(-panels // columns)
-    figure = Figure(figsize=(width, height * rows), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **options).flatten()
     for axis in axes[panels:]:
@@ -83,12 +97,16 @@ def plot_loss_curves(
 
     Args:
         curves: for each run the rows of a Trainer's `log_history`; rows without a training loss are passed over.
-        path: ends in `.png` or `.svg`.
+        path: ends in `.png` or `.svg`; both are written, and `-dark` versions of both beside them.
         labels: names of the runs; default as in the model card.
 
     Raises:
         ValueError: if no run has a training loss, or for another suffix.
     """
+    return _save(partial(_draw_loss_curves, curves, labels), path)
+
+
+def _draw_loss_curves(curves: Mapping[str, Sequence[Mapping]], labels: Mapping[str, str] | None) -> Figure:
     panels = {name: {} for name in _LOSSES}
     for run, rows in curves.items():
         split = any(name in row for row in rows for name in _LOSSES)
@@ -114,9 +132,9 @@ def plot_loss_curves(
             )
         axis.set_title(_LOSSES[name], fontsize=10, loc="left")
         axis.set_xlabel("step", fontsize=9)
-        axis.grid(color="#e6e6e6", linewidth=0.8)
+        axis.grid(linewidth=0.8)
         axis.legend(frameon=False, fontsize=9)
-    return _save(figure, path)
+    return figure
 
 
 def _bars(axis, rows: Sequence[tuple[str, tuple[float, float, float] | None, str]], decimals: int):
@@ -128,8 +146,9 @@ def _bars(axis, rows: Sequence[tuple[str, tuple[float, float, float] | None, str
         value, low, high = numbers
         axis.barh(position, value, height=0.62, color=colour)
         if low < high:
-            # A white line under a dark one: visible on a dark bar and beyond it.
-            for line, width in (("white", 3.4), ("#111111", 1.4)):
+            # A line in the page's colour under one in the text's: visible on a bar like either and beyond it.
+            colours = matplotlib.rcParams["figure.facecolor"], matplotlib.rcParams["text.color"]
+            for line, width in zip(colours, (3.4, 1.4), strict=True):
                 axis.errorbar(
                     value, position, xerr=[[value - low], [high - value]], color=line, elinewidth=width, capsize=3
                 )
@@ -140,7 +159,7 @@ def _bars(axis, rows: Sequence[tuple[str, tuple[float, float, float] | None, str
     room = 0.24 * (max(ends) - min(ends)) or 1  # for the number beside the longest bar
     axis.set_xlim(min(ends), max(ends) + room)
     axis.locator_params(axis="x", nbins=5)
-    axis.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    axis.grid(axis="x", linewidth=0.8)
     axis.tick_params(axis="y", length=0)
 
 
@@ -149,12 +168,16 @@ def plot_quality(models: Mapping[str, Mapping], path: str | Path, spread: str | 
 
     Args:
         models: see `hf_encdec_distill.model_card`.
-        path: ends in `.png` or `.svg`.
+        path: ends in `.png` or `.svg`; both are written, and `-dark` versions of both beside them.
         spread: what the error bars are; printed below.
 
     Raises:
         ValueError: if no model has a metric, a metric is no Estimate, or for another suffix.
     """
+    return _save(partial(_draw_quality, models, spread), path)
+
+
+def _draw_quality(models: Mapping[str, Mapping], spread: str | None) -> Figure:
     keys = model_order(models)
     shown = [name for name in METRICS if any(models[key].get(name) is not None for key in keys)]
     if not shown:
@@ -172,8 +195,8 @@ def plot_quality(models: Mapping[str, Mapping], path: str | Path, spread: str | 
         _bars(axis, rows, decimals)
         axis.set_title(f"{heading}\n{_READING.get(name, 'higher is better')}", fontsize=9.5, loc="left")
     if spread:
-        figure.supxlabel(f"error bars: {spread}", fontsize=8.5, color="#444444")
-    return _save(figure, path)
+        figure.supxlabel(f"error bars: {spread}", fontsize=8.5)
+    return figure
 
 
 def plot_latency(latency: Mapping, path: str | Path) -> Path:
@@ -182,6 +205,10 @@ def plot_latency(latency: Mapping, path: str | Path) -> Path:
     Raises:
         ValueError: for a suffix other than `.png` and `.svg`.
     """
+    return _save(partial(_draw_latency, latency), path)
+
+
+def _draw_latency(latency: Mapping) -> Figure:
     panels = {
         "first_token_ms": "first token, ms",
         "step_ms": "each further token, ms",
@@ -190,7 +217,7 @@ def plot_latency(latency: Mapping, path: str | Path) -> Path:
     figure, axes = _figure(9.6, 2.3, len(panels), sharey=True)
     for axis, (name, heading) in zip(axes, panels.items(), strict=True):
         rows = [
-            (label, bounds(latency[side][name], f"latency[{side!r}][{name!r}]"), _COLOURS[colour])
+            (label, bounds(latency[side][name], f"latency[{side!r}][{name!r}]"), _colour(colour, []))
             for side, label, colour in (
                 ("teacher", "decoder-only teacher", "teacher"),
                 ("student", "student", "student_kd"),
@@ -202,6 +229,5 @@ def plot_latency(latency: Mapping, path: str | Path) -> Path:
         f"{latency['prompt_length']:g} tokens in, {latency['new_tokens']} out, batch {latency['batch_size']}, "
         f"{latency['dtype']}; {latency['spread']}",
         fontsize=8.5,
-        color="#444444",
     )
-    return _save(figure, path)
+    return figure

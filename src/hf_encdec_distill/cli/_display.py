@@ -1,15 +1,18 @@
-"""What a long run shows: its stages with the time left, drawn by rich on a terminal and as plain lines elsewhere."""
+"""What a command shows: its result, and on the way there its stages with the time left."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 
 _SECONDS_BETWEEN_LINES = 15.0
+_SECONDS_UNSEEN = 5.0  # what is done by then shows no bar
 
 
 def clock(seconds: float) -> str:
@@ -30,8 +33,30 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
+def say_result(args: argparse.Namespace, content: Mapping[str, Any], text: str) -> None:
+    """What came of a command, on stdout: `text`, or with `--json` `content` as one JSON object."""
+    print(json.dumps(content, indent=1) if args.json else text, file=args.stdout, flush=True)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[float, str], None]]:
+    """A bar with the time left, on stderr, once the block has run for five seconds; yields `update(fraction done in
+    0..1, detail)`."""
+    from tqdm import tqdm
+
+    form = "{desc}: {percentage:3.0f}% {bar:20} {elapsed}<{remaining} {postfix}"
+    with tqdm(total=1.0, desc=title, delay=_SECONDS_UNSEEN, leave=False, bar_format=form, file=sys.stderr) as bar:
+
+        def update(fraction: float, detail: str = "") -> None:
+            bar.set_postfix_str(detail, refresh=False)
+            bar.update(fraction - bar.n)
+
+        yield update
+
+
 class Display:
-    """Progress of a run that has `seconds_left()` until its budget is used.
+    """Progress of a run that has `seconds_left()` until its budget is used, drawn by rich on a terminal and as plain
+    lines elsewhere.
 
     Args:
         seconds_left: asked whenever something is drawn.

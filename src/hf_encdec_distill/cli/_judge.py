@@ -17,7 +17,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..models.prompts import encode_rendered, render_prompt
-from ._evaluation import batches, left_padded
+from ._display import progress
+from ._evaluation import Update, batches, left_padded
 from ._training import device, working_dtype
 
 
@@ -117,7 +118,10 @@ class Judge:
             of that, the mean over the rows: where it is small the scores mean nothing.
         """
         model = AutoModelForCausalLM.from_pretrained(self.path, dtype=working_dtype()).to(device()).eval()
-        rated = {name: score_digits(model, self.prompts(texts)) for name, texts in answers.items()}
+        rated = {}
+        for name, texts in answers.items():
+            with progress(name) as update:
+                rated[name] = score_digits(model, self.prompts(texts), update)
         scores = {name: values for name, (values, _) in rated.items()}
         of_digits = {name: float(values.mean()) for name, (_, values) in rated.items()}
         if min(of_digits.values()) < 0.5:
@@ -130,10 +134,12 @@ class Judge:
 
 
 @torch.inference_mode()
-def score_digits(model, prompts: Sequence[Mapping[str, list[int]]]) -> tuple[np.ndarray, np.ndarray]:
+def score_digits(
+    model, prompts: Sequence[Mapping[str, list[int]]], update: Update = lambda *_: None
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean of the digits that may follow each prompt, and the probability that one of them does, `[rows]` each."""
     scores, of_digits = np.zeros(len(prompts)), np.zeros(len(prompts))
-    for indices, batch in batches(prompts, lambda *_: None, "judging"):
+    for indices, batch in batches(prompts, update, "judging"):
         inputs = {name: x.to(model.device) for name, x in left_padded([row["prompt"] for row in batch]).items()}
         logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].double()
         digits = logits.gather(1, torch.tensor([row["digits"] for row in batch], device=logits.device))

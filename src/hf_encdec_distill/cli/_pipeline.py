@@ -31,7 +31,7 @@ from . import _teacher
 from ._display import Display, clock
 from ._evaluation import encode_rows, generate, measure_texts, score
 from ._inputs import BUILT_IN, dataset_name, load_splits, prompt_template, teacher_path
-from ._report import percent, samples_page, summary
+from ._report import percent, samples_page
 from ._significance import interval, mean
 from ._state import State, open_run, write_json
 from ._training import InOrder, TimeShare, device, precision_arguments, train, training_order, working_dtype
@@ -82,7 +82,7 @@ class _StudentTrainer(InOrder, DistillationTrainer):
 
 
 def quickstart(folder: Path, given: Mapping[str, Any], resume: bool = False) -> dict:
-    """Run what is not done yet and print the result.
+    """Run what is not done yet.
 
     Args:
         folder: the run's folder.
@@ -108,7 +108,6 @@ def quickstart(folder: Path, given: Mapping[str, Any], resume: bool = False) -> 
         state.save()
         command = shlex.join(["hf-encdec-distill", "quickstart", "--resume", "--output", str(folder)])
         raise KeyboardInterrupt(f"stopped after {clock(state.seconds_used)}; go on with: {command}") from None
-    print(summary(metrics, folder))
     return metrics
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ._display import say_result
 from ._inputs import BUILT_IN, add_training_arguments, teacher_path, training_arguments
 from .distill import TRAINING, checkpoint_in, load_student, train_and_save
 
@@ -120,8 +121,9 @@ def run(args: argparse.Namespace) -> None:
     train_and_save(trainer, checkpoint)
     metrics = {} if held_out is None else trainer.evaluate()
     if trainer.is_world_process_zero():
-        for name, value in metrics.items():
-            print(f"{name}: {value}")
+        steps = trainer.state.global_step
+        lines = [f"{output}: adapted for {steps} steps", *(f"{name}: {value}" for name, value in metrics.items())]
+        say_result(args, {"output": str(output), "steps": steps, "metrics": metrics}, "\n".join(lines))
 
 
 def _ids(tokens: list[str] | None, tokenizer) -> list[int] | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from ._display import say_result
 from ._inputs import BUILT_IN, add_data_arguments, add_prompt_arguments, load_splits, prompt_template, teacher_path
 
 
@@ -134,9 +135,12 @@ def run(args: argparse.Namespace) -> None:
         return
     cache = CachedTeacher(args.output)
     size = size_on_disk(args.output)
-    print(f"{args.output}: {captured} rows captured, {len(cache)} in the cache, {size / 1e6:.1f} MB")
+    content = {"output": args.output, "captured_rows": captured, "rows": len(cache), "bytes": size}
+    text = f"{args.output}: {captured} rows captured, {len(cache)} in the cache, {size / 1e6:.1f} MB"
     if args.push_to_hub is not None:
-        print(cache.push_to_hub(args.push_to_hub, private=args.private or None))
+        content["url"] = cache.push_to_hub(args.push_to_hub, private=args.private or None)
+        text += f"\n{content['url']}"
+    say_result(args, content, text)
 
 
 def _generation(args: argparse.Namespace) -> TargetGeneration | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ._display import say_result
+
 
 SUMMARY = "convert Microsoft's Mu checkpoint"
 EXAMPLE = "hf-encdec-distill convert-mu model.pt config.json --output mu"
@@ -25,4 +27,5 @@ def run(args: argparse.Namespace) -> None:
     ids = {"bos_token_id": args.bos_token_id, "eos_token_id": args.eos_token_id}
     model = convert_mu_checkpoint(args.checkpoint, args.config, **ids)
     model.save_pretrained(output)
-    print(f"{output}: {model.num_parameters() / 1e6:.1f} M parameters")
+    content = {"output": str(output), "parameters": model.num_parameters()}
+    say_result(args, content, f"{output}: {content['parameters'] / 1e6:.1f} M parameters")

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._display import say_result
 from ._inputs import (
     BUILT_IN,
     DATA,
@@ -153,10 +154,10 @@ def run(args: argparse.Namespace) -> None:
         return
     result = describe_result(trainer, metrics, output)
     write_json(output / FILE, {**provenance, "result": result})
-    for name, value in metrics.items():
-        print(f"{name}: {value}")
+    lines = [f"{name}: {value}" for name, value in metrics.items()]
     if recorded is not None:
-        print(compare_results(recorded["result"], result, Path(args.reproduce)))
+        lines.append(compare_results(recorded["result"], result, Path(args.reproduce)))
+    say_result(args, {"output": str(output), "metrics": metrics}, "\n".join(lines))
 
 
 def _recipe(args: argparse.Namespace) -> dict[str, Any]:

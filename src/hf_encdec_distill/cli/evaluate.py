@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._display import progress, say_result, table
 from ._inputs import (
     BUILT_IN,
     add_data_arguments,
@@ -64,11 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="what the judge reads, or a file with it: {source}, {reference} and {prediction} are filled in",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--output",
         metavar="FOLDER",
-        help="new folder for metrics.json, quality.png, answers.jsonl and a model-index for each model",
+        help="new folder for metrics.json, quality.png and .svg, answers.jsonl and a model-index for each model",
     )
     parser.add_argument(
         "--update-card", action="store_true", help="write the results into README.md of each MODEL that is a folder"
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
         _write(output, result, pairs, measured)
     for name in cards:
         update_model_card(name, result, name)
-    _show(args, result)
+    say_result(args, result, _page(args, result))
 
 
 def _measure(
@@ -162,11 +162,14 @@ def _measure(
     tokens = np.array([len(row) for row in labels])
     found: dict[str, Sums] = {}
     if of_logits:
-        for measure, values in score({"model": model}, rows, teacher, measures=of_logits)["model"].items():
+        with progress(name) as update:
+            scores = score({"model": model}, rows, teacher, update, of_logits)["model"]
+        for measure, values in scores.items():
             found[measure] = (calibration_error if measure == "ece" else mean)(values, tokens)
     texts, plain = None, {}
     if of_texts or "distinct" in measures or args.judge is not None:
-        texts = generate(model, tokenizer, rows, args.max_target_length)
+        with progress(name) as update:
+            texts = generate(model, tokenizer, rows, args.max_target_length, update)
         found |= measure_texts(of_texts, texts, rows)
     if "distinct" in measures:
         plain["distinct"] = distinct_share(texts)  # the same answer twice in a draw is no repetition: no interval
@@ -248,20 +251,17 @@ def _answer(entry: Mapping, index: int) -> dict[str, Any]:
     return {"answer": entry["texts"][index], **scores}
 
 
-def _show(args: argparse.Namespace, result: Mapping) -> None:
+def _page(args: argparse.Namespace, result: Mapping) -> str:
     from ..model_card import model_label
-    from ._display import table
 
-    if args.json:
-        print(json.dumps(result, indent=1))
-        return
     models = result["models"]
     measures = [measure for measure in models[args.models[0]] if measure != "label"]
     header = ["", *(model_label(name, models) for name in args.models)]
-    print(table(header, [[m, *(_cell(models[name][m]) for name in args.models)] for m in measures]))
+    parts = [table(header, [[m, *(_cell(models[name][m]) for name in args.models)] for m in measures])]
     for difference in result["differences"]:
-        print(f"\n{difference['of']} minus {difference['minus']}")
-        print(table(["", "", "p"], [[m, _cell(d), f"{d['p']:.4f}"] for m, d in difference.items() if m in measures]))
+        rows = [[m, _cell(d), f"{d['p']:.4f}"] for m, d in difference.items() if m in measures]
+        parts.append(f"{difference['of']} minus {difference['minus']}\n{table(['', '', 'p'], rows)}")
+    return "\n\n".join(parts)
 
 
 def _cell(value) -> str:

@@ -7,11 +7,11 @@ command fails. parity.json in the folder has what was compared; docs/export.md e
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
+from ._display import Display, say_result, table
 from ._inputs import add_data_arguments, load_splits
 
 
@@ -67,7 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"test rows to compare on (default: {_ROWS['onnx']}, or {_ROWS['coreml']} for coreml)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -86,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = _load(args.model)
     _check(model, targets, args, shapes)
     reports = {target: _export(target, folders[target], model, tokenizer, args, shapes) for target in targets}
-    print(json.dumps(reports, indent=1) if args.json else _page(reports))
+    say_result(args, reports, _page(reports))
     failed = {target: report["failures"] for target, report in reports.items() if report["failures"]}
     if failed:
         sentences = "; ".join(f"{target}: {', '.join(failures)}" for target, failures in failed.items())
@@ -141,7 +140,6 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
     from ..distillation.metrics import rouge_l
     from ..export.exporting import export_model
     from ..export.parity import PARITY, prove
-    from ._display import Display
     from ._state import write_json
 
     rows = _rows("test", args.rows or _ROWS[target], model, tokenizer, args, shapes)
@@ -220,8 +218,6 @@ def _rows(split: str, count: int, model, tokenizer, args: argparse.Namespace, sh
 
 
 def _page(reports: dict[str, dict]) -> str:
-    from ._display import table
-
     def both(report: dict, name: str) -> str:
         return f"{report[name]['exported']:.3f} / {report[name]['pytorch']:.3f}" if name in report else ""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+
+from ._display import progress, say_result
 
 
 SUMMARY = "answer texts with an exported folder or a student"
@@ -16,7 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="what to answer")
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="TOKENS", help="default: %(default)s")
     parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="default: %(default)s, greedy")
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -31,17 +31,17 @@ def run(args: argparse.Namespace) -> None:
     model = (ExportedForConditionalGeneration if exported else AutoModelForSeq2SeqLM).from_pretrained(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     answers = []
-    for text in args.texts:  # one by one: some graphs take no batch, and their answers are the same
-        encoded = tokenizer(text, return_tensors="pt")
-        tokens = model.generate(
-            input_ids=encoded["input_ids"],
-            attention_mask=encoded["attention_mask"],
-            max_new_tokens=args.max_new_tokens,
-            num_beams=args.num_beams,
-            do_sample=False,
-        )
-        answers.append(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
-    if args.json:
-        print(json.dumps([{"text": t, "answer": a} for t, a in zip(args.texts, answers, strict=True)], indent=1))
-    else:
-        print("\n".join(answers))
+    with progress("generate") as update:
+        for text in args.texts:  # one by one: some graphs take no batch, and their answers are the same
+            encoded = tokenizer(text, return_tensors="pt")
+            tokens = model.generate(
+                input_ids=encoded["input_ids"],
+                attention_mask=encoded["attention_mask"],
+                max_new_tokens=args.max_new_tokens,
+                num_beams=args.num_beams,
+                do_sample=False,
+            )
+            answers.append(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
+            update(len(answers) / len(args.texts), f"{len(answers)} of {len(args.texts)} texts")
+    pairs = [{"text": text, "answer": answer} for text, answer in zip(args.texts, answers, strict=True)]
+    say_result(args, {"answers": pairs}, "\n".join(answers))

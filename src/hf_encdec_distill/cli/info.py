@@ -6,8 +6,8 @@ Counted from the config alone; no weights are loaded.
 from __future__ import annotations
 
 import argparse
-import json
 
+from ._display import say_result, table
 from ._inputs import BUILT_IN, teacher_path
 
 
@@ -25,7 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-length", type=int, default=192, metavar="TOKENS", help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=32, metavar="TOKENS", help="default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,12 +46,10 @@ def run(args: argparse.Namespace) -> None:
         content = compare_cost(config, teacher, *request).to_dict()
         costs, ratio = {"model": content["student"], "teacher": content["teacher"]}, content["ratio"]
         ratio["total"] = ratio["parameters"]
-    print(json.dumps(content, indent=1) if args.json else _page(args, costs, ratio))
+    say_result(args, content, _page(args, costs, ratio))
 
 
 def _page(args: argparse.Namespace, costs: dict[str, dict], ratio: dict[str, float] | None) -> str:
-    from ._display import table
-
     lines = [
         (f"parameters, {side}", 1e6, "M", lambda cost, side=side: cost["parameters"][side], side)
         for side in ("embedding", "encoder", "decoder", "head", "total")

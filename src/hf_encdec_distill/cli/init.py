@@ -11,6 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args, get_type_hints
 
+from ._display import say_result
 from ._inputs import BUILT_IN, add_data_arguments, load_splits, prompt_template, teacher_path
 
 
@@ -83,11 +84,14 @@ def run(args: argparse.Namespace) -> None:
     shape = Shape(**{name: getattr(args, name) for name in said})
     student = make_student(path, shape, rows, prompt_template(args.prompt_template, args.dataset))
     student.save_pretrained(output)
-    config = student.config
-    print(
-        f"{output}: {config.encoder_num_hidden_layers} + {config.decoder_num_hidden_layers} layers, "
-        f"{student.num_parameters() / 1e6:.1f} M parameters"
-    )
+    content = {
+        "output": str(output),
+        "encoder_layers": student.config.encoder_num_hidden_layers,
+        "decoder_layers": student.config.decoder_num_hidden_layers,
+        "parameters": student.num_parameters(),
+    }
+    layers = f"{content['encoder_layers']} + {content['decoder_layers']} layers"
+    say_result(args, content, f"{output}: {layers}, {content['parameters'] / 1e6:.1f} M parameters")
 
 
 def make_student(

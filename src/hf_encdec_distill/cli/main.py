@@ -1,17 +1,32 @@
 """`hf-encdec-distill COMMAND ...`: the parser, and what a person sees when something goes wrong.
 
-Exit codes: 0 done, 2 an error that the user can mend (one line on stderr), 130 interrupted. Any other exception is a
-fault of ours and shows its traceback.
+The result goes to stdout, all else to stderr. Exit codes are in docs/commands.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import adapt, cache, convert_mu, distill, evaluate, export, generate, info, init, push, quickstart, teach
+from . import (
+    adapt,
+    cache,
+    convert_mu,
+    distill,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    info,
+    init,
+    push,
+    quickstart,
+    teach,
+)
 
 
 PROGRAM = "hf-encdec-distill"
@@ -28,6 +43,7 @@ COMMANDS = {
     "push": push,
     "convert-mu": convert_mu,
     "info": info,
+    "doctor": doctor,
 }
 
 
@@ -60,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
             parents=[shared],
             allow_abbrev=False,  # an abbreviation could swallow a training argument that is passed through
         )
+        command.add_argument("--json", action="store_true", help="print the result as one JSON object")
         module.add_arguments(command)
         command.set_defaults(module=module, parser=command)
     return parser
@@ -68,6 +85,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     args, extra = parser.parse_known_args(argv)
     if args.version:
         print(__version__)
@@ -77,9 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if extra and not getattr(args.module, "PASSES_ARGUMENTS_ON", False):
         args.parser.error(f"unrecognized arguments: {' '.join(extra)}")
-    args.extra = extra
+    args.extra, args.stdout = extra, sys.stdout
     try:
-        args.module.run(args)
+        with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no part of the result
+            args.module.run(args)
     except KeyboardInterrupt as interrupt:
         print(f"{PROGRAM} {args.command}: {interrupt if interrupt.args else 'interrupted'}", file=sys.stderr)
         return 130

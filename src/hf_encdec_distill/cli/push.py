@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from ._display import say_result
+
 
 SUMMARY = "push a student, its card and its exports to the Hub"
 EXAMPLE = "hf-encdec-distill push runs/quickstart/student user/name --private --dry-run"
@@ -52,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="subfolders with exports to push, none if none is named (default: all that are proven)",
     )
     parser.add_argument("--dry-run", action="store_true", help="list what would go up, and ask nothing of the network")
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     }
     if not args.dry_run:
         result |= _push(folder, names, args)
-    print(json.dumps(result, indent=1) if args.json else _page(result))
+    say_result(args, result, _page(result))
 
 
 def files_to_push(folder: Path, exports: list[str] | None = None) -> list[str]:

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from ._display import say_result
 from ._inputs import BUILT_IN
 
 
@@ -76,9 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     try:
         from ._pipeline import quickstart
+        from ._report import summary
     except ModuleNotFoundError as error:
         raise ImportError(f'{error}; the quickstart needs pip install "hf-encdec-distill[demo]"') from error
 
     names = {field.name for field in dataclasses.fields(Settings)}
     given = {name: value for name, value in vars(args).items() if name in names}
-    quickstart(Path(args.output), given, args.resume)
+    metrics = quickstart(Path(args.output), given, args.resume)
+    say_result(args, metrics, summary(metrics, Path(args.output)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 
+from ._display import say_result
 from ._inputs import (
     BUILT_IN,
     SCHEDULE,
@@ -101,4 +102,5 @@ def run(args: argparse.Namespace) -> None:
         taught = taught.merge_and_unload()
     taught.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    print(f"{output}: {'adapter' if args.adapter else 'merged model'} after {trainer.state.global_step} steps")
+    kind, steps = "adapter" if args.adapter else "merged model", trainer.state.global_step
+    say_result(args, {"output": str(output), "kind": kind, "steps": steps}, f"{output}: {kind} after {steps} steps")

@@ -1,5 +1,5 @@
 """How Optimum exports our model to ONNX: `main_export`, `ORTModelForSeq2SeqLM.from_pretrained(..., export=True)` and
-`optimum-cli export onnx`. Imported by `optimum_registration` as soon as Optimum's own recipes are.
+`optimum-cli export onnx`. Imported by `registration` as soon as Optimum's own recipes are.
 
 Optimum's encoder-decoders know one output of the encoder, `last_hidden_state`, and hand it to the decoder as
 `encoder_hidden_states`. Where our decoder reads other encoder states than the last one, they travel there, side by

@@ -1,4 +1,4 @@
-"""The sizes of our key/value heads for Optimum's ONNX Runtime models. Imported by `optimum_registration`."""
+"""The sizes of our key/value heads for Optimum's ONNX Runtime models. Imported by `registration`."""
 
 import functools
 

@@ -1,5 +1,5 @@
 """How Optimum exports our model to OpenVINO: `OVModelForSeq2SeqLM.from_pretrained(..., export=True)` and
-`optimum-cli export openvino`. Imported by `optimum_registration` as soon as Optimum's own recipes are.
+`optimum-cli export openvino`. Imported by `registration` as soon as Optimum's own recipes are.
 
 Written against optimum-intel v1.27.0: optimum/exporters/openvino/model_configs.py and model_patcher.py.
 """

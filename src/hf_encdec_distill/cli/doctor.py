@@ -1,0 +1,230 @@
+"""Look at what is installed and at the machine: versions, runtimes, CPU features, what each missing extra would add.
+
+Exit code 2 if something that the package needs is missing, of a version that does not work, or cannot be imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import platform
+import warnings
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from ._display import progress, say_result
+
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+SUMMARY = "look at versions, runtimes and the machine"
+EXAMPLE = "hf-encdec-distill doctor --json"
+
+DISTRIBUTION = "hf-encdec-distill"
+_ADDS = {
+    "demo": "the quickstart, plots, BLEU and chrF",
+    "onnx": "export to ONNX, and Optimum with ONNX Runtime (transformers 4.57)",
+    "openvino": "export to OpenVINO, and Optimum with it (transformers 4.57)",
+    "coreml": "export to Core ML",
+    "exporters": "export to ONNX, OpenVINO and Core ML (transformers 5)",
+    "peft": "teach, and teachers that are LoRA adapters",
+    "quantization": "teachers in 8 or 4 bits",
+}
+_MODULES = {"huggingface-hub": "huggingface_hub", "pyyaml": "yaml"}  # the others are named as their distributions
+_OURS = ("hf_encdec_distill.models.rope_encdec", "hf_encdec_distill.distillation.trainer")
+_RUNTIMES = ("onnxruntime", "openvino", "coremltools")
+# What fast products of float32, bfloat16 and 8 bits need, as torch's cpuinfo and Linux' /proc/cpuinfo name it.
+_CPU_FEATURES = {
+    "AVX2": {"avx2"},
+    "AVX512": {"avx512_f", "avx512f"},
+    "VNNI": {"avx512_vnni", "avx_vnni"},
+    "AVX512_BF16": {"avx512_bf16"},
+    "AMX": {"amx_int8", "amx_bf16"},
+    "NEON": {"asimd", "neon"},
+    "DOTPROD": {"asimddp", "neon_dot"},
+    "BF16": {"bf16"},
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It has none of its own."""
+
+
+def run(args: argparse.Namespace) -> None:
+    requirements = _requirements()
+    names = {requirement.name for extra in ("", *_ADDS) for requirement in requirements.get(extra, ())}
+    versions = {name: version for name in sorted(names) if (version := _version(name))}
+    broken = {requirement.name: f"needs {requirement}" for requirement in _unmet(requirements[""])}
+    modules = [_MODULES.get(requirement.name, requirement.name) for requirement in requirements[""]]
+    runtimes: dict[str, Any] = {}
+    with progress("import") as update, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.ERROR)  # remarks of converters on versions and on what they lack
+        for index, name in enumerate([*modules, *_OURS]):
+            update(index / (len(modules) + len(_OURS)), name)
+            try:
+                importlib.import_module(name)
+            except Exception as error:  # a broken package may raise anything
+                broken.setdefault(name, _first_line(error))
+        for name in ("torch", *_RUNTIMES):
+            if _version(name):
+                try:
+                    runtimes[name] = _devices(name)
+                except Exception as error:
+                    runtimes[name] = _first_line(error)
+        logging.disable(logging.NOTSET)
+    content = {
+        "healthy": not broken,
+        "broken": broken,
+        "versions": {DISTRIBUTION: _version(DISTRIBUTION), "python": platform.python_version(), **versions},
+        "lane": _lane(),
+        "runtimes": runtimes,
+        "machine": {} if broken else _machine(),
+        "extras": {
+            name: {
+                "adds": _ADDS[name],
+                "missing": [f"{lacks.name}{lacks.specifier}" for lacks in _unmet(requirements[name])],
+                "install": f'pip install "{DISTRIBUTION}[{name}]"',
+            }
+            for name in _ADDS
+            if name in requirements
+        },
+    }
+    content["traps"] = _traps(content)
+    say_result(args, content, _page(content))
+    if broken:
+        raise ValueError("; ".join(f"{name}: {error}" for name, error in broken.items()))
+
+
+def _requirements() -> dict[str, list[Requirement]]:
+    """What the distribution says that it and each of its extras need; `""` are those without an extra."""
+    from packaging.requirements import Requirement
+
+    try:
+        distribution = metadata.distribution(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return {"": []}
+    parsed = [Requirement(line) for line in distribution.requires or ()]
+    extras = {
+        extra: [found for found in parsed if found.marker and found.marker.evaluate({"extra": extra})]
+        for extra in distribution.metadata.get_all("Provides-Extra", [])
+    }
+    return {"": [found for found in parsed if not found.marker or found.marker.evaluate({"extra": ""})], **extras}
+
+
+def _unmet(requirements: list[Requirement]) -> list[Requirement]:
+    return [
+        requirement
+        for requirement in requirements
+        if (version := _version(requirement.name)) is None
+        or not requirement.specifier.contains(version, prereleases=True)
+    ]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _lane() -> str:
+    transformers, optimum = _version("transformers") or "", _version("optimum")
+    if transformers.startswith("4."):
+        return f"transformers {transformers} {f'with Optimum {optimum}' if optimum else 'without Optimum'}"
+    return f"transformers {transformers}, which has exporters of its own and which Optimum does not admit"
+
+
+def _devices(name: str) -> list[str]:
+    """What a runtime can compute on here."""
+    if name == "torch":
+        import torch
+
+        cuda = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+        return ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
+    if name == "onnxruntime":
+        import onnxruntime
+
+        return onnxruntime.get_available_providers()
+    if name == "openvino":
+        import openvino
+
+        core = openvino.Core()
+        return [f"{device} {core.get_property(device, 'FULL_DEVICE_NAME')}" for device in core.available_devices]
+    import coremltools
+
+    return ["converts and runs"] if coremltools.utils._is_macos() else ["converts; runs on macOS alone"]
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    from ..bench import cpu_flags, machine_description
+
+    flags = cpu_flags()
+    features = [name for name, any_of in _CPU_FEATURES.items() if any_of & flags]
+    described = machine_description()
+    kept = ("cpu", "system", "usable_cores", "threads", "memory_gib", "bf16_unit")
+    return {
+        **{name: described[name] for name in kept},
+        "cpu_features": features,
+        "torch_built_for_cuda": torch.version.cuda,
+    }
+
+
+def _traps(content: dict[str, Any]) -> list[str]:
+    """What works but will surprise."""
+    traps = []
+    machine, versions = content["machine"], content["versions"]
+    if versions[DISTRIBUTION] is None:
+        traps.append(f"{DISTRIBUTION} is not installed here, so that what it needs is not known: pip install -e .")
+    for name in _RUNTIMES:
+        if isinstance(content["runtimes"].get(name), str):
+            traps.append(f"{name} is installed and cannot be imported: {content['runtimes'][name]}")
+    if machine:
+        features = machine["cpu_features"]
+        if "x86_64" in machine["system"] and "VNNI" not in features:
+            traps.append(
+                "this CPU has no VNNI: products of 8-bit numbers can saturate in ONNX Runtime; prove int8 exports here"
+            )
+        if machine["bf16_unit"] is None:
+            traps.append("this CPU has no bfloat16 unit: bfloat16 is emulated and slower than float32")
+        if machine["threads"] > machine["usable_cores"]:
+            traps.append(
+                f"torch uses {machine['threads']} threads on {machine['usable_cores']} cores: set OMP_NUM_THREADS"
+            )
+        if (machine["memory_gib"] or 99) < 6:
+            traps.append(f"{machine['memory_gib']} GiB of memory: the quickstart needs about 6")
+        if machine["torch_built_for_cuda"] and not any("cuda" in device for device in content["runtimes"]["torch"]):
+            traps.append("torch is built for CUDA and finds no GPU: look at the driver")
+    if (versions.get("transformers") or "").startswith("5.") and "optimum-onnx" in versions:
+        traps.append("Optimum does not admit transformers 5: install one or the other")
+    return traps
+
+
+def _page(content: dict[str, Any]) -> str:
+    missing = [
+        [name, extra["adds"], ", ".join(extra["missing"]), extra["install"]]
+        for name, extra in content["extras"].items()
+        if extra["missing"]
+    ]
+    machine = {name: ", ".join(x) if isinstance(x, list) else x for name, x in content["machine"].items()}
+    runtimes = {name: x if isinstance(x, str) else ", ".join(x) for name, x in content["runtimes"].items()}
+    parts = [content["lane"], _lines(content["versions"]), _lines(runtimes), _lines(machine)]
+    if missing:
+        lines = [f"{name}: {adds}\n    lacks {lacks}\n    {install}" for name, adds, lacks, install in missing]
+        parts.append("not installed\n" + "\n".join(lines))
+    parts += [f"trap: {trap}" for trap in content["traps"]]
+    parts += [f"broken: {name}: {error}" for name, error in content["broken"].items()]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _lines(entries: dict[str, Any]) -> str:
+    width = max(map(len, entries), default=0)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in entries.items())
