@@ -78,6 +78,7 @@ def test_the_commands_are_those_that_work():
         "evaluate",
         "export",
         "generate",
+        "demo",
         "convert-mu",
         "info",
     }

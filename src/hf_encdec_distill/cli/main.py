@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import adapt, cache, convert_mu, distill, evaluate, export, generate, info, init, quickstart, teach
+from . import adapt, cache, convert_mu, demo, distill, evaluate, export, generate, info, init, quickstart, teach
 
 
 PROGRAM = "hf-encdec-distill"
@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "export": export,
     "generate": generate,
+    "demo": demo,
     "convert-mu": convert_mu,
     "info": info,
 }
