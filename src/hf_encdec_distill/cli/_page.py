@@ -18,15 +18,17 @@ from ._answers import Answer, Choice, Reader, stream, teacher_choices, token_tex
 CSS = """
 .gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
 #text textarea { font-family: var(--font-mono); font-size: 14px; line-height: 1.5; }
-.panel { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 16px 20px; min-height: 170px; }
+.panel { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 16px 20px;
+    min-height: 180px; height: 100%; }
+#student, #teacher, #student > *, #teacher > * { height: 100%; }
 .panel h2 { margin: 0 0 12px; font-size: 17px; font-weight: 600; }
-.panel h2 small { font-weight: 400; font-size: 13px; color: var(--body-text-color-subdued); margin-left: 6px; }
+.panel h2 small { font-weight: 400; font-size: 13px; margin-left: 6px; opacity: 75%; }
 .panel .text { margin: 0 0 14px; font-size: 17px; line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere; }
-.panel .wait { color: var(--body-text-color-subdued); }
+.panel .wait { font-size: 14px; opacity: 75%; }
 .panel dl { display: flex; flex-wrap: wrap; gap: 6px 28px; margin: 0; }
-.panel dt { font-size: 12px; color: var(--body-text-color-subdued); }
+.panel dt { font-size: 12px; opacity: 75%; }
 .panel dd { margin: 0; font-size: 16px; font-weight: 600; font-variant-numeric: tabular-nums; }
-.agree, .differ { color: inherit; border-radius: 3px; padding: 2px 0; }
+.agree, .differ { color: inherit; border-radius: 3px; padding: 2px 0; margin-right: 1px; }
 .agree { background: rgb(86 180 233 / 25%); }
 .differ { background: rgb(230 159 0 / 32%); border-bottom: 3px dotted #D55E00; }
 .end { font-size: 12px; padding: 2px 5px; margin-left: 4px; }
@@ -52,7 +54,7 @@ class Side:
     """A model as it is shown.
 
     Args:
-        detail: what runs it, and how.
+        detail: what runs it and in which precision, and its size.
         most_prompt, most_new: tokens that it takes and writes at most; None: no limit of its own.
     """
 
@@ -88,14 +90,12 @@ def answers(
         yield told, panel("Student", student.detail, shown, answer), waiting
     if teacher is None:
         return
+    choices = None
     if reader.vocabulary is not None:
         choices = teacher_choices(teacher.model, question.prompt, answer.ids, reader.vocabulary)
         shown = marked(student.tokenizer, answer.ids, choices)
-    else:
-        choices = None
-    of_student = panel(
-        "Student", student.detail, shown, answer, choices, differences(student.tokenizer, answer, choices)
-    )
+    after = differences(student.tokenizer, answer.ids, choices)
+    of_student = panel("Student", student.detail, shown, answer, choices, after)
     yield told, of_student, waiting
     for answer in stream(teacher.model, question.prompt, teacher.tokenizer, max_new_tokens):
         yield told, of_student, panel("Teacher", teacher.detail, escape(decoded(teacher.tokenizer, answer)), answer)
@@ -131,10 +131,9 @@ def panel(
         same = sum(choice.agrees for choice in choices)
         figures.append(("agreement", f"{100 * same / len(choices):.0f} %"))
     listed = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures)
-    return (
-        f'<section class="panel" aria-label="{escape(title)}"><h2>{escape(title)} <small>{escape(detail)}</small></h2>'
-        f'<p class="text">{text or f"""<span class="wait">{escape(wait)}</span>"""}</p><dl>{listed}</dl>{after}</section>'
-    )
+    text = text or f'<span class="wait">{escape(wait)}</span>'
+    heading = f"<h2>{escape(title)} <small>{escape(detail)}</small></h2>"
+    return f'<section class="panel">{heading}<p class="text">{text}</p><dl>{listed}</dl>{after}</section>'
 
 
 def marked(tokenizer, ids: Sequence[int], choices: Sequence[Choice]) -> str:
@@ -151,17 +150,12 @@ def marked(tokenizer, ids: Sequence[int], choices: Sequence[Choice]) -> str:
             continue
         wrong = [choice for choice in together if not choice.agrees]
         if wrong:
-            html.append(
-                f'<mark class="differ{kind}" title="{escape(_instead(tokenizer, wrong[0]))}">{escape(text)}</mark>'
-            )
+            title = f"the teacher: {_name(tokenizer, wrong[0].token_id)} ({100 * wrong[0].probability:.0f} %)"
+            html.append(f'<mark class="differ{kind}" title="{escape(title)}">{escape(text)}</mark>')
         else:
             html.append(f'<span class="agree{kind}">{escape(text)}</span>')
         together = []
     return "".join(html)
-
-
-def _instead(tokenizer, choice: Choice) -> str:
-    return f"the teacher: {_name(tokenizer, choice.token_id)} ({100 * choice.probability:.0f} %)"
 
 
 def _name(tokenizer, token_id: int) -> str:
@@ -169,14 +163,14 @@ def _name(tokenizer, token_id: int) -> str:
     return "end" if token_id == tokenizer.eos_token_id else repr(tokenizer.decode([token_id]))
 
 
-def differences(tokenizer, answer: Answer, choices: Sequence[Choice] | None) -> str:
+def differences(tokenizer, ids: Sequence[int], choices: Sequence[Choice] | None) -> str:
     """The legend, and as a table what the teacher would have put where it differs: titles need a mouse."""
     if choices is None:
         return ""
     rows = [
         f"<tr><td>{_cell(tokenizer, token_id)}</td><td>{_cell(tokenizer, choice.token_id)}</td>"
         f"<td>{100 * choice.probability:.0f} %</td></tr>"
-        for token_id, choice in zip(answer.ids, choices, strict=True)
+        for token_id, choice in zip(ids, choices, strict=True)
         if not choice.agrees
     ]
     legend = (
@@ -208,23 +202,18 @@ def build(
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         gr.Markdown(f"# {title}")
         text = gr.Textbox(
-            label="Text (Ctrl+Enter or Shift+Enter asks)", lines=6, max_lines=16, elem_id="text", autofocus=True
+            label="Text (Ctrl+Enter or Shift+Enter asks)", lines=5, max_lines=12, autoscroll=False, elem_id="text"
         )
-        with gr.Row():
-            backend = gr.Radio(
-                list(students), value=first, label="The student runs on", visible=len(students) > 1, scale=3
-            )
-            button = gr.Button("Answer", variant="primary", elem_id="answer", scale=1, min_width=120)
-        told = gr.HTML()
-        with gr.Row():
-            with gr.Column(min_width=340):
-                of_student = gr.HTML(panel("Student", students[first].detail), elem_id="student")
-            if teacher is not None:
-                with gr.Column(min_width=340):
-                    of_teacher = gr.HTML(panel("Teacher", teacher.detail), elem_id="teacher")
-            else:
-                of_teacher = gr.HTML(visible=False)
         gr.Examples([[example] for example in examples], [text], example_labels=[_label(e) for e in examples])
+        backend = gr.Radio(list(students), value=first, label="The student runs on", visible=len(students) > 1)
+        button = gr.Button("Answer", variant="primary", elem_id="answer")
+        told = gr.HTML(padding=False)
+        with gr.Row(equal_height=True):
+            with gr.Column(min_width=340):
+                of_student = gr.HTML(panel("Student", students[first].detail), elem_id="student", padding=False)
+            with gr.Column(min_width=340, visible=teacher is not None):
+                blank = panel("Teacher", teacher.detail) if teacher else ""
+                of_teacher = gr.HTML(blank, elem_id="teacher", padding=False)
         gr.on(
             [button.click, text.submit],
             respond,
@@ -245,11 +234,13 @@ def _label(example: str) -> str:
 
 def launch(page: gr.Blocks, host: str, port: int, **options) -> str:
     """Serve the page; returns its address. `options` are those of gradio's `launch`."""
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    theme = gr.themes.Default(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    ).set(button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700")
     _, address, _ = page.queue().launch(
         server_name=host,
         server_port=port,
-        theme=gr.themes.Default(**fonts),
+        theme=theme,
         css=CSS,
         footer_links=[],
         share=False,

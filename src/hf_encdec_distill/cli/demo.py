@@ -1,8 +1,8 @@
 """Open a page in the browser: type a text, and student and teacher answer side by side.
 
-Each answer comes with the time of its first token and its tokens per second; the student's tokens are marked by whether
-the teacher, having read the answer up to there, would put the same one first. MODEL and every --exported can be
-chosen on the page. Nothing is loaded from elsewhere and nothing is sent: what the page needs is served by it.
+Each answer comes with the time of its first token and its tokens per second; the student's tokens are marked by
+whether the teacher, having read the answer up to there, would put the same one first. MODEL and every --exported can
+be chosen on the page. Nothing is loaded from elsewhere and nothing is sent: all that the page needs is served by it.
 """
 
 from __future__ import annotations
@@ -70,21 +70,20 @@ def load_page(args: argparse.Namespace):
 
     students = {}
     for name in (args.model, *args.exported):
-        side = _student(name)
-        if side.detail in students:
-            raise ValueError(f"--exported {name} is a second {side.detail}: give one of them")
-        students[side.detail] = side
-    first = next(iter(students.values()))
-    for side in students.values():
+        backend, side = _student(name)
+        if backend in students:
+            raise ValueError(f"--exported {name} is a second {backend}: give one of them")
+        students[backend] = side
+        first = students[next(iter(students))]
         if side.tokenizer.get_vocab() != first.tokenizer.get_vocab():
             raise ValueError(
-                f"the {side.detail} has another tokenizer than {args.model}: give exports of that student"
+                f"--exported {name} has another tokenizer than {args.model}: give its own exports"
             )
     teacher = None
     if args.teacher is not None:
         path = teacher_path(args.teacher)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=working_dtype()).to(device()).eval()
-        teacher = Side(model, AutoTokenizer.from_pretrained(path), _of_pytorch(model))
+        teacher = Side(model, AutoTokenizer.from_pretrained(path), _size(model))
     reader = Reader(
         first.tokenizer,
         first.model.config,
@@ -105,6 +104,7 @@ def load_page(args: argparse.Namespace):
 
 
 def _student(name: str):
+    """What runs it, and its `Side` of the page."""
     from transformers import AutoTokenizer
 
     from ._page import Side
@@ -115,21 +115,22 @@ def _student(name: str):
     tokenizer = AutoTokenizer.from_pretrained(name)
     manifest = getattr(model, "manifest", None)
     if manifest is None:
-        return Side(model.to(device()), tokenizer, _of_pytorch(model))
+        return _in_pytorch(model), Side(model.to(device()), tokenizer, _size(model))
+    backend = f"{_RUNTIMES[manifest['target']]} {manifest['variant']}"
+    if manifest["shapes"] != "dynamic":
+        backend += f" {manifest['shapes']}"
     shapes = model.graphs.shapes
-    lengths = "" if manifest["shapes"] == "dynamic" else f", {manifest['shapes']}"
-    return Side(
-        model,
-        tokenizer,
-        f"{_RUNTIMES[manifest['target']]} {manifest['variant']}{lengths}",
-        # A merged student's start token counts as one of the prompt's.
-        shapes.prompts and max(shapes.prompts) + (model.config.cross_attention == "merged"),
-        shapes.targets,
-    )
+    # A merged student's start token counts as one of the prompt's.
+    most_prompt = shapes.prompts and max(shapes.prompts) + (model.config.cross_attention == "merged")
+    return backend, Side(model, tokenizer, backend, most_prompt, shapes.targets)
 
 
-def _of_pytorch(model) -> str:
-    return f"PyTorch {str(model.dtype).removeprefix('torch.')}, {model.num_parameters() / 1e6:.0f} M parameters"
+def _in_pytorch(model) -> str:
+    return f"PyTorch {str(model.dtype).removeprefix('torch.')}"
+
+
+def _size(model) -> str:
+    return f"{_in_pytorch(model)}, {model.num_parameters() / 1e6:.0f} M parameters"
 
 
 def _check_free(host: str, port: int) -> None:
