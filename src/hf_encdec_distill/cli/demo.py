@@ -76,9 +76,7 @@ def load_page(args: argparse.Namespace):
         students[backend] = side
         first = students[next(iter(students))]
         if side.tokenizer.get_vocab() != first.tokenizer.get_vocab():
-            raise ValueError(
-                f"--exported {name} has another tokenizer than {args.model}: give its own exports"
-            )
+            raise ValueError(f"--exported {name} has another tokenizer than {args.model}: give its own exports")
     teacher = None
     if args.teacher is not None:
         path = teacher_path(args.teacher)
