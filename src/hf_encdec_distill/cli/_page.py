@@ -19,8 +19,8 @@ CSS = """
 .gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
 #text textarea { font-family: var(--font-mono); font-size: 14px; line-height: 1.5; }
 .panel { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 16px 20px;
-    min-height: 180px; height: 100%; }
-#student, #teacher, #student > *, #teacher > * { height: 100%; }
+    min-height: 180px; }
+#told > .html-container, #student > .html-container, #teacher > .html-container { padding: 0; }
 .panel h2 { margin: 0 0 12px; font-size: 17px; font-weight: 600; }
 .panel h2 small { font-weight: 400; font-size: 13px; margin-left: 6px; opacity: 75%; }
 .panel .text { margin: 0 0 14px; font-size: 17px; line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -207,13 +207,13 @@ def build(
         gr.Examples([[example] for example in examples], [text], example_labels=[_label(e) for e in examples])
         backend = gr.Radio(list(students), value=first, label="The student runs on", visible=len(students) > 1)
         button = gr.Button("Answer", variant="primary", elem_id="answer")
-        told = gr.HTML(padding=False)
-        with gr.Row(equal_height=True):
+        told = gr.HTML(elem_id="told")
+        with gr.Row():
             with gr.Column(min_width=340):
-                of_student = gr.HTML(panel("Student", students[first].detail), elem_id="student", padding=False)
+                of_student = gr.HTML(panel("Student", students[first].detail), elem_id="student")
             with gr.Column(min_width=340, visible=teacher is not None):
                 blank = panel("Teacher", teacher.detail) if teacher else ""
-                of_teacher = gr.HTML(blank, elem_id="teacher", padding=False)
+                of_teacher = gr.HTML(blank, elem_id="teacher")
         gr.on(
             [button.click, text.submit],
             respond,
