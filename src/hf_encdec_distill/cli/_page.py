@@ -41,11 +41,11 @@ CSS = """
 .note { margin: 0; padding: 8px 12px; border-left: 3px solid #E69F00; font-size: 14px; }
 """
 # Gradio's own way is Shift+Enter alone.
-SUBMIT_ON_CTRL_ENTER = """
-() => document.addEventListener("keydown", event => {
+SUBMIT_ON_CTRL_ENTER = """<script>
+document.addEventListener("keydown", event => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) document.querySelector("#answer").click();
-})
-"""
+});
+</script>"""
 WAITS = "waits for the student, so that each has the machine to itself"
 
 
@@ -223,7 +223,6 @@ def build(
             concurrency_limit=1,  # one question at a time: the others wait, and times stay a model's own
             api_visibility="private",
         )
-        page.load(js=SUBMIT_ON_CTRL_ENTER)
     return page
 
 
@@ -242,6 +241,7 @@ def launch(page: gr.Blocks, host: str, port: int, **options) -> str:
         server_port=port,
         theme=theme,
         css=CSS,
+        head=SUBMIT_ON_CTRL_ENTER,
         footer_links=[],
         share=False,
         ssr_mode=False,
