@@ -131,11 +131,11 @@ def _look(tab, models):
     assert of_student[1] != of_teacher[1]
 
     tab.get_by_role("button", name="Answer", exact=True).click()
-    expect(tab.get_by_role("status")).to_contain_text("Type a text")
+    expect(tab.locator("#told .note")).to_contain_text("Type a text")
 
     ask(tab)
     expect_answer(tab, "#teacher", of_teacher)
-    expect(tab.get_by_role("status")).to_have_count(0)
+    expect(tab.locator("#told .note")).to_have_count(0)
     parts = tab.locator("#student .text > :not(.end)").all_text_contents()
     assert "".join(parts) == of_student[1]
     of_side = figures(tab, "#student")
