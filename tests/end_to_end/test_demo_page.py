@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -181,6 +182,7 @@ def test_the_space_runs_as_it_is(models, tab, tmp_path):
         expect_answer(tab, "#student", generated(models, "student", _training.working_dtype()))
         expect(tab.locator("#teacher")).not_to_be_visible()
         assert list(tmp_path.iterdir()) == [], "the page writes where it was started"
+        space.send_signal(signal.SIGINT)
+        assert space.wait(20) == 0, "Ctrl-C is the way to end it, no error"
     finally:
-        space.terminate()
-        space.wait(20)
+        space.kill()

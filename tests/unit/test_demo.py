@@ -13,6 +13,8 @@ from hf_encdec_distill.cli import demo
 from hf_encdec_distill.cli._answers import Answer, Choice, Reader, stream, teacher_choices, token_texts
 from hf_encdec_distill.cli._page import Side, answers, marked
 from hf_encdec_distill.cli.main import main
+from hf_encdec_distill.export.exporting import export_model
+from hf_encdec_distill.export.recipe import Shapes
 
 
 TEMPLATE = "{source}\n#"
@@ -163,6 +165,19 @@ def test_an_empty_text_is_answered_by_a_note(reader, student, teacher):
 def test_a_long_text_is_cut_and_says_so(reader, student, teacher):
     told = shown(TEXT * 20, student, teacher, reader)[-1][0]
     assert f"first 63 of {len(student.tokenizer(TEXT * 20)['input_ids'])} tokens" in told
+
+
+def test_an_export_of_fixed_shapes_is_given_what_it_takes(tmp_path, reader, student, teacher, tokenizer):
+    folder = export_model(student, student.tokenizer, "onnx", tmp_path / "fixed", shapes=Shapes.parse("fixed:10,4"))
+    backend, side = demo._student(str(folder))
+    beside = Side(teacher, tokenizer, "as a toy")
+    *_, (told, of_student, _) = answers(TEXT, backend, {backend: side}, beside, reader, max_new_tokens=6)
+    cut = student.tokenizer(TEXT, truncation=True, max_length=10)["input_ids"]
+    answer = generated(student, cut, tokenizer, 4)
+    assert backend == side.detail == "ONNX Runtime fp32 fixed:10,4"
+    assert "first 10 of" in told
+    choices = teacher_choices(teacher, reader.read(TEXT, side.most_prompt).prompt, answer, reader.vocabulary)
+    assert marked(tokenizer, answer, choices) in of_student
 
 
 def test_a_teacher_with_another_tokenizer_answers_without_marks(tmp_path, student):

@@ -231,8 +231,8 @@ def _label(example: str) -> str:
     return line if len(line) <= 48 else f"{line[:47]}…"
 
 
-def launch(page: gr.Blocks, host: str, port: int, **options) -> str:
-    """Serve the page; returns its address. `options` are those of gradio's `launch`."""
+def launch(page: gr.Blocks, host: str, port: int) -> str:
+    """Serve the page from threads of its own; returns its address."""
     theme = gr.themes.Default(
         primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     ).set(button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700")
@@ -245,8 +245,8 @@ def launch(page: gr.Blocks, host: str, port: int, **options) -> str:
         footer_links=[],
         share=False,
         ssr_mode=False,
+        show_error=True,
         quiet=True,
         prevent_thread_lock=True,
-        **options,
     )
     return address

@@ -11,7 +11,6 @@ import argparse
 import importlib.util
 import json
 import socket
-import time
 
 from ._inputs import BUILT_IN, add_data_arguments, load_splits, prompt_template, public_name, teacher_path
 
@@ -54,10 +53,10 @@ def run(args: argparse.Namespace) -> None:
 
     from ._page import launch
 
-    address = launch(load_page(args), args.host, args.port)
+    page = load_page(args)
+    address = launch(page, args.host, args.port)
     print(json.dumps({"url": address}) if args.json else f"{address} (Ctrl-C ends it)", flush=True)
-    while True:
-        time.sleep(3600)
+    page.block_thread()
 
 
 def load_page(args: argparse.Namespace):
