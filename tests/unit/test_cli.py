@@ -79,6 +79,7 @@ def test_the_commands_are_those_that_work():
         "export",
         "generate",
         "push",
+        "demo",
         "convert-mu",
         "info",
         "doctor",

@@ -48,6 +48,19 @@ def encode_rows(
     return rows
 
 
+def read_by_encoder(rows: Iterable[dict], tokenizer, config, max_prompt: int) -> None:
+    """Put what an encoder-decoder reads by its own `tokenizer` into rows of `encode_rows`.
+
+    A merged student has the prompt template in its tokenizer: a decoder-only model reads what it reads.
+    """
+    merged = getattr(config, "cross_attention", None) == "merged"
+    for row in rows:
+        length = max_prompt - merged  # the start token is one of the prompt's
+        row["inputs"] = tokenizer(row["source"], truncation=True, max_length=length)["input_ids"]
+        if merged:
+            row["prompt"] = [*row["inputs"], config.decoder_start_token_id]
+
+
 def pad(lists: Sequence[Sequence[int]], value: int, left: bool = False) -> torch.Tensor:
     """Ragged rows -> one integer tensor."""
     width = max(map(len, lists))
@@ -90,7 +103,7 @@ def completion_batch(rows: Sequence[dict], pad_token_id: int = 0) -> dict:
     }
 
 
-def _logits(model, rows: Sequence[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+def target_logits(model, rows: Sequence[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits `[N, V]` at the N target tokens of a batch, row after row, and the labels `[N]`."""
     if model.config.is_encoder_decoder:
         labels = pad([row["labels"] for row in rows], IGNORED).to(model.device)
@@ -132,9 +145,9 @@ def score(
     sums: dict[str, dict[str, np.ndarray]] = {name: {} for name in models}
     for indices, batch in batches(rows, update, "scoring"):
         owner = torch.repeat_interleave(torch.tensor([len(row["labels"]) for row in batch]))
-        theirs = None if teacher is None else _logits(teacher, batch)[0].float()
+        theirs = None if teacher is None else target_logits(teacher, batch)[0].float()
         for name, model in models.items():
-            ours, labels = _logits(model, batch)
+            ours, labels = target_logits(model, batch)
             per_token = {"ce": cross_entropy(ours, labels)}
             if "ece" in measures:
                 per_token["ece"] = calibration_gaps(**token_calibration(ours, labels))

@@ -139,7 +139,7 @@ def _measure(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     from ..distillation.metrics import distinct_share
-    from ._evaluation import OF_LOGITS, encode_rows, generate, measure_texts, score
+    from ._evaluation import OF_LOGITS, encode_rows, generate, measure_texts, read_by_encoder, score
     from ._significance import calibration_error, mean
     from ._training import device, working_dtype
 
@@ -150,12 +150,7 @@ def _measure(
     template = prompt_template(args.prompt_template, args.dataset)
     rows = encode_rows(pairs, teacher_tokenizer or tokenizer, template, args.max_source_length, args.max_target_length)
     if config.is_encoder_decoder:
-        merged = getattr(config, "cross_attention", None) == "merged"
-        for row in rows:
-            length = args.max_source_length - merged  # the start token is one of the prompt's
-            row["inputs"] = tokenizer(row["source"], truncation=True, max_length=length)["input_ids"]
-            if merged:
-                row["prompt"] = [*row["inputs"], config.decoder_start_token_id]
+        read_by_encoder(rows, tokenizer, config, args.max_source_length)
     of_logits = [measure for measure in measures if measure in OF_LOGITS]
     of_texts = [measure for measure in measures if measure not in OF_LOGITS and measure != "distinct"]
     labels = [row["labels"] for row in rows]

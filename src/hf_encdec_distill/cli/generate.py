@@ -20,15 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-    from ..export.runtime import MANIFEST, ExportedForConditionalGeneration
+    from transformers import AutoTokenizer
 
     for name in ("max_new_tokens", "num_beams"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1")
-    exported = (Path(args.model) / MANIFEST).is_file()
-    model = (ExportedForConditionalGeneration if exported else AutoModelForSeq2SeqLM).from_pretrained(args.model)
+    model = load_answering(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     answers = []
     with progress("generate") as update:
@@ -45,3 +42,14 @@ def run(args: argparse.Namespace) -> None:
             update(len(answers) / len(args.texts), f"{len(answers)} of {len(args.texts)} texts")
     pairs = [{"text": text, "answer": answer} for text, answer in zip(args.texts, answers, strict=True)]
     say_result(args, {"answers": pairs}, "\n".join(answers))
+
+
+def load_answering(name: str, **options):
+    """An exported folder on the runtime of its target, else a student in PyTorch; `options` are for the latter."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    from ..export.runtime import MANIFEST, ExportedForConditionalGeneration
+
+    if (Path(name) / MANIFEST).is_file():
+        return ExportedForConditionalGeneration.from_pretrained(name)
+    return AutoModelForSeq2SeqLM.from_pretrained(name, **options).eval()

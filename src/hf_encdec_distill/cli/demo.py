@@ -1,0 +1,138 @@
+"""Open a page in the browser: type a text, and student and teacher answer side by side.
+
+Each answer comes with the time of its first token and its tokens per second; the student's tokens are marked by
+whether the teacher, having read the answer up to there, would put the same one first. MODEL and every --exported can
+be chosen on the page. Nothing is loaded from elsewhere and nothing is sent: all that the page needs is served by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import socket
+
+from ._display import say_result
+from ._inputs import BUILT_IN, add_data_arguments, load_splits, prompt_template, public_name, teacher_path
+
+
+SUMMARY = "a page to try a student beside its teacher"
+EXAMPLE = "hf-encdec-distill demo runs/quickstart/student --teacher runs/quickstart/work/teacher"
+_EXAMPLES = 6
+_RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "coreml": "Core ML"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a student, or an exported folder")
+    parser.add_argument("--teacher", help=f"decoder-only model beside it: folder, Hub id, or {BUILT_IN!r}")
+    parser.add_argument(
+        "--exported", action="append", default=[], metavar="DIR", help="an exported folder of the student; repeatable"
+    )
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--prompt-template",
+        metavar="TEXT",
+        help="what the teacher reads, with {source} in it (default: its chat template); a merged student has it "
+        "built in",
+    )
+    parser.add_argument("--max-source-length", type=int, default=256, metavar="TOKENS", help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="TOKENS", help="default: %(default)s")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine alone)"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> None:
+    for name in ("max_source_length", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1")
+    if importlib.util.find_spec("gradio") is None:
+        raise ImportError('the page needs gradio: pip install "hf-encdec-distill[demo-ui]"')
+    _check_free(args.host, args.port)
+
+    from ._page import launch
+
+    page = load_page(args)
+    address = launch(page, args.host, args.port)
+    say_result(args, {"url": address}, f"{address} (Ctrl-C ends it)")
+    page.block_thread()
+
+
+def load_page(args: argparse.Namespace):
+    """The page, with all that was asked for loaded and warm."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ._answers import Reader, stream
+    from ._page import Side, build
+    from ._training import device, working_dtype
+
+    students = {}
+    for name in (args.model, *args.exported):
+        backend, side = _student(name)
+        if backend in students:
+            raise ValueError(f"--exported {name} is a second {backend}: give one of them")
+        students[backend] = side
+        first = students[next(iter(students))]
+        if side.tokenizer.get_vocab() != first.tokenizer.get_vocab():
+            raise ValueError(f"--exported {name} has another tokenizer than {args.model}: give its own exports")
+    teacher = None
+    if args.teacher is not None:
+        path = teacher_path(args.teacher)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=working_dtype()).to(device()).eval()
+        teacher = Side(model, AutoTokenizer.from_pretrained(path), _size(model))
+    reader = Reader(
+        first.tokenizer,
+        first.model.config,
+        teacher and teacher.model,
+        teacher and teacher.tokenizer,
+        prompt_template(args.prompt_template, args.dataset),
+        args.max_source_length,
+    )
+    rows = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")["test"]
+    examples = rows.shuffle(seed=0).select(range(min(_EXAMPLES, len(rows))))["source"]
+
+    for side in students.values():  # what a first call prepares is no part of a time
+        list(stream(side.model, reader.read(examples[0], side.most_prompt).inputs, side.tokenizer, 2))
+    if teacher is not None:
+        list(stream(teacher.model, reader.read(examples[0]).prompt, teacher.tokenizer, 2))
+    title = public_name(args.model) + (f" beside {public_name(args.teacher)}" if teacher else "")
+    return build(title, students, teacher, reader, list(examples), max_new_tokens=args.max_new_tokens)
+
+
+def _student(name: str):
+    """What runs it, and its `Side` of the page."""
+    from transformers import AutoTokenizer
+
+    from ._page import Side
+    from ._training import device, working_dtype
+    from .generate import load_answering
+
+    model = load_answering(name, dtype=working_dtype())
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    manifest = getattr(model, "manifest", None)
+    if manifest is None:
+        return _in_pytorch(model), Side(model.to(device()), tokenizer, _size(model))
+    backend = f"{_RUNTIMES[manifest['target']]} {manifest['variant']}"
+    if manifest["shapes"] != "dynamic":
+        backend += f" {manifest['shapes']}"
+    shapes = model.graphs.shapes
+    # A merged student's start token counts as one of the prompt's.
+    most_prompt = shapes.prompts and max(shapes.prompts) + (model.config.cross_attention == "merged")
+    return backend, Side(model, tokenizer, backend, most_prompt, shapes.targets)
+
+
+def _in_pytorch(model) -> str:
+    return f"PyTorch {str(model.dtype).removeprefix('torch.')}"
+
+
+def _size(model) -> str:
+    return f"{_in_pytorch(model)}, {model.num_parameters() / 1e6:.0f} M parameters"
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises ValueError, before anything is loaded, if nobody can listen there."""
+    try:
+        socket.create_server((host, port)).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot listen on --host {host} --port {port} ({reason}): give others") from error

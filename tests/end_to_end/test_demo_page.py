@@ -1,0 +1,188 @@
+"""The page of `demo` in a headless Chromium, with toy models: what it says is what `generate` says."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distillation_toys import write_pairs, write_teacher
+from playwright.sync_api import expect, sync_playwright
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_encdec_distill import RopeEncDecForConditionalGeneration
+from hf_encdec_distill.cli import _training
+from hf_encdec_distill.cli._page import launch
+from hf_encdec_distill.cli.demo import load_page
+from hf_encdec_distill.cli.main import build_parser
+from hf_encdec_distill.export.exporting import export_model
+
+
+SPACE = Path(__file__).parents[2] / "examples" / "space"
+TEMPLATE = "{source}\n#"
+TEXT = "black 15 red and <something> that is longer"
+NEW_TOKENS = 12
+QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
+QUIET += ("--disable-component-update", "--disable-sync")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, make_bpe_tokenizer):
+    """A folder with a toy `teacher`, a `student` of half its decoder, its `onnx` export and `pairs.csv`."""
+    folder = tmp_path_factory.mktemp("demo")
+    tokenizer = make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>")
+    teacher = AutoModelForCausalLM.from_pretrained(write_teacher(folder / "teacher", tokenizer))
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(
+        teacher,
+        tokenizer=tokenizer,
+        prompt_template=TEMPLATE,
+        encoder_num_hidden_layers=4,
+        decoder_num_hidden_layers=2,
+    ).eval()
+    student.save_pretrained(folder / "student")
+    export_model(student, student.tokenizer, "onnx", folder / "onnx")
+    write_pairs(folder / "pairs.csv", 200)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert chromium, "this test needs Chromium: apt-get install chromium, or chromium.org"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=list(QUIET))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(browser):
+    """A page of the browser; afterwards nothing may have left this machine, and nothing been complained about."""
+    context = browser.new_context()
+    page = context.new_page()
+    asked, complaints = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    yield page
+    context.close()
+    assert asked, "nothing was seen"
+    assert [url for url in asked if not url.startswith(("http://127.0.0.1:", "data:", "blob:"))] == []
+    assert complaints == []
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return listening.getsockname()[1]
+
+
+def data(folder):
+    return ["--dataset", str(folder / "pairs.csv"), "--source-column", "text", "--target-column", "short"]
+
+
+def generated(folder, side, dtype=torch.float32):
+    """Number of tokens and text of what transformers gives for TEXT."""
+    cls = RopeEncDecForConditionalGeneration if side == "student" else AutoModelForCausalLM
+    model = cls.from_pretrained(folder / side, dtype=dtype).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / side)
+    text = TEXT if side == "student" else TEMPLATE.replace("{source}", TEXT)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    tokens = model.generate(ids, eos_token_id=tokenizer.eos_token_id, **options)[0]
+    tokens = tokens[1 if side == "student" else ids.shape[1] :]
+    return len(tokens), tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def ask(tab, text=TEXT):
+    tab.locator("#text textarea").fill(text)
+    tab.locator("#text textarea").press("Control+Enter")
+
+
+def figures(tab, side):
+    """The numbers under an answer, by their names."""
+    names, values = (tab.locator(f"{side} {tag}").all_text_contents() for tag in ("dt", "dd"))
+    return dict(zip(names, values, strict=True))
+
+
+def expect_answer(tab, side, expected):
+    """Waits for all tokens; then the text is the very same, blanks and all."""
+    length, text = expected
+    expect(tab.locator(f"{side} dd").nth(2)).to_have_text(str(length), timeout=20_000)
+    assert tab.locator(f"{side} .text").text_content() == text
+
+
+def test_student_and_teacher_answer_side_by_side(models, tab, monkeypatch):
+    monkeypatch.setattr(_training, "working_dtype", lambda: torch.float32)  # so that ONNX in fp32 says the same
+    options = ["--teacher", str(models / "teacher"), "--exported", str(models / "onnx"), *data(models)]
+    command = ["demo", str(models / "student"), *options, "--max-new-tokens", str(NEW_TOKENS)]
+    page = load_page(build_parser().parse_args(command))
+    try:
+        tab.goto(launch(page, "127.0.0.1", free_port()))
+        _look(tab, models)
+    finally:
+        page.close()
+
+
+def _look(tab, models):
+    of_student, of_teacher = generated(models, "student"), generated(models, "teacher")
+    assert of_student[1] != of_teacher[1]
+
+    tab.get_by_role("button", name="Answer", exact=True).click()
+    expect(tab.locator("#told .note")).to_contain_text("Type a text")
+
+    ask(tab)
+    expect_answer(tab, "#teacher", of_teacher)
+    expect(tab.locator("#told .note")).to_have_count(0)
+    parts = tab.locator("#student .text > :not(.end)").all_text_contents()
+    assert "".join(parts) == of_student[1]
+    of_side = figures(tab, "#student")
+    assert of_side["first token"].endswith(" ms") and of_side["then"].endswith(" tokens/s")
+    assert set(figures(tab, "#teacher")) == {"first token", "then", "tokens"}
+    apart = tab.locator("#student .text .differ")
+    assert apart.count() > 0
+    assert apart.first.get_attribute("title").startswith("the teacher: ")
+    tinted = apart.first.evaluate("e => [getComputedStyle(e).backgroundColor, getComputedStyle(e).borderBottomStyle]")
+    assert tinted == ["rgba(230, 159, 0, 0.32)", "dotted"]
+
+    # An export says the same, and the marks with it.
+    tab.get_by_label("ONNX Runtime fp32").check()
+    ask(tab)
+    expect(tab.locator("#student h2")).to_contain_text("ONNX Runtime fp32", timeout=20_000)
+    expect_answer(tab, "#teacher", of_teacher)
+    assert tab.locator("#student .text > :not(.end)").all_text_contents() == parts
+
+    # An example fills the field; side by side, and below each other where there is no room.
+    tab.locator("button.gallery-item").first.click()
+    expect(tab.locator("#text textarea")).not_to_have_value(TEXT)
+    student, teacher = (tab.locator(f"{side} .panel") for side in ("#student", "#teacher"))
+    assert student.bounding_box()["y"] == teacher.bounding_box()["y"]
+    tab.set_viewport_size({"width": 420, "height": 900})
+    assert student.bounding_box()["y"] + student.bounding_box()["height"] <= teacher.bounding_box()["y"]
+
+
+def test_the_space_runs_as_it_is(models, tab, tmp_path):
+    port = free_port()
+    environment = os.environ | {"STUDENT": str(models / "student"), "GRADIO_ANALYTICS_ENABLED": "True"}
+    options = [*data(models), "--port", str(port), "--max-new-tokens", str(NEW_TOKENS)]
+    space = subprocess.Popen(
+        [sys.executable, str(SPACE / "app.py"), *options],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert str(port) in space.stdout.readline()
+        tab.goto(f"http://127.0.0.1:{port}")
+        ask(tab)
+        expect_answer(tab, "#student", generated(models, "student", _training.working_dtype()))
+        expect(tab.locator("#teacher")).not_to_be_visible()
+        assert list(tmp_path.iterdir()) == [], "the page writes where it was started"
+        space.send_signal(signal.SIGINT)
+        assert space.wait(20) == 0, "Ctrl-C is the way to end it, no error"
+    finally:
+        space.kill()
