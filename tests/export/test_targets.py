@@ -121,11 +121,12 @@ def test_one_set_of_states_serves_one_generation(tmp_path):
 CALIBRATION = [{"inputs": [3, 4, 5], "labels": [6, 7, 2]}, {"inputs": [8, 9], "labels": [9, 2]}]
 
 
-@pytest.mark.parametrize("stateful", [True, False])
-@pytest.mark.parametrize("shapes", ["dynamic", "fixed:9,8"])
-@pytest.mark.parametrize("kind", ["separate", "merged"])
+@pytest.mark.parametrize(
+    ("kind", "shapes", "stateful"),
+    [("separate", "dynamic", True), ("merged", "fixed:9,8", True), ("merged", "dynamic", False)],
+)
 def test_int4_from_calibration(kind, shapes, stateful, tmp_path):
-    """What the rows say moves weights: other rows, other logits, and both near those of PyTorch."""
+    """What the rows say moves weights: other rows, other logits."""
     model = toy(kind=kind, intermediate_size=64)  # blocks of 32
     ids, labels = random_ids(1, 6), random_ids(1, 4)
     logits = []
@@ -134,10 +135,23 @@ def test_int4_from_calibration(kind, shapes, stateful, tmp_path):
         exported = export(model, tmp_path / name, "openvino", **options)
         assert exported.manifest["calibration"] == len(rows)
         logits.append(exported(input_ids=ids, decoder_input_ids=labels).logits)
-    with torch.no_grad():
-        expected = model(input_ids=ids, decoder_input_ids=labels).logits
-    assert not torch.equal(*logits)
-    assert all((found - expected).norm() < 0.5 * expected.norm() for found in logits)
+    assert not torch.equal(*logits) and all(found.isfinite().all() for found in logits)
+
+
+@pytest.mark.parametrize("shapes", ["dynamic", "fixed:9,8"])
+def test_calibration_lowers_the_cross_entropy(shapes, trained, rows, tmp_path):
+    """On other rows than those that it saw, of a model that has learnt something."""
+    cross_entropy = {}
+    for name, calibration in (("without", None), ("with", rows[:6])):
+        exported = export(trained, tmp_path / name, "openvino", shapes=shapes, variant="int4", calibration=calibration)
+        found = []
+        for row in rows[6:]:
+            ids, labels = torch.tensor([row["inputs"]]), torch.tensor([row["labels"]])
+            tokens = trained.prepare_decoder_input_ids_from_labels(labels)
+            logits = exported(input_ids=ids, decoder_input_ids=tokens).logits
+            found.append(torch.nn.functional.cross_entropy(logits[0], labels[0]).item())
+        cross_entropy[name] = sum(found) / len(found)
+    assert cross_entropy["with"] < cross_entropy["without"]
 
 
 def test_calls_of_fixed_graphs_are_decoding_steps():
