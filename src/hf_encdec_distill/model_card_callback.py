@@ -1,0 +1,201 @@
+"""A model card that a training writes by itself: `trainer.add_callback(ModelCardCallback(trainer))`."""
+
+import dataclasses
+import importlib.metadata
+import math
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments, TrainerCallback
+from transformers.integrations import CodeCarbonCallback
+from transformers.modelcard import extract_hyperparameters_from_trainer
+
+from .bench import machine_description
+from .distillation import CachedTeacher, DistillationTrainer, DistillationTrainingArguments
+from .model_card import teacher_entry, write_model_card
+
+
+MARK = "<!-- Written by ModelCardCallback, which writes it anew until you take this line out. -->"
+# Named in every card, since nobody knows the defaults by heart; other fields where they are not at theirs.
+_ALWAYS = ("divergence", "distill_weight", "distill_temperature")
+_ELSEWHERE = {"prompt_template", "source_column", "target_column"}  # in the card, or about this copy of the data
+# As RopeEncDec, BART and T5 call them.
+_ENCODER_LAYERS = ("encoder_num_hidden_layers", "encoder_layers", "num_layers")
+_DECODER_LAYERS = ("decoder_num_hidden_layers", "decoder_layers", "num_decoder_layers")
+_TIMES = (
+    "loss",
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "jit_compilation_time",
+    "model_preparation_time",
+)
+_PACKAGES = ("hf-encdec-distill", "accelerate", "datasets", "tokenizers", "torch", "transformers")
+# What codecarbon calls the ways that read a CPU's counters; all others are a guess from its type and its load.
+_CPU_COUNTERS = {"intel_rapl", "intel_power_gadget", "windows_emi"}
+
+
+class ModelCardCallback(TrainerCallback):
+    """Writes `README.md` into `output_dir` at each save and evaluation after the first step and at the end.
+
+    A card that it did not write stays as it is. With `report_to="codecarbon"` the card has the energy that the
+    hardware's own counters measured.
+
+    Args:
+        trainer: its teacher, student, data, arguments and last evaluation are described.
+        known: what a trainer does not know, in the structure of `hf_encdec_distill.model_card`, for instance
+            `task={"name": "...", "language": "en"}` or `data={"name": "...", "license": "..."}`; it counts for more
+            than what was found.
+    """
+
+    def __init__(self, trainer: DistillationTrainer, **known: Mapping[str, Any] | Any):
+        self.trainer, self.known = trainer, known
+        self._begun_at = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._begun_at = state.global_step
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._write(args, state)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._write(args, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._write(args, state)
+
+    def _write(self, args, state) -> None:
+        card = Path(args.output_dir) / "README.md"
+        ours = not card.is_file() or MARK in card.read_text(encoding="utf-8")
+        if state.is_world_process_zero and state.global_step and ours:
+            write_model_card(card, self.metrics(), args.hub_model_id)
+
+    def metrics(self) -> dict[str, Any]:
+        """What `write_model_card` takes."""
+        found = {
+            "note": MARK,
+            "teacher": self._teacher,
+            "student": self._student(),
+            "task": {"prompt_template": self.trainer.args.prompt_template},
+            "data": self._data(),
+            "recipe": self._recipe(),
+            "stages": self._stages(),
+            "machine": machine_description(),
+            "energy": measured_energy(self.trainer),
+            **self._quality(),
+        }
+        for key, value in self.known.items():
+            both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
+            found[key] = {**found[key], **value} if both else value
+        return found
+
+    @cached_property
+    def _teacher(self) -> dict[str, Any]:
+        teacher = self.trainer.teacher
+        if isinstance(teacher, CachedTeacher):
+            name = teacher.manifest["teacher"]
+        else:
+            name = getattr(teacher.model.config, "_name_or_path", None)
+        return teacher_entry(name) if name else {}
+
+    def _student(self) -> dict[str, Any]:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        config = model.config
+        known = {
+            "model_type": ("model_type",),
+            "encoder_layers": _ENCODER_LAYERS,
+            "decoder_layers": _DECODER_LAYERS,
+            "cross_attention": ("cross_attention",),
+            "encoder_attention": ("encoder_attention",),
+        }
+        student = {
+            key: next((getattr(config, n) for n in names if hasattr(config, n)), None) for key, names in known.items()
+        }
+        if not self.trainer.is_sharded:
+            student["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+        return student
+
+    def _data(self) -> dict[str, Any]:
+        rows, held_out = self.trainer.train_dataset, self.trainer.eval_dataset
+        data = {"split": "validation", "train_rows": _length(rows), "validation_rows": _length(held_out)}
+        info, fingerprint = getattr(rows, "info", None), getattr(rows, "_fingerprint", None)
+        if fingerprint is not None:
+            data["description"] = f"Fingerprint of the training rows, as datasets has it: `{fingerprint}`"
+        # Files of a data set on the Hub are recorded as hf://datasets/user/name@commit/path.
+        for file in getattr(info, "download_checksums", None) or ():
+            found = re.match(r"hf://datasets/([^@]+)@([^/]+)/", file)
+            if found:
+                data |= {"name": found[1], "hub_id": found[1], "license": info.license or None}
+                data["description"] = f"Commit `{found[2]}`. {data['description']}"
+                break
+        return data
+
+    def _recipe(self) -> dict[str, Any]:
+        args = self.trainer.args
+        ours = {field.name: field.default for field in dataclasses.fields(DistillationTrainingArguments)}
+        for name in {field.name for field in dataclasses.fields(Seq2SeqTrainingArguments)} | _ELSEWHERE:
+            del ours[name]
+        recipe = {name: getattr(args, name) for name in ours}
+        recipe = {name: value for name, value in recipe.items() if name in _ALWAYS or value != ours[name]}
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
+        return {**recipe, **extract_hyperparameters_from_trainer(self.trainer), "versions": versions}
+
+    def _stages(self) -> list[dict[str, Any]]:
+        state = self.trainer.state
+        seconds = [row["train_runtime"] for row in state.log_history if "train_runtime" in row]
+        if not seconds:
+            return []
+        note = f"went on from step {self._begun_at}, whose time is not in this" if self._begun_at else ""
+        steps = state.global_step - self._begun_at
+        return [{"name": "training", "steps": steps, "seconds": seconds[-1], "note": note}]
+
+    def _quality(self) -> dict[str, Any]:
+        """The last evaluation, as the one entry of `models`."""
+        args, rows = self.trainer.args, _length(self.trainer.eval_dataset)
+        evaluations = [row for row in self.trainer.state.log_history if "eval_loss" in row]
+        if not evaluations or rows is None:
+            return {}
+        last = {name[len("eval_") :]: x for name, x in evaluations[-1].items() if name.startswith("eval_")}
+        last = {name: x for name, x in last.items() if isinstance(x, (int, float)) and math.isfinite(x)}
+        divergence, ce = last.pop("distill_loss", None), last.pop("ce_loss", None)
+        entry = {"n": rows, "ce": ce, "teacher_agreement": last.pop("teacher_agreement", None)}
+        of_all_tokens = args.vocab_policy != "universal" and not isinstance(self.trainer.teacher, CachedTeacher)
+        if of_all_tokens and (args.divergence, args.distill_temperature) == ("forward_kl", 1.0):
+            entry["kl"] = divergence
+        entry["logged"] = {name: x for name, x in last.items() if name not in _TIMES}
+        key = "student_kd" if args.distill_weight else "student_ce"
+        return {"seeds": [args.seed], "models": {key: entry}, "published": key}
+
+
+def measured_energy(trainer) -> dict[str, Any] | None:
+    """The `energy` of a model card from codecarbon's tracker, once it has stopped; None without one.
+
+    codecarbon guesses what it cannot measure. Its guesses are left out: memory always, the CPU where its counters
+    cannot be read.
+    """
+    trackers = [c.tracker for c in trainer.callback_handler.callbacks if isinstance(c, CodeCarbonCallback)]
+    data = getattr(trackers[0], "final_emissions_data", None) if trackers else None
+    if data is None:
+        return None
+    read = {"GPU": data.gpu_energy}
+    if {part._mode for part in trackers[0]._hardware if hasattr(part, "_mode")} <= _CPU_COUNTERS:
+        read["CPU"] = data.cpu_energy
+    read = {name: kwh for name, kwh in read.items() if kwh > 0}
+    if not read:
+        return None
+    kwh = sum(read.values())
+    return {
+        "kwh": kwh,
+        "emissions_g": 1e3 * data.emissions * kwh / data.energy_consumed,
+        "location": ", ".join(filter(None, (data.region, data.country_name))),
+        "source": f"codecarbon {data.codecarbon_version}",
+        "parts": f"counters of {' and '.join(sorted(read))}; nothing else was measured",
+    }
+
+
+def _length(rows) -> int | None:
+    """Rows of a data set; None for a stream, for several data sets, or for none at all."""
+    return len(rows) if rows is not None and hasattr(rows, "__len__") and not isinstance(rows, Mapping) else None
