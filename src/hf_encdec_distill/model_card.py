@@ -37,8 +37,9 @@
     exports     {folder: `hf_encdec_distill.export.parity.prove(...)`}; default what `parity.json` says in the folders
                 beside the card
     machine     `hf_encdec_distill.bench.machine_description()`, of the training
-    energy      {"kwh", "emissions_g", "location", "source", "parts"} of the training, only where counters of the
-                hardware were read; emissions_g are grams of CO2 equivalent, parts says what was read
+    energy      of the training, {"kwh", "counters"} as `hf_encdec_distill.bench.EnergyMeter` reads them, and
+                {"grid_g_per_kwh", "location"}, grams of CO2 equivalent and where; both together give the metadata
+                co2_eq_emissions
     curves      {key of models: [Trainer log_history rows]}, for the plots
     samples     [{"source", "reference", and one text for any key of models}, ...]
     figures     {caption: path of a picture, relative to the card's folder}
@@ -296,11 +297,11 @@ def _card_data(metrics: Mapping, title: str) -> ModelCardData:
         "license": _license(metrics),
         "pipeline_tag": task.get("pipeline_tag"),
     }
-    energy = metrics.get("energy")
-    if energy:  # https://huggingface.co/docs/hub/model-cards-co2
+    if _emissions(metrics) is not None:  # https://huggingface.co/docs/hub/model-cards-co2
+        energy = metrics["energy"]
         known["co2_eq_emissions"] = {
-            "emissions": energy["emissions_g"],
-            "source": energy["source"],
+            "emissions": round(_emissions(metrics), 3),
+            "source": f"counters of {energy['counters']}, {energy['grid_g_per_kwh']} g per kWh",
             "training_type": "fine-tuning",
             "geographical_location": energy["location"],
             "hardware_used": _hardware(metrics),
@@ -658,13 +659,25 @@ def _environment(metrics: Mapping) -> str:
     hardware = _hardware(metrics)
     text = "## Environmental cost\n\n"
     text += f"{_duration(seconds)} on {hardware or 'hardware that was not recorded'}. "
-    energy = metrics.get("energy")
-    if not energy:
+    energy, emissions = metrics.get("energy") or {}, _emissions(metrics)
+    if "kwh" not in energy:
         return text + "Energy was not measured."
-    return text + (
-        f"{energy['kwh']:.3g} kWh ({energy['parts']}), {energy['emissions_g']:.3g} g of CO2 equivalent at the mean "
-        f"of the grid ({energy['location']}); by {energy['source']}."
+    text += (
+        f"{energy['kwh']:.3g} kWh by the counters of {energy['counters']}; what else the machine used is not in it."
     )
+    if emissions is not None:
+        text += (
+            f" That is {emissions:.3g} g of CO2 equivalent at {energy['grid_g_per_kwh']} g per kWh "
+            f"({energy['location']})."
+        )
+    return text
+
+
+def _emissions(metrics: Mapping) -> float | None:
+    """Grams of CO2 equivalent, where both the energy and its source are known."""
+    energy = metrics.get("energy") or {}
+    known = "kwh" in energy and "grid_g_per_kwh" in energy
+    return energy["kwh"] * energy["grid_g_per_kwh"] if known else None
 
 
 def _duration(seconds: float) -> str:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainerCallback
-from transformers.integrations import CodeCarbonCallback
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
-from .bench import machine_description
+from .bench import EnergyMeter, machine_description
 from .distillation import CachedTeacher, DistillationTrainer, DistillationTrainingArguments
 from .model_card import teacher_entry, write_model_card
 
@@ -34,15 +33,13 @@ _TIMES = (
     "model_preparation_time",
 )
 _PACKAGES = ("hf-encdec-distill", "accelerate", "datasets", "tokenizers", "torch", "transformers")
-# What codecarbon calls the ways that read a CPU's counters; all others are a guess from its type and its load.
-_CPU_COUNTERS = {"intel_rapl", "intel_power_gadget", "windows_emi"}
 
 
 class ModelCardCallback(TrainerCallback):
     """Writes `README.md` into `output_dir` at each save and evaluation after the first step and at the end.
 
-    A card that it did not write stays as it is. With `report_to="codecarbon"` the card has the energy that the
-    hardware's own counters measured.
+    A card that it did not write stays as it is. Energy is in it where counters can be read (`bench.EnergyMeter`), and
+    CO2 where `energy={"grid_g_per_kwh": ..., "location": "..."}` says what a kilowatt hour stands for.
 
     Args:
         trainer: its teacher, student, data, arguments and last evaluation are described.
@@ -53,10 +50,13 @@ class ModelCardCallback(TrainerCallback):
 
     def __init__(self, trainer: DistillationTrainer, **known: Mapping[str, Any] | Any):
         self.trainer, self.known = trainer, known
-        self._begun_at = 0
+        self._begun_at, self._meter, self._energy = 0, None, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._begun_at = state.global_step
+        self._begun_at, self._meter = state.global_step, EnergyMeter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._meter.update()
 
     def on_evaluate(self, args, state, control, **kwargs):
         self._write(args, state)
@@ -65,6 +65,8 @@ class ModelCardCallback(TrainerCallback):
         self._write(args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
+        self._meter.update()
+        self._energy = self._meter.result()
         self._write(args, state)
 
     def _write(self, args, state) -> None:
@@ -84,7 +86,7 @@ class ModelCardCallback(TrainerCallback):
             "recipe": self._recipe(),
             "stages": self._stages(),
             "machine": machine_description(),
-            "energy": measured_energy(self.trainer),
+            "energy": self._energy,
             **self._quality(),
         }
         for key, value in self.known.items():
@@ -168,32 +170,6 @@ class ModelCardCallback(TrainerCallback):
         entry["logged"] = {name: x for name, x in last.items() if name not in _TIMES}
         key = "student_kd" if args.distill_weight else "student_ce"
         return {"seeds": [args.seed], "models": {key: entry}, "published": key}
-
-
-def measured_energy(trainer) -> dict[str, Any] | None:
-    """The `energy` of a model card from codecarbon's tracker, once it has stopped; None without one.
-
-    codecarbon guesses what it cannot measure. Its guesses are left out: memory always, the CPU where its counters
-    cannot be read.
-    """
-    trackers = [c.tracker for c in trainer.callback_handler.callbacks if isinstance(c, CodeCarbonCallback)]
-    data = getattr(trackers[0], "final_emissions_data", None) if trackers else None
-    if data is None:
-        return None
-    read = {"GPU": data.gpu_energy}
-    if {part._mode for part in trackers[0]._hardware if hasattr(part, "_mode")} <= _CPU_COUNTERS:
-        read["CPU"] = data.cpu_energy
-    read = {name: kwh for name, kwh in read.items() if kwh > 0}
-    if not read:
-        return None
-    kwh = sum(read.values())
-    return {
-        "kwh": kwh,
-        "emissions_g": 1e3 * data.emissions * kwh / data.energy_consumed,
-        "location": ", ".join(filter(None, (data.region, data.country_name))),
-        "source": f"codecarbon {data.codecarbon_version}",
-        "parts": f"counters of {' and '.join(sorted(read))}; nothing else was measured",
-    }
 
 
 def _length(rows) -> int | None:
