@@ -482,9 +482,9 @@ def _results(metrics: Mapping) -> str:
     seeds = metrics["seeds"]
     text += f"\n\n{'Seed' if len(seeds) == 1 else 'Seeds'} {', '.join(map(str, seeds))}."
     text += f" In brackets: {metrics['spread']}." if metrics.get("spread") else " No spread was measured."
-    text += (
-        " Text that is always the same can score well in ROUGE-L: read it together with the share of distinct outputs."
-    )
+    if "rouge_l" in shown:
+        text += " Text that is always the same can score well in ROUGE-L: read it together with the share of distinct "
+        text += "outputs."
     for key in model_order(models):
         if models[key].get("logged"):
             logged = "\n".join(f"- {name}: {value:.5g}" for name, value in models[key]["logged"].items())

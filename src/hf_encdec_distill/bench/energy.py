@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,9 +62,19 @@ def _cpu_packages(powercap: Path) -> Iterator[_Counter]:
             if not (zone / "name").read_text().startswith("package"):
                 continue  # a part of a package, or the platform that it is a part of
             span = float((zone / "max_energy_range_uj").read_text()) / 1e6
-            yield _Counter("CPU (RAPL)", lambda zone=zone: float((zone / "energy_uj").read_text()) / 1e6, span)
+            yield _Counter("CPU (RAPL)", partial(_rapl_joules, zone), span)
         except OSError:  # not for this user to read
             continue
+
+
+def _rapl_joules(zone: Path) -> float:
+    return float((zone / "energy_uj").read_text()) / 1e6
+
+
+def _nvml_joules(handle) -> float:
+    import pynvml
+
+    return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
 
 
 def _gpus() -> Iterator[_Counter]:
@@ -79,7 +90,6 @@ def _gpus() -> Iterator[_Counter]:
     for index in range(torch.cuda.device_count()):
         try:
             handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
-            read = pynvml.nvmlDeviceGetTotalEnergyConsumption
-            yield _Counter("GPU (NVML)", lambda handle=handle: read(handle) / 1e3, float("inf"))
+            yield _Counter("GPU (NVML)", partial(_nvml_joules, handle), float("inf"))
         except pynvml.NVMLError:  # an older one
             continue

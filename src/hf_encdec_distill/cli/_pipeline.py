@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from ..bench import compare_cost, compare_latency, machine_description, plot_loss_curves, plot_quality
 from ..data import lead_sentence
 from ..data.builtin_teacher import FACTS
+from ..data.python_docstrings import ROWS_LICENSE
 from ..distillation import DistillationTrainer, DistillationTrainingArguments
 from ..distillation.metrics import distinct_share
 from ..model_card import teacher_entry, write_model_card
@@ -417,6 +418,7 @@ class Pipeline:
             },
             "data": {
                 "name": dataset_name(settings.dataset),
+                "license": ROWS_LICENSE if self.built_in_task else None,
                 "train_rows": sizes["train"],
                 "validation_rows": sizes.get("validation"),
                 "test_rows": held_out,

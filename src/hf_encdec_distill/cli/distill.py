@@ -215,10 +215,12 @@ def _student(recipe: Mapping[str, Any], splits: DatasetDict, template: str | Non
 def _known(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What the card takes from the recipe: names, where trainer and data set have paths."""
     from ..data.builtin_teacher import FACTS
+    from ..data.python_docstrings import ROWS_LICENSE
 
     name = dataset_name(recipe["dataset"])
     teacher = {"teacher": FACTS} if recipe["teacher"] == BUILT_IN else {}
-    return {"data": {"name": name}, "task": {"name": name}, **teacher}
+    license = {"license": ROWS_LICENSE} if recipe["dataset"] == BUILT_IN else {}
+    return {"data": {"name": name, **license}, "task": {"name": name}, **teacher}
 
 
 def load_student(path: str) -> tuple[Any, Any]:
