@@ -12,7 +12,7 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments, TrainerCallback
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
-from .bench import EnergyMeter, machine_description
+from .bench import EnergyMeter, compare_cost, machine_description
 from .distillation import CachedTeacher, DistillationTrainer, DistillationTrainingArguments
 from .model_card import teacher_entry, write_model_card
 
@@ -33,6 +33,8 @@ _TIMES = (
     "model_preparation_time",
 )
 _PACKAGES = ("hf-encdec-distill", "accelerate", "datasets", "tokenizers", "torch", "transformers")
+
+_SOURCE, _TARGET = 128, 32  # tokens of the request whose cost is counted, where the arguments set no limit
 
 
 class ModelCardCallback(TrainerCallback):
@@ -87,6 +89,7 @@ class ModelCardCallback(TrainerCallback):
             "stages": self._stages(),
             "machine": machine_description(),
             "energy": self._energy,
+            "cost": self._cost(),
             **self._quality(),
         }
         for key, value in self.known.items():
@@ -113,9 +116,10 @@ class ModelCardCallback(TrainerCallback):
             "cross_attention": ("cross_attention",),
             "encoder_attention": ("encoder_attention",),
         }
-        student = {
-            key: next((getattr(config, n) for n in names if hasattr(config, n)), None) for key, names in known.items()
+        there = {
+            key: [getattr(config, name) for name in names if hasattr(config, name)] for key, names in known.items()
         }
+        student = {key: values[0] for key, values in there.items() if values}
         if not self.trainer.is_sharded:
             student["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         return student
@@ -145,6 +149,18 @@ class ModelCardCallback(TrainerCallback):
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
         return {**recipe, **extract_hyperparameters_from_trainer(self.trainer), "versions": versions}
 
+    def _cost(self) -> dict[str, Any] | None:
+        """Sizes and counted operations against the teacher; None where the formulas do not know one of the two."""
+        args, teacher = self.trainer.args, self.trainer.teacher
+        if isinstance(teacher, CachedTeacher):
+            return None
+        student = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        lengths = (args.max_source_length or _SOURCE, args.max_target_length or _TARGET)
+        try:
+            return compare_cost(student.config, teacher.model.config, *lengths).to_dict()
+        except ValueError:
+            return None
+
     def _stages(self) -> list[dict[str, Any]]:
         state = self.trainer.state
         seconds = [row["train_runtime"] for row in state.log_history if "train_runtime" in row]
@@ -163,7 +179,12 @@ class ModelCardCallback(TrainerCallback):
         last = {name[len("eval_") :]: x for name, x in evaluations[-1].items() if name.startswith("eval_")}
         last = {name: x for name, x in last.items() if isinstance(x, (int, float)) and math.isfinite(x)}
         divergence, ce = last.pop("distill_loss", None), last.pop("ce_loss", None)
-        entry = {"n": rows, "ce": ce, "teacher_agreement": last.pop("teacher_agreement", None)}
+        entry = {
+            "n": rows,
+            "parameters": self._student().get("parameters"),
+            "ce": ce,
+            "teacher_agreement": last.pop("teacher_agreement", None),
+        }
         of_all_tokens = args.vocab_policy != "universal" and not isinstance(self.trainer.teacher, CachedTeacher)
         if of_all_tokens and (args.divergence, args.distill_temperature) == ("forward_kl", 1.0):
             entry["kl"] = divergence

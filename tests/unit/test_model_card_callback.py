@@ -77,6 +77,9 @@ def test_it_tells_what_the_trainer_knows(train, tmp_path, make_bpe_tokenizer):
     assert f"| training | 2 | {seconds:.0f} |" in card.text
     assert "Energy was not measured." in card.text and card.data.get("co2_eq_emissions") is None
     assert 'from_pretrained("me/tiny", trust_remote_code=True)' in card.text
+    teacher_size = sum(parameter.numel() for parameter in trainer.teacher.model.parameters())
+    sizes = f"| Parameters, M | {teacher_size / 1e6:.1f} | {size / 1e6:.1f} | {size / teacher_size:.2f} |"
+    assert sizes in card.text and "First token, ms" not in card.text  # counted; no time was measured
 
 
 def test_a_card_that_it_did_not_write_stays(train):
