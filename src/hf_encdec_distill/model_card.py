@@ -147,7 +147,7 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
     path = path if path.suffix == ".md" else path / "README.md"
     if not isinstance(metrics, Mapping):
         metrics = json.loads(Path(metrics).read_text(encoding="utf-8"))
-    _check(metrics)
+    check(metrics)
     found = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in _parity_files(path.parent)}
     metrics = {"exports": found, **metrics}
     folder = path.resolve().parent.name
@@ -255,7 +255,8 @@ def update_model_card(folder: str | Path, metrics: Mapping, key: str) -> Path:
     return path
 
 
-def _check(metrics: Mapping):
+def check(metrics: Mapping) -> None:
+    """Raises ValueError for an entry that contradicts the structure, naming it."""
     models, spread = metrics.get("models", {}), metrics.get("spread")
     if models and not metrics.get("seeds"):
         raise ValueError("metrics has models but no seeds: give the list of seeds that they were trained with")

@@ -14,7 +14,7 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 
 from .bench import EnergyMeter, compare_cost, machine_description
 from .distillation import CachedTeacher, DistillationTrainer, DistillationTrainingArguments
-from .model_card import teacher_entry, write_model_card
+from .model_card import check, teacher_entry, write_model_card
 
 
 MARK = "<!-- Written by ModelCardCallback, which writes it anew until you take this line out. -->"
@@ -55,6 +55,7 @@ class ModelCardCallback(TrainerCallback):
         self._begun_at, self._meter, self._energy = 0, None, None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        check(self.metrics())  # what is wrong with `known` is said now, not after the training
         self._begun_at, self._meter = state.global_step, EnergyMeter()
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -309,7 +309,11 @@ def test_distill_passes_training_arguments_on(student_folder, teacher_folder, da
     options += ["--lr_scheduler_type", "constant", "--logging-steps", "1", "--use-cpu", "--report-to", "none"]
     assert "--no-such-thing" in one_line_error(capsys, "distill", str(student_folder), *options, "--no-such-thing")
     assert main(["distill", str(student_folder), *options]) == 0
-    assert "eval_teacher_agreement" in capsys.readouterr().out
+    agreement = float(capsys.readouterr().out.split("eval_teacher_agreement: ")[1].split()[0])
+    card = ModelCard.load(output / "README.md")
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert results["teacher_agreement"].metric_value == pytest.approx(100 * agreement, abs=0.05)
+    assert results["ce"].dataset_name == "pairs.csv" and str(tmp_path) not in card.content
     log = json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert [row["learning_rate"] for row in log if "loss" in row] == [1e-2, 1e-2]
     before, after = (AutoModelForSeq2SeqLM.from_pretrained(folder) for folder in (student_folder, output))

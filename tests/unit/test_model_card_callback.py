@@ -213,3 +213,9 @@ def test_gpus_are_read_in_millijoules(tmp_path, monkeypatch):
     meter.update()
     meter.update()
     assert meter.result() == {"kwh": pytest.approx(7.5 / 3.6e6), "counters": "1 GPU (NVML)"}
+
+
+def test_what_contradicts_itself_is_said_before_the_training(train, tmp_path):
+    with pytest.raises(ValueError, match="published='student' is not among models"):
+        train(known={"models": {"student_kd": {"n": 3}}, "seeds": [0], "published": "student"})
+    assert not (tmp_path / "run" / "README.md").exists()

@@ -5,8 +5,9 @@ option overrides. Every field of DistillationTrainingArguments (and so of Seq2Se
 option, beyond those listed: --lr-scheduler-type, --bf16, --use-cpu, --eval-strategy, ... An interrupted run whose
 checkpoints are in the output folder goes on with --resume.
 
-Beside the student are written its model card, the whole recipe and provenance.json: seeds, versions, commit,
-fingerprints of data and models, and the final numbers. --reproduce FOLDER runs that again and compares the numbers.
+Beside the student are written its model card with the numbers in it (metrics.json), the whole recipe and
+provenance.json: seeds, versions, commit, fingerprints of data and models, and the final numbers. --reproduce FOLDER
+runs that again and compares the numbers.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ def run(args: argparse.Namespace) -> None:
         processing_class=tokenizer,
         teacher=teacher_path(recipe["teacher"]),
     )
-    trainer.add_callback(ModelCardCallback(trainer, **_known(recipe)))
+    card = ModelCardCallback(trainer, **_known(recipe))
+    trainer.add_callback(card)
     provenance = describe(trainer)
     if recorded is not None:
         check_inputs(recorded, provenance, Path(args.reproduce))
@@ -156,6 +158,7 @@ def run(args: argparse.Namespace) -> None:
         return
     result = describe_result(trainer, metrics, output)
     write_json(output / FILE, {**provenance, "result": result})
+    write_json(output / "metrics.json", card.metrics())
     for name, value in metrics.items():
         print(f"{name}: {value}")
     if recorded is not None:
