@@ -54,6 +54,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 
@@ -322,11 +323,11 @@ def _license(metrics: Mapping) -> str | None:
 
 
 def license_of(name: str | Path) -> str | None:
-    """What the card of a model says, in its folder or on the Hub; None where there is none, or no network."""
+    """What the card of a model says, in its folder or on the Hub; None where there is none to be read."""
     path = Path(name) / "README.md" if Path(name).exists() else name
     try:
-        return ModelCard.load(path).data.get("license")
-    except (OSError, ValueError):
+        return ModelCard.load(path, ignore_metadata_errors=True).data.get("license")
+    except (OSError, ValueError, yaml.YAMLError):
         return None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments, TrainerCallback
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
+from . import __version__
 from .bench import EnergyMeter, compare_cost, machine_description
 from .distillation import CachedTeacher, DistillationTrainer, DistillationTrainingArguments
 from .model_card import check, teacher_entry, write_model_card
@@ -24,7 +25,7 @@ _ELSEWHERE = {"prompt_template", "source_column", "target_column"}  # in the car
 # As RopeEncDec, BART and T5 call them.
 _ENCODER_LAYERS = ("encoder_num_hidden_layers", "encoder_layers", "num_layers")
 _DECODER_LAYERS = ("decoder_num_hidden_layers", "decoder_layers", "num_decoder_layers")
-_TIMES = (
+_NO_MEASURES = (
     "loss",
     "runtime",
     "samples_per_second",
@@ -32,8 +33,7 @@ _TIMES = (
     "jit_compilation_time",
     "model_preparation_time",
 )
-_PACKAGES = ("hf-encdec-distill", "accelerate", "datasets", "tokenizers", "torch", "transformers")
-
+_PACKAGES = ("accelerate", "datasets", "tokenizers", "torch", "transformers")
 _SOURCE, _TARGET = 128, 32  # tokens of the request whose cost is counted, where the arguments set no limit
 
 
@@ -48,15 +48,18 @@ class ModelCardCallback(TrainerCallback):
         known: what a trainer does not know, in the structure of `hf_encdec_distill.model_card`, for instance
             `task={"name": "...", "language": "en"}` or `data={"name": "...", "license": "..."}`; it counts for more
             than what was found.
+
+    Raises:
+        ValueError: when training begins, if `known` contradicts the structure.
     """
 
-    def __init__(self, trainer: DistillationTrainer, **known: Mapping[str, Any] | Any):
+    def __init__(self, trainer: DistillationTrainer, **known: Any):
         self.trainer, self.known = trainer, known
         self._begun_at, self._meter, self._energy = 0, None, None
 
     def on_train_begin(self, args, state, control, **kwargs):
         check(self.metrics())  # what is wrong with `known` is said now, not after the training
-        self._begun_at, self._meter = state.global_step, EnergyMeter()
+        self._begun_at, self._meter, self._energy = state.global_step, EnergyMeter(), None
 
     def on_step_end(self, args, state, control, **kwargs):
         self._meter.update()
@@ -76,7 +79,7 @@ class ModelCardCallback(TrainerCallback):
         card = Path(args.output_dir) / "README.md"
         ours = not card.is_file() or MARK in card.read_text(encoding="utf-8")
         if state.is_world_process_zero and state.global_step and ours:
-            write_model_card(card, self.metrics(), args.hub_model_id)
+            write_model_card(card, self.metrics(), self.trainer.hub_model_id or args.hub_model_id)
 
     def metrics(self) -> dict[str, Any]:
         """What `write_model_card` takes."""
@@ -147,8 +150,9 @@ class ModelCardCallback(TrainerCallback):
             del ours[name]
         recipe = {name: getattr(args, name) for name in ours}
         recipe = {name: value for name, value in recipe.items() if name in _ALWAYS or value != ours[name]}
-        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
-        return {**recipe, **extract_hyperparameters_from_trainer(self.trainer), "versions": versions}
+        versions = {"hf-encdec-distill": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+        said = ", ".join(f"{name} {version}" for name, version in versions.items())
+        return {**recipe, **extract_hyperparameters_from_trainer(self.trainer), "versions": said}
 
     def _cost(self) -> dict[str, Any] | None:
         """Sizes and counted operations against the teacher; None where the formulas do not know one of the two."""
@@ -189,7 +193,7 @@ class ModelCardCallback(TrainerCallback):
         of_all_tokens = args.vocab_policy != "universal" and not isinstance(self.trainer.teacher, CachedTeacher)
         if of_all_tokens and (args.divergence, args.distill_temperature) == ("forward_kl", 1.0):
             entry["kl"] = divergence
-        entry["logged"] = {name: x for name, x in last.items() if name not in _TIMES}
+        entry["logged"] = {name: x for name, x in last.items() if name not in _NO_MEASURES}
         key = "student_kd" if args.distill_weight else "student_ce"
         return {"seeds": [args.seed], "models": {key: entry}, "published": key}
 
