@@ -104,6 +104,7 @@ ARMS = {
     "deep": Arm("Depth", "7 + 8 layers", init={"layers": (7, 8)}),
 }
 LAYERS = (11, 4)
+LEARNING_RATE = 1e-3
 LOWER_IS_BETTER = ("ce", "kl")
 MEASURES = {"ce": (1, 3), "kl": (1, 3), "teacher_agreement": (100, 1), "rouge_l": (100, 1), "distinct": (100, 0)}
 GENERATED = 48  # test rows that are answered
@@ -149,7 +150,7 @@ def run(arm: Arm, task: Task, seed: int, args: argparse.Namespace) -> dict:
     shared = {
         "output_dir": str(args.work / task.name / "student"),
         "per_device_train_batch_size": args.batch_size,
-        "learning_rate": 1e-3,
+        "learning_rate": LEARNING_RATE,
         "seed": seed,
         "prompt_template": task.prompt_template,
         "teacher_dtype": str(dtype).removeprefix("torch."),

@@ -30,6 +30,7 @@ from hf_encdec_distill.data import (
 MAX_SOURCE, MAX_TARGET = 96, 24  # tokens; longer rows are left out, so that nothing is cut
 TRAIN_ROWS, TEST_ROWS = 2400, 200
 TEACHER_STEPS, TEACHER_BATCH = 150, 16
+PROMPT_TEMPLATES = {"docstrings": PROMPT_TEMPLATE, "debian": "{source}\n\nIn one line:\n"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def load_task(name: str, work: Path) -> Task:
     """
     from transformers import AutoTokenizer
 
-    template = {"docstrings": PROMPT_TEMPLATE, "debian": "{source}\n\nIn one line:\n"}[name]
+    template = PROMPT_TEMPLATES[name]
     folder = work / name
     tokenizer = AutoTokenizer.from_pretrained(fetch_builtin_teacher())
     if not (folder / "rows").exists():

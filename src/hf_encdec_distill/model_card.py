@@ -6,7 +6,8 @@
 `metrics.json` is one JSON object. Every key is optional unless marked (required); extra keys are ignored.
 
     Estimate    a number, or {"value": x, "low": lo, "high": hi} with lo <= x <= hi; what lo and hi are is said once,
-                in "spread". `estimate([...])` makes one out of one value a seed.
+                in "spread". `estimate([...])` makes one out of one value a seed. "rows" in it is the number of
+                held-out items that it was measured on, where that is not the entry's n.
     shares      rouge_l, exact_match, f1, teacher_agreement, ece and distinct lie in 0 ... 1 (cards and plots multiply
                 by 100); chrf and bleu keep sacrebleu's scale, 0 ... 100; judge lies in 1 ... 5
     nats        ce, kl and entropy_gap (the model's entropy minus the teacher's), per target token
@@ -14,9 +15,10 @@
     title       heading, optional; default student["name"], then the folder's name
     task        {"name", "description", "pipeline_tag", "language", "prompt_template"}
     teacher     {"name", "hub_id", "license", "adaptation"}; hub_id becomes base_model, adaptation is free text
-    student     {"name", "encoder_layers", "decoder_layers", "cross_attention", "encoder_attention", "parameters",
-                "license"}; the licence defaults to the teacher's
-    data        {"name", "hub_id", "description", "license", "train_rows", "validation_rows", "test_rows"}
+    student     {"name", "model_type", "encoder_layers", "decoder_layers", "cross_attention", "encoder_attention",
+                "parameters", "license"}; the licence defaults to the teacher's, model_type to "rope_encdec"
+    data        {"name", "hub_id", "description", "license", "train_rows", "validation_rows", "test_rows", "split"};
+                split is the one that the numbers of models are of, default "test"
     judge       {"name", "template", "probability_of_a_digit"}, the model whose scores are "judge"
     signatures  {"bleu" or "chrf": sacrebleu's signature}
     recipe      {setting: value, ...}, printed in this order
@@ -25,8 +27,9 @@
     spread      what low and high of the models and differences are (required if any has them), for instance
                 "95 % interval, bootstrap over 229 held-out functions"
     models      {key: {"n" (required, held-out items), "label", "parameters", and any Estimates that METRICS names
-                ("kl" is to the tuned teacher)}}; known keys, in the order shown: teacher_before, teacher,
-                student_start, student_ce, student_kd, lead_baseline; others follow
+                ("kl" is to the tuned teacher), and "logged", {name: number}, numbers of other names and scales}};
+                known keys, in the order shown: teacher_before, teacher, student_start, student_ce, student_kd,
+                lead_baseline; others follow
     differences [{"of": key, "minus": key, and the same Estimates as models, paired}, ...]
     published   the entry of models that the saved weights are, default "student_kd"; it becomes the model-index
     latency     `hf_encdec_distill.bench.compare_latency(...).to_dict()`
@@ -34,10 +37,14 @@
     exports     {folder: `hf_encdec_distill.export.parity.prove(...)`}; default what `parity.json` says in the folders
                 beside the card
     machine     `hf_encdec_distill.bench.machine_description()`, of the training
+    energy      of the training, {"kwh", "counters"} as `hf_encdec_distill.bench.EnergyMeter` reads them, and
+                {"grid_g_per_kwh", "location"}, grams of CO2 equivalent and where; both together give the metadata
+                co2_eq_emissions
     curves      {key of models: [Trainer log_history rows]}, for the plots
     samples     [{"source", "reference", and one text for any key of models}, ...]
     figures     {caption: path of a picture, relative to the card's folder}
     limits      [sentence, ...], added to those that hold for every such model
+    note        a line before the heading, for instance a comment
 """
 
 import json
@@ -47,6 +54,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 
@@ -140,7 +148,7 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
     path = path if path.suffix == ".md" else path / "README.md"
     if not isinstance(metrics, Mapping):
         metrics = json.loads(Path(metrics).read_text(encoding="utf-8"))
-    _check(metrics)
+    check(metrics)
     found = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in _parity_files(path.parent)}
     metrics = {"exports": found, **metrics}
     folder = path.resolve().parent.name
@@ -148,18 +156,20 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
     sections = (
         f"# {title}\n\n{_summary(metrics)}",
         _use(metrics),
-        _loading(repo_id or folder),
+        _loading(repo_id or folder, metrics),
         _results(metrics),
         _figures(metrics),
         _speed(metrics),
         _exports(metrics),
         _samples(metrics),
         _training(metrics),
+        _environment(metrics),
         _limits(metrics),
         _licence(metrics),
         _citation(),
     )
-    text = f"---\n{_card_data(metrics, title).to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+    text = "\n\n".join(filter(None, (metrics.get("note"), *sections)))
+    text = f"---\n{_card_data(metrics, title).to_yaml()}\n---\n\n{text}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -175,7 +185,7 @@ def eval_results(metrics: Mapping, key: str) -> list[EvalResult]:
     def args(name: str) -> dict:
         _, factor, decimals, _ = METRICS[name]
         value, low, high = bounds(entry[name], f"models[{key!r}][{name!r}]")
-        found = {"rows": entry["n"]}
+        found = {"rows": entry[name].get("rows", entry["n"]) if isinstance(entry[name], Mapping) else entry["n"]}
         if low < high:
             found |= {"low": round(low * factor, decimals), "high": round(high * factor, decimals)}
             found |= {"spread": metrics["spread"]}
@@ -184,13 +194,16 @@ def eval_results(metrics: Mapping, key: str) -> list[EvalResult]:
             found[other] = metrics[other].get("hub_id") or metrics[other]["name"]
         return found
 
-    return [
+    of = {
+        "task_type": task.get("pipeline_tag") or "text-generation",
+        "task_name": task.get("name"),
+        "dataset_type": data.get("hub_id") or data.get("name") or "unnamed",
+        "dataset_name": data.get("name") or "unnamed",
+        "dataset_split": data.get("split", "test"),
+    }
+    results = [
         EvalResult(
-            task_type=task.get("pipeline_tag") or "text-generation",
-            task_name=task.get("name"),
-            dataset_type=data.get("hub_id") or data.get("name") or "unnamed",
-            dataset_name=data.get("name") or "unnamed",
-            dataset_split="test",
+            **of,
             metric_type={"rouge_l": "rouge"}.get(name, name),
             metric_name=heading,
             metric_value=round(bounds(entry[name], name)[0] * factor, decimals),
@@ -200,6 +213,11 @@ def eval_results(metrics: Mapping, key: str) -> list[EvalResult]:
         for name, (heading, factor, decimals, _) in METRICS.items()
         if entry.get(name) is not None
     ]
+    for name, value in entry.get("logged", {}).items():
+        results.append(
+            EvalResult(**of, metric_type=name, metric_name=name, metric_value=value, metric_args={"rows": entry["n"]})
+        )
+    return results
 
 
 def model_index(metrics: Mapping, key: str, name: str) -> str:
@@ -238,7 +256,8 @@ def update_model_card(folder: str | Path, metrics: Mapping, key: str) -> Path:
     return path
 
 
-def _check(metrics: Mapping):
+def check(metrics: Mapping) -> None:
+    """Raises ValueError for an entry that contradicts the structure, naming it."""
     models, spread = metrics.get("models", {}), metrics.get("spread")
     if models and not metrics.get("seeds"):
         raise ValueError("metrics has models but no seeds: give the list of seeds that they were trained with")
@@ -280,11 +299,20 @@ def _card_data(metrics: Mapping, title: str) -> ModelCardData:
         "license": _license(metrics),
         "pipeline_tag": task.get("pipeline_tag"),
     }
+    if _emissions(metrics) is not None:  # https://huggingface.co/docs/hub/model-cards-co2
+        energy = metrics["energy"]
+        known["co2_eq_emissions"] = {
+            "emissions": round(_emissions(metrics), 3),
+            "source": f"counters of {energy['counters']}, {energy['grid_g_per_kwh']} g per kWh",
+            "training_type": "fine-tuning",
+            "geographical_location": energy["location"],
+            "hardware_used": _hardware(metrics),
+        }
     key = metrics.get("published", "student_kd")
     results = eval_results(metrics, key) if key in metrics.get("models", {}) else []
     return ModelCardData(
         library_name="transformers",
-        tags=["encoder-decoder", "knowledge-distillation", "rope_encdec"],
+        tags=["encoder-decoder", "knowledge-distillation", _model_type(metrics)],
         **({"model_name": title, "eval_results": results} if results else {}),
         **{key: value for key, value in known.items() if value is not None},
     )
@@ -292,6 +320,27 @@ def _card_data(metrics: Mapping, title: str) -> ModelCardData:
 
 def _license(metrics: Mapping) -> str | None:
     return metrics.get("student", {}).get("license") or metrics.get("teacher", {}).get("license")
+
+
+def license_of(name: str | Path) -> str | None:
+    """What the card of a model says, in its folder or on the Hub; None where there is none to be read."""
+    path = Path(name) / "README.md" if Path(name).exists() else name
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data.get("license")
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def teacher_entry(name: str | Path) -> dict[str, str | None]:
+    """`teacher` of a metrics structure, from a folder or a Hub id and the card that is there."""
+    is_folder = os.path.isdir(name)
+    on_hub = not is_folder and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))
+    license = license_of(name) if is_folder or on_hub else None
+    return {"name": Path(name).name, "hub_id": str(name) if on_hub else None, "license": license}
+
+
+def _model_type(metrics: Mapping) -> str:
+    return metrics.get("student", {}).get("model_type") or "rope_encdec"
 
 
 def _summary(metrics: Mapping) -> str:
@@ -302,7 +351,9 @@ def _summary(metrics: Mapping) -> str:
     size = ([f"{student['parameters'] / 1e6:.1f} M parameters"] if "parameters" in student else []) + (
         [f"{' and '.join(layers)} layers"] if layers else []
     )
-    text = "A RoPE encoder-decoder" + (f" ({', '.join(size)})" if size else "")
+    kind = _model_type(metrics)
+    text = "A RoPE encoder-decoder" if kind == "rope_encdec" else f"An encoder-decoder of type `{kind}`"
+    text += f" ({', '.join(size)})" if size else ""
     text += f" whose teacher is the decoder-only model {_link(teacher)}" if teacher.get("name") else ""
     text += f", for one task: {task['name']}." if task.get("name") else "."
     attention = {
@@ -340,31 +391,72 @@ def _use(metrics: Mapping) -> str:
     return text
 
 
-def _loading(name: str) -> str:
-    return f"""## How to load
+def _loading(name: str, metrics: Mapping) -> str:
+    """PyTorch always, a runtime where the folder has an export for it."""
+    parts = ["## How to load", _in_pytorch(name, _model_type(metrics))]
+    exports = metrics.get("exports") or {}
+    for target, heading in (("onnx", "ONNX Runtime"), ("openvino", "OpenVINO"), ("coreml", "Swift")):
+        export = next((folder for folder, report in exports.items() if report["target"] == target), None)
+        if export is not None:
+            lines = _in_swift(export) if target == "coreml" else _in_runtime(name, export)
+            parts.append(f"### {heading}\n\n{lines}")
+    return "\n\n".join(parts)
 
-```python
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-model = AutoModelForSeq2SeqLM.from_pretrained("{name}", trust_remote_code=True)
-```
+
+_ANSWER = """inputs = tokenizer(source, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=48)[0], skip_special_tokens=True))
+"""
+
+
+def _in_pytorch(name: str, model_type: str) -> str:
+    def lines(option: str = "") -> str:
+        return f"""from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{name}"{option})
+model = AutoModelForSeq2SeqLM.from_pretrained("{name}"{option})
+"""
+
+    if model_type != "rope_encdec":  # transformers itself has it
+        return f"```python\n{lines()}{_ANSWER}```"
+    return f"""```python
+{lines(", trust_remote_code=True")}```
 
 `trust_remote_code=True` is your decision: it runs the Python files that lie beside the weights. Read them first and
 pin `revision=` to the commit that you read. With the package installed nothing has to be trusted:
 
 ```python
 import hf_encdec_distill  # registers the architecture with transformers
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForSeq2SeqLM.from_pretrained("{name}")
-```
+{lines()}```
 
 Either way:
 
 ```python
-inputs = tokenizer(source, return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=48)[0], skip_special_tokens=True))
-```"""
+{_ANSWER}```"""
+
+
+def _in_runtime(name: str, export: str) -> str:
+    if "/" in name:  # of the Hub
+        folder = f"""from huggingface_hub import snapshot_download
+folder = snapshot_download("{name}", allow_patterns="{export}/*") + "/{export}"
+"""
+    else:
+        folder = f'folder = "{name}/{export}"\n'
+    return f"""```python
+from transformers import AutoTokenizer
+from hf_encdec_distill.export.runtime import ExportedForConditionalGeneration
+{folder}tokenizer = AutoTokenizer.from_pretrained(folder)
+model = ExportedForConditionalGeneration.from_pretrained(folder)
+{_ANSWER}```"""
+
+
+def _in_swift(export: str) -> str:
+    return f"""```swift
+import CoreML
+let folder = URL(fileURLWithPath: "{export}")
+let encoder = try await MLModel(contentsOf: MLModel.compileModel(at: folder.appending(path: "encoder.mlpackage")))
+let decoder = try await MLModel(contentsOf: MLModel.compileModel(at: folder.appending(path: "decoder.mlpackage")))
+```
+
+The encoder runs once for a prompt, the decoder once for a token; `docs/export.md` of the package has the loop."""
 
 
 def _number(estimate, name: str, factor: float = 1, decimals: int = 1, signed: bool = False) -> str:
@@ -392,9 +484,13 @@ def _results(metrics: Mapping) -> str:
     seeds = metrics["seeds"]
     text += f"\n\n{'Seed' if len(seeds) == 1 else 'Seeds'} {', '.join(map(str, seeds))}."
     text += f" In brackets: {metrics['spread']}." if metrics.get("spread") else " No spread was measured."
-    text += (
-        " Text that is always the same can score well in ROUGE-L: read it together with the share of distinct outputs."
-    )
+    if "rouge_l" in shown:
+        text += " Text that is always the same can score well in ROUGE-L: read it together with the share of distinct "
+        text += "outputs."
+    for key in model_order(models):
+        if models[key].get("logged"):
+            logged = "\n".join(f"- {name}: {value:.5g}" for name, value in models[key]["logged"].items())
+            text += f"\n\nAs it was logged, *{model_label(key, models)}*:\n\n{logged}"
     for row in metrics.get("differences", []):
         parts = []
         for name, (heading, factor, decimals, _) in METRICS.items():
@@ -488,6 +584,7 @@ def _exports(metrics: Mapping) -> str:
 
 def _machine(machine: Mapping) -> str:
     facts = (
+        ("gpus", "{}"),
         ("cpu", "{}"),
         ("usable_cores", "{} usable cores"),
         ("threads", "{} threads"),
@@ -550,6 +647,45 @@ def _training(metrics: Mapping) -> str:
     return "## Training\n\n" + "\n\n".join(filter(None, parts)) if parts else ""
 
 
+def _hardware(metrics: Mapping) -> str:
+    """What a training ran on, in a few words; empty if that is not known."""
+    machine = metrics.get("machine", {})
+    cores = f"{machine['usable_cores']} cores" if machine.get("usable_cores") else None
+    return machine.get("gpus") or ", ".join(filter(None, (machine.get("cpu"), cores)))
+
+
+def _environment(metrics: Mapping) -> str:
+    seconds = sum(stage.get("seconds") or 0 for stage in metrics.get("stages", []))
+    if not seconds:
+        return ""
+    hardware = _hardware(metrics)
+    text = "## Environmental cost\n\n"
+    text += f"{_duration(seconds)} on {hardware or 'hardware that was not recorded'}. "
+    energy, emissions = metrics.get("energy") or {}, _emissions(metrics)
+    if "kwh" not in energy:
+        return text + "Energy was not measured."
+    text += (
+        f"{energy['kwh']:.3g} kWh by the counters of {energy['counters']}; what else the machine used is not in it."
+    )
+    if emissions is not None:
+        text += (
+            f" That is {emissions:.3g} g of CO2 equivalent at {energy['grid_g_per_kwh']} g per kWh "
+            f"({energy['location']})."
+        )
+    return text
+
+
+def _emissions(metrics: Mapping) -> float | None:
+    """Grams of CO2 equivalent, where both the energy and its source are known."""
+    energy = metrics.get("energy") or {}
+    known = "kwh" in energy and "grid_g_per_kwh" in energy
+    return energy["kwh"] * energy["grid_g_per_kwh"] if known else None
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.2f} hours" if seconds >= 360 else f"{seconds:.0f} seconds"
+
+
 def _limits(metrics: Mapping) -> str:
     limits = ["Trained and measured for the task above only; nothing here says how it does on another."]
     if metrics.get("models") and len(metrics["seeds"]) == 1:
@@ -561,15 +697,17 @@ def _limits(metrics: Mapping) -> str:
 
 
 def _licence(metrics: Mapping) -> str:
-    license, teacher = _license(metrics), metrics.get("teacher", {})
-    if not license:
-        return "## Licence\n\nNot stated. The weights derive from the teacher's: its licence applies to them."
-    text = f"## Licence\n\n{license}."
-    return text + (
-        f" The weights derive from {teacher['name']}'s ({teacher['license']})."
-        if teacher.get("license") and teacher.get("name")
-        else ""
-    )
+    """The licence of the weights, and those of what they were made of."""
+    license, teacher, data = _license(metrics), metrics.get("teacher", {}), metrics.get("data", {})
+    text = f"{license}." if license else "Not stated."
+    text += " The weights derive from the teacher's"
+    if teacher.get("license") and teacher.get("name"):
+        text += f", {teacher['name']} ({teacher['license']})."
+    else:
+        text += ": its licence applies to them."
+    if data.get("name"):
+        text += f" The data, {data['name']}: {data.get('license') or 'licence not stated'}."
+    return f"## Licence\n\n{text}"
 
 
 def _citation() -> str:

@@ -302,6 +302,12 @@ def test_distill_passes_training_arguments_on(student_folder, teacher_folder, da
     assert main(["distill", str(student_folder), *options, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)  # what the trainer logs is not among it
     assert said["output"] == str(output) and 0 <= said["metrics"]["eval_teacher_agreement"] <= 1
+    card = ModelCard.load(output / "README.md")
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert results["teacher_agreement"].metric_value == pytest.approx(
+        100 * said["metrics"]["eval_teacher_agreement"], abs=0.05
+    )
+    assert results["ce"].dataset_name == "pairs.csv" and str(tmp_path) not in card.content
     log = json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert [row["learning_rate"] for row in log if "loss" in row] == [1e-2, 1e-2]
     before, after = (AutoModelForSeq2SeqLM.from_pretrained(folder) for folder in (student_folder, output))

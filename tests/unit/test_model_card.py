@@ -15,7 +15,14 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
 from hf_encdec_distill.bench import LatencyComparison, compare_cost
-from hf_encdec_distill.model_card import bounds, estimate, model_index, update_model_card, write_model_card
+from hf_encdec_distill.model_card import (
+    bounds,
+    estimate,
+    model_index,
+    teacher_entry,
+    update_model_card,
+    write_model_card,
+)
 
 
 SIZES = {
@@ -297,6 +304,33 @@ def test_the_lines_that_load_the_model_load_it(tmp_path, monkeypatch):
     # the call that needs no trust is offered only with the package, and trust is called the reader's decision
     assert "trust_remote_code" not in blocks[1] and "import hf_encdec_distill" in blocks[1]
     assert "`trust_remote_code=True` is your decision" in text
+
+
+@pytest.mark.parametrize(
+    ("card", "license"),
+    [
+        (None, None),
+        ("# No metadata\n", None),
+        ("---\nlicense: mit\n---\n", "mit"),
+        ("---\nlicense: mit\nmodel-index:\n- name: x\n---\n", "mit"),  # an index that cannot be read
+        ("---\nlicense: [mit\n---\n", None),  # no YAML
+    ],
+)
+def test_a_teachers_licence_is_what_its_own_card_says(card, license, tmp_path):
+    (tmp_path / "big").mkdir()
+    if card is not None:
+        (tmp_path / "big" / "README.md").write_text(card)
+    assert teacher_entry(tmp_path / "big") == {"name": "big", "hub_id": None, "license": license}
+
+
+def test_a_teacher_on_the_hub_is_linked_even_if_its_card_cannot_be_had():
+    assert teacher_entry("someone/big-one") == {"name": "big-one", "hub_id": "someone/big-one", "license": None}
+
+
+def test_items_of_a_number_that_was_measured_on_fewer(tmp_path):
+    part = {"models": {"student_kd": {"n": 90, "ce": 3.0, "rouge_l": {"value": 0.5, "rows": 40}}}}
+    results = ModelCard.load(write_model_card(tmp_path, changed(differences=[], **part))).data.eval_results
+    assert {result.metric_type: result.metric_args["rows"] for result in results} == {"rouge": 40, "ce": 90}
 
 
 def test_estimates():

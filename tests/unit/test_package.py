@@ -12,7 +12,19 @@ import hf_encdec_distill
 
 ROOT = Path(hf_encdec_distill.__file__).parent
 # From what nobody of ours imports to what everybody may: a layer imports those after it.
-LAYERS = ["cli", "bench", "export", "model_card", "distillation", "data", "models", "pipelines", "registration", "hub"]
+LAYERS = [
+    "cli",
+    "model_card_callback",
+    "bench",
+    "export",
+    "model_card",
+    "distillation",
+    "data",
+    "models",
+    "pipelines",
+    "registration",
+    "hub",
+]
 NOT_EACH_OTHER = {("export", "distillation"), ("distillation", "export")}
 TRAVELS = ["configuration_rope_encdec", "modeling_rope_encdec", "compat_rope_encdec"]
 

@@ -8,6 +8,7 @@ import importlib
 
 
 _EXPORTS = {
+    "EnergyMeter": "energy",
     "ModelCost": "cost",
     "CostComparison": "cost",
     "model_cost": "cost",

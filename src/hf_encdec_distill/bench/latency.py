@@ -18,6 +18,7 @@ import inspect
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def machine_description() -> dict:
     """The machine and software that a measurement holds for: the `machine` entry of `metrics.json`.
 
     `usable_cores` are those that this process may run on, `threads` those that torch uses; `load` is the system's load
-    average over the last minute, which tells a quiet machine from a shared one (`None` where the system has none).
+    average over the last minute, which tells a quiet machine from a shared one (`None` where the system has none);
+    `gpus` is `None` where CUDA sees none.
     """
     cores = os.cpu_count()
     affinity = getattr(os, "sched_getaffinity", None)
@@ -73,6 +75,7 @@ def machine_description() -> dict:
     except (AttributeError, ValueError, OSError):
         memory = None
     return {
+        "gpus": _gpus(),
         "cpu": _cpu_info("model name") or platform.processor() or platform.machine(),
         "bf16_unit": bf16_unit(),
         "cores": cores,
@@ -85,6 +88,11 @@ def machine_description() -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _gpus() -> str | None:
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return ", ".join(f"{count} x {name}" for name, count in Counter(names).items()) or None
 
 
 @torch.inference_mode()

@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from ..bench import compare_cost, compare_latency, machine_description, plot_loss_curves, plot_quality
 from ..data import lead_sentence
-from ..data.builtin_teacher import HUB_ID
+from ..data.builtin_teacher import FACTS
+from ..data.python_docstrings import ROWS_LICENSE
 from ..distillation import DistillationTrainer, DistillationTrainingArguments
 from ..distillation.metrics import distinct_share
-from ..model_card import write_model_card
+from ..model_card import teacher_entry, write_model_card
 from ..models.prompts import PreTrainedTokenizerFast, prompt_start_token_id
 from ..models.rope_encdec import RopeEncDecForConditionalGeneration
 from . import _teacher
@@ -391,8 +392,7 @@ class Pipeline:
 
     def _metrics(self) -> dict:
         results, settings = self.state.results, self.settings
-        built_in_teacher = settings.teacher == BUILT_IN
-        teacher_name = "SmolLM2-135M-Instruct" if built_in_teacher else Path(settings.teacher).name
+        teacher = FACTS if settings.teacher == BUILT_IN else teacher_entry(settings.teacher)
         config = transformers.AutoConfig.from_pretrained(self.folder / "student")
         held_out = results["before"]["rows"]
         models = {"teacher_before": results["before"]["entry"], **results["evaluate"]["models"]}
@@ -402,12 +402,10 @@ class Pipeline:
         models["teacher_before"]["parameters"] = models["teacher"]["parameters"] = teacher_parameters
         sizes = results["data"]["sizes"]
         return {
-            "title": f"{teacher_name} as an encoder-decoder",
+            "title": f"{teacher['name']} as an encoder-decoder",
             "task": self._task(),
             "teacher": {
-                "name": teacher_name,
-                "hub_id": HUB_ID if built_in_teacher else None,
-                "license": "apache-2.0" if built_in_teacher else None,
+                **teacher,
                 "adaptation": f"all layers, {results['adapt']['steps']} steps of {BATCH_SIZE}",
             },
             "student": {
@@ -419,6 +417,7 @@ class Pipeline:
             },
             "data": {
                 "name": dataset_name(settings.dataset),
+                "license": ROWS_LICENSE if self.built_in_task else None,
                 "train_rows": sizes["train"],
                 "validation_rows": sizes.get("validation"),
                 "test_rows": held_out,

@@ -5,8 +5,9 @@ option overrides. Every field of DistillationTrainingArguments (and so of Seq2Se
 option, beyond those listed: --lr-scheduler-type, --bf16, --use-cpu, --eval-strategy, ... An interrupted run whose
 checkpoints are in the output folder goes on with --resume.
 
-Beside the student are written the whole recipe and provenance.json: seeds, versions, commit, fingerprints of data and
-models, and the final numbers. --reproduce FOLDER runs that again and compares the numbers.
+Beside the student are written its model card with the numbers in it (metrics.json), the whole recipe and
+provenance.json: seeds, versions, commit, fingerprints of data and models, and the final numbers. --reproduce FOLDER
+runs that again and compares the numbers.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ._inputs import (
     SCHEDULE,
     add_data_arguments,
     add_training_arguments,
+    dataset_name,
     load_splits,
     prompt_template,
     said_training_arguments,
@@ -106,6 +108,7 @@ def run(args: argparse.Namespace) -> None:
     from transformers import set_seed
 
     from ..distillation import DistillationTrainer, DistillationTrainingArguments
+    from ..model_card_callback import ModelCardCallback
     from ._provenance import (
         FILE,
         check_inputs,
@@ -138,6 +141,8 @@ def run(args: argparse.Namespace) -> None:
         processing_class=tokenizer,
         teacher=teacher_path(recipe["teacher"]),
     )
+    card = ModelCardCallback(trainer, **_known(recipe))
+    trainer.add_callback(card)
     provenance = describe(trainer)
     if recorded is not None:
         check_inputs(recorded, provenance, Path(args.reproduce))
@@ -154,6 +159,7 @@ def run(args: argparse.Namespace) -> None:
         return
     result = describe_result(trainer, metrics, output)
     write_json(output / FILE, {**provenance, "result": result})
+    write_json(output / "metrics.json", card.metrics())
     lines = [f"{name}: {value}" for name, value in metrics.items()]
     if recorded is not None:
         lines.append(compare_results(recorded["result"], result, Path(args.reproduce)))
@@ -208,6 +214,17 @@ def _student(recipe: Mapping[str, Any], splits: DatasetDict, template: str | Non
         raise ValueError(f"{teacher} is a cache, of which no student can be made: name its teacher as init.teacher")
     student = make_student(teacher_path(teacher), Shape(**shape), splits["train"], template)
     return student, student.tokenizer
+
+
+def _known(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What the card takes from the recipe: names, where trainer and data set have paths."""
+    from ..data.builtin_teacher import FACTS
+    from ..data.python_docstrings import ROWS_LICENSE
+
+    name = dataset_name(recipe["dataset"])
+    teacher = {"teacher": FACTS} if recipe["teacher"] == BUILT_IN else {}
+    license = {"license": ROWS_LICENSE} if recipe["dataset"] == BUILT_IN else {}
+    return {"data": {"name": name, **license}, "task": {"name": name}, **teacher}
 
 
 def load_student(path: str) -> tuple[Any, Any]:

@@ -140,6 +140,7 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
     from ..distillation.metrics import rouge_l
     from ..export.exporting import export_model
     from ..export.parity import PARITY, prove
+    from ..model_card import license_of
     from ._state import write_json
 
     rows = _rows("test", args.rows or _ROWS[target], model, tokenizer, args, shapes)
@@ -158,7 +159,7 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
     try:
         with display.stage(f"export to {target}") as update:
             stateful = False if args.stateless else None
-            license = _license(args.model)
+            license = license_of(args.model) or "unknown"
             export_model(
                 model,
                 tokenizer,
@@ -188,17 +189,6 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
     finally:
         shutil.rmtree(unproven, ignore_errors=True)
     return report
-
-
-def _license(name: str) -> str:
-    """What the model card says."""
-    from huggingface_hub import ModelCard
-
-    path = Path(name) / "README.md" if Path(name).exists() else name
-    try:
-        return ModelCard.load(path).data.get("license") or "unknown"
-    except (OSError, ValueError):  # no card, no network: an export does not fail for that
-        return "unknown"
 
 
 def _rows(split: str, count: int, model, tokenizer, args: argparse.Namespace, shapes) -> list[dict]:

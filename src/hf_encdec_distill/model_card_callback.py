@@ -1,0 +1,203 @@
+"""A model card that a training writes by itself: `trainer.add_callback(ModelCardCallback(trainer))`."""
+
+import dataclasses
+import importlib.metadata
+import math
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments, TrainerCallback
+from transformers.modelcard import extract_hyperparameters_from_trainer
+
+from . import __version__
+from .bench import EnergyMeter, compare_cost, machine_description
+from .distillation import CachedTeacher, DistillationTrainer, DistillationTrainingArguments
+from .model_card import check, teacher_entry, write_model_card
+
+
+MARK = "<!-- Written by ModelCardCallback, which writes it anew until you take this line out. -->"
+# Named in every card, since nobody knows the defaults by heart; other fields where they are not at theirs.
+_ALWAYS = ("divergence", "distill_weight", "distill_temperature")
+_ELSEWHERE = {"prompt_template", "source_column", "target_column"}  # in the card, or about this copy of the data
+# As RopeEncDec, BART and T5 call them.
+_ENCODER_LAYERS = ("encoder_num_hidden_layers", "encoder_layers", "num_layers")
+_DECODER_LAYERS = ("decoder_num_hidden_layers", "decoder_layers", "num_decoder_layers")
+_NO_MEASURES = (
+    "loss",
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "jit_compilation_time",
+    "model_preparation_time",
+)
+_PACKAGES = ("accelerate", "datasets", "tokenizers", "torch", "transformers")
+_SOURCE, _TARGET = 128, 32  # tokens of the request whose cost is counted, where the arguments set no limit
+
+
+class ModelCardCallback(TrainerCallback):
+    """Writes `README.md` into `output_dir` at each save and evaluation after the first step and at the end.
+
+    A card that it did not write stays as it is. Energy is in it where counters can be read (`bench.EnergyMeter`), and
+    CO2 where `energy={"grid_g_per_kwh": ..., "location": "..."}` says what a kilowatt hour stands for.
+
+    Args:
+        trainer: its teacher, student, data, arguments and last evaluation are described.
+        known: what a trainer does not know, in the structure of `hf_encdec_distill.model_card`, for instance
+            `task={"name": "...", "language": "en"}` or `data={"name": "...", "license": "..."}`; it counts for more
+            than what was found.
+
+    Raises:
+        ValueError: when training begins, if `known` contradicts the structure.
+    """
+
+    def __init__(self, trainer: DistillationTrainer, **known: Any):
+        self.trainer, self.known = trainer, known
+        self._begun_at, self._meter, self._energy = 0, None, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        check(self.metrics())  # what is wrong with `known` is said now, not after the training
+        self._begun_at, self._meter, self._energy = state.global_step, EnergyMeter(), None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._meter.update()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._write(args, state)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._write(args, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._meter.update()
+        self._energy = self._meter.result()
+        self._write(args, state)
+
+    def _write(self, args, state) -> None:
+        card = Path(args.output_dir) / "README.md"
+        ours = not card.is_file() or MARK in card.read_text(encoding="utf-8")
+        if state.is_world_process_zero and state.global_step and ours:
+            write_model_card(card, self.metrics(), self.trainer.hub_model_id or args.hub_model_id)
+
+    def metrics(self) -> dict[str, Any]:
+        """What `write_model_card` takes."""
+        found = {
+            "note": MARK,
+            "teacher": self._teacher,
+            "student": self._student(),
+            "task": {"prompt_template": self.trainer.args.prompt_template},
+            "data": self._data(),
+            "recipe": self._recipe(),
+            "stages": self._stages(),
+            "machine": machine_description(),
+            "energy": self._energy,
+            "cost": self._cost(),
+            **self._quality(),
+        }
+        for key, value in self.known.items():
+            both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
+            found[key] = {**found[key], **value} if both else value
+        return found
+
+    @cached_property
+    def _teacher(self) -> dict[str, Any]:
+        teacher = self.trainer.teacher
+        if isinstance(teacher, CachedTeacher):
+            name = teacher.manifest["teacher"]
+        else:
+            name = getattr(teacher.model.config, "_name_or_path", None)
+        return teacher_entry(name) if name else {}
+
+    def _student(self) -> dict[str, Any]:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        config = model.config
+        known = {
+            "model_type": ("model_type",),
+            "encoder_layers": _ENCODER_LAYERS,
+            "decoder_layers": _DECODER_LAYERS,
+            "cross_attention": ("cross_attention",),
+            "encoder_attention": ("encoder_attention",),
+        }
+        there = {
+            key: [getattr(config, name) for name in names if hasattr(config, name)] for key, names in known.items()
+        }
+        student = {key: values[0] for key, values in there.items() if values}
+        if not self.trainer.is_sharded:
+            student["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+        return student
+
+    def _data(self) -> dict[str, Any]:
+        rows, held_out = self.trainer.train_dataset, self.trainer.eval_dataset
+        data = {"split": "validation", "train_rows": _length(rows), "validation_rows": _length(held_out)}
+        info, fingerprint = getattr(rows, "info", None), getattr(rows, "_fingerprint", None)
+        if fingerprint is not None:
+            data["description"] = f"Fingerprint of the training rows, as datasets has it: `{fingerprint}`"
+        # Files of a data set on the Hub are recorded as hf://datasets/user/name@commit/path.
+        for file in getattr(info, "download_checksums", None) or ():
+            found = re.match(r"hf://datasets/([^@]+)@([^/]+)/", file)
+            if found:
+                data |= {"name": found[1], "hub_id": found[1], "license": info.license or None}
+                data["description"] = f"Commit `{found[2]}`. {data['description']}"
+                break
+        return data
+
+    def _recipe(self) -> dict[str, Any]:
+        args = self.trainer.args
+        ours = {field.name: field.default for field in dataclasses.fields(DistillationTrainingArguments)}
+        for name in {field.name for field in dataclasses.fields(Seq2SeqTrainingArguments)} | _ELSEWHERE:
+            del ours[name]
+        recipe = {name: getattr(args, name) for name in ours}
+        recipe = {name: value for name, value in recipe.items() if name in _ALWAYS or value != ours[name]}
+        versions = {"hf-encdec-distill": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+        said = ", ".join(f"{name} {version}" for name, version in versions.items())
+        return {**recipe, **extract_hyperparameters_from_trainer(self.trainer), "versions": said}
+
+    def _cost(self) -> dict[str, Any] | None:
+        """Sizes and counted operations against the teacher; None where the formulas do not know one of the two."""
+        args, teacher = self.trainer.args, self.trainer.teacher
+        if isinstance(teacher, CachedTeacher):
+            return None
+        student = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        lengths = (args.max_source_length or _SOURCE, args.max_target_length or _TARGET)
+        try:
+            return compare_cost(student.config, teacher.model.config, *lengths).to_dict()
+        except ValueError:
+            return None
+
+    def _stages(self) -> list[dict[str, Any]]:
+        state = self.trainer.state
+        seconds = [row["train_runtime"] for row in state.log_history if "train_runtime" in row]
+        if not seconds:
+            return []
+        note = f"went on from step {self._begun_at}, whose time is not in this" if self._begun_at else ""
+        steps = state.global_step - self._begun_at
+        return [{"name": "training", "steps": steps, "seconds": seconds[-1], "note": note}]
+
+    def _quality(self) -> dict[str, Any]:
+        """The last evaluation, as the one entry of `models`."""
+        args, rows = self.trainer.args, _length(self.trainer.eval_dataset)
+        evaluations = [row for row in self.trainer.state.log_history if "eval_loss" in row]
+        if not evaluations or rows is None:
+            return {}
+        last = {name[len("eval_") :]: x for name, x in evaluations[-1].items() if name.startswith("eval_")}
+        last = {name: x for name, x in last.items() if isinstance(x, (int, float)) and math.isfinite(x)}
+        divergence, ce = last.pop("distill_loss", None), last.pop("ce_loss", None)
+        entry = {
+            "n": rows,
+            "parameters": self._student().get("parameters"),
+            "ce": ce,
+            "teacher_agreement": last.pop("teacher_agreement", None),
+        }
+        of_all_tokens = args.vocab_policy != "universal" and not isinstance(self.trainer.teacher, CachedTeacher)
+        if of_all_tokens and (args.divergence, args.distill_temperature) == ("forward_kl", 1.0):
+            entry["kl"] = divergence
+        entry["logged"] = {name: x for name, x in last.items() if name not in _NO_MEASURES}
+        key = "student_kd" if args.distill_weight else "student_ce"
+        return {"seeds": [args.seed], "models": {key: entry}, "published": key}
+
+
+def _length(rows) -> int | None:
+    """Rows of a data set; None for a stream, for several data sets, or for none at all."""
+    return len(rows) if rows is not None and hasattr(rows, "__len__") and not isinstance(rows, Mapping) else None
