@@ -3,7 +3,7 @@
 import nox
 
 
-nox.options.sessions = ["lint", "optimum", "latest"]
+nox.options.sessions = ["lint", "optimum", "latest", "wheel"]
 nox.options.default_venv_backend = "venv"
 
 
@@ -27,3 +27,10 @@ def latest(session):
     """The newest transformers 5, which no release of optimum-onnx admits."""
     session.install("-e", ".[demo,dev,exporters]", "transformers>=5.23,<6", "trl>=1.16")
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def wheel(session):
+    """What people get, built and installed into an empty environment, from the quickstart to the Hub and back."""
+    session.install("-e", ".[demo,dev]", "transformers>=5.23,<6")
+    session.run("pytest", "-m", "wheel", "-n", "0")
