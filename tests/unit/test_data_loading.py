@@ -55,6 +55,17 @@ def test_folder_with_a_file_for_each_split(tmp_path):
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 5, "validation": 5, "test": 5}
 
 
+def test_files_by_the_names_of_their_splits(tmp_path):
+    _frame(20).to_csv(tmp_path / "a.csv", index=False)
+    _frame(5, 100).to_json(tmp_path / "b.jsonl", orient="records", lines=True)
+    files = {"train": tmp_path / "a.csv", "validation": str(tmp_path / "b.jsonl")}
+    splits = load_pairs(files, "code", "text")
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 16, "validation": 5, "test": 4}
+    assert splits["validation"]["target"][0] == "t\t100"
+    del files["train"]
+    assert {name: len(rows) for name, rows in load_pairs(files, "code", "text").items()} == {"validation": 5}
+
+
 @pytest.mark.parametrize("one", [True, False])
 def test_what_save_to_disk_wrote(tmp_path, one):
     rows = Dataset.from_pandas(_frame(20))
