@@ -1,20 +1,29 @@
 """The examples run on toys: the scripts as they are printed in their docstrings and from a config file."""
 
 import ast
+import gettext
 import json
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
+import humanize
 import pytest
 import torch
 import yaml
+from datasets import Dataset, DatasetDict
 from distillation_toys import write_pairs, write_teacher
 from transformers import AutoModelForSeq2SeqLM
 
+from hf_encdec_distill.cli.main import main
+from hf_encdec_distill.data import load_python_docstrings
+
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+DATA = Path(__file__).parent / "data"
+PACKAGES = Path(humanize.__file__).parents[1]  # where packages are that bring translations along
 SCRIPTS = {
     "run_distillation.py": ("teacher_name_or_path", {"ce_loss", "distill_loss"}, {"eval_teacher_agreement"}),
     "finetune_seq2seq.py": ("model_name_or_path", set(), set()),
@@ -116,3 +125,119 @@ def test_what_a_script_refuses(script, wrong, message, tmp_path, monkeypatch):
     (tmp_path / "something").touch()
     with pytest.raises(ValueError, match=message):
         run_script(script, monkeypatch, *options({**wrong, "output_dir": tmp_path, "report_to": "none"}))
+
+
+# --- the tasks ---
+
+
+def run_task(name, monkeypatch, *arguments):
+    run_script(f"tasks/{name}.py", monkeypatch, *arguments)
+
+
+def lines_of(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_summarization(folder, monkeypatch):
+    run_task("summarization", monkeypatch, folder, "--index", DATA / "Translation-en")
+    return folder
+
+
+def write_docstrings(folder, monkeypatch):
+    rows = load_python_docstrings("stdlib")["test"].select(range(20))
+    rows.to_json(folder.with_suffix(".jsonl"))
+    return folder.with_suffix(".jsonl")
+
+
+def write_question_answering(folder, monkeypatch):
+    run_task("question_answering", monkeypatch, folder, "--train", DATA / "squad.json", "--test", DATA / "squad.json")
+    return folder
+
+
+def write_translation(folder, monkeypatch):
+    file = folder.with_suffix(".jsonl")
+    run_task("translation", monkeypatch, file, "--catalogues", PACKAGES)
+    return file
+
+
+TASKS = {
+    "summarization": (write_summarization, ["rouge_l"]),
+    "built-in": (write_docstrings, ["rouge_l"]),
+    "question_answering": (write_question_answering, ["exact_match", "f1"]),
+    "translation": (write_translation, ["chrf", "bleu"]),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_is_distilled_by_its_recipe_and_measured(task, teacher_folder, tmp_path, monkeypatch, capsys):
+    write, metrics = TASKS[task]
+    pairs = write(tmp_path / "pairs", monkeypatch)
+    recipe = EXAMPLES / "recipes" / f"{task}.yaml"
+    output = tmp_path / "student"
+    shared = ["--teacher", str(teacher_folder), "--dataset", str(pairs)]
+    toy = options({"init.encoder_layers": 2, "init.decoder_layers": 2, "max_steps": 2, "use_cpu": True})
+    toy += options({"warmup_steps": 0, "per_device_train_batch_size": 4, "eval_strategy": "no"})
+    assert main(["distill", str(recipe), *shared, "--output", str(output), *toy]) == 0
+    template = yaml.safe_load(recipe.read_text()).get("prompt_template")
+    prompt = ["--prompt-template", template] if template else []
+    capsys.readouterr()
+    asked = ["--metrics", *metrics, "--rows", "4", "--max-target-length", "8", "--json"]
+    assert main(["evaluate", str(output), *shared, *prompt, *asked]) == 0
+    measured = json.loads(capsys.readouterr().out)["models"][str(output)]
+    assert all(0 <= measured[metric]["value"] <= (100 if task == "translation" else 1) for metric in metrics)
+
+
+def test_synopses_of_debian_packages(tmp_path, monkeypatch):
+    write_summarization(tmp_path, monkeypatch)
+    splits = {split: lines_of(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 12, "validation": 3, "test": 4}
+    assert splits["train"][0] == {
+        "source": "Fpath is an OCaml module for handling file system paths with POSIX or\nWindows conventions. Fpath "
+        "processes paths without accessing the file\nsystem and is independent from any system library.\n\nThis "
+        "package contains the runtime files.",
+        "target": "OCaml library for handling file system paths (runtime)",
+    }
+    double = tmp_path / "status"  # the same text under another name, and one that is too short
+    double.write_text(
+        "Package: a\nStatus: ok\nDescription: one\n " + 60 * "x" + "\n\n"
+        "Package: b\nDescription: two\n " + 60 * "x" + "\n\nPackage: c\nDescription: three\n short\n"
+    )
+    run_task("summarization", monkeypatch, tmp_path / "again", "--index", double)
+    rows = [row for file in (tmp_path / "again").glob("*.jsonl") for row in lines_of(file)]
+    assert rows == [{"source": 60 * "x", "target": "one"}]
+
+
+def test_questions_in_squads_format(tmp_path, monkeypatch):
+    write_question_answering(tmp_path / "of-files", monkeypatch)
+    rows = lines_of(tmp_path / "of-files" / "test.jsonl")
+    assert rows[1] == {
+        "source": "question: When were the notes published? context: Ada Lovelace was an English mathematician. She "
+        "wrote notes on Charles Babbage's Analytical Engine, published in 1843, and in them an algorithm for "
+        "Bernoulli numbers.",
+        "target": "1843",
+    }
+    first = ["Charles Babbage's", "1843", "Bernoulli numbers", "Earth", "384,399 km", "the Sun", "the Moon"]
+    assert [row["target"] for row in rows] == first
+    # The columns that the Hub's squad has.
+    row = {"id": "m1", "title": "Moon", "context": "The Moon is Earth's.", "question": "Whose is the Moon?"}
+    squad = Dataset.from_list([{**row, "answers": {"text": ["Earth's", "Earth"], "answer_start": [12, 12]}}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: DatasetDict(train=squad, validation=squad))
+    run_task("question_answering", monkeypatch, tmp_path / "of-hub", "--dataset", "rajpurkar/squad")
+    pair = {"source": "question: Whose is the Moon? context: The Moon is Earth's.", "target": "Earth's"}
+    assert lines_of(tmp_path / "of-hub" / "train.jsonl") == lines_of(tmp_path / "of-hub" / "test.jsonl") == [pair]
+
+
+def test_messages_and_what_gettext_says_of_them(tmp_path, monkeypatch):
+    rows = lines_of(write_translation(tmp_path / "pairs", monkeypatch))
+    assert len(rows) >= 8 and len({row["source"] for row in rows}) == len(rows)
+    catalogues = [
+        gettext.GNUTranslations(file.open("rb"))
+        for folder in ("de", "de_DE")
+        for file in PACKAGES.rglob(f"{folder}/LC_MESSAGES/*.mo")
+    ]
+    for row in rows:
+        assert row["target"] in {catalogue.gettext(row["source"]) for catalogue in catalogues}, row
+        assert row["target"] != row["source"]
+    with pytest.raises(SystemExit):
+        run_task("translation", monkeypatch, tmp_path / "none.jsonl", "--language", "xx", "--catalogues", PACKAGES)
+    assert not (tmp_path / "none.jsonl").exists()
