@@ -3,6 +3,7 @@
 import ast
 import gettext
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import datasets
 import humanize
+import nbclient
+import nbformat
 import pytest
 import torch
 import yaml
@@ -241,3 +244,33 @@ def test_messages_and_what_gettext_says_of_them(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         run_task("translation", monkeypatch, tmp_path / "none.jsonl", "--language", "xx", "--catalogues", PACKAGES)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+# --- the notebook ---
+
+
+def test_the_notebook_goes_from_teacher_to_export(teacher_folder, tmp_path):
+    notebook = nbformat.read(EXAMPLES / "from_teacher_to_export.ipynb", as_version=4)
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    toy = {"teacher_name": str(teacher_folder), "encoder_layers": 2, "decoder_layers": 2}
+    toy |= {"train_rows": 8, "test_rows": 4, "steps": 4, "batch_size": 4, "max_source_length": 48}
+    toy |= {"max_target_length": 8, "work": str(tmp_path / "work")}
+    names = {node.id for node in ast.walk(ast.parse(parameters.source)) if isinstance(node, ast.Name)}
+    assert names == set(toy)
+    # As papermill does it: in a cell of their own, after the defaults.
+    place = notebook.cells.index(parameters) + 1
+    injected = "\n".join(f"{name} = {value!r}" for name, value in toy.items())
+    notebook.cells.insert(place, nbformat.v4.new_code_cell(injected))
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES.parent)}}).execute()
+    assert (tmp_path / "work" / "student" / "model.safetensors").is_file()
+    assert (tmp_path / "work" / "onnx" / "decoder_model.onnx").is_file()
+    printed = "".join(
+        output.text
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if "text" in output
+    )
+    assert "equal answers: {'greedy': 1.0, 'beam': 1.0}" in printed
+    before, after = map(float, re.search(r"eval_distill_loss +(\S+) +(\S+)", printed).groups())
+    assert 0 < after < before
