@@ -17,7 +17,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
+
+from hf_encdec_distill.data import save_pairs
 
 
 def main() -> None:
@@ -34,11 +36,8 @@ def main() -> None:
         splits = {"train": rows["train"], "test": rows["validation"]}
     else:
         splits = {"train": read_squad(args.train), "test": read_squad(args.test)}
-    args.output.mkdir(parents=True, exist_ok=True)
     for split, questions in splits.items():
-        pairs = list(as_pairs(questions))
-        Dataset.from_list(pairs).to_json(args.output / f"{split}.jsonl", force_ascii=False)
-        print(f"{split}: {len(pairs)} pairs")
+        print(f"{split}: {save_pairs(as_pairs(questions), args.output / f'{split}.jsonl')} pairs")
 
 
 def read_squad(file: Path) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from datasets import Dataset
+from hf_encdec_distill.data import save_pairs
 
 
 STANZA = re.compile(r"Package: (\S+)\n(?:.*\n)*?Description(?:-en)?: (.+)\n((?: .*\n?)+)")
@@ -33,10 +33,8 @@ def main() -> None:
         if len(text) >= SHORTEST and not {text, synopsis} & seen:
             seen |= {text, synopsis}
             splits[split_of(package)].append({"source": text, "target": synopsis})
-    args.output.mkdir(parents=True, exist_ok=True)
     for split, pairs in splits.items():
-        Dataset.from_list(pairs).to_json(args.output / f"{split}.jsonl", force_ascii=False)
-        print(f"{split}: {len(pairs)} pairs")
+        print(f"{split}: {save_pairs(pairs, args.output / f'{split}.jsonl')} pairs")
 
 
 def fetch_indexes() -> list[str]:

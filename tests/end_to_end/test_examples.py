@@ -5,6 +5,7 @@ import gettext
 import json
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from distillation_toys import write_pairs, write_teacher
 from transformers import AutoModelForSeq2SeqLM
 
 from hf_encdec_distill.cli.main import main
-from hf_encdec_distill.data import load_python_docstrings
+from hf_encdec_distill.data import load_python_docstrings, save_pairs
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -133,65 +134,59 @@ def test_what_a_script_refuses(script, wrong, message, tmp_path, monkeypatch):
 # --- the tasks ---
 
 
-def run_task(name, monkeypatch, *arguments):
-    run_script(f"tasks/{name}.py", monkeypatch, *arguments)
-
-
 def lines_of(file):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def write_summarization(folder, monkeypatch):
-    run_task("summarization", monkeypatch, folder, "--index", DATA / "Translation-en")
-    return folder
-
-
-def write_docstrings(folder, monkeypatch):
-    rows = load_python_docstrings("stdlib")["test"].select(range(20))
-    rows.to_json(folder.with_suffix(".jsonl"))
-    return folder.with_suffix(".jsonl")
-
-
-def write_question_answering(folder, monkeypatch):
-    run_task("question_answering", monkeypatch, folder, "--train", DATA / "squad.json", "--test", DATA / "squad.json")
-    return folder
-
-
-def write_translation(folder, monkeypatch):
-    file = folder.with_suffix(".jsonl")
-    run_task("translation", monkeypatch, file, "--catalogues", PACKAGES)
-    return file
-
-
-TASKS = {
-    "summarization": (write_summarization, ["rouge_l"]),
-    "built-in": (write_docstrings, ["rouge_l"]),
-    "question_answering": (write_question_answering, ["exact_match", "f1"]),
-    "translation": (write_translation, ["chrf", "bleu"]),
+README = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+TASKS = dict(re.findall(r"<!-- task: (\S+) -->\n```bash\n(.*?)```", README, re.S))
+# What stands in for data that come over the network.
+OFFLINE = {
+    "summarization": ["--index", DATA / "Translation-en"],
+    "question_answering": ["--train", DATA / "squad.json", "--test", DATA / "squad.json"],
+    "translation": ["--catalogues", PACKAGES],
 }
 
 
+def test_readme_has_the_four_tasks():
+    assert set(TASKS) == {*OFFLINE, "built-in"}
+
+
 @pytest.mark.parametrize("task", TASKS)
-def test_a_task_is_distilled_by_its_recipe_and_measured(task, teacher_folder, tmp_path, monkeypatch, capsys):
-    write, metrics = TASKS[task]
-    pairs = write(tmp_path / "pairs", monkeypatch)
-    recipe = EXAMPLES / "recipes" / f"{task}.yaml"
-    output = tmp_path / "student"
-    shared = ["--teacher", str(teacher_folder), "--dataset", str(pairs)]
-    toy = options({"init.encoder_layers": 2, "init.decoder_layers": 2, "max_steps": 2, "use_cpu": True})
-    toy += options({"warmup_steps": 0, "per_device_train_batch_size": 4, "eval_strategy": "no"})
-    assert main(["distill", str(recipe), *shared, "--output", str(output), *toy]) == 0
-    template = yaml.safe_load(recipe.read_text()).get("prompt_template")
-    prompt = ["--prompt-template", template] if template else []
-    capsys.readouterr()
-    asked = ["--metrics", *metrics, "--rows", "4", "--max-target-length", "8", "--json"]
-    assert main(["evaluate", str(output), *shared, *prompt, *asked]) == 0
-    measured = json.loads(capsys.readouterr().out)["models"][str(output)]
-    assert all(0 <= measured[metric]["value"] <= (100 if task == "translation" else 1) for metric in metrics)
+def test_the_commands_of_a_task_run_as_printed(task, teacher_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    few = {"max-steps": 2, "use_cpu": True, "per_device_train_batch_size": 4, "report_to": "none"}
+    toy = {
+        "teach": options(few),
+        "distill": options({**few, "init.encoder_layers": 2, "init.decoder_layers": 2, "eval_strategy": "no"}),
+        "evaluate": ["--rows", "4", "--max-target-length", "8", "--json"],
+    }
+    if task == "built-in":  # the packages of a machine take their time to read
+        save_pairs(load_python_docstrings("stdlib")["test"].select(range(20)), "docstrings.jsonl")
+        toy = {command: [*words, "--dataset", "docstrings.jsonl"] for command, words in toy.items()}
+    for line in TASKS[task].splitlines():
+        program, *words = shlex.split(line)
+        if program == "python":
+            assert words[0] == f"examples/tasks/{task}.py"
+            run_script(f"tasks/{task}.py", monkeypatch, words[1], *OFFLINE[task])
+            continue
+        assert program == "hf-encdec-distill"
+        command, *words = words
+        if command == "teach":
+            words[0] = str(teacher_folder)
+        capsys.readouterr()
+        assert main([command, *words, *toy[command]]) == 0
+    ((_, measured),) = json.loads(capsys.readouterr().out)["models"].items()
+    asked = words[words.index("--metrics") + 1 :]
+    assert len(asked) > 1
+    for metric in asked:
+        assert 0 <= measured[metric]["value"] <= (100 if metric in ("chrf", "bleu", "ce") else 1)
+    assert AutoModelForSeq2SeqLM.from_pretrained(f"runs/{task}").config.decoder_num_hidden_layers == 2
 
 
 def test_synopses_of_debian_packages(tmp_path, monkeypatch):
-    write_summarization(tmp_path, monkeypatch)
+    run_script("tasks/summarization.py", monkeypatch, tmp_path, *OFFLINE["summarization"])
     splits = {split: lines_of(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")}
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 12, "validation": 3, "test": 4}
     assert splits["train"][0] == {
@@ -200,18 +195,17 @@ def test_synopses_of_debian_packages(tmp_path, monkeypatch):
         "package contains the runtime files.",
         "target": "OCaml library for handling file system paths (runtime)",
     }
-    double = tmp_path / "status"  # the same text under another name, and one that is too short
-    double.write_text(
-        "Package: a\nStatus: ok\nDescription: one\n " + 60 * "x" + "\n\n"
-        "Package: b\nDescription: two\n " + 60 * "x" + "\n\nPackage: c\nDescription: three\n short\n"
+    more = tmp_path / "status"  # the same text under another name, and one that is too short
+    more.write_text(
+        (DATA / "Translation-en").read_text() + "\nPackage: a\nStatus: ok\nDescription: one\n " + 60 * "x" + "\n"
+        "\nPackage: b\nDescription: two\n " + 60 * "x" + "\n\nPackage: c\nDescription: three\n short\n"
     )
-    run_task("summarization", monkeypatch, tmp_path / "again", "--index", double)
-    rows = [row for file in (tmp_path / "again").glob("*.jsonl") for row in lines_of(file)]
-    assert rows == [{"source": 60 * "x", "target": "one"}]
+    run_script("tasks/summarization.py", monkeypatch, tmp_path / "more", "--index", more)
+    assert lines_of(tmp_path / "more" / "train.jsonl") == [*splits["train"], {"source": 60 * "x", "target": "one"}]
 
 
 def test_questions_in_squads_format(tmp_path, monkeypatch):
-    write_question_answering(tmp_path / "of-files", monkeypatch)
+    run_script("tasks/question_answering.py", monkeypatch, tmp_path / "of-files", *OFFLINE["question_answering"])
     rows = lines_of(tmp_path / "of-files" / "test.jsonl")
     assert rows[1] == {
         "source": "question: When were the notes published? context: Ada Lovelace was an English mathematician. She "
@@ -225,13 +219,14 @@ def test_questions_in_squads_format(tmp_path, monkeypatch):
     row = {"id": "m1", "title": "Moon", "context": "The Moon is Earth's.", "question": "Whose is the Moon?"}
     squad = Dataset.from_list([{**row, "answers": {"text": ["Earth's", "Earth"], "answer_start": [12, 12]}}])
     monkeypatch.setattr(datasets, "load_dataset", lambda name: DatasetDict(train=squad, validation=squad))
-    run_task("question_answering", monkeypatch, tmp_path / "of-hub", "--dataset", "rajpurkar/squad")
+    run_script("tasks/question_answering.py", monkeypatch, tmp_path / "of-hub", "--dataset", "rajpurkar/squad")
     pair = {"source": "question: Whose is the Moon? context: The Moon is Earth's.", "target": "Earth's"}
     assert lines_of(tmp_path / "of-hub" / "train.jsonl") == lines_of(tmp_path / "of-hub" / "test.jsonl") == [pair]
 
 
 def test_messages_and_what_gettext_says_of_them(tmp_path, monkeypatch):
-    rows = lines_of(write_translation(tmp_path / "pairs", monkeypatch))
+    run_script("tasks/translation.py", monkeypatch, tmp_path / "pairs.jsonl", *OFFLINE["translation"])
+    rows = lines_of(tmp_path / "pairs.jsonl")
     assert len(rows) >= 8 and len({row["source"] for row in rows}) == len(rows)
     catalogues = [
         gettext.GNUTranslations(file.open("rb"))
@@ -241,9 +236,15 @@ def test_messages_and_what_gettext_says_of_them(tmp_path, monkeypatch):
     for row in rows:
         assert row["target"] in {catalogue.gettext(row["source"]) for catalogue in catalogues}, row
         assert row["target"] != row["source"]
-    with pytest.raises(SystemExit):
-        run_task("translation", monkeypatch, tmp_path / "none.jsonl", "--language", "xx", "--catalogues", PACKAGES)
-    assert not (tmp_path / "none.jsonl").exists()
+    nothing = ["--language", "xx", "--catalogues", PACKAGES]
+    with pytest.raises(ValueError, match="no rows to write"):
+        run_script("tasks/translation.py", monkeypatch, tmp_path / "none.jsonl", *nothing)
+    assert not list(tmp_path.glob("none*"))
+    books = Dataset.from_list([{"id": "0", "translation": {"de": "Ein Haus.", "en": "A house."}}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: books)
+    of_hub = ["--dataset", "Helsinki-NLP/opus_books", "--config", "de-en"]
+    run_script("tasks/translation.py", monkeypatch, tmp_path / "books.jsonl", *of_hub)
+    assert lines_of(tmp_path / "books.jsonl") == [{"source": "A house.", "target": "Ein Haus."}]
 
 
 # --- the notebook ---

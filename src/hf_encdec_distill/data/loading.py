@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -70,6 +71,23 @@ def load_pairs(
         if name not in splits and "train" in splits:
             splits["train"], splits[name] = _carve(splits["train"], f"{dataset} (train)")
     return DatasetDict({name: splits[name] for name in _SPLIT_NAMES if name in splits})
+
+
+def save_pairs(pairs: Iterable[Mapping[str, str]], file: str | os.PathLike) -> int:
+    """Write rows as JSON lines for `load_pairs`, whole or not at all; returns their number.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
+    if not lines:
+        raise ValueError(f"There are no rows to write to {file}")
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text("".join(lines), encoding="utf-8", errors="surrogatepass")
+    os.replace(partial, file)
+    return len(lines)
 
 
 def load_tables(
