@@ -9,7 +9,6 @@ functions to the first sentence of their docstring. Every training argument is a
 stopped goes on from its last checkpoint.
 """
 
-import json
 import logging
 import os
 import sys
@@ -29,7 +28,13 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
-from hf_encdec_distill.data import PROMPT_TEMPLATE, fetch_builtin_teacher, load_pairs, load_python_docstrings
+from hf_encdec_distill.data import (
+    PROMPT_TEMPLATE,
+    fetch_builtin_teacher,
+    load_pairs,
+    load_python_docstrings,
+    save_pairs,
+)
 from hf_encdec_distill.distillation.metrics import bleu, chrf, decode_texts, generation_metrics, rouge, squad
 
 
@@ -119,6 +124,9 @@ def main() -> None:
             )
     set_seed(training_args.seed)
 
+    name = model_args.model_name_or_path or str(fetch_builtin_teacher())
+    is_made = not AutoConfig.from_pretrained(name).is_encoder_decoder
+
     # Rows, with the columns `source` and `target` whatever they were called. Splits that are missing are carved out of
     # train by a hash of the source text.
     is_built_in = data_args.dataset_name is None and not data_args.files()
@@ -128,6 +136,14 @@ def main() -> None:
     else:
         dataset = data_args.dataset_name or data_args.files()
         rows = load_pairs(dataset, data_args.source_column, data_args.target_column, data_args.dataset_config_name)
+    needed = {
+        "train": training_args.do_train or is_made,
+        "validation": training_args.do_eval,
+        "test": training_args.do_predict,
+    }
+    missing = [split for split in needed if needed[split] and split not in rows]
+    if missing:
+        raise ValueError(f"There are no {missing[0]} rows, which are needed: name {missing[0]}_file.")
     limits = {
         "train": data_args.max_train_samples,
         "validation": data_args.max_eval_samples,
@@ -138,8 +154,7 @@ def main() -> None:
             rows[split] = rows[split].select(range(min(limit, len(rows[split]))))
 
     # The model
-    name = model_args.model_name_or_path or str(fetch_builtin_teacher())
-    if AutoConfig.from_pretrained(name).is_encoder_decoder:
+    if not is_made:
         model = AutoModelForSeq2SeqLM.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     else:
@@ -191,12 +206,11 @@ def main() -> None:
         report(trainer, "predict", {**result.metrics, "predict_samples": len(rows["test"])})
         if training_args.predict_with_generate and trainer.is_world_process_zero():
             texts = decode_texts(result.predictions, tokenizer, model.config.decoder_start_token_id)
-            with open(
-                os.path.join(training_args.output_dir, "generated_predictions.jsonl"), "w", encoding="utf-8"
-            ) as file:
-                for row, text in zip(rows["test"], texts, strict=True):
-                    row = {"source": row["source"], "target": row["target"], "prediction": text}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            predictions = (
+                {"source": row["source"], "target": row["target"], "prediction": text}
+                for row, text in zip(rows["test"], texts, strict=True)
+            )
+            save_pairs(predictions, os.path.join(training_args.output_dir, "generated_predictions.jsonl"))
 
     card = {}
     if not os.path.isdir(name):

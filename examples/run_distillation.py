@@ -11,7 +11,6 @@ bfloat16. A YAML or JSON file with the names of the options as keys will do in p
 goes on from its last checkpoint.
 """
 
-import json
 import logging
 import os
 import sys
@@ -26,7 +25,14 @@ from hf_encdec_distill import (
     DistillationTrainingArguments,
     RopeEncDecForConditionalGeneration,
 )
-from hf_encdec_distill.data import PROMPT_TEMPLATE, fetch_builtin_teacher, load_pairs, load_python_docstrings
+from hf_encdec_distill.data import (
+    PROMPT_TEMPLATE,
+    fetch_builtin_teacher,
+    load_pairs,
+    load_python_docstrings,
+    save_pairs,
+)
+from hf_encdec_distill.distillation.cache import is_cache
 from hf_encdec_distill.distillation.metrics import bleu, chrf, decode_texts, generation_metrics, rouge, squad
 
 
@@ -120,6 +126,14 @@ def main() -> None:
         columns = training_args.source_column, training_args.target_column
         rows = load_pairs(dataset, *columns, data_args.dataset_config_name)
     training_args.source_column, training_args.target_column = "source", "target"
+    needed = {
+        "train": training_args.do_train or model_args.student_name_or_path is None,
+        "validation": training_args.do_eval,
+        "test": training_args.do_predict,
+    }
+    missing = [split for split in needed if needed[split] and split not in rows]
+    if missing:
+        raise ValueError(f"There are no {missing[0]} rows, which are needed: name {missing[0]}_file.")
     limits = {
         "train": data_args.max_train_samples,
         "validation": data_args.max_eval_samples,
@@ -134,6 +148,8 @@ def main() -> None:
     if model_args.student_name_or_path is not None:
         student = AutoModelForSeq2SeqLM.from_pretrained(model_args.student_name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(model_args.student_name_or_path)
+    elif is_cache(teacher):
+        raise ValueError(f"{teacher} is a cache, of which no student can be made: name one with student_name_or_path.")
     else:
         calibration = rows["train"].select(range(min(model_args.calibration_samples, len(rows["train"]))))
         student = RopeEncDecForConditionalGeneration.from_decoder_only(
@@ -174,12 +190,11 @@ def main() -> None:
         report(trainer, "predict", {**result.metrics, "predict_samples": len(rows["test"])})
         if training_args.predict_with_generate and trainer.is_world_process_zero():
             texts = decode_texts(result.predictions, tokenizer, student.config.decoder_start_token_id)
-            with open(
-                os.path.join(training_args.output_dir, "generated_predictions.jsonl"), "w", encoding="utf-8"
-            ) as file:
-                for row, text in zip(rows["test"], texts, strict=True):
-                    row = {"source": row["source"], "target": row["target"], "prediction": text}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            predictions = (
+                {"source": row["source"], "target": row["target"], "prediction": text}
+                for row, text in zip(rows["test"], texts, strict=True)
+            )
+            save_pairs(predictions, os.path.join(training_args.output_dir, "generated_predictions.jsonl"))
 
     card = {}
     if not os.path.isdir(teacher):

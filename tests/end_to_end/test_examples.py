@@ -116,6 +116,31 @@ def test_a_script_takes_a_config_file_and_goes_on(script, teacher_folder, tmp_pa
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_says_which_rows_are_missing(script, teacher_folder, tmp_path, monkeypatch):
+    toy = {SCRIPTS[script][0]: teacher_folder, "output_dir": tmp_path / "run", "do_eval": True, "report_to": "none"}
+    toy |= {"validation_file": write_pairs(tmp_path / "a.csv", 6), "source_column": "text", "target_column": "short"}
+    with pytest.raises(ValueError, match="no train rows"):  # to make a student with
+        run_script(script, monkeypatch, *options(toy))
+
+
+def test_no_student_is_made_of_a_cache(teacher_folder, tmp_path, monkeypatch):
+    pairs = write_pairs(tmp_path / "a.csv", 20)
+    columns = ["--source-column", "text", "--target-column", "short", "--prompt-template", "{source} in short:"]
+    cache = ["cache", str(teacher_folder), "--dataset", str(pairs), *columns, "--output", str(tmp_path / "cache")]
+    assert main(cache) == 0
+    toy = {"teacher_name_or_path": tmp_path / "cache", "train_file": pairs, "output_dir": tmp_path / "run"}
+    toy |= {"source_column": "text", "target_column": "short", "prompt_template": "{source} in short:"}
+    toy |= {"do_train": True, **TOY_TRAINING}
+    with pytest.raises(ValueError, match="is a cache"):
+        run_script("run_distillation.py", monkeypatch, *options(toy))
+    # With a student it trains, and needs no teacher.
+    student = ["--encoder-layers", "2", "--decoder-layers", "2", "--output", str(tmp_path / "student")]
+    assert main(["init", str(teacher_folder), "--dataset", str(pairs), *columns, *student]) == 0
+    run_script("run_distillation.py", monkeypatch, *options({**toy, "student_name_or_path": tmp_path / "student"}))
+    assert metrics_of(tmp_path / "run", "train")["train_loss"] > 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
