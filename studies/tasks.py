@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import DatasetDict, load_from_disk
 
 from hf_encdec_distill.cli._evaluation import encode_rows
 from hf_encdec_distill.cli._teacher import PEAK_LEARNING_RATE, adapt_teacher
@@ -23,6 +23,7 @@ from hf_encdec_distill.data import (
     PROMPT_TEMPLATE,
     fetch_builtin_teacher,
     load_builtin_teacher,
+    load_pairs,
     load_python_docstrings,
 )
 
@@ -93,33 +94,7 @@ def _tune_teacher(folder: Path, rows: DatasetDict, template: str) -> None:
 
 
 def _debian_pairs(folder: Path) -> DatasetDict:
-    """Long description and synopsis of Debian's packages, read from the index that `apt-get update` fetches.
-
-    The index is fetched into a folder of its own, since most container images leave descriptions out of theirs, and
-    needs no rights. Families of packages (`foo`, `foo-doc`, `libfoo-dev`) copy each other's text: a description or a
-    synopsis is taken once, and a family lies in one split.
-    """
-    lists = folder / "apt" / "lists"
-    (lists / "partial").mkdir(parents=True, exist_ok=True)
-    options = ["-o", f"Dir::State={lists.parent}", "-o", f"Dir::Cache={lists.parent}", "-o", "Acquire::Languages=en"]
-    subprocess.run(["apt-get", "update", *options, "-o", "APT::Sandbox::User="], check=True, capture_output=True)
-    pairs, seen = [], set()
-    for file in sorted(lists.glob("*_main_i18n_Translation-en*")):
-        helper = ["/usr/lib/apt/apt-helper", "cat-file", str(file)]
-        index = subprocess.run(helper, check=True, capture_output=True, text=True).stdout
-        for stanza in index.split("\n\n"):
-            match = re.match(r"Package: (\S+)\n(?:.*\n)*?Description-en: (.+)\n((?: .*\n?)+)", stanza)
-            if match is None:
-                continue
-            package, synopsis, text = match.groups()
-            text = "\n".join("" if line == " ." else line[1:] for line in text.rstrip().split("\n"))
-            if len(text) < 60 or {text, synopsis} & seen:
-                continue
-            seen |= {text, synopsis}
-            family = re.sub(r"^(lib|python3?-|golang-|node-|r-|ruby-|rust-|fonts-|haskell-)+", "", package)
-            pairs.append({"source": text, "target": synopsis, "family": family[:4]})
-    rows = Dataset.from_list(pairs)
-    # By family, whose hash decides; `load_pairs` would carve by the text.
-    place = [sum(family.encode()) * 2654435761 % 100 for family in rows["family"]]
-    splits = {"train": range(10, 100), "validation": range(5), "test": range(5, 10)}
-    return DatasetDict({name: rows.select([i for i, p in enumerate(place) if p in of]) for name, of in splits.items()})
+    """Written by the example for summarisation."""
+    program = Path(__file__).parents[1] / "examples" / "tasks" / "summarization.py"
+    subprocess.run([sys.executable, program, folder / "pairs"], check=True)
+    return load_pairs(folder / "pairs")

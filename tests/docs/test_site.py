@@ -20,3 +20,5 @@ def test_site_builds_strictly_and_loads_nothing_from_afar(tmp_path):
     assert {page: found for page in pages if (found := LOADED.findall(page.read_text(encoding="utf-8")))} == {}
     api = (tmp_path / "site" / "api" / "distillation" / "index.html").read_text(encoding="utf-8")
     assert "distill_temperature" in api and "skew_reverse_kl" in api
+    for page, of_a_file in (("export", "makeState"), ("examples", "question_answering.yaml")):  # included, no copies
+        assert of_a_file in (tmp_path / "site" / page / "index.html").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from hf_encdec_distill import data
-from hf_encdec_distill.data.loading import load_pairs
+from hf_encdec_distill.data.loading import load_pairs, save_pairs
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,34 @@ def test_folder_with_a_file_for_each_split(tmp_path):
     splits = load_pairs(str(tmp_path), "code", "text")
     assert splits["validation"]["source"][0] == "code, 100\nünï"
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 5, "validation": 5, "test": 5}
+
+
+def test_files_by_the_names_of_their_splits(tmp_path):
+    _frame(20).to_csv(tmp_path / "a.csv", index=False)
+    _frame(5, 100).to_json(tmp_path / "b.jsonl", orient="records", lines=True)
+    files = {"train": tmp_path / "a.csv", "validation": str(tmp_path / "b.jsonl")}
+    splits = load_pairs(files, "code", "text")
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 16, "validation": 5, "test": 4}
+    assert splits["validation"]["target"][0] == "t\t100"
+    del files["train"]
+    assert {name: len(rows) for name, rows in load_pairs(files, "code", "text").items()} == {"validation": 5}
+
+
+def test_saved_pairs_come_back(tmp_path):
+    pairs = [{"source": f"a\n{n} ü", "target": f'"{n}"'} for n in range(20)]
+    assert save_pairs(iter(pairs), tmp_path / "new" / "a.jsonl") == 20
+    splits = load_pairs(tmp_path / "new" / "a.jsonl")
+    assert sorted((row for rows in splits.values() for row in rows), key=lambda row: int(row["target"][1:-1])) == pairs
+    with pytest.raises(ValueError, match="no rows to write"):
+        save_pairs([], tmp_path / "b.jsonl")
+
+    def broken():
+        yield pairs[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_pairs(broken(), tmp_path / "b.jsonl")
+    assert [file.name for file in tmp_path.iterdir() if file.suffix != ""] == []
 
 
 @pytest.mark.parametrize("one", [True, False])

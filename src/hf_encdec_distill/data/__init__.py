@@ -21,6 +21,7 @@ _EXPORTS = {
     "lead_sentence": "python_docstrings",
     "load_python_docstrings": "python_docstrings",
     "load_pairs": "loading",
+    "save_pairs": "loading",
     "find_sentinels": "plain_text",
     "load_plain_text": "plain_text",
 }

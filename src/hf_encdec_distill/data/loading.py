@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_pairs(
-    dataset: str | os.PathLike | None = None,
+    dataset: str | os.PathLike | Mapping[str, str | os.PathLike] | None = None,
     source_column: str = "source",
     target_column: str = "target",
     config: str | None = None,
@@ -43,7 +44,8 @@ def load_pairs(
 
     Args:
         dataset: a CSV, TSV, JSON, JSON lines or Parquet file, a folder with such files (splits by their names) or
-            written by `save_to_disk`, a name on the Hub, or `None` for the built-in task.
+            written by `save_to_disk`, a name on the Hub, files by the names of their splits (`{"train": "a.csv"}`;
+            without train nothing is carved, and only what is there returned), or `None` for the built-in task.
         source_column, target_column: where the texts are.
         config: configuration of a dataset that has several.
         cache_dir, progress: for the built-in task, see `load_python_docstrings`.
@@ -57,15 +59,35 @@ def load_pairs(
         from .python_docstrings import load_python_docstrings
 
         return load_python_docstrings(cache_dir=cache_dir, progress=progress)
-    splits = named_splits(load_tables(dataset, config), dataset)
+    if isinstance(dataset, Mapping):
+        splits = {name: load_tables(file, config)["train"] for name, file in dataset.items()}
+    else:
+        splits = named_splits(load_tables(dataset, config), dataset)
     splits = {
         name: _with_text(_two_columns(split, source_column, target_column), f"{dataset} ({name})")
         for name, split in splits.items()
     }
     for name in ("test", "validation"):
-        if name not in splits:
+        if name not in splits and "train" in splits:
             splits["train"], splits[name] = _carve(splits["train"], f"{dataset} (train)")
-    return DatasetDict({name: splits[name] for name in _SPLIT_NAMES})
+    return DatasetDict({name: splits[name] for name in _SPLIT_NAMES if name in splits})
+
+
+def save_pairs(pairs: Iterable[Mapping[str, str]], file: str | os.PathLike) -> int:
+    """Write rows as JSON lines for `load_pairs`, whole or not at all; returns their number.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
+    if not lines:
+        raise ValueError(f"There are no rows to write to {file}")
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text("".join(lines), encoding="utf-8", errors="surrogatepass")
+    os.replace(partial, file)
+    return len(lines)
 
 
 def load_tables(

@@ -275,10 +275,7 @@ def generation_metrics(
         ValueError: the tokenizer has neither pad nor EOS; and, by the function that is returned, predictions are
             logits, since `predict_with_generate` is off.
     """
-    # -100 is no token id. What is put in its place is dropped in decoding, as a pad or another special token is.
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if filler is None:
-        raise ValueError("The tokenizer has neither pad_token nor eos_token: give it one, tokenizer.pad_token = ...")
+    _filler(tokenizer)  # says early what would fail late
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         predicted = prediction.predictions
@@ -287,13 +284,8 @@ def generation_metrics(
             raise ValueError(
                 f"Predictions of shape {predicted.shape}, expected (rows, tokens): set predict_with_generate=True"
             )
-        if decoder_start_token_id is not None and (predicted[:, 0] == decoder_start_token_id).all():
-            predicted = predicted[:, 1:]
-        predicted, labels = (np.where(ids < 0, filler, ids) for ids in (predicted, np.asarray(prediction.label_ids)))
-        texts, references = (
-            [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-            for ids in (predicted, labels)
-        )
+        predicted = _written(predicted, tokenizer, decoder_start_token_id)
+        texts, references = (decode_texts(ids, tokenizer) for ids in (predicted, np.asarray(prediction.label_ids)))
         tokens = ~np.isin(predicted, tokenizer.all_special_ids)
         return {
             **{
@@ -306,3 +298,35 @@ def generation_metrics(
         }
 
     return compute_metrics
+
+
+def decode_texts(
+    ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, decoder_start_token_id: int | None = None
+) -> list[str]:
+    """Texts of the `predictions` or `label_ids` that `Seq2SeqTrainer.predict` returns, (rows, tokens).
+
+    Args:
+        ids: padded with -100 or the pad token.
+        tokenizer, decoder_start_token_id: as of `generation_metrics`.
+
+    Raises:
+        ValueError: the tokenizer has neither pad nor EOS.
+    """
+    ids = _written(ids, tokenizer, decoder_start_token_id)
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def _written(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, decoder_start_token_id: int | None) -> np.ndarray:
+    """Token ids without -100, and without what `generate` puts in front."""
+    ids = np.where(ids < 0, _filler(tokenizer), ids)
+    if decoder_start_token_id is not None and (ids[:, 0] == decoder_start_token_id).all():
+        ids = ids[:, 1:]
+    return ids
+
+
+def _filler(tokenizer: PreTrainedTokenizerBase) -> int:
+    """-100 is no token id. What is put in its place is dropped in decoding, as a pad or another special token is."""
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if filler is None:
+        raise ValueError("The tokenizer has neither pad_token nor eos_token: give it one, tokenizer.pad_token = ...")
+    return filler
