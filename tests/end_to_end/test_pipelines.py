@@ -3,10 +3,8 @@ version of transformers; the answers are held against `generate`, and 4.57's own
 
 import importlib
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -28,7 +26,6 @@ from hf_encdec_distill.pipelines import TASK, Text2TextGenerationPipeline
 IS_4 = transformers.__version__.startswith("4.")
 TEXTS = ["def add(a, b): return a + b", "Return the sum.", "a", "two numbers of def add"]
 GREEDY = {"max_new_tokens": 7, "num_beams": 1, "do_sample": False}
-DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
 
 
 @pytest.fixture(scope="module")
@@ -274,18 +271,3 @@ def test_transformers_serve_and_chat_do_not_load_a_student(folder):
         load(f"{folder}@main")
     with pytest.raises(ValueError, match="for this kind of AutoModel: AutoModelForCausalLM"):
         transformers.AutoModelForCausalLM.from_pretrained(folder)
-
-
-# The page ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_snippets_of_the_page_run(folder, exported, monkeypatch, capsys):
-    """In the order of the page, in a folder that looks like a user's."""
-    monkeypatch.chdir(folder.parents[2])
-    snippets = re.findall(r"(<!-- .*? -->\n)?```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(snippets) > 5
-    names = {}
-    for marker, code in snippets:
-        if "4.57" not in marker or IS_4:
-            exec(compile(code, str(DOCS), "exec"), names)
-    assert capsys.readouterr().out
