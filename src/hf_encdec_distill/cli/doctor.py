@@ -29,6 +29,7 @@ _ADDS = {
     "openvino": "export to OpenVINO, and Optimum with it (transformers 4.57)",
     "coreml": "export to Core ML",
     "exporters": "export to ONNX, OpenVINO and Core ML (transformers 5)",
+    "demo-ui": "the page that `demo` opens",
     "peft": "teach, and teachers that are LoRA adapters",
     "quantization": "teachers in 8 or 4 bits",
 }
