@@ -279,8 +279,9 @@ def test_rows_may_be_shuffled_left_out_and_padded_on_either_side(tmp_path, make_
         torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
 
 
-def test_text_rows_of_a_merged_student(tmp_path, make_bpe_tokenizer):
-    template = "{source}\n# In short:"
+@pytest.mark.parametrize("template", ["{source}\n# In short:", None])
+def test_text_rows_of_a_merged_student(tmp_path, make_bpe_tokenizer, template):
+    """Without any template it starts from a token of its own, which a capture cannot guess."""
     teacher = write_teacher(tmp_path / "teacher", make_bpe_tokenizer(chat_template=None))
     student = RopeEncDecForConditionalGeneration.from_decoder_only(
         teacher, encoder_num_hidden_layers=3, decoder_num_hidden_layers=2, prompt_template=template
@@ -288,7 +289,9 @@ def test_text_rows_of_a_merged_student(tmp_path, make_bpe_tokenizer):
     live = LiveTeacher.load(teacher)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     rows = [{"source": f"def f{i}(): return {i}", "target": f"Return {i}."} for i in range(9)]
-    capture(live, rows, tmp_path / "cache", tokenizer, k=len(tokenizer), progress=False, prompt_template=template)
+    options = {"k": len(tokenizer), "progress": False, "prompt_template": template}
+    start = {"start_token_id": student.config.decoder_start_token_id} if template is None else {}
+    capture(live, rows, tmp_path / "cache", tokenizer, **options, **start)
     losses = []
     for source in (str(tmp_path / "cache"), str(teacher)):
         trainer = DistillationTrainer(
@@ -296,8 +299,16 @@ def test_text_rows_of_a_merged_student(tmp_path, make_bpe_tokenizer):
         )
         losses.append(trainer.compute_loss(trainer.model, trainer.data_collator(rows)))
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="prompt_template=None.*In short"):
-        DistillationTrainer(student, arguments(tmp_path), teacher=str(tmp_path / "cache"), train_dataset=rows)
+    if template is None:
+        capture(live, rows, tmp_path / "other", tokenizer, **options)
+        trainer = DistillationTrainer(
+            student, arguments(tmp_path), teacher=str(tmp_path / "other"), train_dataset=rows
+        )
+        with pytest.raises(ValueError, match="not in the cache.*start_token_id"):
+            trainer.compute_loss(trainer.model, trainer.data_collator(rows))
+    else:
+        with pytest.raises(ValueError, match="prompt_template=None.*In short"):
+            DistillationTrainer(student, arguments(tmp_path), teacher=str(tmp_path / "cache"), train_dataset=rows)
 
 
 # What goes wrong -----------------------------------------------------------------------------------------------------

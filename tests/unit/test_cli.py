@@ -341,6 +341,15 @@ def test_teach_trains_on_targets_alone(teacher_folder, data_arguments, tmp_path,
     assert "not empty" in one_line_error(capsys, "teach", str(teacher_folder), *options)
 
 
+def test_a_cache_for_a_student_without_a_template(teacher_folder, data_arguments, tmp_path):
+    student, cache = str(tmp_path / "bare"), str(tmp_path / "cache")
+    shape = ["--encoder-layers", "2", "--decoder-layers", "2", "--layer-selection", "even"]
+    assert main(["init", str(teacher_folder), *data_arguments, *shape, "--output", student]) == 0
+    assert main(["cache", str(teacher_folder), "--output", cache, "--student", student, *data_arguments]) == 0
+    options = ["--teacher", cache, "--output", str(tmp_path / "out"), *data_arguments, "--max-steps", "1", "--use-cpu"]
+    assert main(["distill", student, *options, "--report-to", "none"]) == 0
+
+
 def test_distill_from_a_cache(student_folder, teacher_folder, data_arguments, tmp_path, capsys):
     """As with the live teacher, whose vocabulary is recorded whole; a second `cache` has nothing to do."""
     capture = ["cache", str(teacher_folder), "--output", str(tmp_path / "cache"), "--k", "280"]

@@ -70,7 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="POLICY",
         help="vocab_policy of the training; id_map and universal need --student (default: %(default)s)",
     )
-    parser.add_argument("--student", metavar="FOLDER", help="the student, whose tokenizer cuts the targets")
+    parser.add_argument(
+        "--student",
+        metavar="FOLDER",
+        help="the student, whose tokenizer cuts the targets; a merged one says what it starts from where a teacher has "
+        "neither a template nor a chat template",
+    )
     parser.add_argument(
         "--teacher-dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -130,6 +135,7 @@ def run(args: argparse.Namespace) -> None:
         prompt_template=prompt_template(args.prompt_template, args.dataset),
         max_source_length=args.max_source_length,
         max_target_length=args.max_target_length,
+        start_token_id=_start_token_id(args.student),
     )
     if not state.is_main_process:
         return
@@ -141,6 +147,13 @@ def run(args: argparse.Namespace) -> None:
         content["url"] = cache.push_to_hub(args.push_to_hub, private=args.private or None)
         text += f"\n{content['url']}"
     say_result(args, content, text)
+
+
+def _start_token_id(student: str | None) -> int | None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(student) if student else None
+    return config.decoder_start_token_id if getattr(config, "cross_attention", None) == "merged" else None
 
 
 def _generation(args: argparse.Namespace) -> TargetGeneration | None:

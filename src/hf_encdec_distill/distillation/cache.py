@@ -265,7 +265,8 @@ class CachedTeacher:
             raise ValueError(
                 f"{len(missing)} of {len(keys)} rows of the batch are not in the cache {self.folder} ({len(self)} "
                 f"rows), the first of them {ids[:12]}...: capture this data set too, with the same template and "
-                "length limits. Rows that are there already are not captured again."
+                "length limits and, for a merged student of a teacher without any template, with its start_token_id "
+                "(cache --student). Rows that are there already are not captured again."
             )
         found = self._rows[self._row_of_key[places].tolist()]
         record = {
