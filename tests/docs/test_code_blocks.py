@@ -72,7 +72,7 @@ def world(tmp_path_factory, make_bpe_tokenizer):
     write_teacher(folder / TEACHER, make_bpe_tokenizer(), layers=13, std=0.1)
     teacher = AutoModelForCausalLM.from_pretrained(folder / TEACHER)
     tokenizer = AutoTokenizer.from_pretrained(folder / TEACHER)
-    learn(teacher, tokenizer, rows[:16])
+    learn(teacher, tokenizer, rows[:32])
     teacher.save_pretrained(folder / TEACHER)
     run = folder / "runs" / "quickstart"
     student = RopeEncDecForConditionalGeneration.from_decoder_only(

@@ -218,6 +218,14 @@ def test_a_student_learns_them_from_the_cache(write, tmp_path, teacher_folder, t
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
 
 
+def test_a_folder_is_not_taken_for_another_of_the_same_name(write, tmp_path):
+    """`datasets` keeps what it made of a folder, and does not look into it again while the card says the same."""
+    for number, rows in enumerate((ROWS[:6], ROWS[6:])):
+        (tmp_path / str(number)).mkdir()
+        found = {row["source"] for row in write(f"{number}/written", rows=rows)}
+        assert found and found <= {row["source"] for row in rows}
+
+
 def test_conversations_and_splits(write, tmp_path, teacher_folder, make_bpe_tokenizer):
     make_bpe_tokenizer(pad_token="<|endoftext|>").save_pretrained(teacher_folder)
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder)

@@ -73,8 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--student",
         metavar="FOLDER",
-        help="the student, whose tokenizer cuts the targets; a merged one says what it starts from where a teacher has "
-        "neither a template nor a chat template",
+        help="the student, whose tokenizer cuts the targets; a merged one says what it starts from where there is "
+        "no template, not of the chat either",
     )
     parser.add_argument(
         "--teacher-dtype",

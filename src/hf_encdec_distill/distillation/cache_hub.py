@@ -53,12 +53,17 @@ def push(
 
 def write_card(folder: Path, manifest: dict[str, Any]) -> None:
     """`README.md`, whose metadata tell `load_dataset` which file is what."""
-    splits = sorted({file.name.split("-")[1] for file in shard_files(folder, "generated")})
+    # By name, which has a hash in it: datasets 5 keeps what it made of a folder by the text of these entries alone
+    # and, for a pattern, would give the rows of another folder of the same name.
+    splits: dict[str, list[str]] = {}
+    for file in shard_files(folder, "generated"):
+        splits.setdefault(file.name.split("-")[1], []).append(file.name)
     configs = []
     if splits:
-        data_files = [{"split": split, "path": f"generated-{split}-*.parquet"} for split in splits]
+        data_files = [{"split": split, "path": names} for split, names in sorted(splits.items())]
         configs.append({"config_name": "targets", "default": True, "data_files": data_files})
-    configs.append({"config_name": "records", "data_files": [{"split": "train", "path": "shard-*.parquet"}]})
+    records = [file.name for file in shard_files(folder, "shard")]
+    configs.append({"config_name": "records", "data_files": [{"split": "train", "path": records}]})
     data = DatasetCardData(
         pretty_name=f"Cache of {manifest['teacher']}",
         tags=["knowledge-distillation", "hf-encdec-distill"],
