@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # What a browser loads by itself; links that a person may follow are no part of it.
+SHOWN = re.compile(r"""<(?:img|source)\b[^>]*?\b(?:src|srcset)=["']?([^"' >:#]+)(?=["' >])""")
 LOADED = re.compile(r"""<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=["']?(https?:)?//[^"' >]+""")
 
 
@@ -18,7 +19,9 @@ def test_site_builds_strictly_and_loads_nothing_from_afar(tmp_path):
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) > 15
     assert {page: found for page in pages if (found := LOADED.findall(page.read_text(encoding="utf-8")))} == {}
-    api = (tmp_path / "site" / "api" / "distillation" / "index.html").read_text(encoding="utf-8")
+    shown = [page.parent / name for page in pages for name in SHOWN.findall(page.read_text(encoding="utf-8"))]
+    assert len(shown) > 3 and [path for path in shown if not path.is_file()] == []
+    api = (tmp_path / "site" / "api" / "distillation.html").read_text(encoding="utf-8")
     assert "distill_temperature" in api and "skew_reverse_kl" in api
     for page, of_a_file in (("export", "makeState"), ("examples", "question_answering.yaml")):  # included, no copies
-        assert of_a_file in (tmp_path / "site" / page / "index.html").read_text(encoding="utf-8")
+        assert of_a_file in (tmp_path / "site" / f"{page}.html").read_text(encoding="utf-8")
