@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 from distillation_toys import write_teacher
+from toys import make_model
 
 
 STUDIES = Path(__file__).parents[2] / "studies"
@@ -109,3 +110,22 @@ def test_chunked_loss(studies, tmp_path, monkeypatch):
     assert len(asked) == len(taken) and all(run["seconds"] > 0 for (run,) in taken.values())
     chunked_loss.main()  # nothing is run twice
     assert len(asked) == len(taken)
+
+
+def test_onnx_fusions(studies, tmp_path, monkeypatch):
+    """Each form has the operators that it is named for, and says the same."""
+    import onnx_fusions
+
+    make_model("merged", encoder_attention="causal").save_pretrained(tmp_path / "student")
+    monkeypatch.setattr(onnx_fusions, "RUNS", {("encoder", 8): 1, ("decoder", 8): 1})
+    options = ["--work", str(tmp_path / "work"), "--output", str(tmp_path), "--variant", "fp32", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["onnx_fusions", str(tmp_path / "student"), *options])
+    onnx_fusions.main()
+    result = json.loads((tmp_path / "onnx_fusions.json").read_text())["fp32"]
+    for runs in result["milliseconds"].values():
+        assert all(run["difference"] < 1e-4 for run in runs.values())
+    encoders = {form: counts["encoder"] for form, counts in result["operators"].items()}
+    assert "Attention" in encoders["opset 23"] and "Attention" not in encoders["opset 18"]
+    assert "RotaryEmbedding" in encoders["opset 23, RotaryEmbedding"]
+    assert encoders["GroupQueryAttention"]["GroupQueryAttention"] == 2  # nobody reads the third layer
+    assert "| fp32, GroupQueryAttention |" in (tmp_path / "onnx_fusions.md").read_text()
