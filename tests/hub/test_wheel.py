@@ -43,6 +43,28 @@ print(json.dumps(tokenizer.batch_decode(answers, skip_special_tokens=True)))
 """
 
 
+# In an environment with the wheel and one extra: Optimum's model of what optimum-cli wrote answers as PyTorch does.
+COMPARE = """
+import sys
+
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+import hf_encdec_distill
+
+target, student, exported = sys.argv[1:]
+if target == "onnx":
+    from optimum.onnxruntime import ORTModelForSeq2SeqLM as Exported
+else:
+    from optimum.intel import OVModelForSeq2SeqLM as Exported
+inputs = AutoTokenizer.from_pretrained(student)(["Return the sum.", "Two dogs."], padding=True, return_tensors="pt")
+inputs.pop("token_type_ids", None)
+models = AutoModelForSeq2SeqLM.from_pretrained(student), Exported.from_pretrained(exported)
+answers = [model.generate(**inputs, max_new_tokens=8, num_beams=1, do_sample=False) for model in models]
+assert torch.equal(*answers), answers
+"""
+
+
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
     """The sdist, and the wheel that was made from it."""
@@ -127,3 +149,19 @@ def test_from_the_first_command_to_the_hub_and_back(environment, tmp_path, make_
     assert metadata["library_name"] == "transformers" and metadata["license"]
     assert card.data.eval_results and "model-index" in metadata
     assert "AutoModelForSeq2SeqLM" in card.text
+
+
+@pytest.mark.parametrize("target", ["onnx", "openvino"])
+def test_optimum_cli_needs_the_wheel_and_one_extra(target, distributions, tmp_path):
+    student = Path(__file__).parent / "frozen" / "0.1" / "separate"
+    venv.create(tmp_path / "venv", with_pip=True)
+    programs = tmp_path / "venv" / "bin"
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    for program, *words in (
+        ("pip", "install", "-q", f"{distributions[1]}[{target}]"),
+        ("optimum-cli", "export", target, "--model", student, "exported"),
+        ("python", "-I", "-c", COMPARE, target, student, "exported"),
+    ):
+        command = [str(programs / program), *map(str, words)]
+        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
