@@ -174,6 +174,8 @@ def test_the_space_runs_as_it_is(models, tab, tmp_path):
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         text=True,
+        # Children of a shell's background job would ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert str(port) in space.stdout.readline()

@@ -129,13 +129,10 @@ for name, revision, inputs, out in json.loads(sys.argv[1]):
 
 PUSH_COMMAND = "import sys; from hf_encdec_distill.cli.main import main; sys.exit(main(sys.argv[1:]))"
 # Room for no file of more than 60 kB, in which the weights do not fit; then for all.
-DOWNLOAD = """
-import os
+NO_ROOM = """
 import resource
 import signal
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoModelForSeq2SeqLM
 
 import hf_encdec_distill
@@ -148,8 +145,19 @@ except OSError as error:
     print(error)
 else:
     raise SystemExit("it was loaded without room for it")
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-AutoModelForSeq2SeqLM.from_pretrained("ann/student")
+"""
+# huggingface_hub 0.36 leaves it to whoever asked to ask again; later ones do so themselves.
+TAKE_UP = """
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForSeq2SeqLM
+
+import hf_encdec_distill
+
+try:
+    AutoModelForSeq2SeqLM.from_pretrained("ann/student")
+except OSError as error:
+    print(error)
+    AutoModelForSeq2SeqLM.from_pretrained("ann/student")
 snapshot_download("ann/student")
 """
 
@@ -229,9 +237,11 @@ def test_a_download_that_is_cut_or_does_not_fit_is_taken_up_again(run_script, st
             f"from hf_encdec_distill.cli.main import main; assert main(['push', {str(student)!r}, 'ann/student']) == 0"
         )
         run_script(push, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
+        run_script(NO_ROOM, HF_ENDPOINT=hub.url)
+        before = sum(asked.startswith("GET /storage/") for asked in hub.requests)
         hub.fail("GET /storage/", cut=True)
-        run_script(DOWNLOAD, HF_ENDPOINT=hub.url)
-        assert sum(asked.startswith("GET /storage/") for asked in hub.requests) >= 3
+        run_script(TAKE_UP, HF_ENDPOINT=hub.url)
+        assert sum(asked.startswith("GET /storage/") for asked in hub.requests) >= before + 2 > 2
 
 
 @pytest.mark.parametrize("release", RELEASES)

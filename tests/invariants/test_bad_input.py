@@ -31,6 +31,7 @@ from distillation_toys import (
     write_teacher,
 )
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, TrainerCallback
+from transformers.utils import logging
 
 from hf_encdec_distill import DistillationTrainer
 from hf_encdec_distill.cli.main import main
@@ -51,6 +52,7 @@ def tokenizer(make_bpe_tokenizer):
 def warnings_of(caplog, monkeypatch):
     """Names a logger of transformers' kind, whose messages do not travel to the root by themselves."""
     monkeypatch.setattr(__import__("logging").getLogger("hf_encdec_distill"), "propagate", True)
+    logging.warning_once.cache_clear()  # what a test of another file was told already
     return lambda: [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
 
