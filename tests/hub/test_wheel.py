@@ -146,7 +146,7 @@ def test_from_the_first_command_to_the_hub_and_back(environment, tmp_path, make_
 
     card = ModelCard.load(student / "README.md")
     metadata = card.data.to_dict()
-    assert metadata["library_name"] == "transformers" and "hf-encdec-distill" in metadata["tags"]
+    assert metadata["library_name"] == "transformers" and "knowledge-distillation" in metadata["tags"]
     assert card.data.eval_results and "model-index" in metadata
     assert "AutoModelForSeq2SeqLM" in card.text
 
