@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from tasks import taken_before
+
 from hf_encdec_distill.cli._state import write_json
 
 
@@ -43,11 +45,8 @@ def main() -> None:
     settings += [
         (DIVERGENCES[0], targets, size) for targets in FEW_TARGETS for size in (targets, min(128, targets // 2))
     ]
-    taken: dict[str, list[dict]] = {" ".join(map(str, setting)): [] for setting in settings}
     file = args.output / "chunked_loss.json"
-    if file.exists():  # goes on where it stopped
-        before = json.loads(file.read_text(encoding="utf-8"))
-        taken = {name: before.get(name, []) for name in taken}
+    taken = taken_before(file, (" ".join(map(str, setting)) for setting in settings))
     for number in range(args.rounds):
         for name, runs in taken.items():
             if len(runs) > number:

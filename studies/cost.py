@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from tasks import load_task
+from tasks import load_task, taken_before
 
 from hf_encdec_distill.cli._state import write_json
 
@@ -53,11 +53,8 @@ def main() -> None:
     prepare(args.work)
     args.output.mkdir(parents=True, exist_ok=True)
     names = [*OURS, *(TRL if importlib.util.find_spec("trl") else ())]
-    taken: dict[str, list[dict]] = {name: [] for name in names}
     file = args.output / "cost.json"
-    if file.exists():  # goes on where it stopped
-        before = json.loads(file.read_text(encoding="utf-8"))
-        taken = {name: before.get(name, []) for name in names}
+    taken = taken_before(file, names)
     for number in range(args.rounds):
         for name in names:
             if len(taken[name]) > number:

@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +44,12 @@ class Task:
     rows: DatasetDict
     prompt_template: str
     teacher: Path
+
+
+def taken_before(file: Path, names: Iterable[str]) -> dict[str, list[dict]]:
+    """What an interrupted study has measured of each name, none where there is no file yet."""
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {name: before.get(name, []) for name in names}
 
 
 def load_task(name: str, work: Path) -> Task:
