@@ -7,7 +7,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 
 
 def upload(
-    files: Mapping[str, Path],
+    files: Mapping[str, Path | bytes],
     repo_id: str,
     repo_type: str,
     commit_message: str,
@@ -23,7 +23,7 @@ def upload(
     Not `HfApi.upload_folder`: from huggingface_hub 2 on that makes several commits of one folder.
 
     Args:
-        files: name in the repository -> file.
+        files: name in the repository -> file, or what is to be in it.
         repo_id: `user/name`, or `name` for one of the user's own.
         repo_type: `"model"` or `"dataset"`.
         replaces: which of the names in the repository are deleted in the same commit, unless they are in `files`.
@@ -50,7 +50,7 @@ def upload(
         return api.create_commit(
             repo_id,
             [
-                *(CommitOperationAdd(name, str(file)) for name, file in files.items()),
+                *(CommitOperationAdd(name, file) for name, file in files.items()),
                 *(CommitOperationDelete(name) for name in sorted(gone)),
             ],
             commit_message=commit_message,

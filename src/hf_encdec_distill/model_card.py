@@ -34,8 +34,7 @@
     published   the entry of models that the saved weights are, default "student_kd"; it becomes the model-index
     latency     `hf_encdec_distill.bench.compare_latency(...).to_dict()`
     cost        `hf_encdec_distill.bench.compare_cost(...).to_dict()`
-    exports     {folder: `hf_encdec_distill.export.parity.prove(...)`}; default what `parity.json` says in the folders
-                beside the card
+    exports     {folder: `hf_encdec_distill.export.parity.prove(...)`}; default `proven_exports` of the card's folder
     machine     `hf_encdec_distill.bench.machine_description()`, of the training
     energy      of the training, {"kwh", "counters"} as `hf_encdec_distill.bench.EnergyMeter` reads them, and
                 {"grid_g_per_kwh", "location"}, grams of CO2 equivalent and where; both together give the metadata
@@ -56,6 +55,8 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .model_card_loading import loading_section, proven_exports, table
 
 
 PAPER = "https://arxiv.org/abs/2501.16273"
@@ -149,18 +150,16 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
     if not isinstance(metrics, Mapping):
         metrics = json.loads(Path(metrics).read_text(encoding="utf-8"))
     check(metrics)
-    found = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in _parity_files(path.parent)}
-    metrics = {"exports": found, **metrics}
+    metrics = {"exports": proven_exports(path.parent), **metrics}
     folder = path.resolve().parent.name
     title = metrics.get("title") or metrics.get("student", {}).get("name") or folder
     sections = (
         f"# {title}\n\n{_summary(metrics)}",
         _use(metrics),
-        _loading(repo_id or folder, metrics),
+        loading_section(repo_id or folder, _model_type(metrics), metrics["exports"] or {}),
         _results(metrics),
         _figures(metrics),
         _speed(metrics),
-        _exports(metrics),
         _samples(metrics),
         _training(metrics),
         _environment(metrics),
@@ -391,74 +390,6 @@ def _use(metrics: Mapping) -> str:
     return text
 
 
-def _loading(name: str, metrics: Mapping) -> str:
-    """PyTorch always, a runtime where the folder has an export for it."""
-    parts = ["## How to load", _in_pytorch(name, _model_type(metrics))]
-    exports = metrics.get("exports") or {}
-    for target, heading in (("onnx", "ONNX Runtime"), ("openvino", "OpenVINO"), ("coreml", "Swift")):
-        export = next((folder for folder, report in exports.items() if report["target"] == target), None)
-        if export is not None:
-            lines = _in_swift(export) if target == "coreml" else _in_runtime(name, export)
-            parts.append(f"### {heading}\n\n{lines}")
-    return "\n\n".join(parts)
-
-
-_ANSWER = """inputs = tokenizer(source, return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=48)[0], skip_special_tokens=True))
-"""
-
-
-def _in_pytorch(name: str, model_type: str) -> str:
-    def lines(option: str = "") -> str:
-        return f"""from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("{name}"{option})
-model = AutoModelForSeq2SeqLM.from_pretrained("{name}"{option})
-"""
-
-    if model_type != "rope_encdec":  # transformers itself has it
-        return f"```python\n{lines()}{_ANSWER}```"
-    return f"""```python
-{lines(", trust_remote_code=True")}```
-
-`trust_remote_code=True` is your decision: it runs the Python files that lie beside the weights. Read them first and
-pin `revision=` to the commit that you read. With the package installed nothing has to be trusted:
-
-```python
-import hf_encdec_distill  # registers the architecture with transformers
-{lines()}```
-
-Either way:
-
-```python
-{_ANSWER}```"""
-
-
-def _in_runtime(name: str, export: str) -> str:
-    if "/" in name:  # of the Hub
-        folder = f"""from huggingface_hub import snapshot_download
-folder = snapshot_download("{name}", allow_patterns="{export}/*") + "/{export}"
-"""
-    else:
-        folder = f'folder = "{name}/{export}"\n'
-    return f"""```python
-from transformers import AutoTokenizer
-from hf_encdec_distill.export.runtime import ExportedForConditionalGeneration
-{folder}tokenizer = AutoTokenizer.from_pretrained(folder)
-model = ExportedForConditionalGeneration.from_pretrained(folder)
-{_ANSWER}```"""
-
-
-def _in_swift(export: str) -> str:
-    return f"""```swift
-import CoreML
-let folder = URL(fileURLWithPath: "{export}")
-let encoder = try await MLModel(contentsOf: MLModel.compileModel(at: folder.appending(path: "encoder.mlpackage")))
-let decoder = try await MLModel(contentsOf: MLModel.compileModel(at: folder.appending(path: "decoder.mlpackage")))
-```
-
-The encoder runs once for a prompt, the decoder once for a token; `docs/export.md` of the package has the loop."""
-
-
 def _number(estimate, name: str, factor: float = 1, decimals: int = 1, signed: bool = False) -> str:
     """An Estimate for a reader: `29.9`, or `29.9 (28.1 to 31.6)` where it has a spread; a dash where there is none."""
     if estimate is None:
@@ -480,7 +411,7 @@ def _results(metrics: Mapping) -> str:
         size = f"{row['parameters'] / 1e6:.1f}" if row.get("parameters") else "–"
         values = [_number(row.get(name), name, factor, decimals) for name, (_, factor, decimals, _) in shown.items()]
         rows.append([f"**{label}** (these weights)" if key == published else label, size, *values, row["n"]])
-    text = "## Results\n\n" + _table(["", "Parameters, M", *(spec[0] for spec in shown.values()), "Items"], rows)
+    text = "## Results\n\n" + table(["", "Parameters, M", *(spec[0] for spec in shown.values()), "Items"], rows)
     seeds = metrics["seeds"]
     text += f"\n\n{'Seed' if len(seeds) == 1 else 'Seeds'} {', '.join(map(str, seeds))}."
     text += f" In brackets: {metrics['spread']}." if metrics.get("spread") else " No spread was measured."
@@ -548,38 +479,7 @@ def _speed(metrics: Mapping) -> str:
     if not rows:
         return ""
     header = ["", "decoder-only teacher", "student", "student / teacher"]
-    return "## Speed and size against the teacher\n\n" + _table(header, rows) + "\n\n" + "\n\n".join(notes)
-
-
-def _parity_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*/parity.json"))
-
-
-def _exports(metrics: Mapping) -> str:
-    exports = metrics.get("exports")
-    if not exports:
-        return ""
-    header = ["folder", "", "size, MB", "largest difference of logits", "greedy answers equal", "CE", "ROUGE-L"]
-    rows = []
-    for folder, report in exports.items():
-        rouge = report.get("rouge_l")
-        rows.append(
-            [
-                f"`{folder}`",
-                f"{report['target']}, {report['variant']}, {report['shapes_taken']}",
-                f"{report['megabytes']['exported']:.1f}",
-                f"{report['logits']:.1e}",
-                f"{report['tokens']['greedy']:.0%}",
-                f"{report['ce']['exported']:.3f} ({report['ce']['pytorch']:.3f})",
-                f"{100 * rouge['exported']:.1f} ({100 * rouge['pytorch']:.1f})" if rouge else None,
-            ]
-        )
-    count = ", ".join(sorted({str(report["rows"]) for report in exports.values()}))
-    note = (
-        f"Each compared with this model in PyTorch, fp32, whose numbers are in brackets, on {count} held-out rows; "
-        "differences of logits as a share of the largest logit."
-    )
-    return f"## Exports\n\n{_table(header, rows)}\n\n{note}"
+    return "## Speed and size against the teacher\n\n" + table(header, rows) + "\n\n" + "\n\n".join(notes)
 
 
 def _machine(machine: Mapping) -> str:
@@ -630,7 +530,7 @@ def _training(metrics: Mapping) -> str:
         described.append(f"Licence: {data['license']}" if data.get("license") else None)
         parts.append("**Data.** " + " ".join(f"{text.rstrip('.')}." for text in described if text))
     if metrics.get("recipe"):
-        parts.append("**Recipe.**\n\n" + _table(["Setting", "Value"], metrics["recipe"].items()))
+        parts.append("**Recipe.**\n\n" + table(["Setting", "Value"], metrics["recipe"].items()))
     if metrics.get("stages"):
         stages = [
             [
@@ -641,7 +541,7 @@ def _training(metrics: Mapping) -> str:
             ]
             for stage in metrics["stages"]
         ]
-        parts.append("**Stages, as they ran.**\n\n" + _table(["Stage", "Steps", "Seconds", ""], stages))
+        parts.append("**Stages, as they ran.**\n\n" + table(["Stage", "Steps", "Seconds", ""], stages))
     if metrics.get("machine"):
         parts.append(_machine(metrics["machine"]))
     return "## Training\n\n" + "\n\n".join(filter(None, parts)) if parts else ""
@@ -724,14 +624,6 @@ The split into a deep encoder and a shallow decoder, and its distillation, follo
   year    = {{2025}}
 }}
 ```"""
-
-
-def _table(header: Sequence, rows) -> str:
-    def line(cells):
-        texts = ("–" if cell is None else " ".join(str(cell).split()).replace("|", "\\|") for cell in cells)
-        return "| " + " | ".join(texts) + " |"
-
-    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
 
 
 def _longest_ticks(text: str) -> int:

@@ -85,6 +85,7 @@ def world(tmp_path_factory, make_bpe_tokenizer):
     student.save_pretrained(run / "student")
     student.tokenizer.save_pretrained(run / "student")
     shutil.copytree(folder / TEACHER, run / "work" / "teacher")
+    (run / "metrics.json").write_text("{}")
     with open(folder / "pairs.jsonl", "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     with open(folder / "pairs.csv", "w") as file:

@@ -8,8 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from hf_encdec_distill.export.exporting import export_model
-from hf_encdec_distill.export.parity import PARITY, prove
+from hf_encdec_distill.export.parity import prove
 from hf_encdec_distill.model_card import write_model_card
+from hf_encdec_distill.model_card_loading import PARITY
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """The proof: what is equal passes, what is quantised is judged by what it costs, and what is broken is caught."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ from hf_encdec_distill.export import mil_interpreter
 from hf_encdec_distill.export.exporting import export_model, write_manifest
 from hf_encdec_distill.export.parity import prove
 from hf_encdec_distill.export.recipe import BOUNDS, TARGETS, VARIANTS, Shapes
+from hf_encdec_distill.model_card import write_model_card
 
 
 CASES = [(target, variant) for variant, targets in VARIANTS.items() for target in targets]
@@ -146,6 +149,28 @@ def test_export_of_several_targets_and_generate(trained_folder, tmp_path, capsys
     assert json.loads(capsys.readouterr().out) == {"answers": [{"text": "w1 w2 w3", "answer": "w3 w2 w1"}]}
     assert main(["generate", str(out / "onnx"), "w1 " * 9]) == 2
     assert "a prompt of 9 tokens: this export (fixed:8,8) takes at most 8" in capsys.readouterr().err
+
+
+def test_the_students_card_lists_what_is_exported_beside_it(trained_folder, tmp_path, capsys):
+    """The rest of the card stays, also what somebody wrote into it; exports of another student are not its own."""
+    shutil.copytree(trained_folder, tmp_path / "run")
+    folder = tmp_path / "run" / "student"
+    card = write_model_card(folder, {"teacher": {"name": "a teacher"}}, "me/tiny")
+    card.write_text(card.read_text().replace("## Limits", "## Mine\n\nBy hand.\n\n## Limits"))
+    before = card.read_text()
+    assert export(trained_folder, folder / "theirs", "--target", "onnx", "--shapes", "fixed:8,8") == 0
+    assert export(tmp_path / "run", tmp_path / "out", "--target", "onnx", "--shapes", "fixed:8,8") == 0
+    assert card.read_text() == before
+    shutil.rmtree(folder / "theirs")
+    assert export(tmp_path / "run", folder / "onnx", "--target", "onnx", "--shapes", "fixed:8,8") == 0
+    after = card.read_text()
+    assert "| `onnx` | onnx, fp32, fixed:8,8 |" in after and 'snapshot_download("me/tiny"' in after
+    begin, end = (re.search(f"<!-- {words}.*-->", after) for words in ("How to load", "End of"))
+    assert before.startswith(after[: begin.end()]) and before.endswith(after[end.start() :])
+    assert begin.end() < after.index("| `onnx`") < end.start() < after.index("By hand.")
+    card.write_text(before.replace(begin[0], ""))  # as the line says
+    assert export(tmp_path / "run", folder / "openvino", "--target", "openvino", "--shapes", "fixed:8,8") == 0
+    assert card.read_text() == before.replace(begin[0], "")
 
 
 def test_what_is_out_of_bounds_is_rejected(trained_folder, tmp_path, capsys, monkeypatch):

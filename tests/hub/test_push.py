@@ -14,6 +14,7 @@ from server import TOKEN, LargeFile
 from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.export.exporting import write_manifest
 from hf_encdec_distill.export.recipe import Shapes
+from hf_encdec_distill.model_card import write_model_card
 
 
 FROZEN = Path(__file__).parent / "frozen" / "0.1" / "merged"
@@ -107,6 +108,36 @@ def test_what_goes_up_and_what_stays(hub, folder, capsys):
     assert {file["path"]: file["bytes"] for file in said["files"]} == {n: len(c) for n, c in files.items()}
     assert {"training_args.bin", "checkpoint-1/", "openvino.rejected/", "work/"} <= set(said["left_out"])
     assert TOKEN not in output.out + output.err
+
+
+def test_the_card_names_the_repository_and_the_exports_that_go(hub, folder, capsys):
+    """On the Hub, its lines load what is there; the file here stays as it is."""
+    report = {
+        "target": "onnx",
+        "variant": "int8",
+        "shapes_taken": "dynamic",
+        "megabytes": {"exported": 1.0},
+        "logits": 0.0,
+        "tokens": {"greedy": 1.0},
+        "ce": {"exported": 3.0, "pytorch": 3.0},
+        "rows": 2,
+        "failures": [],
+    }
+    card = write_model_card(folder, {})
+    before = card.read_text()
+    for name in ("onnx", "onnx_int8"):
+        write_export(folder / name)
+        (folder / name / "parity.json").write_text(json.dumps(report))
+    assert 'from_pretrained("student")' in before
+    assert push(folder, "ann/student", "--include", "onnx_int8") == 0
+    text = pushed(hub)[1]["README.md"].decode()
+    assert 'from_pretrained("ann/student")' in text and '"student"' not in text
+    assert 'snapshot_download("ann/student", allow_patterns="onnx_int8/*")' in text
+    assert "| `onnx_int8` |" in text and "| `onnx` |" not in text
+    assert card.read_text() == before
+    card.write_text(before.replace("## Limits", "## Limits by hand").replace("<!-- How to load", "<!--"))
+    assert push(folder, "ann/other") == 0
+    assert hub.repositories["models/ann/other"].at("main")[1]["README.md"] == card.read_bytes()
 
 
 def test_a_dry_run_lists_the_same_and_asks_nothing(hub, folder, capsys, monkeypatch):

@@ -231,12 +231,13 @@ def test_exports_beside_the_card_are_in_it(tmp_path):
         "rouge_l": {"exported": 0.2961, "pytorch": 0.297},
         "rows": 24,
     }
-    assert "## Exports" not in write_model_card(tmp_path, metrics()).read_text()
-    (tmp_path / "onnx").mkdir()
-    (tmp_path / "onnx" / "parity.json").write_text(json.dumps(report))
+    assert "### Exports" not in write_model_card(tmp_path, metrics()).read_text()
+    for folder, failures in (("onnx", []), ("onnx_int4", ["cross-entropy rises"]), ("coreml.rejected", [])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "parity.json").write_text(json.dumps({**report, "failures": failures}))
     text = write_model_card(tmp_path, metrics()).read_text()
     row = "| `onnx` | onnx, int8, dynamic | 91.3 | 5.1e-02 | 88% | 3.712 (3.700) | 29.6 (29.7) |"
-    assert row in text and "on 24 held-out rows" in text
+    assert row in text and "on 24 held-out rows" in text and "onnx_int4" not in text and "coreml" not in text
     del report["rouge_l"]
     assert "3.712 (3.700) | – |" in write_model_card(tmp_path, metrics() | {"exports": {"onnx": report}}).read_text()
 

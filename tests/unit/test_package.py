@@ -18,6 +18,7 @@ LAYERS = [
     "bench",
     "export",
     "model_card",
+    "model_card_loading",
     "distillation",
     "data",
     "models",

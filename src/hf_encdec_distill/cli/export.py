@@ -139,8 +139,9 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
 
     from ..distillation.metrics import rouge_l
     from ..export.exporting import export_model
-    from ..export.parity import PARITY, prove
+    from ..export.parity import prove
     from ..model_card import license_of
+    from ..model_card_loading import PARITY, note_exports
     from ._state import write_json
 
     rows = _rows("test", args.rows or _ROWS[target], model, tokenizer, args, shapes)
@@ -186,6 +187,8 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
         if final.exists():
             final.rmdir()
         unproven.rename(final)
+        if final == folder and folder.resolve().parent == Path(args.model).resolve():
+            note_exports(folder.parent, model.config.model_type)
     finally:
         shutil.rmtree(unproven, ignore_errors=True)
     return report

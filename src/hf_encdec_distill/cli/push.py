@@ -1,8 +1,9 @@
 """Push a finished student to the Hub, in one commit: all of it, or nothing.
 
 What goes up is the weights (safetensors), the config, the files of the model that it names, generation config and
-tokenizer, the card with its figures, the recipe, and the proven exports in the folder's subfolders. All else stays
-here: checkpoints, the trainer's state, pickles. Weights and exports that an earlier push left are replaced.
+tokenizer, the card with its figures, the recipe, and the proven exports in the folder's subfolders. The card's section
+on loading names the repository and the exports that go. All else stays here: checkpoints, the trainer's state,
+pickles. Weights and exports that an earlier push left are replaced.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from ..model_card_loading import PARITY, proven_exports, why_not_proven, with_loading
 from ._display import say_result
 
 
@@ -62,13 +64,17 @@ def run(args: argparse.Namespace) -> None:
     validate_repo_id(args.repo_id)
     folder = Path(args.folder)
     names = files_to_push(folder, args.include)
+    files: dict[str, Path | bytes] = {name: folder / name for name in names}
+    if _CARD in files:
+        files[_CARD] = _card(folder, names, args.repo_id)
+    sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
     result: dict[str, Any] = {
         "repo_id": args.repo_id,
-        "files": [{"path": name, "bytes": (folder / name).stat().st_size} for name in names],
+        "files": [{"path": name, "bytes": size} for name, size in sizes.items()],
         "left_out": _left_out(folder, names),
     }
     if not args.dry_run:
-        result |= _push(folder, names, args)
+        result |= _push(files, args)
     say_result(args, result, _page(result))
 
 
@@ -95,7 +101,7 @@ def files_to_push(folder: Path, exports: list[str] | None = None) -> list[str]:
     names += [name for name in _RECORDS if (folder / name).is_file()]
     if (folder / _CARD).is_file():
         names += [_CARD, *_figures(folder)]
-    for export in _proven_exports(folder) if exports is None else exports:
+    for export in proven_exports(folder) if exports is None else exports:
         names += [f"{Path(export).as_posix()}/{name}" for name in _of_export(folder / export)]
     return list(dict.fromkeys(names))
 
@@ -149,29 +155,22 @@ def _figures(folder: Path) -> list[str]:
     return inside
 
 
-def _proven_exports(folder: Path) -> list[str]:
-    from ..export.runtime import MANIFEST
-
-    names = sorted(file.parent.name for file in folder.glob(f"*/{MANIFEST}"))
-    return [name for name in names if _why_not_proven(folder / name) is None]
-
-
-def _why_not_proven(export: Path) -> str | None:
-    from ..export.parity import PARITY
-
-    if export.suffix in (".rejected", ".unproven", ".partial") or not (export / PARITY).is_file():
-        return f"there is no {PARITY} that proves it equal to PyTorch"
-    failures = json.loads((export / PARITY).read_text(encoding="utf-8"))["failures"]
-    return f"not equal to PyTorch within bounds: {', '.join(failures)}" if failures else None
+def _card(folder: Path, names: list[str], repo_id: str) -> bytes:
+    """As it reads on the Hub. Of a name without its user it cannot be known here whose it will be."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    going = {name.rpartition("/")[0] for name in names if name.endswith(f"/{PARITY}")}
+    exports = {name: report for name, report in proven_exports(folder).items() if name in going}
+    text = (folder / _CARD).read_text(encoding="utf-8")
+    name = repo_id if "/" in repo_id else None
+    return with_loading(text, config["model_type"], exports, name).encode()
 
 
 def _of_export(export: Path) -> list[str]:
     """Files of an export, all as they were when it was proven."""
-    from ..export.parity import PARITY
     from ..export.runtime import MANIFEST, read_manifest
 
     manifest = read_manifest(export)
-    reason = _why_not_proven(export)
+    reason = why_not_proven(export)
     if reason is not None:
         raise ValueError(f"{export} is not pushed, {reason}: export again, or leave it out")
     return [*manifest["files"], MANIFEST, PARITY, *_beside_weights(export)]
@@ -193,7 +192,7 @@ def _of_earlier_student(there: list[str]) -> list[str]:
     ]
 
 
-def _push(folder: Path, names: list[str], args: argparse.Namespace) -> dict[str, str]:
+def _push(files: dict[str, Path | bytes], args: argparse.Namespace) -> dict[str, str]:
     from huggingface_hub.utils import disable_progress_bars
 
     from ..hub import upload
@@ -202,7 +201,7 @@ def _push(folder: Path, names: list[str], args: argparse.Namespace) -> dict[str,
         disable_progress_bars()
     try:
         commit = upload(
-            {name: folder / name for name in names},
+            files,
             args.repo_id,
             "model",
             args.commit_message,

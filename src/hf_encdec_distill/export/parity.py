@@ -17,7 +17,6 @@ from .recipe import BOUNDS, Shapes, that_fit
 from .runtime import ExportedForConditionalGeneration
 
 
-PARITY = "parity.json"
 BEAMS = 3
 _ROUNDS = 5
 Rouge = Callable[[str, str], float]

@@ -1,0 +1,159 @@
+"""How to load a student and its exports: the section of a card that changes when the student moves or is exported."""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+PARITY = "parity.json"
+_BEGIN = "<!-- How to load {name}: export and push write this section anew until you take this line out. -->"
+_END = "<!-- End of how to load. -->"
+_SECTION = re.compile(re.escape(_BEGIN).replace(r"\{name\}", "(?P<name>.+?)") + ".*?" + re.escape(_END), re.DOTALL)
+_UNFINISHED = (".rejected", ".unproven", ".partial")
+
+
+def why_not_proven(export: Path) -> str | None:
+    """Of a folder that an export left; None if all that was compared with PyTorch is within bounds."""
+    if export.suffix in _UNFINISHED or not (export / PARITY).is_file():
+        return f"there is no {PARITY} that proves it equal to PyTorch"
+    failures = json.loads((export / PARITY).read_text(encoding="utf-8"))["failures"]
+    return f"not equal to PyTorch within bounds: {', '.join(failures)}" if failures else None
+
+
+def proven_exports(folder: Path) -> dict[str, dict]:
+    """Name of a subfolder -> what `parity.json` says of the export in it; those that are not proven are not there."""
+    found = sorted(file.parent for file in folder.glob(f"*/{PARITY}"))
+    proven = [export for export in found if why_not_proven(export) is None]
+    return {export.name: json.loads((export / PARITY).read_text(encoding="utf-8")) for export in proven}
+
+
+def loading_section(name: str, model_type: str, exports: Mapping[str, Mapping]) -> str:
+    """PyTorch always, a runtime for each target that has an export, and what each export was proven to be.
+
+    Args:
+        name: what `from_pretrained` is given, a folder or `user/name`.
+        exports: as `proven_exports` has them.
+    """
+    parts = [_BEGIN.format(name=name), "## How to load", _in_pytorch(name, model_type)]
+    for target, heading in (("onnx", "ONNX Runtime"), ("openvino", "OpenVINO"), ("coreml", "Swift")):
+        export = next((folder for folder, report in exports.items() if report["target"] == target), None)
+        if export is not None:
+            lines = _in_swift(export) if target == "coreml" else _in_runtime(name, export)
+            parts.append(f"### {heading}\n\n{lines}")
+    if exports:
+        parts.append(_exports(exports))
+    return "\n\n".join([*parts, _END])
+
+
+def with_loading(text: str, model_type: str, exports: Mapping[str, Mapping], name: str | None = None) -> str:
+    """The text of a card with its section on loading written anew; without such a section, as it is.
+
+    Args:
+        name: by default the one that the section has.
+    """
+    return _SECTION.sub(lambda found: loading_section(name or found["name"], model_type, exports), text, count=1)
+
+
+def note_exports(folder: Path, model_type: str) -> None:
+    """Writes the proven exports in a student's folder into its card, where it has one of ours."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return
+    before = card.read_text(encoding="utf-8")
+    after = with_loading(before, model_type, proven_exports(folder))
+    if after != before:
+        temporary = card.with_name(f"{card.name}.tmp")
+        temporary.write_text(after, encoding="utf-8")
+        os.replace(temporary, card)
+
+
+_ANSWER = """inputs = tokenizer(source, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=48)[0], skip_special_tokens=True))
+"""
+
+
+def _in_pytorch(name: str, model_type: str) -> str:
+    def lines(option: str = "") -> str:
+        return f"""from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{name}"{option})
+model = AutoModelForSeq2SeqLM.from_pretrained("{name}"{option})
+"""
+
+    if model_type != "rope_encdec":  # transformers itself has it
+        return f"```python\n{lines()}{_ANSWER}```"
+    return f"""```python
+{lines(", trust_remote_code=True")}```
+
+`trust_remote_code=True` is your decision: it runs the Python files that lie beside the weights. Read them first and
+pin `revision=` to the commit that you read. With the package installed nothing has to be trusted:
+
+```python
+import hf_encdec_distill  # registers the architecture with transformers
+{lines()}```
+
+Either way:
+
+```python
+{_ANSWER}```"""
+
+
+def _in_runtime(name: str, export: str) -> str:
+    if "/" in name:  # of the Hub
+        folder = f"""from huggingface_hub import snapshot_download
+folder = snapshot_download("{name}", allow_patterns="{export}/*") + "/{export}"
+"""
+    else:
+        folder = f'folder = "{name}/{export}"\n'
+    return f"""```python
+from transformers import AutoTokenizer
+from hf_encdec_distill.export.runtime import ExportedForConditionalGeneration
+{folder}tokenizer = AutoTokenizer.from_pretrained(folder)
+model = ExportedForConditionalGeneration.from_pretrained(folder)
+{_ANSWER}```"""
+
+
+def _in_swift(export: str) -> str:
+    return f"""```swift
+import CoreML
+let folder = URL(fileURLWithPath: "{export}")
+let encoder = try await MLModel(contentsOf: MLModel.compileModel(at: folder.appending(path: "encoder.mlpackage")))
+let decoder = try await MLModel(contentsOf: MLModel.compileModel(at: folder.appending(path: "decoder.mlpackage")))
+```
+
+The encoder runs once for a prompt, the decoder once for a token; `docs/export.md` of the package has the loop."""
+
+
+def _exports(exports: Mapping[str, Mapping]) -> str:
+    header = ["folder", "", "size, MB", "largest difference of logits", "greedy answers equal", "CE", "ROUGE-L"]
+    rows = []
+    for folder, report in exports.items():
+        rouge = report.get("rouge_l")
+        rows.append(
+            [
+                f"`{folder}`",
+                f"{report['target']}, {report['variant']}, {report['shapes_taken']}",
+                f"{report['megabytes']['exported']:.1f}",
+                f"{report['logits']:.1e}",
+                f"{report['tokens']['greedy']:.0%}",
+                f"{report['ce']['exported']:.3f} ({report['ce']['pytorch']:.3f})",
+                f"{100 * rouge['exported']:.1f} ({100 * rouge['pytorch']:.1f})" if rouge else None,
+            ]
+        )
+    count = ", ".join(sorted({str(report["rows"]) for report in exports.values()}))
+    note = (
+        f"Each compared with this model in PyTorch, fp32, whose numbers are in brackets, on {count} held-out rows; "
+        "differences of logits as a share of the largest logit."
+    )
+    return f"### Exports\n\n{table(header, rows)}\n\n{note}"
+
+
+def table(header: Sequence, rows) -> str:
+    """In Markdown; a cell that is None is a dash."""
+
+    def line(cells):
+        texts = ("–" if cell is None else " ".join(str(cell).split()).replace("|", "\\|") for cell in cells)
+        return "| " + " | ".join(texts) + " |"
+
+    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
