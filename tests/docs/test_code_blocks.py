@@ -78,7 +78,7 @@ def world(tmp_path_factory, make_bpe_tokenizer):
     student = RopeEncDecForConditionalGeneration.from_decoder_only(
         teacher,
         tokenizer=tokenizer,
-        encoder_num_hidden_layers=3,
+        encoder_num_hidden_layers=2,
         decoder_num_hidden_layers=2,
         layer_selection="even",
     )

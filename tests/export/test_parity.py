@@ -1,5 +1,6 @@
 """The proof: what is equal passes, what is quantised is judged by what it costs, and what is broken is caught."""
 
+import functools
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from hf_encdec_distill.export.exporting import export_model, write_manifest
 from hf_encdec_distill.export.parity import prove
 from hf_encdec_distill.export.recipe import BOUNDS, TARGETS, VARIANTS, Shapes
 from hf_encdec_distill.model_card import write_model_card
+from hf_encdec_distill.model_card_loading import note_exports
 
 
 CASES = [(target, variant) for variant, targets in VARIANTS.items() for target in targets]
@@ -25,10 +27,16 @@ def exported(model, folder, target, variant="fp32"):
     return export_model(model, None, target, folder, variant, Shapes.parse("fixed:8,8"))
 
 
+@pytest.fixture(scope="module")
+def exported_once(trained, tmp_path_factory):
+    """The folder of `(target, variant)`, which is written once and stays as it is."""
+    return functools.cache(lambda *which: exported(trained, tmp_path_factory.mktemp("once") / "exported", *which))
+
+
 @pytest.mark.parametrize("target,variant", CASES)
-def test_every_variant_of_every_target(target, variant, trained, rows, tmp_path):
+def test_every_variant_of_every_target(target, variant, exported_once, trained, rows):
     """On weights that mean something; only int4 of 64 channels is allowed to cost more than its bounds."""
-    report = prove(exported(trained, tmp_path / "exported", target, variant), trained, rows, max_new_tokens=7)
+    report = prove(exported_once(target, variant), trained, rows, max_new_tokens=7)
     if variant != "int4":
         assert report["failures"] == []
     assert report["tokens"]["greedy"] >= {"int4": 0.5, "palette4": 0.75}.get(variant, 1.0)
@@ -40,12 +48,11 @@ def test_every_variant_of_every_target(target, variant, trained, rows, tmp_path)
         assert report["logits"] < 1e-5
 
 
-def test_what_is_stored_in_fewer_bits_is_smaller(trained, tmp_path):
+def test_what_is_stored_in_fewer_bits_is_smaller(exported_once):
     """Of the weights of matrix products; a toy's other bytes do not shrink."""
     sizes = {}
     for variant in ("fp32", "fp16", "int8"):
-        folder = exported(trained, tmp_path / variant, "openvino", variant)
-        sizes[variant] = sum(file.stat().st_size for file in folder.glob("*.bin"))
+        sizes[variant] = sum(file.stat().st_size for file in exported_once("openvino", variant).glob("*.bin"))
     assert sizes["fp16"] < 0.6 * sizes["fp32"] and sizes["int8"] < 0.4 * sizes["fp32"]
 
 
@@ -72,27 +79,27 @@ def swap_one_weight(target, folder):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_one_changed_weight_is_caught(target, trained, rows, tmp_path):
+def test_one_changed_weight_is_caught(target, exported_once, trained, rows, tmp_path):
     """Even where the hashes are made to fit."""
-    folder = exported(trained, tmp_path / "exported", target)
+    folder = shutil.copytree(exported_once(target, "fp32"), tmp_path / "exported")
     swap_one_weight(target, folder)
     write_manifest(folder, target, "fp32", Shapes.parse("fixed:8,8"), target == "openvino", "float32")
     failures = prove(folder, trained, rows[:3], max_new_tokens=4)["failures"]
     assert any(sentence.startswith("logits differ by") for sentence in failures)
 
 
-def test_one_wrong_operation_of_the_interpreter_is_caught(trained, rows, tmp_path, monkeypatch):
-    folder = exported(trained, tmp_path / "exported", "coreml")
+def test_one_wrong_operation_of_the_interpreter_is_caught(exported_once, trained, rows, monkeypatch):
+    folder = exported_once("coreml", "fp32")
     monkeypatch.setitem(mil_interpreter.OPERATIONS, "cos", mil_interpreter.OPERATIONS["sin"])
     assert not prove(folder, trained, rows[:3], max_new_tokens=4)["failures"]  # a table: no cosine is left to compute
     monkeypatch.setitem(mil_interpreter.OPERATIONS, "silu", mil_interpreter.OPERATIONS["sigmoid"])
     assert prove(folder, trained, rows[:3], max_new_tokens=4)["failures"]
 
 
-def test_not_a_number_is_out_of_bounds(trained, rows, tmp_path, monkeypatch):
+def test_not_a_number_is_out_of_bounds(exported_once, trained, rows, monkeypatch):
     from hf_encdec_distill.export.runtime import ExportedForConditionalGeneration
 
-    folder = exported(trained, tmp_path / "exported", "onnx", "int8")
+    folder = exported_once("onnx", "int8")
     forward = ExportedForConditionalGeneration.forward
 
     def broken(self, *args, **kwargs):
@@ -159,7 +166,6 @@ def test_the_students_card_lists_what_is_exported_beside_it(trained_folder, tmp_
     card.write_text(card.read_text().replace("## Limits", "## Mine\n\nBy hand.\n\n## Limits"))
     before = card.read_text()
     assert export(trained_folder, folder / "theirs", "--target", "onnx", "--shapes", "fixed:8,8") == 0
-    assert export(tmp_path / "run", tmp_path / "out", "--target", "onnx", "--shapes", "fixed:8,8") == 0
     assert card.read_text() == before
     shutil.rmtree(folder / "theirs")
     assert export(tmp_path / "run", folder / "onnx", "--target", "onnx", "--shapes", "fixed:8,8") == 0
@@ -169,7 +175,7 @@ def test_the_students_card_lists_what_is_exported_beside_it(trained_folder, tmp_
     assert before.startswith(after[: begin.end()]) and before.endswith(after[end.start() :])
     assert begin.end() < after.index("| `onnx`") < end.start() < after.index("By hand.")
     card.write_text(before.replace(begin[0], ""))  # as the line says
-    assert export(tmp_path / "run", folder / "openvino", "--target", "openvino", "--shapes", "fixed:8,8") == 0
+    note_exports(folder, "rope_encdec")
     assert card.read_text() == before.replace(begin[0], "")
 
 

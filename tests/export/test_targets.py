@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,26 @@ def toy(**options):
     # Random weights end when they like; all rows shall go on to the last token.
     model.generation_config.eos_token_id = None
     return model
+
+
+SMALLEST = {"encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1}  # tracing takes its time layer by layer
+
+
+@pytest.fixture(scope="module")
+def exported_once(tmp_path_factory):
+    """`(kind, target, shapes)` -> the toy of this kind, and the folder and model of its export, made once."""
+    made = {}
+
+    def find(*which):
+        if which not in made:
+            kind, target, shapes = which
+            torch.manual_seed(0)
+            model = toy(kind=kind)
+            folder = tmp_path_factory.mktemp("once") / "exported"
+            made[which] = model, folder, export(model, folder, target, shapes=shapes)
+        return made[which]
+
+    return find
 
 
 @torch.no_grad()
@@ -85,10 +106,9 @@ SIZES = {
 
 @pytest.mark.parametrize("kind", ["separate", "merged"])
 @pytest.mark.parametrize("target,shapes", [(target, shapes) for target in SIZES for shapes in SIZES[target]])
-def test_sizes_that_are_fixed(target, shapes, kind, tmp_path):
+def test_sizes_that_are_fixed(target, shapes, kind, exported_once):
     """Short prompts are padded, and past the sizes there is an error, not a wrong answer."""
-    model = toy(kind=kind)
-    exported = export(model, tmp_path / "exported", target, shapes=shapes)
+    model, _, exported = exported_once(kind, target, shapes)
     for shape in [(1, 1, 1), (2, 4, 3), (1, 9, 8)]:
         assert_logits_equal(exported, model, *shape)
     assert_answers_equal(exported, model, num_beams=2)
@@ -107,9 +127,8 @@ def test_openvino_without_states(shapes, kind, tmp_path):
     assert_answers_equal(exported, model, num_beams=3)
 
 
-def test_one_set_of_states_serves_one_generation(tmp_path):
-    model = toy(kind="merged")
-    exported = export(model, tmp_path / "exported", "openvino")
+def test_one_set_of_states_serves_one_generation(exported_once):
+    _, _, exported = exported_once("merged", "openvino", "dynamic")
     inputs = {"input_ids": random_ids(1, 4), "decoder_input_ids": random_ids(1, 1)}
     first = exported(**inputs)
     exported(**inputs)
@@ -127,7 +146,7 @@ CALIBRATION = [{"inputs": [3, 4, 5], "labels": [6, 7, 2]}, {"inputs": [8, 9], "l
 )
 def test_int4_from_calibration(kind, shapes, stateful, tmp_path):
     """What the rows say moves weights: other rows, other logits."""
-    model = toy(kind=kind, intermediate_size=64)  # blocks of 32
+    model = toy(kind=kind, intermediate_size=64, **SMALLEST)  # blocks of 32
     ids, labels = random_ids(1, 6), random_ids(1, 4)
     logits = []
     for name, rows in (("one", CALIBRATION), ("other", [{"inputs": [40, 50, 60, 70], "labels": [80, 90, 91]}])):
@@ -173,7 +192,7 @@ def test_kv_cache_precision_is_written_and_heeded(tmp_path):
     """In a step that reads states 8 bits are seen, and in fp32 nothing is."""
     import openvino
 
-    model = toy(kind="separate")
+    model = toy(kind="separate", **SMALLEST)
     ids, labels = random_ids(1, 6), random_ids(1, 4)
     with torch.no_grad():
         expected = model(input_ids=ids, decoder_input_ids=labels).logits[:, -1]
@@ -194,11 +213,13 @@ def test_kv_cache_precision_is_written_and_heeded(tmp_path):
     assert off["f32"] < TOLERANCE < 1e-4 < off["u8"] < 0.05
 
 
-def test_fixed_openvino_graphs_have_no_open_dimension(tmp_path):
+def test_fixed_openvino_graphs_have_no_open_dimension(exported_once):
     import openvino
 
-    export(toy(kind="merged"), tmp_path / "exported", "openvino", shapes="fixed:9,8")
-    for file in (tmp_path / "exported").glob("*.xml"):
+    _, folder, _ = exported_once("merged", "openvino", "fixed:9,8")
+    files = list(folder.glob("*.xml"))
+    assert len(files) == 2
+    for file in files:
         model = openvino.Core().read_model(file)
         assert all(port.get_partial_shape().is_static for op in model.get_ops() for port in op.outputs()), (
             f"{file.name} has a dimension that an NPU cannot compile"
@@ -230,7 +251,7 @@ def _operations(folder):
 @pytest.mark.parametrize("kind", ["separate", "merged"])
 def test_large_states_do_not_overflow_half_precision(kind, tmp_path):
     """A residual stream of a thousand, as real models have: squared it is beyond fp16."""
-    model = toy(kind=kind, encoder_num_hidden_layers=1, decoder_num_hidden_layers=1)
+    model = toy(kind=kind, **SMALLEST)
     with torch.no_grad():
         model.model.encoder.embed_tokens.weight[:, 0] = 1000.0
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
@@ -245,7 +266,7 @@ def test_large_states_do_not_overflow_half_precision(kind, tmp_path):
 @pytest.mark.parametrize("target", ["openvino", "coreml"])
 def test_positions_keep_their_precision_far_out(target, tmp_path):
     """Angles rounded to fp16 are off by half a radian at position 1000."""
-    model = toy(kind="merged", max_position_embeddings=1100, encoder_num_hidden_layers=1, decoder_num_hidden_layers=1)
+    model = toy(kind="merged", max_position_embeddings=1100, **SMALLEST)
     shapes = "dynamic" if target == "openvino" else "fixed:1000,8"
     exported = export(model, tmp_path / "exported", target, variant="fp16", shapes=shapes)
     ids, labels = random_ids(1, 1000), random_ids(1, 3)
@@ -264,11 +285,11 @@ def test_weights_of_onnx_are_stored_once(tmp_path):
     assert all(os.path.getsize(file) < 0.3 * parameters for file in (tmp_path / "exported").glob("*.onnx"))
 
 
-def test_onnx_graphs_say_what_they_are(tmp_path):
+def test_onnx_graphs_say_what_they_are(exported_once):
     import onnx
 
-    export(toy(kind="merged"), tmp_path / "exported", "onnx")
-    decoder = onnx.load(tmp_path / "exported" / "decoder_model.onnx", load_external_data=False)
+    _, folder, _ = exported_once("merged", "onnx", "dynamic")
+    decoder = onnx.load(folder / "decoder_model.onnx", load_external_data=False)
     axes = {
         port.name: [dim.dim_param or dim.dim_value for dim in port.type.tensor_type.shape.dim]
         for port in (*decoder.graph.input, *decoder.graph.output)
@@ -295,9 +316,9 @@ def test_what_xcode_shows(tmp_path):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_changed_file_is_found(target, tmp_path):
-    folder = tmp_path / "exported"
-    export(toy(kind="merged"), folder, target)
+def test_a_changed_file_is_found(target, exported_once, tmp_path):
+    _, whole, _ = exported_once("merged", target, "fixed:9,8" if target == "coreml" else "dynamic")
+    folder = shutil.copytree(whole, tmp_path / "exported")
     name = next(name for name in json.loads((folder / "exported.json").read_text())["files"] if "decoder" in name)
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -343,7 +364,7 @@ def test_rope_that_is_ruled_by_the_longest_sequence(rope, tmp_path):
     """Both sides of the limit, in one graph; Core ML looks positions up in one table."""
     parameters = {"rope_type": rope, "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     parameters["original_max_position_embeddings"] = 8
-    model = toy(kind="merged", max_position_embeddings=8, rope_parameters=parameters)
+    model = toy(kind="merged", max_position_embeddings=8, rope_parameters=parameters, **SMALLEST)
     for target in ("onnx", "openvino"):
         exported = export(model, tmp_path / target, target)
         for prompt in (4, 7, 12):
