@@ -1,9 +1,11 @@
 """What all tests share: no Hub, few threads, one toy tokenizer."""
 
+import gc
 import os
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+gc.set_threshold(50_000, 20, 50)  # tracing makes millions of objects: a seventh of an export's time went into this
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores; what they start inherits it
     os.environ.setdefault("OMP_NUM_THREADS", "1")

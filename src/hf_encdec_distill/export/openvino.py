@@ -26,7 +26,20 @@ _KV_CACHE_PRECISION = ["runtime_options", "KV_CACHE_PRECISION"]  # where OpenVIN
 
 
 def settle(config, variant: str, shapes: Shapes, stateful: bool | None) -> tuple[Shapes, bool]:
-    """Shapes and statefulness where the user has left them open."""
+    """Shapes and statefulness where the user has left them open.
+
+    Raises:
+        ValueError: rows of weights that do not divide into blocks of int4.
+    """
+    if variant == "int4" and shapes.targets is None:
+        widths = {name: getattr(config, name) for name in ("hidden_size", "intermediate_size")}
+        widths["num_attention_heads * head_dim"] = config.num_attention_heads * config.head_dim
+        odd = [f"{name}={width}" for name, width in widths.items() if width % _BLOCK]
+        if odd:
+            raise ValueError(
+                f"int4 for openvino has a scale for each {_BLOCK} weights of a row, and {', '.join(odd)} does not "
+                "divide into so many: export int8, or int4 with fixed shapes, which has one for each row"
+            )
     return shapes, True if stateful is None else stateful
 
 
