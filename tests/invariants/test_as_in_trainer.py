@@ -305,7 +305,6 @@ def test_model_init_makes_a_student_for_each_run(tmp_path, tokenizer):
         save_strategy="steps",
         save_steps=3,
         data_seed=3,
-        dataloader_num_workers=1,
     )
     teacher, runs = trainer.teacher.model, []
     for resume in (None, None, True):
