@@ -56,7 +56,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .model_card_loading import loading_section, proven_exports, table
+from .model_card_loading import loading_section, proven_exports, table, write_whole
 
 
 PAPER = "https://arxiv.org/abs/2501.16273"
@@ -170,9 +170,7 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
     text = "\n\n".join(filter(None, (metrics.get("note"), *sections)))
     text = f"---\n{_card_data(metrics, title).to_yaml()}\n---\n\n{text}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, text)
     return path
 
 
@@ -250,7 +248,7 @@ def update_model_card(folder: str | Path, metrics: Mapping, key: str) -> Path:
     card.data.eval_results = kept + measured
     card.data.model_name = card.data.get("model_name") or path.resolve().parent.name
     temporary = path.with_name(path.name + ".tmp")
-    card.save(temporary)
+    card.save(temporary)  # keeps the newlines of the file
     os.replace(temporary, path)
     return path
 

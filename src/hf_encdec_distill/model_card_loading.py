@@ -64,9 +64,14 @@ def note_exports(folder: Path, model_type: str) -> None:
     before = card.read_text(encoding="utf-8")
     after = with_loading(before, model_type, proven_exports(folder))
     if after != before:
-        temporary = card.with_name(f"{card.name}.tmp")
-        temporary.write_text(after, encoding="utf-8")
-        os.replace(temporary, card)
+        write_whole(card, after)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 _ANSWER = """inputs = tokenizer(source, return_tensors="pt")
