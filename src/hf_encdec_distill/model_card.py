@@ -56,6 +56,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .confined import inside
 from .model_card_loading import loading_section, proven_exports, table, write_whole
 
 
@@ -236,7 +237,7 @@ def update_model_card(folder: str | Path, metrics: Mapping, key: str) -> Path:
     path = Path(folder) / "README.md"
     if not path.is_file():  # the name of a folder that is not there would be looked for on the Hub
         raise ValueError(f"there is no model card {path}: write one first (write_model_card)")
-    card = ModelCard.load(path)
+    card = ModelCard.load(inside(path.parent, path.name))
     task = {"pipeline_tag": card.data.get("pipeline_tag"), **metrics.get("task", {})}
     measured = eval_results({**metrics, "task": task}, key)
 
@@ -321,8 +322,8 @@ def _license(metrics: Mapping) -> str | None:
 
 def license_of(name: str | Path) -> str | None:
     """What the card of a model says, in its folder or on the Hub; None where there is none to be read."""
-    path = Path(name) / "README.md" if Path(name).exists() else name
     try:
+        path = inside(Path(name), "README.md") if Path(name).exists() else name
         return ModelCard.load(path, ignore_metadata_errors=True).data.get("license")
     except (OSError, ValueError, yaml.YAMLError):
         return None

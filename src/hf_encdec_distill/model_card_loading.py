@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .confined import inside
+
 
 PARITY = "parity.json"
 _BEGIN = "<!-- How to load {name}: export and push write this section anew until you take this line out. -->"
@@ -23,8 +25,12 @@ def why_not_proven(export: Path) -> str | None:
 
 
 def proven_exports(folder: Path) -> dict[str, dict]:
-    """Name of a subfolder -> what `parity.json` says of the export in it; those that are not proven are not there."""
-    found = sorted(file.parent for file in folder.glob(f"*/{PARITY}"))
+    """Name of a subfolder -> what `parity.json` says of the export in it; those that are not proven are not there.
+
+    Raises:
+        ValueError: a link leads out of the folder.
+    """
+    found = sorted(inside(folder, file.relative_to(folder).as_posix()).parent for file in folder.glob(f"*/{PARITY}"))
     proven = [export for export in found if why_not_proven(export) is None]
     return {export.name: json.loads((export / PARITY).read_text(encoding="utf-8")) for export in proven}
 
@@ -58,7 +64,7 @@ def with_loading(text: str, model_type: str, exports: Mapping[str, Mapping], nam
 
 def note_exports(folder: Path, model_type: str) -> None:
     """Writes the proven exports in a student's folder into its card, where it has one of ours."""
-    card = folder / "README.md"
+    card = inside(folder, "README.md")
     if not card.is_file():
         return
     before = card.read_text(encoding="utf-8")

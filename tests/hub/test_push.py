@@ -230,6 +230,120 @@ def test_what_is_not_whole_is_refused(hub, folder, capsys, harm, words, message)
     assert not hub.repositories
 
 
+# What lies outside of the folder --------------------------------------------------------------------------------
+
+
+SECRET = b"-----BEGIN OPENSSH PRIVATE KEY-----"
+
+
+def name_in_index(name):
+    def harm(folder, secret):
+        (folder / "model.safetensors").unlink()
+        index = {"metadata": {}, "weight_map": {"lm_head.weight": name(secret)}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return harm
+
+
+def name_in_auto_map(name):
+    def harm(folder, secret):
+        config = json.loads((folder / "config.json").read_text())
+        config["auto_map"]["AutoConfig"] = f"{name(secret)}.Config"
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return harm
+
+
+def name_in_an_import(folder, secret):
+    with (folder / "modeling_rope_encdec.py").open("a") as code:
+        code.write("\nfrom ./../elsewhere/key import x\n")
+
+
+def name_in_the_card(folder, secret):
+    (folder / "README.md").write_text(CARD.replace("loss.png", "../elsewhere/key.py"))
+
+
+def name_in_an_export(folder, secret):
+    write_export(folder / "onnx")
+    manifest = json.loads((folder / "onnx" / "exported.json").read_text())
+    manifest["files"]["../../elsewhere/key.py"] = hashlib.sha256(SECRET).hexdigest()
+    (folder / "onnx" / "exported.json").write_text(json.dumps(manifest))
+
+
+def link(name):
+    def harm(folder, secret):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(secret)
+
+    return harm
+
+
+def link_an_export(folder, secret):
+    write_export(secret.parent / "onnx")
+    (folder / "onnx").symlink_to(secret.parent / "onnx")
+
+
+OUTSIDE = {
+    "a shard above": name_in_index(lambda secret: "../elsewhere/key.py"),
+    "a shard of the root": name_in_index(str),
+    "a shard of Windows": name_in_index(lambda secret: "..\\elsewhere\\key.py"),
+    "code of the root": name_in_auto_map(lambda secret: str(secret.with_suffix(""))),
+    "code that code imports": name_in_an_import,
+    "a figure": name_in_the_card,
+    "a file of an export": name_in_an_export,
+    "an export that is a link": link_an_export,
+    **{
+        f"a link for {name}": link(name)
+        for name in (
+            "README.md",
+            "chat_template.jinja",
+            "config.json",
+            "model.safetensors",
+            "modeling_rope_encdec.py",
+            "recipe.yaml",
+            "loss.png",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_nothing_outside_of_the_folder_goes_up(hub, folder, capsys, name):
+    secret = folder.parent / "elsewhere" / "key.py"
+    secret.parent.mkdir()
+    secret.write_bytes(SECRET)
+    OUTSIDE[name](folder, secret)
+    for words in ([], ["--dry-run"]):
+        assert push(folder, "ann/student", *words) == 2
+        assert re.search("outside of it|leads out of the folder", one_error(capsys))
+    assert not hub.repositories and not hub.stored
+
+
+def test_an_export_that_is_named_from_outside_is_refused(hub, folder, capsys):
+    write_export(folder.parent / "onnx")
+    assert push(folder, "ann/student", "--include", "../onnx") == 2
+    assert "outside of it" in one_error(capsys) and not hub.repositories
+
+
+def test_a_snapshot_in_the_cache_of_the_hub_is_pushed(hub, folder, capsys):
+    """Its files are links to the blobs of the same repository, and to nothing else."""
+    repository = folder.parent / "models--ann--other"
+    snapshot, blobs = repository / "snapshots" / "0123", repository / "blobs"
+    shutil.copytree(folder, blobs, dirs_exist_ok=True)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        if file.is_file():
+            (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    assert push(snapshot, "ann/student") == 0
+    assert set(pushed(hub)[1]) == STUDENT | RECORDS
+    capsys.readouterr()
+    secret = folder.parent / "key.py"
+    secret.write_bytes(SECRET)
+    (snapshot / "NOTICE").symlink_to(secret)
+    assert push(snapshot, "ann/student") == 2
+    assert "leads out of the folder" in one_error(capsys)
+
+
 def test_metadata_that_the_hub_refuses_are_refused_before_any_file(hub, folder, capsys):
     (folder / "README.md").write_text("---\nlicense: [mit]\n---\n")
     assert push(folder, "ann/student") == 2

@@ -270,6 +270,25 @@ def test_what_is_not_the_same_is_refused_or_found(folder, distilled, tmp_path, c
     assert f"versions.torch was 1.0, is {torch.__version__}" in caplog.text
 
 
+def test_doing_it_again_publishes_and_reports_nothing(distilled, tmp_path, capsys):
+    """Whatever the recipe of the folder says: without the network here, each of these would end the run."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "provenance.json").write_bytes((distilled / "provenance.json").read_bytes())
+    recipe = yaml.safe_load((distilled / "recipe.yaml").read_text())
+    publish = {"push_to_hub": True, "hub_model_id": "stranger/catch", "hub_strategy": "all_checkpoints"}
+    report = {"report_to": ["comet_ml", "wandb"], "run_name": "catch", "project": "catch"}
+    (copy / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **publish, **report}))
+    words = ["distill", "--reproduce", str(copy), "--output", str(tmp_path / "again")]
+    assert main(words) == 0
+    assert "reproduced: the same weights, bit for bit" in capsys.readouterr().out
+    done = yaml.safe_load((tmp_path / "again" / "recipe.yaml").read_text())
+    assert not {*publish, "run_name", "project"} & set(done) and done["report_to"] == "none"
+    (copy / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "deepspeed": {"wandb": {"enabled": True}}}))
+    assert "DeepSpeed" in error_of(capsys, *words[1:3], "--output", tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+
+
 def test_numbers_within_the_tolerance_are_called_near():
     recorded = {"steps": 3, "metrics": {"eval_loss": 2.0}, "losses": {"loss": {"last": 1.0}}, "weights": "a"}
     near = {**recorded, "metrics": {"eval_loss": 2.0 * (1 + 0.9e-3)}, "weights": "b"}

@@ -250,7 +250,7 @@ def test_conversations_and_splits(write, tmp_path, teacher_folder, make_bpe_toke
             assert row["messages"][-1]["role"] == "assistant" and row["messages"][-1]["content"] != "Yes."
 
 
-def test_what_cannot_be_is_said(write):
+def test_what_cannot_be_is_said(write, tmp_path):
     for fields, message in (
         ({"num_beams": 0}, "num_beams=0"),
         ({"sampling_temperature": -1.0}, "sampling_temperature=-1.0"),
@@ -260,6 +260,11 @@ def test_what_cannot_be_is_said(write):
     ):
         with pytest.raises(ValueError, match=message):
             TargetGeneration(**fields)
+    with pytest.raises(ValueError, match="max_new_tokens=1000000000 do not fit the 2048 positions of the teacher"):
+        write("absurd", max_new_tokens=10**9)
+    assert not (tmp_path / "absurd").exists()
+    with pytest.raises(ValueError, match="a prompt of 11 tokens .* max_new_tokens=2040 do not fit the 2048"):
+        write("long", rows=[{"source": "123456789"}], max_new_tokens=2040)
     with pytest.raises(ValueError, match="writes texts"):
         write(rows=ragged_rows(2))
     with pytest.raises(ValueError, match="compares with a reference"):

@@ -22,6 +22,8 @@ from .init import Shape
 
 SUFFIXES = (".yaml", ".yml")
 _RUN = dict.fromkeys(("student", "teacher", *DATA, "output"), str)
+# The beginnings of the names of training arguments, of either version of transformers.
+_LEADS_OUT = ("push_to_hub", "hub_", "report_to", "logging_dir", "run_name", "project", "trackio_")
 _HEADER = (
     "# hf-encdec-distill distill --reproduce FOLDER --output NEW runs this again, FOLDER being where this file is.\n"
 )
@@ -75,6 +77,21 @@ def write_recipe(file: Path, recipe: Mapping[str, Any]) -> None:
 def training_part(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `DistillationTrainingArguments` in a recipe."""
     return {name: value for name, value in recipe.items() if name not in _RUN and name != "init"}
+
+
+def kept_to_itself(recipe: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A stranger's recipe without what would publish the run, report on it or write outside of its output.
+
+    Raises:
+        ValueError: a DeepSpeed configuration, which has reports and folders of its own.
+    """
+    if recipe.get("deepspeed"):
+        raise ValueError(
+            f"{where} trains with DeepSpeed, whose configuration may report and write anywhere: read it, and run "
+            "`distill RECIPE --output NEW` if that is what you want"
+        )
+    kept = {name: value for name, value in recipe.items() if not name.startswith(_LEADS_OUT)}
+    return {**kept, "report_to": "none"}  # which is not the default of transformers 4.57
 
 
 def _checked(content: Any, hints: Mapping[str, Any], where: str) -> dict[str, Any]:

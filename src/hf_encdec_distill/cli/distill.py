@@ -7,7 +7,7 @@ checkpoints are in the output folder goes on with --resume.
 
 Beside the student are written its model card with the numbers in it (metrics.json), the whole recipe and
 provenance.json: seeds, versions, commit, fingerprints of data and models, and the final numbers. --reproduce FOLDER
-runs that again and compares the numbers.
+runs that again and compares the numbers; it publishes and reports nothing, whatever the recipe says.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> None:
 def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     """What is to be done, from a file (if one was named) and the options, which count for more."""
     from ..distillation import DistillationTrainingArguments
-    from ._recipe import SUFFIXES, read_recipe
+    from ._recipe import SUFFIXES, kept_to_itself, read_recipe
 
     said = said_training_arguments(DistillationTrainingArguments, args, TRAINING)
     if "output_dir" in said:
@@ -181,8 +181,9 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
         surplus -= {None, "student", "teacher", "init.teacher", "dataset", "output"}  # may have moved
         if surplus:
             args.parser.error(f"--reproduce does what was recorded: leave {min(surplus)} out")
-        recipe = read_recipe(Path(args.reproduce) / RECIPE)
-        recipe.pop("output")
+        file = Path(args.reproduce) / RECIPE
+        recipe = kept_to_itself(read_recipe(file), str(file))
+        recipe.pop("output", None)
     elif args.begin.endswith(SUFFIXES):
         recipe = read_recipe(Path(args.begin))
     else:

@@ -3,7 +3,8 @@
 What goes up is the weights (safetensors), the config, the files of the model that it names, generation config and
 tokenizer, the card with its figures, the recipe, and the proven exports in the folder's subfolders. The card's section
 on loading names the repository and the exports that go. All else stays here: checkpoints, the trainer's state,
-pickles. Weights and exports that an earlier push left are replaced.
+pickles. A file that lies outside of the folder never goes up, whatever names it or links to it. Weights and exports
+that an earlier push left are replaced.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from ..confined import inside
 from ..model_card_loading import PARITY, proven_exports, why_not_proven, with_loading
 from ._display import say_result
 
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     validate_repo_id(args.repo_id)
     folder = Path(args.folder)
     names = files_to_push(folder, args.include)
-    files: dict[str, Path | bytes] = {name: folder / name for name in names}
+    files: dict[str, Path | bytes] = {name: inside(folder, name) for name in names}
     if _CARD in files:
         files[_CARD] = _card(folder, names, args.repo_id)
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
@@ -85,10 +87,10 @@ def files_to_push(folder: Path, exports: list[str] | None = None) -> list[str]:
         exports: subfolders with an export; by default all that are proven.
 
     Raises:
-        ValueError: the student is not whole, its card is none to huggingface_hub, or an export is not proven or not
-            as it was when it was.
+        ValueError: the student is not whole, a file of it lies outside of the folder, its card is none to
+            huggingface_hub, or an export is not proven or not as it was when it was.
     """
-    if not (folder / "config.json").is_file():
+    if not inside(folder, "config.json").is_file():
         raise ValueError(
             f"{folder} holds no student, there is no config.json: name a folder that save_pretrained wrote"
         )
@@ -102,7 +104,7 @@ def files_to_push(folder: Path, exports: list[str] | None = None) -> list[str]:
     if (folder / _CARD).is_file():
         names += [_CARD, *_figures(folder)]
     for export in proven_exports(folder) if exports is None else exports:
-        names += [f"{Path(export).as_posix()}/{name}" for name in _of_export(folder / export)]
+        names += [f"{Path(export).as_posix()}/{name}" for name in _of_export(inside(folder, export))]
     return list(dict.fromkeys(names))
 
 
@@ -112,8 +114,9 @@ def _weights(folder: Path) -> list[str]:
         return [_WEIGHTS]
     if not (folder / _INDEX).is_file():
         raise ValueError(f"{folder} has no weights in safetensors: save the student there with save_pretrained")
-    shards = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    index = json.loads(inside(folder, _INDEX).read_text(encoding="utf-8"))
+    shards = sorted(set(index["weight_map"].values()))
+    missing = [shard for shard in shards if not inside(folder, shard).is_file()]
     if missing:
         raise ValueError(f"{folder / _INDEX} names {', '.join(missing)}, not there: save the student again")
     return [_INDEX, *shards]
@@ -121,17 +124,20 @@ def _weights(folder: Path) -> list[str]:
 
 def _beside_weights(folder: Path) -> list[str]:
     """Config, generation config, tokenizer, and the Python files that `auto_map` of the config names, where there."""
-    from transformers.dynamic_module_utils import get_relative_import_files
+    from transformers.dynamic_module_utils import get_relative_imports
 
-    code = {name for name in _named_code(folder) if (folder / name).is_file()}
-    code |= {Path(file).name for name in set(code) for file in get_relative_import_files(folder / name)}
+    code, new = set(), {name for name in _named_code(folder) if inside(folder, name).is_file()}
+    while new:
+        code |= new
+        imported = {f"{module}.py" for name in new for module in get_relative_imports(inside(folder, name))}
+        new = imported - code
     names = ("config.json", "generation_config.json", *sorted(code), *_TOKENIZER)
     return [name for name in names if (folder / name).is_file()]
 
 
 def _named_code(folder: Path) -> set[str]:
     """Of this folder: `user/name--module.Class` is code of another repository."""
-    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
+    auto_map = json.loads(inside(folder, "config.json").read_text(encoding="utf-8")).get("auto_map", {})
     return {f"{target.partition('.')[0]}.py" for target in auto_map.values() if "--" not in target}
 
 
@@ -144,15 +150,14 @@ def _figures(folder: Path) -> list[str]:
     from huggingface_hub import ModelCard
 
     try:
-        card = ModelCard.load(folder / _CARD)
+        card = ModelCard.load(inside(folder, _CARD))
     except Exception as error:  # PyYAML's are no ValueErrors
         raise ValueError(f"the metadata of {folder / _CARD} are not valid: {error}") from error
     shown = [unquote(path) for path in _FIGURE.findall(card.text) if "://" not in path]
-    inside = [path for path in shown if ".." not in Path(path).parts and not Path(path).is_absolute()]
-    missing = [path for path in shown if path not in inside or not (folder / path).is_file()]
+    missing = [path for path in shown if not inside(folder, path).is_file()]
     if missing:
         raise ValueError(f"{folder / _CARD} shows {', '.join(missing)}, not in {folder}: put it there or take it out")
-    return inside
+    return shown
 
 
 def _card(folder: Path, names: list[str], repo_id: str) -> bytes:
@@ -160,7 +165,7 @@ def _card(folder: Path, names: list[str], repo_id: str) -> bytes:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     going = {name.rpartition("/")[0] for name in names if name.endswith(f"/{PARITY}")}
     exports = {name: report for name, report in proven_exports(folder).items() if name in going}
-    text = (folder / _CARD).read_text(encoding="utf-8")
+    text = inside(folder, _CARD).read_text(encoding="utf-8")
     name = repo_id if "/" in repo_id else None
     return with_loading(text, config["model_type"], exports, name).encode()
 

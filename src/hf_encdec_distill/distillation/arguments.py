@@ -288,8 +288,20 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             )
 
     def __getstate__(self) -> dict:
-        # The trainer pickles its arguments beside each checkpoint, and pushes that file too.
-        return {**self.__dict__, "hub_token": None}
+        return _without_tokens(self)
+
+
+def keep_tokens_out_of_pickles(cls: type[TrainingArguments]) -> None:
+    """The same for a class of transformers: a trainer pickles its arguments beside each checkpoint, and pushes them.
+
+    No token of the Hub is in that file then; nor has a copy of the arguments one.
+    """
+    cls.__getstate__ = _without_tokens
+
+
+def _without_tokens(args: TrainingArguments) -> dict:
+    # transformers 4.57 has the second too, under its older name.
+    return {name: value for name, value in vars(args).items() if name not in ("hub_token", "push_to_hub_token")}
 
 
 def with_distillation_defaults(args: TrainingArguments) -> TrainingArguments:
@@ -299,6 +311,7 @@ def with_distillation_defaults(args: TrainingArguments) -> TrainingArguments:
     """
     if isinstance(args, DistillationTrainingArguments):
         return args
+    keep_tokens_out_of_pickles(type(args))
     added = {}
     for spec in dataclasses.fields(DistillationTrainingArguments):
         if not hasattr(args, spec.name):

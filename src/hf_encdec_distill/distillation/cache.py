@@ -30,11 +30,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..confined import inside
 from .alignment import SharedVocabulary, asked_positions, target_positions, with_teacher_inputs
 from .cache_hub import fetch, is_on_hub, push, write_card
 from .collator import DistillationCollator
 from .losses import Divergence, at_least_float32, forward_kl
-from .sequence_level import TargetGeneration, generate_targets
+from .sequence_level import TargetGeneration, check_room, generate_targets
 from .shards import ShardWriter, read_keys, read_shards, shard_files
 from .teachers import DenseScores, LiveTeacher
 
@@ -323,7 +324,7 @@ def is_cache(folder: Any) -> bool:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(inside(folder, MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is no cache of a teacher: {error}") from error
     if manifest.get("format") != _FORMAT:
@@ -423,6 +424,8 @@ def capture(
         vocabulary = SharedVocabulary.between(
             student_size, teacher.vocab_size, student_tokenizer, tokenizer, vocab_policy
         )
+    if generation is not None:
+        check_room(teacher, generation)
     recorded = {
         "kind": kind,
         "k": min(k, teacher.vocab_size) if kind == "top_k" else None,

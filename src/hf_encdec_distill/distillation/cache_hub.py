@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, snapshot_download
 
+from ..confined import inside
 from ..hub import upload
 from .shards import shard_files
 
@@ -36,9 +37,9 @@ def push(
     folder: Path, repo_id: str, private: bool | None, revision: str | None, token: str | None, commit_message: str
 ) -> str:
     """See `CachedTeacher.push_to_hub`."""
-    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     commit = upload(
-        {name: file for name, file in files.items() if not name.startswith("partial-")},
+        {name: inside(folder, name) for name in names if not name.startswith("partial-")},
         repo_id,
         "dataset",
         commit_message,

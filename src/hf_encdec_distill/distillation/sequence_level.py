@@ -31,6 +31,7 @@ from .alignment import target_positions, teacher_columns
 from .collator import MESSAGES, DistillationCollator, split_conversation
 from .losses import cross_entropy
 from .metrics import rouge_l
+from .positions import max_positions
 from .shards import ShardWriter, read_keys, read_shards, shard_files
 from .teachers import LiveTeacher
 
@@ -89,6 +90,17 @@ class TargetGeneration:
             )
 
 
+def check_room(teacher: LiveTeacher, generation: TargetGeneration, prompt_tokens: int = 1) -> None:
+    """Raises ValueError where a prompt and an answer of `max_new_tokens` do not fit the teacher's positions."""
+    limit = max_positions(teacher.model.config)
+    if limit is not None and prompt_tokens + generation.max_new_tokens > limit:
+        raise ValueError(
+            f"a prompt of {prompt_tokens} tokens and an answer of up to max_new_tokens={generation.max_new_tokens} do "
+            f"not fit the {limit} positions of the teacher (max_position_embeddings): lower max_new_tokens (on the "
+            "command line --max-target-length), or cut prompts with max_source_length."
+        )
+
+
 def generate_targets(
     teacher: LiveTeacher,
     rows: "datasets.Dataset | list[dict]",
@@ -118,7 +130,8 @@ def generate_targets(
         progress: show a bar.
 
     Raises:
-        ValueError: rows are not text; `closest` and no reference; no answer at all was worth keeping.
+        ValueError: rows are not text; `closest` and no reference; a prompt and an answer of `max_new_tokens` are
+            longer than the teacher has positions for; no answer at all was worth keeping.
     """
     state = PartialState(cpu=teacher.device.type == "cpu")
     kept_prefix, refused_prefix = f"generated-{split}", f"refused-{split}"
@@ -138,6 +151,7 @@ def generate_targets(
             requests = {}
             for number in numbers:
                 request = _Request.of(rows[number], collator, generation)
+                check_room(teacher, generation, len(request.prompt))
                 if request.key not in known:
                     requests.setdefault(request.key, request)
             known.update(requests)

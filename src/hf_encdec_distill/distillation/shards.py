@@ -15,6 +15,8 @@ import datasets
 import pyarrow.parquet
 from huggingface_hub.utils.sha import sha_fileobj
 
+from ..confined import inside
+
 
 class ShardWriter:
     """Gathers rows and writes them shard by shard.
@@ -61,8 +63,8 @@ class ShardWriter:
 
 
 def shard_files(folder: Path, prefix: str) -> list[Path]:
-    """The shards whose names begin with `prefix`, sorted."""
-    return sorted(folder.glob(f"{prefix}-*.parquet"))
+    """The shards whose names begin with `prefix`, sorted; raises ValueError where one is a link out of the folder."""
+    return sorted(inside(folder, shard.name) for shard in folder.glob(f"{prefix}-*.parquet"))
 
 
 def check_shards(folder: Path, prefix: str) -> list[Path]:

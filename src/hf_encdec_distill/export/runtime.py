@@ -12,6 +12,7 @@ from transformers import AutoConfig, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.modeling_utils import PreTrainedModel
 
+from ..confined import inside
 from ..models.rope_encdec import RopeEncDecConfig
 from ..models.rope_encdec.compat_rope_encdec import CACHE_FIELD
 from .graphs import Graphs, check_installed
@@ -143,7 +144,7 @@ def read_manifest(folder: Path) -> dict:
     """`exported.json` of a folder, after a look at every file that it names.
 
     Raises:
-        ValueError: there is none, it is of a newer version, or a file is missing or changed.
+        ValueError: there is none, it is of a newer version, or a file is missing, changed or outside of the folder.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -155,7 +156,8 @@ def read_manifest(folder: Path) -> dict:
             "pip install -U hf-encdec-distill"
         )
     for name, digest in manifest["files"].items():
-        found = sha256(folder / name) if (folder / name).is_file() else "missing"
+        file = inside(folder, name)
+        found = sha256(file) if file.is_file() else "missing"
         if found != digest:
             state = "missing" if found == "missing" else f"changed after the export (sha256 {found}, not {digest})"
             raise ValueError(f"{folder / name} is {state}: export the model again")
