@@ -61,9 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from huggingface_hub.utils import validate_repo_id
 
+    from ..models.finite import check_finite_files
+
     validate_repo_id(args.repo_id)
     folder = Path(args.folder)
     names = files_to_push(folder, args.include)
+    check_finite_files(folder / name for name in names if name.endswith(".safetensors"))
     files: dict[str, Path | bytes] = {name: folder / name for name in names}
     if _CARD in files:
         files[_CARD] = _card(folder, names, args.repo_id)

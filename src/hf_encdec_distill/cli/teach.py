@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         raise ImportError(f'{error}; teach needs pip install "hf-encdec-distill[peft]"') from error
 
     from ..distillation import DistillationCollator
+    from ..distillation.finite_training import FiniteTraining
     from ._evaluation import completion_batch
     from ._teacher import completion_loss
 
@@ -85,10 +86,13 @@ def run(args: argparse.Namespace) -> None:
         ]
         return completion_batch(completions, tokenizer.pad_token_id or 0)
 
+    class FiniteTrainer(FiniteTraining, Trainer):
+        pass
+
     set_seed(training.seed)  # the adapter's first weights are drawn
     adapter = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), adapter)
-    trainer = Trainer(
+    trainer = FiniteTrainer(
         model=model,
         args=training,
         train_dataset=splits["train"],
