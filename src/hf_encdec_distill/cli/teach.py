@@ -7,7 +7,9 @@ the other commands. Every field of transformers' TrainingArguments is an option 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from ._checkpoints import holds_only_a_start
 from ._display import say_result
 from ._inputs import (
     BUILT_IN,
@@ -34,6 +36,7 @@ _TRAINING = {
     **SCHEDULE,
     "seed": "of the adapter and the data order",
 }
+_TRAINING_FOLDER = "training"  # in the output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +67,10 @@ def run(args: argparse.Namespace) -> None:
 
     if args.rank < 1:
         raise ValueError(f"--rank {args.rank}: give at least 1")
-    output = new_folder(args.output)
-    training = training_arguments(TrainingArguments, args, _TRAINING, output / "training")
+    output = Path(args.output)
+    if not (holds_only_a_start(output / _TRAINING_FOLDER) and len(list(output.iterdir())) == 1):
+        new_folder(args.output)
+    training = training_arguments(TrainingArguments, args, _TRAINING, output / _TRAINING_FOLDER)
     training.remove_unused_columns = False  # the collator reads the texts
     splits = load_splits(args.dataset, args.source_column, args.target_column)
     path = teacher_path(args.teacher)
