@@ -17,6 +17,7 @@ from ._inputs import (
     add_data_arguments,
     add_prompt_arguments,
     add_training_arguments,
+    check_at_least_one,
     load_splits,
     prompt_template,
     teacher_path,
@@ -65,8 +66,7 @@ def run(args: argparse.Namespace) -> None:
     from ._evaluation import completion_batch
     from ._teacher import completion_loss
 
-    if args.rank < 1:
-        raise ValueError(f"--rank {args.rank}: give at least 1")
+    check_at_least_one(args, "rank", "max_source_length", "max_target_length")
     output = Path(args.output)
     if not (holds_only_a_start(output / _TRAINING_FOLDER) and len(list(output.iterdir())) == 1):
         new_folder(args.output)
