@@ -211,6 +211,8 @@ def test_padded_rows_of_either_side_do_not_count():
     assert torch.equal(vocabulary.restrict_student(teacher), teacher[:, :10])
     with pytest.raises(ValueError, match="student has 10 output rows and the teacher 16.*mask_padding"):
         SharedVocabulary.between(10, 16, policy="strict")
+    with pytest.raises(ValueError, match="vocab_policy='none' is unknown; choose one of mask_padding, strict, id_map"):
+        SharedVocabulary.between(16, 16, policy="none")
     assert SharedVocabulary.between(16, 16, policy="strict").size == 16
 
 

@@ -411,6 +411,20 @@ def test_rows_without_target_are_left_out_and_bad_input_is_named(tmp_path, token
     assert not list((tmp_path / "nan").glob("partial-*"))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_policy": "mask_paddings"}, "vocab_policy='mask_paddings' is unknown; choose one of mask_padding,"),
+        ({"max_source_length": 0}, "max_source_length=0 is out of range"),
+        ({"max_target_length": -5}, "max_target_length=-5 is out of range"),
+    ],
+)
+def test_what_a_capture_cannot_mean_is_refused_before_there_is_a_folder(tmp_path, tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_cache(tmp_path / "none", tokenizer, **options)
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_full_disk_loses_no_shard(tmp_path, tokenizer, monkeypatch):
     write, calls = pyarrow.parquet.write_table, []
 

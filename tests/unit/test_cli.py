@@ -125,6 +125,30 @@ def test_errors_are_one_line_with_exit_code_2(capsys, tmp_path, teacher_folder):
     assert "minutes=0.0" in one_line_error(capsys, "quickstart", "--output", missing, "--minutes", "0")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["cache", "teacher", "--output"],
+        ["teach", "teacher", "--output"],
+        ["evaluate", "student", "--output"],
+        ["distill", "student", "--teacher", "teacher", "--output"],
+        ["adapt", "student", "--teacher", "teacher", "--max-steps", "1", "--output"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_limit_of_length_below_one_is_refused_before_anything_is_loaded(capsys, tmp_path, command):
+    """`[:-5]` would cut five tokens from the end."""
+    for name in ("source", "target"):
+        for value in ("0", "-5"):
+            words = [*command, str(tmp_path / "out"), f"--max-{name}-length", value]
+            error = one_line_error(capsys, *words)
+            assert value in error and f"max-{name}-length" in error.replace("_", "-") and "at least" in error
+    if command[0] == "cache":
+        error = one_line_error(capsys, *command, str(tmp_path / "out"), "--vocab-policy", "mask_paddings")
+        assert "vocab_policy='mask_paddings' is unknown" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_more_layers_than_the_teacher_has_are_refused_before_anything_is_trained(capsys, tmp_path, teacher_folder):
     options = ["--encoder-layers", "9", "--teacher", str(teacher_folder), "--output", str(tmp_path / "run")]
     assert main(["quickstart", *options]) == 2

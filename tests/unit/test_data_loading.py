@@ -1,5 +1,6 @@
 """Rows from files, folders and names; carving; what is wrong with them."""
 
+import csv
 import logging
 
 import datasets
@@ -8,7 +9,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from hf_encdec_distill import data
-from hf_encdec_distill.data.loading import load_pairs, save_pairs
+from hf_encdec_distill.data.loading import load_pairs, load_tables, save_pairs
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +65,33 @@ def test_files_by_the_names_of_their_splits(tmp_path):
     assert splits["validation"]["target"][0] == "t\t100"
     del files["train"]
     assert {name: len(rows) for name, rows in load_pairs(files, "code", "text").items()} == {"validation": 5}
+
+
+@pytest.mark.parametrize("given_as", ["file", "folder", "mapping", "stream"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_text_that_pandas_takes_for_a_missing_number_is_text(tmp_path, caplog, suffix, given_as):
+    """None, NA and null are answers, an empty cell is none: as Python's csv module reads the file."""
+    words = ["None", "NA", "N/A", "null", "NULL", "NaN", "nan", "n/a", "<NA>", "-1.#IND", "", "Yes."]
+    file = tmp_path / "data" / f"train.{suffix}"
+    file.parent.mkdir()
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream, quoting=csv.QUOTE_ALL, delimiter="\t" if suffix == "tsv" else ",")
+        writer.writerow(["source", "target"])
+        writer.writerows([f"{word} {n}" if n % 2 else word, word] for n in range(4) for word in words)
+    with file.open("a", newline="") as stream:
+        stream.write("unquoted" + ("\t" if suffix == "tsv" else ",") + "\n")
+    with file.open(newline="") as stream:
+        rows = list(csv.reader(stream, delimiter="\t" if suffix == "tsv" else ","))[1:]
+    expected = sorted(pair for pair in rows if all(pair))
+    assert ["None", "None"] in expected and len(expected) == 4 * (len(words) - 1)
+    if given_as == "stream":
+        stream = load_tables(file, None, streaming=True)["train"]
+        found = [[row["source"], row["target"]] for row in stream if row["source"] and row["target"]]
+    else:
+        splits = load_pairs({"file": file, "folder": file.parent, "mapping": {"train": file}}[given_as])
+        found = [[row["source"], row["target"]] for split in splits.values() for row in split]
+        assert f"{len(rows) - len(expected)} of {len(rows)} rows left out" in caplog.text
+    assert sorted(found) == expected
 
 
 def test_saved_pairs_come_back(tmp_path):

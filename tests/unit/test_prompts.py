@@ -6,6 +6,7 @@ import pytest
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
+from hf_encdec_distill.distillation import DistillationCollator
 from hf_encdec_distill.models.prompts import (
     PreTrainedTokenizerFast,
     distinct_pad_token,
@@ -63,6 +64,16 @@ def test_what_is_cut_is_the_end_of_the_source(make_bpe_tokenizer, template, room
     assert len(ids) <= around + room
     cut = tokenizer.decode(tokenizer(SOURCE)["input_ids"][:room])
     assert ids == encode_prompt(tokenizer, cut, template)
+
+
+@pytest.mark.parametrize("limit", [0, -5])
+def test_a_limit_below_one_is_no_limit_at_all_nor_counted_from_the_end(make_bpe_tokenizer, limit):
+    tokenizer = make_bpe_tokenizer()
+    with pytest.raises(ValueError, match=rf"max_length={limit} is out of range; it has to be at least 1"):
+        encode_prompt(tokenizer, SOURCE, TEMPLATE, max_length=limit)
+    for name in ("max_source_length", "max_target_length"):
+        with pytest.raises(ValueError, match=rf"{name}={limit} is out of range; it has to be at least 1"):
+            DistillationCollator(tokenizer, tokenizer, **{name: limit})
 
 
 def test_messages_are_cut_in_the_last_one(make_bpe_tokenizer):

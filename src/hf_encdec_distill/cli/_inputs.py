@@ -50,6 +50,14 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-target-length", type=int, metavar="TOKENS", help="cut targets to so many tokens")
 
 
+def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError, in the words of the command line, where one of these options is below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give at least 1")
+
+
 def add_training_arguments(parser: argparse.ArgumentParser, fields: Mapping[str, str]) -> None:
     """Options for the training arguments that nearly every run sets; `training_arguments` takes all others too."""
     group = parser.add_argument_group("training arguments")

@@ -17,6 +17,7 @@ import torch
 from .. import __version__
 from ..data import fingerprint
 from ..distillation.cache import CachedTeacher, weights_digest
+from ._checkpoints import PROVENANCE
 
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FILE = "provenance.json"
 # Two runs whose numbers are nearer than this, relatively, are the same run on another machine. Another seed is not: it
 # moves a loss by some hundredths.
 TOLERANCE = 1e-3
@@ -104,7 +104,7 @@ def describe_result(trainer: DistillationTrainer, metrics: Mapping[str, float], 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
     """Raises ValueError if there is none, or the run that it tells of did not come to its end."""
-    file = folder / FILE
+    file = folder / PROVENANCE
     try:
         provenance = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -130,8 +130,8 @@ def check_inputs(recorded: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
 
 def warn_of_changes(folder: Path, now: Mapping[str, Any]) -> None:
     """Before the run in `folder` goes on: a warning where it was begun with other data or models."""
-    if (folder / FILE).is_file():  # a run of an earlier version has none
-        begun = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    if (folder / PROVENANCE).is_file():  # a run of an earlier version has none
+        begun = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
         differing = _differences(begun["fingerprints"], now["fingerprints"])
         if differing:
             logger.warning("the run in %s was begun with something else: %s", folder, "; ".join(differing))

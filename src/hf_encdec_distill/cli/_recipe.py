@@ -15,6 +15,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ._checkpoints import RECIPE_HEADER
 from ._inputs import DATA
 from ._state import write_text
 from .init import Shape
@@ -24,9 +25,6 @@ SUFFIXES = (".yaml", ".yml")
 _RUN = dict.fromkeys(("student", "teacher", *DATA, "output"), str)
 # The beginnings of the names of training arguments, of either version of transformers.
 _LEADS_OUT = ("push_to_hub", "hub_", "report_to", "logging_dir", "run_name", "project", "trackio_")
-_HEADER = (
-    "# hf-encdec-distill distill --reproduce FOLDER --output NEW runs this again, FOLDER being where this file is.\n"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +69,7 @@ def write_recipe(file: Path, recipe: Mapping[str, Any]) -> None:
     if "init" in public:
         shape = dataclasses.asdict(Init(**public["init"]))
         public["init"] = {name: value for name, value in shape.items() if value is not None}
-    write_text(file, _HEADER + yaml.safe_dump(public, sort_keys=False, allow_unicode=True, width=110))
+    write_text(file, RECIPE_HEADER + yaml.safe_dump(public, sort_keys=False, allow_unicode=True, width=110))
 
 
 def training_part(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..distillation.alignment import IGNORED
+from ..distillation.finite_training import FiniteTraining
 from ._evaluation import completion_batch, score
 from ._training import InOrder, TimeShare, precision_arguments, train, working_dtype
 
@@ -18,7 +19,7 @@ from ._training import InOrder, TimeShare, precision_arguments, train, working_d
 PEAK_LEARNING_RATE = 2e-4
 
 
-class _Trainer(InOrder, Trainer):
+class _Trainer(InOrder, FiniteTraining, Trainer):
     pass
 
 

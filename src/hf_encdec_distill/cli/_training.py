@@ -20,14 +20,15 @@ import numpy as np
 import torch
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 
 from ..bench import best_cpu_dtype
+from ._checkpoints import last_whole_checkpoint
 
 
 WARMUP_STEPS = 20
 _SECONDS_BETWEEN_SAVES = 600.0  # a checkpoint holds weights and two moments: gigabytes, not for every minute
-_RECORD = "time_share.json"
 _CURVE_POINTS = 200
 
 
@@ -76,7 +77,7 @@ class InOrder:
         return SequentialSampler(self.train_dataset)
 
 
-class TimeShare(TrainerCallback):
+class TimeShare(TrainerCallback, ExportableState):
     """Ends training when `seconds` are used, reports progress, and saves on a Ctrl-C and every ten minutes.
 
     Args:
@@ -124,8 +125,13 @@ class TimeShare(TrainerCallback):
 
     def resume(self, checkpoint: str) -> None:
         """Take up the clock and the record of a run that was interrupted."""
-        record = json.loads((Path(checkpoint) / _RECORD).read_text(encoding="utf-8"))
+        states = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["stateful_callbacks"]
+        record = states[type(self).__name__]["attributes"]
         self._used_before, self.rates = record["used"], record["rates"]
+
+    def state(self) -> dict:
+        """What the trainer writes into its own state of each checkpoint."""
+        return {"args": {}, "attributes": {"used": self.used, "rates": self.rates}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._start = self._saved = time.monotonic()
@@ -140,10 +146,6 @@ class TimeShare(TrainerCallback):
         if self.interrupted or time.monotonic() - self._saved > _SECONDS_BETWEEN_SAVES:
             control.should_save, self._saved = True, time.monotonic()
         self.update(self.fraction, f"step {state.global_step}")
-
-    def on_save(self, args, state, control, **kwargs):
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (folder / _RECORD).write_text(json.dumps({"used": self.used, "rates": self.rates}), encoding="utf-8")
 
     @contextmanager
     def catching_interrupts(self) -> Iterator[None]:
@@ -166,7 +168,7 @@ class TimeShare(TrainerCallback):
 
 
 def train(trainer: Trainer, share: TimeShare) -> dict:
-    """Train within the share, going on from the last checkpoint in `trainer.args.output_dir` if there is one.
+    """Train within the share, going on from the last whole checkpoint in `trainer.args.output_dir` if there is one.
 
     The trainer's optimizer is AdamW with the share's learning rate. Returns `steps`, `seconds`, the learning `rates`
     and the `curve` of the losses, in means over at most `_CURVE_POINTS` stretches.
@@ -179,8 +181,7 @@ def train(trainer: Trainer, share: TimeShare) -> dict:
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: share.rate(step))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(share)
-    output = Path(trainer.args.output_dir)
-    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
+    checkpoint = last_whole_checkpoint(Path(trainer.args.output_dir))
     if checkpoint is not None:
         share.resume(checkpoint)
     with share.catching_interrupts():

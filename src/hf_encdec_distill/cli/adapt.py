@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ._checkpoints import checkpoint_in
 from ._display import say_result
 from ._inputs import BUILT_IN, add_training_arguments, teacher_path, training_arguments
-from .distill import TRAINING, checkpoint_in, load_student, train_and_save
+from .distill import TRAINING, load_student, train_and_save
 
 
 SUMMARY = "adapt a student to plain text before its task"

@@ -14,7 +14,15 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ._display import say_result
-from ._inputs import BUILT_IN, add_data_arguments, add_prompt_arguments, load_splits, prompt_template, teacher_path
+from ._inputs import (
+    BUILT_IN,
+    add_data_arguments,
+    add_prompt_arguments,
+    check_at_least_one,
+    load_splits,
+    prompt_template,
+    teacher_path,
+)
 
 
 if TYPE_CHECKING:
@@ -106,10 +114,13 @@ def run(args: argparse.Namespace) -> None:
     from datasets import DatasetDict
     from transformers import AutoTokenizer
 
+    from ..distillation.alignment import check_vocab_policy
     from ..distillation.cache import CachedTeacher, capture, size_on_disk
     from ..distillation.teachers import LiveTeacher
     from ._training import device, working_dtype
 
+    check_vocab_policy(args.vocab_policy)
+    check_at_least_one(args, "max_source_length", "max_target_length")
     generation = _generation(args)
     splits = load_splits(args.dataset, args.source_column, args.target_column)
     unknown = [name for name in args.splits if name not in splits]

@@ -12,7 +12,15 @@ import importlib.util
 import socket
 
 from ._display import say_result
-from ._inputs import BUILT_IN, add_data_arguments, load_splits, prompt_template, public_name, teacher_path
+from ._inputs import (
+    BUILT_IN,
+    add_data_arguments,
+    check_at_least_one,
+    load_splits,
+    prompt_template,
+    public_name,
+    teacher_path,
+)
 
 
 SUMMARY = "a page to try a student beside its teacher"
@@ -43,9 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    for name in ("max_source_length", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1")
+    check_at_least_one(args, "max_source_length", "max_new_tokens")
     if importlib.util.find_spec("gradio") is None:
         raise ImportError('the page needs gradio: pip install "hf-encdec-distill[demo-ui]"')
     _check_free(args.host, args.port)

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._checkpoints import PROVENANCE, RECIPE, checkpoint_in
 from ._display import say_result
 from ._inputs import (
     BUILT_IN,
@@ -47,9 +46,6 @@ EXAMPLE = (
     "--output distilled --max-steps 500 --learning-rate 1e-3"
 )
 PASSES_ARGUMENTS_ON = True
-RECIPE = "recipe.yaml"
-
-logger = logging.getLogger(__name__)
 
 # The training arguments that nearly every run sets; the others are passed on as they come.
 TRAINING = {
@@ -110,7 +106,6 @@ def run(args: argparse.Namespace) -> None:
     from ..distillation import DistillationTrainer, DistillationTrainingArguments
     from ..model_card_callback import ModelCardCallback
     from ._provenance import (
-        FILE,
         check_inputs,
         compare_results,
         describe,
@@ -146,19 +141,19 @@ def run(args: argparse.Namespace) -> None:
     provenance = describe(trainer)
     if recorded is not None:
         check_inputs(recorded, provenance, Path(args.reproduce))
-    if args.resume:
+    if checkpoint is not None:
         warn_of_changes(output, provenance)
     if trainer.is_world_process_zero():
         decided = {"prompt_template": training.prompt_template, "seed": training.seed}
         output.mkdir(parents=True, exist_ok=True)
         write_recipe(output / RECIPE, {**recipe, **decided})
-        write_json(output / FILE, {**provenance, "result": None})
+        write_json(output / PROVENANCE, {**provenance, "result": None})
     train_and_save(trainer, checkpoint)
     metrics = trainer.evaluate()
     if not trainer.is_world_process_zero():
         return
     result = describe_result(trainer, metrics, output)
-    write_json(output / FILE, {**provenance, "result": result})
+    write_json(output / PROVENANCE, {**provenance, "result": result})
     write_json(output / "metrics.json", card.metrics())
     lines = [f"{name}: {value}" for name, value in metrics.items()]
     if recorded is not None:
@@ -237,19 +232,6 @@ def load_student(path: str) -> tuple[Any, Any]:
     return AutoModelForSeq2SeqLM.from_pretrained(path), PreTrainedTokenizerFast.from_pretrained(path)
 
 
-def checkpoint_in(output: Path, resume: bool) -> str | None:
-    """Where training goes on from; None at the beginning.
-
-    Raises:
-        ValueError: to begin in a folder that is not empty, or to go on from nothing.
-    """
-    if resume:
-        return _last_whole_checkpoint(output)
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty: go on with --resume, or choose another folder with --output")
-    return None
-
-
 def train_and_save(trainer: DistillationTrainer, checkpoint: str | None) -> None:
     """Train to the end; the student is saved in the folder of the checkpoints.
 
@@ -264,21 +246,6 @@ def train_and_save(trainer: DistillationTrainer, checkpoint: str | None) -> None
     if trainer.is_fsdp_enabled:  # shards of a checkpoint may stay shards, but `from_pretrained` wants the student
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(output)
-
-
-def _last_whole_checkpoint(output: Path) -> str:
-    """The checkpoint to go on from; one that was being written when the run ended is passed over.
-
-    Raises:
-        ValueError: there is none.
-    """
-    names = (re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in output.glob("checkpoint-*"))
-    for name in sorted(filter(None, names), key=lambda name: int(name[1]), reverse=True):
-        checkpoint = output / name[0]
-        if (checkpoint / "trainer_state.json").is_file():  # which is written last
-            return str(checkpoint)
-        logger.warning("%s is not whole, and passed over", checkpoint)
-    raise ValueError(f"there is no checkpoint in {output} to resume from: leave --resume out to begin")
 
 
 def _take_threads(machine: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from ._display import progress, say_result, table
 from ._inputs import (
     BUILT_IN,
     add_data_arguments,
+    check_at_least_one,
     dataset_name,
     load_splits,
     prompt_template,
@@ -84,8 +85,7 @@ def run(args: argparse.Namespace) -> None:
     from ._significance import mean
     from ._training import device, working_dtype
 
-    if args.rows < 1:
-        raise ValueError(f"--rows {args.rows}: give at least 1")
+    check_at_least_one(args, "rows", "max_source_length", "max_target_length")
     if len(set(args.models)) < len(args.models):
         raise ValueError("a model is named twice: name each once")
     alone = [name for name in args.metrics or () if name in OF_TEACHER and args.teacher is None]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ._display import Display, say_result, table
-from ._inputs import add_data_arguments, load_splits
+from ._inputs import add_data_arguments, check_at_least_one, load_splits
 
 
 SUMMARY = "export to ONNX, OpenVINO or Core ML, proven equal"
@@ -73,10 +73,7 @@ def run(args: argparse.Namespace) -> None:
     from ..export.recipe import Shapes
 
     targets = list(dict.fromkeys(part.strip() for part in args.target.split(",")))
-    if args.rows is not None and args.rows < 1:
-        raise ValueError(f"--rows {args.rows}: give at least 1")
-    if args.calibration_rows is not None and args.calibration_rows < 1:
-        raise ValueError(f"--calibration-rows {args.calibration_rows}: give at least 1")
+    check_at_least_one(args, "rows", "calibration_rows")
     output = Path(args.output)
     folders = {target: output if len(targets) == 1 else output / target for target in targets}
     for folder in folders.values():

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ._display import progress, say_result
+from ._inputs import check_at_least_one
 
 
 SUMMARY = "answer texts with an exported folder or a student"
@@ -22,9 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
-    for name in ("max_new_tokens", "num_beams"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1")
+    check_at_least_one(args, "max_new_tokens", "num_beams")
     model = load_answering(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     answers = []

@@ -7,7 +7,9 @@ the other commands. Every field of transformers' TrainingArguments is an option 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from ._checkpoints import holds_only_a_start
 from ._display import say_result
 from ._inputs import (
     BUILT_IN,
@@ -15,6 +17,7 @@ from ._inputs import (
     add_data_arguments,
     add_prompt_arguments,
     add_training_arguments,
+    check_at_least_one,
     load_splits,
     prompt_template,
     teacher_path,
@@ -34,6 +37,7 @@ _TRAINING = {
     **SCHEDULE,
     "seed": "of the adapter and the data order",
 }
+_TRAINING_FOLDER = "training"  # in the output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,13 +62,15 @@ def run(args: argparse.Namespace) -> None:
         raise ImportError(f'{error}; teach needs pip install "hf-encdec-distill[peft]"') from error
 
     from ..distillation import DistillationCollator
+    from ..distillation.finite_training import FiniteTraining
     from ._evaluation import completion_batch
     from ._teacher import completion_loss
 
-    if args.rank < 1:
-        raise ValueError(f"--rank {args.rank}: give at least 1")
-    output = new_folder(args.output)
-    training = training_arguments(TrainingArguments, args, _TRAINING, output / "training")
+    check_at_least_one(args, "rank", "max_source_length", "max_target_length")
+    output = Path(args.output)
+    if not (holds_only_a_start(output / _TRAINING_FOLDER) and len(list(output.iterdir())) == 1):
+        new_folder(args.output)
+    training = training_arguments(TrainingArguments, args, _TRAINING, output / _TRAINING_FOLDER)
     training.remove_unused_columns = False  # the collator reads the texts
     splits = load_splits(args.dataset, args.source_column, args.target_column)
     path = teacher_path(args.teacher)
@@ -85,10 +91,13 @@ def run(args: argparse.Namespace) -> None:
         ]
         return completion_batch(completions, tokenizer.pad_token_id or 0)
 
+    class FiniteTrainer(FiniteTraining, Trainer):
+        pass
+
     set_seed(training.seed)  # the adapter's first weights are drawn
     adapter = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), adapter)
-    trainer = Trainer(
+    trainer = FiniteTrainer(
         model=model,
         args=training,
         train_dataset=splits["train"],

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 T = TypeVar("T")
+# To pandas "None", "NA" and "null" are no text unless it is told; an empty cell still is none.
+_CSV = {"keep_default_na": False, "na_values": [""]}
 _SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
@@ -98,8 +100,9 @@ def load_tables(
     Raises:
         ValueError: there is no such dataset.
     """
-    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
     from datasets.exceptions import DatasetGenerationError
+    from datasets.packaged_modules.csv.csv import CsvConfig
 
     dataset = os.fspath(dataset)
     path = Path(dataset).expanduser()
@@ -110,13 +113,16 @@ def load_tables(
         raise ValueError(f"{dataset} is not there: expected a file, a folder or the name of a dataset on the Hub")
     try:
         if path.is_file():
-            options = {"sep": "\t"} if suffix == ".tsv" else {}
+            options = _CSV if BUILDERS[suffix] == "csv" else {}
+            options = {**options, "sep": "\t"} if suffix == ".tsv" else options
             return load_dataset(BUILDERS[suffix], data_files={"train": str(path)}, streaming=streaming, **options)
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             loaded = load_from_disk(str(path))
             loaded = DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded
             return {name: split.to_iterable_dataset() for name, split in loaded.items()} if streaming else loaded
-        return load_dataset(str(path) if path.is_dir() else dataset, config, streaming=streaming)
+        name = str(path) if path.is_dir() else dataset
+        options = _CSV if isinstance(load_dataset_builder(name, config).config, CsvConfig) else {}
+        return load_dataset(name, config, streaming=streaming, **options)
     except (OSError, ValueError, DatasetGenerationError) as error:
         # The error says why (no table, offline, gated, a config to choose), but not what else could have been given.
         why = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error

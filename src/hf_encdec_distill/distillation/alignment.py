@@ -37,6 +37,7 @@ from ..models.vocabulary import same_tokens
 from .losses import at_least_float32
 
 
+VOCAB_POLICIES = ("mask_padding", "strict", "id_map", "universal")
 TEACHER_COLUMNS = ("teacher_input_ids", "teacher_attention_mask", "teacher_labels_start", "teacher_label_positions")
 IGNORED = -100
 
@@ -160,6 +161,12 @@ def with_teacher_inputs(
     return teacher_inputs(input_ids, mask, labels, start_token_id)
 
 
+def check_vocab_policy(policy: str) -> None:
+    """Raises ValueError if there is no such `vocab_policy`."""
+    if policy not in VOCAB_POLICIES:
+        raise ValueError(f"vocab_policy={policy!r} is unknown; choose one of {', '.join(VOCAB_POLICIES)}.")
+
+
 @dataclass(frozen=True)
 class SharedVocabulary:
     """The ids that student and teacher both have: all below `size` but `one_sided`.
@@ -194,9 +201,10 @@ class SharedVocabulary:
                 `universal`: a `UniversalVocabulary`.
 
         Raises:
-            ValueError: the tokenizers give one id two tokens or one token two ids; `strict` and a one-sided id;
-                `id_map` or `universal` without both tokenizers.
+            ValueError: an unknown policy; the tokenizers give one id two tokens or one token two ids; `strict` and a
+                one-sided id; `id_map` or `universal` without both tokenizers.
         """
+        check_vocab_policy(policy)
         if policy in ("id_map", "universal"):
             if student_tokenizer is None or teacher_tokenizer is None:
                 raise ValueError(

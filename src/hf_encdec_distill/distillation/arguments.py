@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.utils import logging
 
+from .alignment import VOCAB_POLICIES, check_vocab_policy
 from .losses import DIVERGENCES, HIDDEN_STATE_LOSSES
 
 
 logger = logging.get_logger(__name__)
 
-VOCAB_POLICIES = ("mask_padding", "strict", "id_map", "universal")
 TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
 TEACHER_QUANTIZATIONS = ("8bit", "4bit")
 
@@ -193,7 +193,7 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         _one_of("divergence", self.divergence, tuple(DIVERGENCES))
-        _one_of("vocab_policy", self.vocab_policy, VOCAB_POLICIES)
+        check_vocab_policy(self.vocab_policy)
         if self.teacher_dtype is not None:
             _one_of("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
         if self.teacher_quantization is not None:

@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..confined import inside
-from .alignment import SharedVocabulary, asked_positions, target_positions, with_teacher_inputs
+from .alignment import SharedVocabulary, asked_positions, check_vocab_policy, target_positions, with_teacher_inputs
 from .cache_hub import fetch, is_on_hub, push, write_card
 from .collator import DistillationCollator
 from .losses import Divergence, at_least_float32, forward_kl
@@ -404,6 +404,7 @@ def capture(
     folder = Path(folder)
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}.")
+    check_vocab_policy(vocab_policy)
     for name, value in (("k", k), ("rounds", rounds), ("batch_size", batch_size), ("rows_per_shard", rows_per_shard)):
         if value < 1:
             raise ValueError(f"{name}={value} is out of range; it has to be at least 1.")
@@ -434,12 +435,12 @@ def capture(
         "temperature": 1.0 if kind == "dense" else temperature,
         "generation": None if generation is None else dataclasses.asdict(generation),
     }
+    collate = DistillationCollator(student_tokenizer or tokenizer, tokenizer, vocabulary=vocabulary, **collating)
     state = PartialState(cpu=teacher.device.type == "cpu")
     manifest = _manifest(teacher, tokenizer, recorded, collating.get("prompt_template"))
     if state.is_main_process:
         _open_folder(folder, manifest, tokenizer)
     state.wait_for_everyone()
-    collate = DistillationCollator(student_tokenizer or tokenizer, tokenizer, vocabulary=vocabulary, **collating)
     if generation is not None:
         options = {"batch_size": batch_size, "rows_per_shard": rows_per_shard, "progress": progress}
         splits = {

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import DataCollatorForSeq2Seq, default_data_collator
 from transformers.utils import logging
 
-from ..models.prompts import encode_prompt, prompt_start_token_id
+from ..models.prompts import check_limit, encode_prompt, prompt_start_token_id
 from .alignment import IGNORED, TEACHER_COLUMNS, SharedVocabulary, UniversalVocabulary
 from .boundaries import offsets_encoder, same_text_so_far, text_boundaries
 from .packing import refuse_packed
@@ -51,6 +51,9 @@ class DistillationCollator:
         student_collator: pads rows of `input_ids` and `labels`; by default `DataCollatorForSeq2Seq`.
         keep_text_columns: leave the text columns of ready rows to `student_collator`.
         vocabulary: which ids of the teacher those of the student are; by default the same.
+
+    Raises:
+        ValueError: a limit of length is below 1.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class DistillationCollator:
         keep_text_columns: bool = False,
         vocabulary: SharedVocabulary | None = None,
     ):
+        check_limit("max_source_length", max_source_length)
+        check_limit("max_target_length", max_target_length)
         self.tokenizer = tokenizer_of(processing_class)
         if self.tokenizer is None:
             self.tokenizer = getattr(student_collator, "tokenizer", None)

@@ -3,7 +3,7 @@
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -234,30 +234,6 @@ class LiveTeacher:
         logits = output.logits[0] if caught.hidden is not None else output.logits[rows, columns]
         logits = logits.to(input_ids.device)
         return lambda chunk: logits[chunk]
-
-
-def check_scores(total: Tensor, terms: Mapping[str, Tensor], rows: Tensor, step: int) -> None:
-    """Raises ValueError where the teacher's logits, and not the student's, made a loss of NaN.
-
-    Such a loss would end up in all weights, while the log, which leaves NaN out, looks well. One number is waited for
-    on the device; transformers' own training loop waits for it too, to find out whether to log it.
-
-    Args:
-        total: the loss, a scalar.
-        terms: its terms, `[N]` each, `ce_loss` of the student alone and `distill_loss` of both.
-        rows: `[N]`, the row of the batch that each belongs to.
-        step: the optimizer step, for the message.
-    """
-    if not torch.isnan(total) or "distill_loss" not in terms:
-        return
-    by_teacher = torch.isnan(terms["distill_loss"]) & torch.isfinite(terms["ce_loss"])
-    if by_teacher.any():
-        bad = sorted(set(rows[by_teacher].tolist()))
-        raise ValueError(
-            f"the teacher's logits are not finite at {int(by_teacher.sum())} of the {len(rows)} target tokens of a "
-            f"batch in step {step}, in its rows {bad[:8]}{'...' if bad[8:] else ''}: run the teacher in another dtype "
-            "(teacher_dtype), or leave those rows out. The student is as it was before that step."
-        )
 
 
 def _bitsandbytes(quantization: str, dtype: str | None) -> BitsAndBytesConfig:

@@ -3,8 +3,9 @@
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from .cache import CachedTeacher, is_cache
 from .collator import MESSAGES, DistillationCollator, tokenizer_of
 from .cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
 from .empty_targets import EmptyTargets
+from .finite_training import FiniteTraining, explain_loss
 from .frozen_encoder import freeze_encoder
 from .heads import catch_head_input
 from .hidden_states import HiddenStateMatching, catch_hidden_states, layer_pairs, refuse_hidden_states, widths
@@ -47,7 +49,7 @@ from .positions import check_length, max_positions
 from .rollouts import ReplayBuffer, as_it_was, draw, on_policy_fraction_at, roll_out
 from .schedules import EncoderAnnealing, ProgressiveDepth
 from .shared_prompt import SharedPrompt
-from .teachers import LiveTeacher, PartialScores, check_scores, vocab_size
+from .teachers import LiveTeacher, PartialScores, vocab_size
 from .tied import share_tied_embeddings, share_tied_weights
 
 
@@ -56,7 +58,7 @@ logger = logging.get_logger(__name__)
 let_checkpoints_load_on_many_cpu_processes()
 
 
-class DistillationTrainer(Seq2SeqTrainer):
+class DistillationTrainer(FiniteTraining, Seq2SeqTrainer):
     """Trains an encoder-decoder student on labels and on a decoder-only teacher's distribution over each target token.
 
     loss = `distill_weight * T**2 * divergence + (1 - distill_weight) * cross-entropy
@@ -260,7 +262,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         if of_student:
             terms["hidden_state_loss"] = self._matching(of_student, *of_teacher)
             total = total + self.args.hidden_state_weight * terms["hidden_state_loss"].sum()
-        check_scores(total, terms, rows, self.state.global_step)
+        self.check_loss(total, lambda: explain_loss(terms, rows, self.state.global_step))
         count = len(rows) if num_items_in_batch is None else num_items_in_batch
         # Gradients are averaged over processes, but the tokens were counted over all of them.
         scale = self._token_processes() if num_items_in_batch is not None else 1
@@ -416,6 +418,9 @@ class DistillationTrainer(Seq2SeqTrainer):
 
     # --- hidden states ---
 
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        return chain(super().named_weights(), self._matching.named_parameters())
+
     def _projection_group(self) -> dict[str, Any]:
         return {"params": list(self._matching.parameters()), "weight_decay": self.args.weight_decay}
 
@@ -476,6 +481,7 @@ class DistillationTrainer(Seq2SeqTrainer):
 
     def _roll_out(self, batch: Mapping[str, Any], step: int, number: int) -> dict[str, Any]:
         batch = self._prepare_inputs(batch)
+        self.check_weights()  # of NaN no token can be drawn
         # Each process and each batch of a step draws tokens of its own.
         process = self.accelerator.process_index
         rolled = roll_out(

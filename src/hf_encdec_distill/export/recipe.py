@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..models.finite import check_finite
 from ..models.rope_encdec import RopeEncDecConfig
 from .modules import RULED_BY_LENGTH
 
@@ -231,7 +232,7 @@ def check_exportable(model: torch.nn.Module, target: str, variant: str, shapes: 
     """
     Raises:
         ValueError: there is no such target or variant, the target has no such variant or shapes, the model is none of
-            ours, or it has an option that a graph cannot express; the message names both.
+            ours, it has an option that a graph cannot express (the message names both), or a weight is not finite.
     """
     if target not in TARGETS:
         raise ValueError(f"target {target!r}: choose of {', '.join(TARGETS)}")
@@ -262,6 +263,7 @@ def check_exportable(model: torch.nn.Module, target: str, variant: str, shapes: 
             f"shapes {shapes} need {_positions(config, shapes)} positions, the model has max_position_embeddings="
             f"{config.max_position_embeddings}; give shorter ones"
         )
+    check_finite(model)
 
 
 def check_openvino_options(

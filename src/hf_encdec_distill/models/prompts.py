@@ -42,6 +42,12 @@ class PreTrainedTokenizerFast(transformers.PreTrainedTokenizerFast):
     can_save_slow_tokenizer = False  # there is none, and 5.x would drop "Fast" from the name
 
 
+def check_limit(name, tokens) -> None:
+    """Raises ValueError where a limit of length, `tokens`, is below 1; None is no limit."""
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"{name}={tokens} is out of range; it has to be at least 1, or None for no cut.")
+
+
 def encode_prompt(tokenizer, source, prompt_template=None, max_length=None) -> list[int]:
     """Token ids that the teacher reads before the target.
 
@@ -58,8 +64,9 @@ def encode_prompt(tokenizer, source, prompt_template=None, max_length=None) -> l
 
     Raises:
         ValueError: if the template lacks `{source}`, messages come with a prompt template or without a chat template,
-            or `max_length` leaves no token for the source.
+            or `max_length` is below 1 or leaves no token for the source.
     """
+    check_limit("max_length", max_length)
     ids = encode_rendered(tokenizer, render_prompt(tokenizer, source, prompt_template))
     if max_length is None or len(ids) <= max_length:
         return ids
