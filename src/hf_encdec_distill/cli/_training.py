@@ -7,7 +7,6 @@ training ends where both reach zero. A twin that has to be comparable replays th
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -23,6 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..bench import best_cpu_dtype
+from ..files import read_json, write_json
 
 
 WARMUP_STEPS = 20
@@ -124,7 +124,7 @@ class TimeShare(TrainerCallback):
 
     def resume(self, checkpoint: str) -> None:
         """Take up the clock and the record of a run that was interrupted."""
-        record = json.loads((Path(checkpoint) / _RECORD).read_text(encoding="utf-8"))
+        record = read_json(Path(checkpoint) / _RECORD, fields={"used": float, "rates": list})
         self._used_before, self.rates = record["used"], record["rates"]
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -143,7 +143,7 @@ class TimeShare(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (folder / _RECORD).write_text(json.dumps({"used": self.used, "rates": self.rates}), encoding="utf-8")
+        write_json(folder / _RECORD, {"used": self.used, "rates": self.rates})
 
     @contextmanager
     def catching_interrupts(self) -> Iterator[None]:
