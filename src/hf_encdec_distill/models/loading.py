@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -85,7 +86,10 @@ def load_teacher(name: str | os.PathLike, **options: Any):
             f"the teacher {name} is an encoder-decoder{student} ({config.model_type}): give a decoder-only model, as "
             "the student was made from"
         )
-    return _load(AutoModelForCausalLM, name, "a teacher", options)
+    model = _load(AutoModelForCausalLM, name, "a teacher", options)
+    if base != name:
+        _check_adapter(model, name)
+    return model
 
 
 def load_student(name: str | os.PathLike, **options: Any):
@@ -191,6 +195,20 @@ def _check_complete(model, name: str | os.PathLike, loaded: dict[str, Any]) -> N
             f"the weights in {name} are not those of its config: {'; '.join(problems)}. Save the model again, or put "
             "its own config.json there"
         )
+
+
+def _check_adapter(model, name: str | os.PathLike) -> None:
+    """As `_check_complete`, for an adapter's own tensors, of which transformers 4.57 tells in its log alone."""
+    from peft import get_peft_model_state_dict
+
+    file = find(name) / "adapter_model.safetensors"
+    if not file.is_file():
+        return  # weights in another format: PEFT has read them
+    there = {key.removeprefix("base_model.model.") for key in load_file(file)}
+    wanted = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
+    missing = sorted(key for key in wanted if key.removeprefix("base_model.model.") not in there)
+    if missing:
+        raise ValueError(f"the adapter in {name} is not that of its config: {_some(missing)} missing. Save it again")
 
 
 def _some(names: list[str]) -> str:
