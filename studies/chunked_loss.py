@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tasks import taken_before
 
-from hf_encdec_distill.cli._state import write_json
+from hf_encdec_distill.files import write_json
 
 
 HIDDEN, VOCABULARY = 576, 49_152

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tasks import load_task, taken_before
 
-from hf_encdec_distill.cli._state import write_json
+from hf_encdec_distill.files import write_json
 
 
 BATCH, STEPS, SKIPPED = 8, 6, 2

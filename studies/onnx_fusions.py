@@ -25,10 +25,10 @@ import onnxruntime
 import torch
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
-from hf_encdec_distill.cli._state import write_json
 from hf_encdec_distill.export import modules
 from hf_encdec_distill.export import onnx as target
 from hf_encdec_distill.export.recipe import Shapes, graphs
+from hf_encdec_distill.files import write_json
 
 
 BASE, AGAIN = "opset 18", "opset 18, again"

@@ -28,10 +28,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from hf_encdec_distill import DistillationTrainer, DistillationTrainingArguments, RopeEncDecForConditionalGeneration
 from hf_encdec_distill.bench import best_cpu_dtype
 from hf_encdec_distill.cli._evaluation import encode_rows, generate, score
-from hf_encdec_distill.cli._state import write_json
 from hf_encdec_distill.data import load_plain_text
 from hf_encdec_distill.distillation import LiveTeacher, capture
 from hf_encdec_distill.distillation.metrics import distinct_share, rouge_l
+from hf_encdec_distill.files import write_json
 
 
 @dataclass(frozen=True)

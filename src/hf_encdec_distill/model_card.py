@@ -46,7 +46,6 @@
     note        a line before the heading, for instance a comment
 """
 
-import json
 import math
 import os
 import re
@@ -56,8 +55,8 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .confined import inside
-from .model_card_loading import loading_section, proven_exports, table, write_whole
+from .files import inside, read_json, write_text
+from .model_card_loading import loading_section, proven_exports, table
 
 
 PAPER = "https://arxiv.org/abs/2501.16273"
@@ -149,7 +148,7 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
     path = Path(path_or_dir)
     path = path if path.suffix == ".md" else path / "README.md"
     if not isinstance(metrics, Mapping):
-        metrics = json.loads(Path(metrics).read_text(encoding="utf-8"))
+        metrics = read_json(Path(metrics))
     check(metrics)
     metrics = {"exports": proven_exports(path.parent), **metrics}
     folder = path.resolve().parent.name
@@ -171,7 +170,7 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
     text = "\n\n".join(filter(None, (metrics.get("note"), *sections)))
     text = f"---\n{_card_data(metrics, title).to_yaml()}\n---\n\n{text}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text)
+    write_text(path, text)
     return path
 
 

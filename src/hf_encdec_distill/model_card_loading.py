@@ -1,12 +1,10 @@
 """How to load a student and its exports: the section of a card that changes when the student moves or is exported."""
 
-import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .confined import inside
+from .files import inside, read_json, write_text
 
 
 PARITY = "parity.json"
@@ -20,8 +18,13 @@ def why_not_proven(export: Path) -> str | None:
     """Of a folder that an export left; None if all that was compared with PyTorch is within bounds."""
     if export.suffix in _UNFINISHED or not (export / PARITY).is_file():
         return f"there is no {PARITY} that proves it equal to PyTorch"
-    failures = json.loads((export / PARITY).read_text(encoding="utf-8"))["failures"]
+    failures = read_parity(export)["failures"]
     return f"not equal to PyTorch within bounds: {', '.join(failures)}" if failures else None
+
+
+def read_parity(export: Path) -> dict:
+    """What was compared; raises ValueError where the file does not say it."""
+    return read_json(export / PARITY, fields={"failures": list})
 
 
 def proven_exports(folder: Path) -> dict[str, dict]:
@@ -32,7 +35,7 @@ def proven_exports(folder: Path) -> dict[str, dict]:
     """
     found = sorted(inside(folder, file.relative_to(folder).as_posix()).parent for file in folder.glob(f"*/{PARITY}"))
     proven = [export for export in found if why_not_proven(export) is None]
-    return {export.name: json.loads((export / PARITY).read_text(encoding="utf-8")) for export in proven}
+    return {export.name: read_parity(export) for export in proven}
 
 
 def loading_section(name: str, model_type: str, exports: Mapping[str, Mapping]) -> str:
@@ -70,14 +73,7 @@ def note_exports(folder: Path, model_type: str) -> None:
     before = card.read_text(encoding="utf-8")
     after = with_loading(before, model_type, proven_exports(folder))
     if after != before:
-        write_whole(card, after)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        write_text(card, after)
 
 
 _ANSWER = """inputs = tokenizer(source, return_tensors="pt")

@@ -25,7 +25,7 @@ LAYERS = [
     "pipelines",
     "registration",
     "hub",
-    "confined",
+    "files",
 ]
 NOT_EACH_OTHER = {("export", "distillation"), ("distillation", "export")}
 TRAVELS = ["configuration_rope_encdec", "modeling_rope_encdec", "compat_rope_encdec"]

@@ -138,7 +138,8 @@ def test_a_number_without_a_dot_is_a_number(tmp_path):
         ("init: {cross_attention: none}", "expected merged or separate"),
         ("student: a\ninit: {}", "both a student and an init section"),
         ("- a\n- b", "holds a list, expected a mapping"),
-        ("a: [", "cannot be read as a recipe"),
+        ("a: [", "cannot be read as YAML"),
+        ("seed: &a 1\ndata_seed: *a", r"line 2 has the alias \*a"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, text, message):

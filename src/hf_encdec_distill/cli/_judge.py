@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..models.loading import load_config, load_teacher, load_tokenizer
 from ..models.prompts import encode_rendered, render_prompt
 from ._display import progress
 from ._evaluation import Update, batches, left_padded
@@ -75,8 +75,8 @@ class Judge:
 
     def __init__(self, path: str, template: str | None, rows: Sequence[Mapping[str, str]]):
         self.path, self.template, self.rows = path, load_template(template), rows
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        config = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
+        self.tokenizer = load_tokenizer(path)
+        config = load_config(path).get_text_config(decoder=True)
         self.max_length = getattr(config, "max_position_embeddings", None)
         self.prompts([row["target"] for row in rows])
 
@@ -117,7 +117,7 @@ class Judge:
             Scores, `[rows]` from 1 to 5: the mean of the digits, given that it answers with one. And the probability
             of that, the mean over the rows: where it is small the scores mean nothing.
         """
-        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=working_dtype()).to(device()).eval()
+        model = load_teacher(self.path, dtype=working_dtype()).to(device())
         rated = {}
         for name, texts in answers.items():
             with progress(name) as update:

@@ -17,7 +17,6 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ..bench import compare_cost, compare_latency, machine_description, plot_loss_curves, plot_quality
 from ..data import lead_sentence
@@ -25,7 +24,9 @@ from ..data.builtin_teacher import FACTS
 from ..data.python_docstrings import ROWS_LICENSE
 from ..distillation import DistillationTrainer, DistillationTrainingArguments
 from ..distillation.metrics import distinct_share
+from ..files import write_json
 from ..model_card import teacher_entry, write_model_card
+from ..models.loading import load_config, load_student, load_teacher, load_tokenizer
 from ..models.prompts import PreTrainedTokenizerFast, prompt_start_token_id
 from ..models.rope_encdec import RopeEncDecForConditionalGeneration
 from . import _teacher
@@ -34,7 +35,7 @@ from ._evaluation import encode_rows, generate, measure_texts, score
 from ._inputs import BUILT_IN, dataset_name, load_splits, prompt_template, teacher_path
 from ._report import percent, samples_page
 from ._significance import interval, mean
-from ._state import State, open_run, write_json
+from ._state import State, open_run
 from ._training import InOrder, TimeShare, device, precision_arguments, train, training_order, working_dtype
 
 
@@ -161,7 +162,7 @@ class Pipeline:
     @cached_property
     def tokenizer(self):
         """The teacher's."""
-        return AutoTokenizer.from_pretrained(self.teacher_path)
+        return load_tokenizer(self.teacher_path)
 
     @cached_property
     def rows(self) -> dict[str, list[dict]]:
@@ -188,16 +189,16 @@ class Pipeline:
         return [text.partition('"""')[0].strip().partition("\n")[0].strip() for text in texts]
 
     def load_teacher(self, path, dtype):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device()).eval()
+        return load_teacher(path, dtype=dtype).to(device())
 
     def load_student(self, path, dtype):
-        return AutoModelForSeq2SeqLM.from_pretrained(path, dtype=dtype).to(device()).eval()
+        return load_student(path, dtype=dtype).to(device())
 
     # Stages: each takes `update(fraction, detail)` and its share in seconds, and returns what is worth keeping -------
 
     def teacher(self, update, share) -> dict:
         path = teacher_path(self.settings.teacher)
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = load_config(path)
         depth = config.get_text_config(decoder=True).num_hidden_layers
         for side in ("encoder_layers", "decoder_layers"):
             if getattr(self.settings, side) > depth:
@@ -205,7 +206,7 @@ class Pipeline:
                     f"{side}={getattr(self.settings, side)}, but the teacher has {depth} layers: give at most {depth} "
                     f"with --{side.replace('_', '-')}"
                 )
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = load_tokenizer(path)
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {path} has no eos_token, which has to end a target: set it")
         if prompt_start_token_id(tokenizer, self.template) is None:
@@ -293,7 +294,7 @@ class Pipeline:
 
     def _train_student(self, share: TimeShare, distill_weight: float, target: str) -> dict:
         student = self.load_student(self.work / "start", torch.float32)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(self.work / "start")
+        tokenizer = load_tokenizer(self.work / "start", PreTrainedTokenizerFast)
         rows = self.rows["train"]
         order = training_order([len(row["prompt"]) for row in rows], BATCH_SIZE, share.steps, self.settings.seed + 1)
         ready = [{"input_ids": row["inputs"], "labels": row["labels"]} for row in rows]
@@ -393,7 +394,7 @@ class Pipeline:
     def _metrics(self) -> dict:
         results, settings = self.state.results, self.settings
         teacher = FACTS if settings.teacher == BUILT_IN else teacher_entry(settings.teacher)
-        config = transformers.AutoConfig.from_pretrained(self.folder / "student")
+        config = load_config(self.folder / "student")
         held_out = results["before"]["rows"]
         models = {"teacher_before": results["before"]["entry"], **results["evaluate"]["models"]}
         for name in ("student_start", "student_ce", "student_kd"):

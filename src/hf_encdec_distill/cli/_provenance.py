@@ -17,6 +17,7 @@ import torch
 from .. import __version__
 from ..data import fingerprint
 from ..distillation.cache import CachedTeacher, weights_digest
+from ..files import check_fields, read_json
 from ._checkpoints import PROVENANCE
 
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_FIELDS = {"fingerprints": dict, "versions": dict, "machine": dict}
 # Two runs whose numbers are nearer than this, relatively, are the same run on another machine. Another seed is not: it
 # moves a loss by some hundredths.
 TOLERANCE = 1e-3
@@ -106,12 +108,28 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     """Raises ValueError if there is none, or the run that it tells of did not come to its end."""
     file = folder / PROVENANCE
     try:
-        provenance = json.loads(file.read_text(encoding="utf-8"))
+        provenance = read_json(file, fields=_FIELDS)
+        if provenance.get("result") is not None:
+            _check_recorded(provenance, str(file))
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} has no record of its run: {error}. Name a folder that `distill` wrote.") from error
     if provenance.get("result") is None:
         raise ValueError(f"the run in {folder} was not finished, so it has no numbers: go on with it with --resume.")
     return provenance
+
+
+def _check_recorded(provenance: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError where something that is compared is not there, or is no number."""
+    machine = provenance["machine"]
+    check_fields(machine, {"device": str, "threads": int}, f"{where}, machine")
+    if machine["threads"] < 1:
+        raise ValueError(f"{where} has {machine['threads']} threads of its machine, expected at least 1")
+    check_fields(provenance, {"result": dict}, where)
+    result = provenance["result"]
+    check_fields(result, {"steps": int, "metrics": dict, "losses": dict, "weights": str}, f"{where}, result")
+    for nested in (result["metrics"], result["losses"]):
+        numbers = _numbers(nested)
+        check_fields(numbers, dict.fromkeys(numbers, float), f"{where}, result")
 
 
 def check_inputs(recorded: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
@@ -123,7 +141,7 @@ def check_inputs(recorded: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
             "student, where they have moved with --dataset, --teacher and --student."
         )
     parts = ("versions", "machine", "git")
-    differing = _differences({part: recorded[part] for part in parts}, {part: now[part] for part in parts})
+    differing = _differences({part: recorded.get(part) for part in parts}, {part: now[part] for part in parts})
     if differing:
         logger.warning("not as in %s, numbers may differ a little: %s", folder, "; ".join(differing))
 
@@ -131,7 +149,7 @@ def check_inputs(recorded: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
 def warn_of_changes(folder: Path, now: Mapping[str, Any]) -> None:
     """Before the run in `folder` goes on: a warning where it was begun with other data or models."""
     if (folder / PROVENANCE).is_file():  # a run of an earlier version has none
-        begun = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        begun = read_json(folder / PROVENANCE, fields={"fingerprints": dict})
         differing = _differences(begun["fingerprints"], now["fingerprints"])
         if differing:
             logger.warning("the run in %s was begun with something else: %s", folder, "; ".join(differing))

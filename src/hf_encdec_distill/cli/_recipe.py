@@ -15,13 +15,14 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ..files import read_yaml, write_text
 from ._checkpoints import RECIPE_HEADER
 from ._inputs import DATA
-from ._state import write_text
 from .init import Shape
 
 
 SUFFIXES = (".yaml", ".yml")
+_KEYS = "those of `distill --help` and the fields of DistillationTrainingArguments"
 _RUN = dict.fromkeys(("student", "teacher", *DATA, "output"), str)
 # The beginnings of the names of training arguments, of either version of transformers.
 _LEADS_OUT = ("push_to_hub", "hub_", "report_to", "logging_dir", "run_name", "project", "trackio_")
@@ -40,20 +41,18 @@ def read_recipe(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: no such file, no YAML mapping, an unknown key, a value of the wrong type; the key is named.
     """
-    import yaml
-
     from ..distillation import DistillationTrainingArguments
 
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(file)
+    except OSError as error:
         raise ValueError(f"{file} cannot be read as a recipe: {error}") from error
     fields = {field.name for field in dataclasses.fields(DistillationTrainingArguments) if field.init}
     hints = {name: hint for name, hint in get_type_hints(DistillationTrainingArguments).items() if name in fields}
     del hints["output_dir"]  # `output`
-    recipe = _checked(content, {**hints, **_RUN, "init": dict}, str(file))
+    recipe = checked(content, {**hints, **_RUN, "init": dict}, str(file))
     if "init" in recipe:
-        recipe["init"] = _checked(recipe["init"], get_type_hints(Init), f"{file}, init")
+        recipe["init"] = checked(recipe["init"], get_type_hints(Init), f"{file}, init")
         if "student" in recipe:
             raise ValueError(
                 f"{file} has both a student and an init section, which would make one: leave one of them out."
@@ -92,16 +91,23 @@ def kept_to_itself(recipe: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {**kept, "report_to": "none"}  # which is not the default of transformers 4.57
 
 
-def _checked(content: Any, hints: Mapping[str, Any], where: str) -> dict[str, Any]:
+def checked(content: Any, hints: Mapping[str, Any], where: str, known: str = _KEYS) -> dict[str, Any]:
+    """The mapping, every value of its key's type; a key that is null is left out.
+
+    Args:
+        hints: the type of each key.
+        where: it is from, for messages.
+        known: what the keys are, for messages.
+
+    Raises:
+        ValueError: it is no mapping, or has an unknown key or a value of the wrong type.
+    """
     if not isinstance(content, dict):
         raise ValueError(f"{where} holds a {type(content).__name__}, expected a mapping of keys to values.")
     for name in content:
         if name not in hints:
             close = difflib.get_close_matches(str(name), hints, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"{where}: unknown key {name!r}, the closest valid one is {close!r}; keys are those of `distill "
-                "--help` and the fields of DistillationTrainingArguments."
-            )
+            raise ValueError(f"{where}: unknown key {name!r}, the closest valid one is {close!r}; keys are {known}.")
     return {name: _typed(name, value, hints[name], where) for name, value in content.items() if value is not None}
 
 

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from ..files import check_fields, read_json, write_json
+from ._recipe import checked
 from .quickstart import Settings
 
 
 _FILE = "state.json"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
-    write_text(path, json.dumps(content, indent=1))
+_FIELDS = {"settings": dict, "seconds_used": float, "shares": dict, "results": dict}
 
 
 class State:
@@ -92,12 +81,16 @@ def open_run(folder: Path, given: dict[str, Any], resume: bool) -> State:
             )
         return State(folder, Settings(**given))
     try:
-        content = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        content = read_json(folder / _FILE, fields=_FIELDS)
     except FileNotFoundError:
         raise ValueError(
             f"there is no run in {folder} to resume: name its folder with --output, or begin one without --resume"
         ) from None
-    settings = Settings(**content["settings"])
+    where = str(folder / _FILE)
+    check_fields(content["results"], dict.fromkeys(content["results"], dict), f"{where}, results")
+    check_fields(content["shares"], dict.fromkeys(content["shares"], float), f"{where}, shares")
+    hints = get_type_hints(Settings)
+    settings = Settings(**checked(content["settings"], hints, f"{where}, settings", "those of `quickstart --help`"))
     for name, value in given.items():
         if getattr(settings, name) != value:
             raise ValueError(

@@ -7,7 +7,6 @@ training ends where both reach zero. A twin that has to be comparable replays th
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -24,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from ..bench import best_cpu_dtype
+from ..files import read_json
 from ._checkpoints import last_whole_checkpoint
 
 
@@ -125,7 +125,9 @@ class TimeShare(TrainerCallback, ExportableState):
 
     def resume(self, checkpoint: str) -> None:
         """Take up the clock and the record of a run that was interrupted."""
-        states = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["stateful_callbacks"]
+        states = read_json(Path(checkpoint) / TRAINER_STATE_NAME, fields={"stateful_callbacks": dict})[
+            "stateful_callbacks"
+        ]
         record = states[type(self).__name__]["attributes"]
         self._used_before, self.rates = record["used"], record["rates"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from ._checkpoints import checkpoint_in
 from ._display import say_result
 from ._inputs import BUILT_IN, add_training_arguments, teacher_path, training_arguments
-from .distill import TRAINING, load_student, train_and_save
+from .distill import TRAINING, student_and_tokenizer, train_and_save
 
 
 SUMMARY = "adapt a student to plain text before its task"
@@ -78,10 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from datasets import Dataset
-    from transformers import AutoTokenizer
 
     from ..data import load_plain_text
     from ..distillation import DistillationTrainer, DistillationTrainingArguments
+    from ..models.loading import load_tokenizer
 
     output = Path(args.output)
     checkpoint = checkpoint_in(output, args.resume)
@@ -92,14 +92,14 @@ def run(args: argparse.Namespace) -> None:
         # Each process reads its own rows; batches that one reads for all have to be of one length.
         training.accelerator_config.dispatch_batches = False
 
-    student, tokenizer = load_student(args.student)
+    student, tokenizer = student_and_tokenizer(args.student)
     teacher = teacher_path(args.teacher)
 
     def rows(split: str):
         merged = getattr(student.config, "cross_attention", None) == "merged"
         return load_plain_text(
             None if args.text == BUILT_IN else args.text,
-            AutoTokenizer.from_pretrained(teacher),
+            load_tokenizer(teacher),
             objective=args.objective,
             window=args.window,
             start_token_id=student.config.decoder_start_token_id if merged else None,

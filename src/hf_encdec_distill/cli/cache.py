@@ -112,11 +112,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from accelerate import PartialState
     from datasets import DatasetDict
-    from transformers import AutoTokenizer
 
     from ..distillation.alignment import check_vocab_policy
     from ..distillation.cache import CachedTeacher, capture, size_on_disk
     from ..distillation.teachers import LiveTeacher
+    from ..models.loading import load_tokenizer
     from ._training import device, working_dtype
 
     check_vocab_policy(args.vocab_policy)
@@ -133,13 +133,13 @@ def run(args: argparse.Namespace) -> None:
         LiveTeacher.load(path, dtype, args.teacher_quantization).to(device()),
         DatasetDict({name: splits[name] for name in args.splits}),
         args.output,
-        AutoTokenizer.from_pretrained(path),
+        load_tokenizer(path),
         kind=args.kind,
         k=args.k,
         rounds=args.rounds,
         proposal_power=args.proposal_power,
         temperature=args.temperature,
-        student_tokenizer=AutoTokenizer.from_pretrained(args.student) if args.student else None,
+        student_tokenizer=load_tokenizer(args.student) if args.student else None,
         vocab_policy=args.vocab_policy,
         generation=generation,
         batch_size=args.batch_size,
@@ -161,9 +161,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _start_token_id(student: str | None) -> int | None:
-    from transformers import AutoConfig
+    from ..models.loading import load_config
 
-    config = AutoConfig.from_pretrained(student) if student else None
+    config = load_config(student) if student else None
     return config.decoder_start_token_id if getattr(config, "cross_attention", None) == "merged" else None
 
 

@@ -66,8 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
 def load_page(args: argparse.Namespace):
     """The page, with all that was asked for loaded and warm."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    from ..models.loading import load_teacher, load_tokenizer
     from ._answers import Reader, stream
     from ._page import Side, build
     from ._training import device, working_dtype
@@ -84,8 +83,8 @@ def load_page(args: argparse.Namespace):
     teacher = None
     if args.teacher is not None:
         path = teacher_path(args.teacher)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=working_dtype()).to(device()).eval()
-        teacher = Side(model, AutoTokenizer.from_pretrained(path), _size(model))
+        model = load_teacher(path, dtype=working_dtype()).to(device())
+        teacher = Side(model, load_tokenizer(path), _size(model))
     reader = Reader(
         first.tokenizer,
         first.model.config,
@@ -107,14 +106,13 @@ def load_page(args: argparse.Namespace):
 
 def _student(name: str):
     """What runs it, and its `Side` of the page."""
-    from transformers import AutoTokenizer
-
+    from ..models.loading import load_tokenizer
     from ._page import Side
     from ._training import device, working_dtype
     from .generate import load_answering
 
     model = load_answering(name, dtype=working_dtype())
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = load_tokenizer(name)
     manifest = getattr(model, "manifest", None)
     if manifest is None:
         return _in_pytorch(model), Side(model.to(device()), tokenizer, _size(model))

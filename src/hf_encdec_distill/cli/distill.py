@@ -104,6 +104,7 @@ def run(args: argparse.Namespace) -> None:
     from transformers import set_seed
 
     from ..distillation import DistillationTrainer, DistillationTrainingArguments
+    from ..files import write_json
     from ..model_card_callback import ModelCardCallback
     from ._provenance import (
         check_inputs,
@@ -114,7 +115,6 @@ def run(args: argparse.Namespace) -> None:
         warn_of_changes,
     )
     from ._recipe import training_part, write_recipe
-    from ._state import write_json
 
     recipe = _recipe(args)
     recorded = None if args.reproduce is None else read_provenance(Path(args.reproduce))
@@ -203,7 +203,7 @@ def _student(recipe: Mapping[str, Any], splits: DatasetDict, template: str | Non
     from ..distillation.cache import is_cache
 
     if "student" in recipe:
-        return load_student(recipe["student"])
+        return student_and_tokenizer(recipe["student"])
     shape = dict(recipe["init"])
     teacher = shape.pop("teacher", recipe["teacher"])
     if is_cache(teacher):
@@ -223,13 +223,12 @@ def _known(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {"data": {"name": name, **license}, "task": {"name": name}, **teacher}
 
 
-def load_student(path: str) -> tuple[Any, Any]:
-    """A model and its tokenizer from a folder or the Hub."""
-    from transformers import AutoModelForSeq2SeqLM
-
+def student_and_tokenizer(path: str) -> tuple[Any, Any]:
+    """From a folder or the Hub."""
+    from ..models.loading import load_student, load_tokenizer
     from ..models.prompts import PreTrainedTokenizerFast
 
-    return AutoModelForSeq2SeqLM.from_pretrained(path), PreTrainedTokenizerFast.from_pretrained(path)
+    return load_student(path), load_tokenizer(path, PreTrainedTokenizerFast)
 
 
 def train_and_save(trainer: DistillationTrainer, checkpoint: str | None) -> None:

@@ -78,9 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import numpy as np
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..model_card import OF_TEACHER, update_model_card
+    from ..models.loading import load_teacher, load_tokenizer
     from ._judge import Judge
     from ._significance import mean
     from ._training import device, working_dtype
@@ -100,8 +100,8 @@ def run(args: argparse.Namespace) -> None:
     teacher = teacher_tokenizer = None
     if args.teacher is not None:
         path = teacher_path(args.teacher)
-        teacher = AutoModelForCausalLM.from_pretrained(path, dtype=working_dtype()).to(device()).eval()
-        teacher_tokenizer = AutoTokenizer.from_pretrained(path)
+        teacher = load_teacher(path, dtype=working_dtype()).to(device())
+        teacher_tokenizer = load_tokenizer(path)
     pairs = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")["test"]
     pairs = pairs.shuffle(seed=0).select(range(min(args.rows, len(pairs))))
     judge = None if args.judge is None else Judge(teacher_path(args.judge), args.judge_template, list(pairs))
@@ -136,17 +136,17 @@ def _measure(
 ) -> dict[str, Any]:
     """The `Sums` of each measure as `sums`, those without as `plain`; the target `labels` and the answers `texts`."""
     import numpy as np
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     from ..distillation.metrics import distinct_share
+    from ..models.loading import load_config, load_student, load_teacher, load_tokenizer
     from ._evaluation import OF_LOGITS, encode_rows, generate, measure_texts, read_by_encoder, score
     from ._significance import calibration_error, mean
     from ._training import device, working_dtype
 
-    config = AutoConfig.from_pretrained(name)
-    loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = loader.from_pretrained(name, dtype=working_dtype()).to(device()).eval()
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    config = load_config(name)
+    load = load_student if config.is_encoder_decoder else load_teacher
+    model = load(name, dtype=working_dtype()).to(device())
+    tokenizer = load_tokenizer(name)
     template = prompt_template(args.prompt_template, args.dataset)
     rows = encode_rows(pairs, teacher_tokenizer or tokenizer, template, args.max_source_length, args.max_target_length)
     if config.is_encoder_decoder:
@@ -218,8 +218,8 @@ def _model_name(path: str) -> str:
 
 def _write(output: Path, result: Mapping, pairs, measured: Mapping[str, Mapping]) -> None:
     from ..bench import plot_quality
+    from ..files import write_json, write_text
     from ..model_card import model_index
-    from ._state import write_json, write_text
 
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "metrics.json", result)

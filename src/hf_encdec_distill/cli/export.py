@@ -103,15 +103,16 @@ def _load(name: str) -> tuple[Any, Any]:
         ValueError: it is a model of another type.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(name)
+    from ..models.loading import load_config, load_student, load_tokenizer
+
+    config = load_config(name)
     if config.model_type != "rope_encdec":
         raise ValueError(
             f"{name} is a {config.model_type}: only students of this package can be exported; hf-encdec-distill init "
             "makes one out of a decoder-only model"
         )
-    return AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(name)
+    return load_student(name, dtype=torch.float32), load_tokenizer(name)
 
 
 def _check(model, targets: list[str], args: argparse.Namespace, shapes) -> None:
@@ -137,9 +138,9 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
     from ..distillation.metrics import rouge_l
     from ..export.exporting import export_model
     from ..export.parity import prove
+    from ..files import write_json
     from ..model_card import license_of
     from ..model_card_loading import PARITY, note_exports
-    from ._state import write_json
 
     rows = _rows("test", args.rows or _ROWS[target], model, tokenizer, args, shapes)
     calibration = None

@@ -21,11 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
+    from ..models.loading import load_tokenizer
 
     check_at_least_one(args, "max_new_tokens", "num_beams")
     model = load_answering(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
     answers = []
     with progress("generate") as update:
         for text in args.texts:  # one by one: some graphs take no batch, and their answers are the same
@@ -45,10 +45,9 @@ def run(args: argparse.Namespace) -> None:
 
 def load_answering(name: str, **options):
     """An exported folder on the runtime of its target, else a student in PyTorch; `options` are for the latter."""
-    from transformers import AutoModelForSeq2SeqLM
-
     from ..export.runtime import MANIFEST, ExportedForConditionalGeneration
+    from ..models.loading import load_student
 
     if (Path(name) / MANIFEST).is_file():
         return ExportedForConditionalGeneration.from_pretrained(name)
-    return AutoModelForSeq2SeqLM.from_pretrained(name, **options).eval()
+    return load_student(name, **options)

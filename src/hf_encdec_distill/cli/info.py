@@ -16,7 +16,7 @@ EXAMPLE = "hf-encdec-distill info runs/quickstart/student --prompt-length 512"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="folder or Hub id of a student or of a decoder-only model")
+    parser.add_argument("model", help=f"student or decoder-only model: folder, Hub id, or {BUILT_IN!r}")
     parser.add_argument(
         "--teacher",
         metavar="MODEL",
@@ -29,14 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import torch
-    from transformers import AutoConfig
 
     from ..bench import compare_cost, decoder_only_config, model_cost
+    from ..models.loading import load_config
 
-    config = AutoConfig.from_pretrained(args.model)
+    config = load_config(teacher_path(args.model))
     request = (args.prompt_length, args.new_tokens, getattr(torch, args.dtype))
     if args.teacher is not None:
-        teacher = AutoConfig.from_pretrained(teacher_path(args.teacher))
+        teacher = load_config(teacher_path(args.teacher))
     else:
         teacher = decoder_only_config(config) if config.model_type == "rope_encdec" else None
     if teacher is None:

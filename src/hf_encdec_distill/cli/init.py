@@ -104,17 +104,17 @@ def make_student(
         template: the prompt's; `None` leaves it to the teacher's chat template.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ..models.loading import load_teacher, load_tokenizer
     from ..models.rope_encdec import RopeEncDecForConditionalGeneration
     from ..models.whole_weights import whole_on_each_process
 
     rows = rows.shuffle(seed=0).select(range(min(_CALIBRATION_ROWS, len(rows))))
     with whole_on_each_process():
-        model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+        model = load_teacher(teacher, dtype=torch.float32)
     return RopeEncDecForConditionalGeneration.from_decoder_only(
         model,
-        tokenizer=AutoTokenizer.from_pretrained(teacher),
+        tokenizer=load_tokenizer(teacher),
         encoder_num_hidden_layers=shape.encoder_layers,
         decoder_num_hidden_layers=shape.decoder_layers,
         cross_attention=shape.cross_attention,

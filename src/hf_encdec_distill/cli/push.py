@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from ..confined import inside
+from ..files import inside
 from ..model_card_loading import PARITY, proven_exports, why_not_proven, with_loading
 from ._display import say_result
 

@@ -36,8 +36,8 @@ class Settings:
     decoder_layers: int = 4
 
     def __post_init__(self):
-        if not self.minutes > 0:
-            raise ValueError(f"minutes={self.minutes} leaves no time: give a number above 0")
+        if not 0 < self.minutes < float("inf"):
+            raise ValueError(f"minutes={self.minutes} is no time to work in: give a number above 0")
         for side in ("encoder_layers", "decoder_layers"):
             if getattr(self, side) < 1:
                 raise ValueError(f"{side}={getattr(self, side)}: a student needs at least one layer on either side")

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+    from transformers import Trainer, TrainingArguments, set_seed
 
     try:
         from peft import LoraConfig, get_peft_model
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..distillation import DistillationCollator
     from ..distillation.finite_training import FiniteTraining
+    from ..models.loading import load_teacher, load_tokenizer
     from ._evaluation import completion_batch
     from ._teacher import completion_loss
 
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     training.remove_unused_columns = False  # the collator reads the texts
     splits = load_splits(args.dataset, args.source_column, args.target_column)
     path = teacher_path(args.teacher)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
     encode = DistillationCollator(
         tokenizer,
         tokenizer,
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
 
     set_seed(training.seed)  # the adapter's first weights are drawn
     adapter = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), adapter)
+    model = get_peft_model(load_teacher(path, dtype=torch.float32), adapter)
     trainer = FiniteTrainer(
         model=model,
         args=training,

@@ -30,7 +30,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..confined import inside
+from ..files import check_fields, inside, read_json
 from .alignment import SharedVocabulary, asked_positions, check_vocab_policy, target_positions, with_teacher_inputs
 from .cache_hub import fetch, is_on_hub, push, write_card
 from .collator import DistillationCollator
@@ -324,11 +324,15 @@ def is_cache(folder: Any) -> bool:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(inside(folder, MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(inside(folder, MANIFEST))
+        if manifest.get("format") != _FORMAT:
+            raise ValueError(f"its format is {manifest.get('format')!r}, expected {_FORMAT}: capture it again")
+        check_fields(manifest, {"kind": str, "vocab_size": int, "temperature": float}, str(folder / MANIFEST))
+        missing = [name for name in (*_IDENTITY, "teacher") if name not in manifest]
+        if missing or manifest["kind"] not in KINDS or (manifest["kind"] == "top_k" and not manifest["k"]):
+            raise ValueError(f"{folder / MANIFEST} lacks {', '.join(missing) or 'a kind of record'}: capture it again")
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is no cache of a teacher: {error}") from error
-    if manifest.get("format") != _FORMAT:
-        raise ValueError(f"{folder} has format {manifest.get('format')}, expected {_FORMAT}: capture it anew.")
     return manifest
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, snapshot_download
 
-from ..confined import inside
+from ..files import inside
 from ..hub import upload
 from .shards import shard_files
 

@@ -15,7 +15,7 @@ import datasets
 import pyarrow.parquet
 from huggingface_hub.utils.sha import sha_fileobj
 
-from ..confined import inside
+from ..files import inside
 
 
 class ShardWriter:

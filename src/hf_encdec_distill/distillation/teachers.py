@@ -9,8 +9,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
+from ..models.loading import load_teacher
 from ..models.whole_weights import whole_on_each_process
 from .alignment import SharedVocabulary, log_mass
 from .heads import catch_head_input
@@ -157,14 +158,7 @@ class LiveTeacher:
                 "a Hub id."
             )
         options = {} if quantization is None else {"quantization_config": _bitsandbytes(quantization, dtype)}
-        try:
-            model = AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype or "auto", **options)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"teacher={str(teacher)!r} cannot be loaded with AutoModelForCausalLM: {error}\nGive a folder or "
-                "Hub id of a decoder-only model, or load the teacher yourself and give the model."
-            ) from error
-        return cls(model)
+        return cls(load_teacher(teacher, dtype=dtype or "auto", **options))
 
     def to(self, device: torch.device) -> "LiveTeacher":
         # A model spread over devices by accelerate, or quantised, stays where it was loaded.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub.utils.sha import sha_fileobj
-from transformers import AutoConfig, GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.modeling_utils import PreTrainedModel
 
-from ..confined import inside
+from ..files import inside, read_json
+from ..models.loading import load_config, load_generation_config
 from ..models.rope_encdec import RopeEncDecConfig
 from ..models.rope_encdec.compat_rope_encdec import CACHE_FIELD
 from .graphs import Graphs, check_installed
@@ -21,6 +21,15 @@ from .recipe import Shapes, graphs
 
 MANIFEST = "exported.json"
 MANIFEST_VERSION = 1
+_FIELDS = {
+    "version": int,
+    "target": str,
+    "shapes": str,
+    "stateful": bool,
+    "variant": str,
+    "cache_dtype": str,
+    "files": dict,
+}
 
 
 class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -50,10 +59,10 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
-        config = AutoConfig.from_pretrained(folder)
+        config = load_config(folder)
         shapes = Shapes.parse(manifest["shapes"])
         model = cls(config, load_graphs(folder, manifest, graphs(config, shapes), shapes))
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = load_generation_config(folder)
         model.manifest = manifest
         return model.eval()
 
@@ -147,9 +156,11 @@ def read_manifest(folder: Path) -> dict:
         ValueError: there is none, it is of a newer version, or a file is missing, changed or outside of the folder.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST, fields=_FIELDS)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder} holds no export: make one with hf-encdec-distill export MODEL {folder}") from None
+    if manifest["target"] not in ("onnx", "openvino", "coreml"):
+        raise ValueError(f"{folder / MANIFEST} names the target {manifest['target']!r}: export the model again")
     if manifest["version"] > MANIFEST_VERSION:
         raise ValueError(
             f"{folder / MANIFEST} is of version {manifest['version']}, this package reads up to {MANIFEST_VERSION}: "

@@ -12,6 +12,8 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from ..files import one_line
+
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ def encode_prompt(tokenizer, source, prompt_template=None, max_length=None) -> l
 
     Raises:
         ValueError: if the template lacks `{source}`, messages come with a prompt template or without a chat template,
-            or `max_length` is below 1 or leaves no token for the source.
+            the chat template fails, or `max_length` is below 1 or leaves no token for the source.
     """
     check_limit("max_length", max_length)
     ids = encode_rendered(tokenizer, render_prompt(tokenizer, source, prompt_template))
@@ -181,7 +183,15 @@ def render_prompt(tokenizer, source, prompt_template=None) -> str:
         return prompt_template.replace(PLACEHOLDER, source)
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": source}] if isinstance(source, str) else source
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except ImportError:
+            raise
+        except Exception as error:  # of a program in another language, which may fail in any way
+            raise ValueError(
+                f"the chat template of the tokenizer {tokenizer.name_or_path!r} does not render these messages: "
+                f"{one_line(error)}. Mend it, or give a prompt_template with {PLACEHOLDER} in it (--prompt-template)"
+            ) from error
     if not isinstance(source, str):
         raise ValueError(
             f"{type(tokenizer).__name__} has no chat template to render messages with; set tokenizer.chat_template or "

@@ -6,8 +6,9 @@ import logging
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
+from ..loading import load_teacher, load_tokenizer
 from ..prompts import distinct_pad_token, encode_prompt, prompt_start_token_id, student_tokenizer
 from ..vocabulary import same_tokens
 from ..whole_weights import whole_on_each_process
@@ -163,11 +164,11 @@ def _load_teacher(teacher, tokenizer):
     if not isinstance(teacher, PreTrainedModel):
         path = teacher
         with whole_on_each_process():
-            teacher = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-        return teacher, tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(path)
+            teacher = load_teacher(path, dtype="auto")
+        return teacher, tokenizer if tokenizer is not None else load_tokenizer(path)
     if tokenizer is None and teacher.name_or_path:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(teacher.name_or_path)
+            tokenizer = load_tokenizer(teacher.name_or_path)
         except (OSError, ValueError):
             logger.info("There is no tokenizer at %s; pass tokenizer= to carry one along.", teacher.name_or_path)
     return teacher, tokenizer

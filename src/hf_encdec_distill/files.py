@@ -1,0 +1,148 @@
+"""Files that anybody may have made, read with errors that say what is in them; files of ours, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+
+_LARGEST_YAML = 1_000_000  # bytes; a recipe has some hundred lines
+_KINDS = {dict: "object", list: "list", str: "text", bool: "truth value", int: "integer", float: "number"}
+
+
+def read_json(file: Path, kind: type = dict, fields: Mapping[str, type] | None = None) -> Any:
+    """
+    Args:
+        kind: what the file holds, `dict` or `list`.
+        fields: those that an object has to have, with their types; an integer is a `float` too.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is no JSON, or holds something else.
+    """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON: {what_it_is(file) or error}") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{file} holds {_describe(content)}, expected a JSON {_KINDS[kind]}")
+    check_fields(content, fields or {}, str(file))
+    return content
+
+
+def check_fields(content: Mapping[str, Any], fields: Mapping[str, type], where: str) -> None:
+    """Raises ValueError where one of the fields is not there or of another type; `where` is for the message."""
+    for name, kind in fields.items():
+        if name not in content:
+            raise ValueError(f"{where} has no {name!r}, expected one of type {_KINDS[kind]}")
+        if not _is_a(content[name], kind):
+            raise ValueError(f"{where} has {_describe(content[name])} as {name!r}, expected type {_KINDS[kind]}")
+
+
+def read_yaml(file: Path) -> Any:
+    """What is in a YAML file, which may be a stranger's: small, and without references from one part to another, by
+    which a few lines can stand for more than any memory holds.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is no such YAML.
+    """
+    import yaml
+
+    file = Path(file)
+    if file.stat().st_size > _LARGEST_YAML:
+        raise ValueError(f"{file} has {file.stat().st_size} bytes, expected at most {_LARGEST_YAML} of YAML")
+    if reason := what_it_is(file):  # a web page and a pointer may well be YAML
+        raise ValueError(f"{file} cannot be read as YAML: {reason}")
+    try:
+        text = file.read_text(encoding="utf-8")
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                line = event.start_mark.line + 1
+                raise ValueError(f"line {line} has the alias *{event.anchor}: write out what it stands for")
+        return yaml.safe_load(text)
+    # What the constructors of `!!int` and the like raise for a text that is none is not all a YAMLError.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read as YAML: {one_line(error)}") from error
+
+
+def write_text(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    file = Path(file)
+    temporary = file.with_name(f"{file.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Whole or not at all."""
+    write_text(file, json.dumps(content, indent=1))
+
+
+def what_it_is(file: Path) -> str | None:
+    """What a file is that came in place of the one that was meant, and the way out; None if its begin does not say."""
+    with open(file, "rb") as stream:
+        begin = stream.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not begin:
+        return "it is empty; download or save it again"
+    if begin.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned"
+    if begin[:5].lower() in (b"<!doc", b"<html", b"<?xml"):
+        return f"it is a web page, it begins with {begin[:15].decode('latin-1')!r}; download the file itself"
+    return None
+
+
+def named_inside(folder: Path, name: Any) -> Path:
+    """`folder / name`, for a name that a file in the folder gives.
+
+    Raises:
+        ValueError: it is no relative path, or leads out of the folder.
+    """
+    # Of either system: a folder made on one may be read on the other.
+    paths = [path(name) for path in (PurePosixPath, PureWindowsPath)] if isinstance(name, str) else []
+    if not name or not paths or "\0" in name or any(path.anchor or ".." in path.parts for path in paths):
+        raise ValueError(f"{name!r} is named in {folder}, expected the name of a file in that folder")
+    return folder / name
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """The same, and no symbolic link on the way leads out of the folder either: for what is published.
+
+    The Hub's cache is the exception: its snapshots are links into the blobs of the same repository.
+
+    Raises:
+        ValueError: it leads out.
+    """
+    path, root = named_inside(folder, name), folder.resolve()
+    own = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    target = path.resolve()
+    if not any(target.is_relative_to(place) for place in own):
+        raise ValueError(
+            f"{path} is a link that leads out of the folder, to {target}: nothing is read from there; put a copy of "
+            "the file in its place"
+        )
+    return path
+
+
+def one_line(error: BaseException, most: int = 400) -> str:
+    """The message of an error of another library, with the error's type where the message alone says little."""
+    text = " ".join(str(error).split())
+    text = text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
+    return text if len(text) <= most else f"{text[:most]} ..."
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):  # which is an int to Python
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def _describe(value: Any) -> str:
+    text = repr(value)
+    return f"the {type(value).__name__} {text if len(text) <= 60 else text[:60] + '...'}"
