@@ -130,6 +130,17 @@ def inside(folder: Path, name: Any) -> Path:
     return path
 
 
+def check_own_files(folder: Path, but: tuple[str, ...] = ()) -> None:
+    """Raises ValueError where a file in the folder, or a chat template in a subfolder, is a link that leads out of it.
+
+    Args:
+        but: suffixes of files that may be such links.
+    """
+    for path in (*folder.iterdir(), *folder.glob("*/*.jinja")):
+        if not path.is_dir() and path.suffix not in but:
+            inside(folder, path.relative_to(folder).as_posix())
+
+
 def one_line(error: BaseException, most: int = 400) -> str:
     """The message of an error of another library, with the error's type where the message alone says little."""
     text = " ".join(str(error).split())

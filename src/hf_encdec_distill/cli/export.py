@@ -100,12 +100,14 @@ def _load(name: str) -> tuple[Any, Any]:
     """The student in fp32, and its tokenizer.
 
     Raises:
-        ValueError: it is a model of another type.
+        ValueError: it is a model of another type, or a file of it is a link that leads out of its folder.
     """
     import torch
 
-    from ..models.loading import load_config, load_student, load_tokenizer
+    from ..files import check_own_files
+    from ..models.loading import find, load_config, load_student, load_tokenizer
 
+    check_own_files(find(name))
     config = load_config(name)
     if config.model_type != "rope_encdec":
         raise ValueError(

@@ -18,13 +18,15 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+from transformers.generation import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..files import named_inside, one_line, read_json, what_it_is
+from ..files import check_own_files, named_inside, one_line, read_json, what_it_is
 
 
 _CONFIG, _ADAPTER, _TOKENIZER_CONFIG = "config.json", "adapter_config.json", "tokenizer_config.json"
 _INDEX = "model.safetensors.index.json"
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
 # One of these is in every folder with a tokenizer.
 _TOKENIZERS = (_TOKENIZER_CONFIG, "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _OF_FILES = (".json", ".jsonl", ".yaml", ".yml", ".csv", ".txt", ".safetensors", ".bin", ".pt", ".gguf", ".onnx")
@@ -109,6 +111,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         ValueError: it is not what it should be.
     """
+    check_own_files(folder, but=_WEIGHTS)  # which lie on another disk in many places, and are no text to be passed on
     for name in (_CONFIG, _ADAPTER, "generation_config.json"):
         if (folder / name).is_file():
             content = read_json(folder / name)
@@ -173,10 +176,30 @@ def _load(cls: type, name: str | os.PathLike, what: str, options: dict[str, Any]
     # says of the first, or in transformers 5 of none, which it is.
     options = {"ignore_mismatched_sizes": not is_deepspeed_zero3_enabled(), **options}
     with _said_afterwards("transformers.modeling_utils"):
-        with _reading(name, what, _check_weights):
+        with _reading(name, what, _check_weights), _without_code_of_strangers():
             model, loaded = cls.from_pretrained(name, output_loading_info=True, **options)
         _check_complete(model, name, loaded)
     return model
+
+
+@contextmanager
+def _without_code_of_strangers() -> Iterator[None]:
+    """A folder's custom_generate/generate.py takes the place of `generate` only where its code is trusted.
+
+    So it is in transformers 5. 4.57 asks for no trust where the folder is a local one; this can go with it.
+    """
+    load = GenerationMixin.load_custom_generate
+
+    def load_if_trusted(self, name, trust_remote_code=None, **kwargs):
+        if not trust_remote_code:
+            raise OSError(f"the custom_generate of {name} is not trusted")  # as if there were none
+        return load(self, name, trust_remote_code=trust_remote_code, **kwargs)
+
+    GenerationMixin.load_custom_generate = load_if_trusted
+    try:
+        yield
+    finally:
+        GenerationMixin.load_custom_generate = load
 
 
 def _check_complete(model, name: str | os.PathLike, loaded: dict[str, Any]) -> None:
