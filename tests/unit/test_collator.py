@@ -188,7 +188,7 @@ def test_text_rows_through_an_ordinary_collator(make_bpe_tokenizer):
 @pytest.mark.parametrize("as_tensors", [False, True])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_teacher_columns_of_ready_rows(make_bpe_tokenizer, side, as_tensors):
-    """Given columns survive, with the start that belongs to the labels' padding side."""
+    """Given columns survive, whatever the padding side; labels are padded on the right."""
     tokenizer = make_bpe_tokenizer(add_bos=True)
     tokenizer.padding_side = side
     given = [
@@ -201,6 +201,7 @@ def test_teacher_columns_of_ready_rows(make_bpe_tokenizer, side, as_tensors):
     batch = DistillationCollator(tokenizer)(given)
     assert batch["teacher_input_ids"].tolist() == [[10, 11, 8, 9, 3], [0, 12, 3, 0, 0]]
     assert batch["teacher_attention_mask"].tolist() == [[1, 1, 1, 1, 1], [0, 1, 1, 0, 0]]
+    assert batch["teacher_labels_start"].tolist() == [2, 2] and batch["labels"].tolist()[1] == [3, -100, -100]
     for b, row in enumerate(batch["labels"]):
         for t in (row != -100).nonzero().flatten():
             assert batch["teacher_input_ids"][b, batch["teacher_labels_start"][b] + t] == row[t]
@@ -220,10 +221,29 @@ def test_positions_of_labels_are_padded_as_labels_are(make_bpe_tokenizer, side, 
     batch = DistillationCollator(tokenizer)(given)
     assert batch["teacher_input_ids"].tolist() == [[10, 11, 12, 13, 14], [15, 16, 0, 0, 0]]
     assert batch["teacher_attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
-    assert batch["labels"].tolist()[1] == ([3, -100, -100] if side == "right" else [-100, -100, 3])
-    second = [0, -1, -1] if side == "right" else [-1, -1, 0]
-    assert batch["teacher_label_positions"].tolist() == [[1, -1, 4], second]
+    assert batch["labels"].tolist()[1] == [3, -100, -100]
+    assert batch["teacher_label_positions"].tolist() == [[1, -1, 4], [0, -1, -1]]
     assert "teacher_labels_start" not in batch
+
+
+def test_what_a_collator_gives_the_decoder_moves_with_its_labels(make_bpe_tokenizer):
+    """A mask says which of the decoder's columns are pads; labels that begin with -100 of their own keep it."""
+    tokenizer = make_bpe_tokenizer()
+    tokenizer.padding_side = "left"
+    rows = [*READY, {"input_ids": [6], "attention_mask": [1], "labels": [-100, 7]}]
+    given = {
+        "decoder_input_ids": torch.tensor([[1, 8, 9], [0, 0, 1], [0, 1, 4]]),
+        "decoder_attention_mask": torch.tensor([[1, 1, 1], [0, 0, 1], [0, 1, 1]]),
+    }
+
+    def collate(rows):
+        return {**DataCollatorForSeq2Seq(tokenizer)(rows), **given}
+
+    batch = DistillationCollator(tokenizer, student_collator=collate)(rows)
+    assert batch["input_ids"].tolist()[1:] == [[2, 2, 5], [2, 2, 6]]  # what an encoder reads stays where it was
+    assert batch["labels"].tolist() == [[8, 9, 3], [3, -100, -100], [-100, 7, -100]]
+    assert batch["decoder_input_ids"].tolist() == [[1, 8, 9], [1, 0, 0], [1, 4, 0]]
+    assert batch["decoder_attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
 
 
 def test_positions_of_labels_that_do_not_fit(make_bpe_tokenizer):

@@ -32,6 +32,9 @@ class DistillationCollator:
       `teacher_label_positions` in place of `teacher_labels_start` say of each label in which column of
       `teacher_input_ids` the teacher predicts it, -1 where it is not asked; what it reads may then be anything.
 
+    Labels are padded on the right, whatever side the student's tokenizer or collator pads on: a decoder that reads
+    pads between its start token and the target computes something else.
+
     Text targets end in EOS. The teacher's prompt is encoded with its own template and tokenizer; the student reads
     that prompt without its last token if it is merged (`start_token_id`), its own encoding of the source if not. The
     keys added to a batch are listed in `alignment`.
@@ -102,6 +105,7 @@ class DistillationCollator:
             raise ValueError("teacher_label_positions are columns of teacher_input_ids: give those too.")
         batch = {name: value for name, value in self.student_collator(rows).items() if value is not None}
         refuse_packed(batch, len(rows))
+        batch = _with_pads_behind_labels(batch, rows)
         if "teacher_input_ids" in teacher_rows[0] and "labels" in batch:
             batch.update(_pad_teacher_rows(teacher_rows, rows, batch["labels"], self.vocabulary))
         return batch
@@ -248,24 +252,46 @@ def split_conversation(messages: list[dict]) -> tuple[list[dict], str | None]:
     return list(messages[:-1]), messages[-1]["content"]
 
 
+def _with_pads_behind_labels(batch: dict[str, Any], rows: list[dict]) -> dict[str, Any]:
+    """The batch with the pads that a collator put in front of `labels` `[B, T]` moved behind them.
+
+    Masks and positions of the decoder move along. Its input does where it has a mask; without one it was made of
+    labels that had pads in front, as `DataCollatorForSeq2Seq` makes it, and is left for the trainer to make again.
+    """
+    labels = batch.get("labels")
+    if labels is None or any(row.get("labels") is None for row in rows):
+        return batch
+    width = labels.shape[1]
+    pads = torch.zeros(len(rows), dtype=torch.long)
+    for number, (row, padded) in enumerate(zip(rows, labels.tolist(), strict=True)):
+        own = _as_list(row["labels"])
+        if padded[: len(own)] != own and padded == [IGNORED] * (width - len(own)) + own:
+            pads[number] = width - len(own)
+    if not pads.any():
+        return batch
+    if batch.get("decoder_attention_mask") is None:
+        batch = {name: value for name, value in batch.items() if name != "decoder_input_ids"}
+    columns = (torch.arange(width) + pads[:, None]) % width
+    of_decoder = [name for name in batch if name.startswith("decoder_")]
+    return batch | {name: batch[name][torch.arange(len(rows))[:, None], columns] for name in ("labels", *of_decoder)}
+
+
 def _pad_teacher_rows(
     teacher_rows: list[dict], rows: list[dict], labels: torch.Tensor, vocabulary: SharedVocabulary
 ) -> dict[str, torch.Tensor]:
-    """Right-padded `teacher_*`, for `labels` `[B, T]` as a collator padded them; shapes in `alignment`."""
+    """Right-padded `teacher_*`, for right-padded `labels` `[B, T]`; shapes in `alignment`."""
     ids, masks, places = [], [], []
     positioned = "teacher_label_positions" in teacher_rows[0]
-    for teacher_row, row, padded in zip(teacher_rows, rows, labels, strict=True):
+    for teacher_row, row in zip(teacher_rows, rows, strict=True):
         row_ids = _as_list(teacher_row["teacher_input_ids"])
         row_labels = _as_list(row["labels"])
-        # Where the collator padded labels on the left, column 0 is that much before the row's first label.
-        shift = len(padded) - len(row_labels) if padded[: len(row_labels)].tolist() != row_labels else 0
         ids.append(torch.tensor(row_ids))
         masks.append(torch.tensor(_as_list(teacher_row.get("teacher_attention_mask", [1] * len(row_ids)))))
         if positioned:
-            places.append(_label_positions(teacher_row, row_labels, shift, len(padded)))
+            places.append(_label_positions(teacher_row, row_labels, labels.shape[1]))
         else:
             read = vocabulary.to_teacher(torch.tensor(row_labels)).tolist()
-            places.append(_labels_start(teacher_row, row_ids, read) - shift)
+            places.append(_labels_start(teacher_row, row_ids, read))
     return {
         "teacher_input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
         "teacher_attention_mask": torch.nn.utils.rnn.pad_sequence(masks, batch_first=True),
@@ -288,7 +314,7 @@ def _labels_start(teacher_row: dict, row_ids: list[int], row_labels: list[int]) 
     return start
 
 
-def _label_positions(teacher_row: dict, row_labels: list[int], shift: int, width: int) -> list[int]:
+def _label_positions(teacher_row: dict, row_labels: list[int], width: int) -> list[int]:
     """As long as the padded labels, -1 beside the row's own."""
     positions = _as_list(teacher_row["teacher_label_positions"])
     if len(positions) != len(row_labels):
@@ -296,7 +322,7 @@ def _label_positions(teacher_row: dict, row_labels: list[int], shift: int, width
             f"a row has {len(positions)} teacher_label_positions for {len(row_labels)} labels; give one for each, -1 "
             "where the teacher is not asked."
         )
-    return [-1] * shift + positions + [-1] * (width - shift - len(positions))
+    return positions + [-1] * (width - len(positions))
 
 
 def _as_list(values) -> list[int]:
