@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 from distillation_toys import make_t5
-from tokenizer_toys import renumbered, wordpiece
+from tokenizer_toys import merging_blanks, renumbered, wordpiece
 from transformers import DataCollatorForSeq2Seq
 
 from hf_encdec_distill.distillation.alignment import SharedVocabulary
@@ -60,17 +60,32 @@ def test_text_rows_of_a_merged_student(make_bpe_tokenizer, template):
     if template is None:
         prompts = [chat_prompt(theirs, [{"role": "user", "content": s}]) for s in SOURCES]
     else:
-        prompts = [theirs(template.replace("{source}", s))["input_ids"] for s in SOURCES]
+        before, after = template.split("{source}")  # in the last template a blank is a token, which no word joins
+        alone = [theirs(part, add_special_tokens=False)["input_ids"] for part in (*SOURCES, after)]
+        prompts = [theirs(before)["input_ids"] + source + alone[-1] for source in alone[:-1]]
     collator = DistillationCollator(ours, theirs, prompt_template=template, start_token_id=prompts[0][-1])
     batch = collator(TEXT)
     assert unpadded(batch, "input_ids", "attention_mask") == [p[:-1] for p in prompts]
-    # Tokens merge across the space of the last template, so that no tokenizer can hold it: the prompt is still right.
-    built_in = [ours(s)["input_ids"] for s in SOURCES] == [p[:-1] for p in prompts]
-    assert built_in == (template is None or not template.startswith("Seam"))
+    assert [ours(s)["input_ids"] for s in SOURCES] == [p[:-1] for p in prompts]
     assert batch["teacher_labels_start"].tolist() == [len(p) for p in prompts]
     for prompt, target, row in zip(prompts, targets(batch), batch["teacher_input_ids"].tolist(), strict=True):
         assert row[: len(prompt) + len(target)] == prompt + target
         assert row.count(theirs.bos_token_id) == 1
+
+
+def test_rows_that_end_in_a_blank_or_are_cut_at_one(make_bpe_tokenizer):
+    """No token reaches from the source into the template, so that the prompt ends in the student's start token."""
+    theirs = merging_blanks(make_bpe_tokenizer(chat_template=None))
+    ours, newline = student_tokenizer(theirs, "{source}\n"), theirs("\n")["input_ids"][0]
+    rows = [{"source": source, "target": "Zed"} for source in ("z ", "z \n", "a b", "")]
+    for limit in (None, 2, 3):
+        collator = DistillationCollator(
+            ours, theirs, prompt_template="{source}\n", start_token_id=newline, max_source_length=limit
+        )
+        batch = collator(rows)
+        read = [theirs(row["source"])["input_ids"][: None if limit is None else limit - 1] for row in rows]
+        assert unpadded(batch, "input_ids", "attention_mask") == read
+        assert batch["teacher_labels_start"].tolist() == [len(ids) + 1 for ids in read]
 
 
 def test_merged_student_without_a_template(make_bpe_tokenizer):

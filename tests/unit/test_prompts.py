@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tokenizer_toys import merging_blanks
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
@@ -137,10 +138,51 @@ def test_a_separate_student_reads_the_bare_source(make_bpe_tokenizer):
     assert student_tokenizer(teacher, TEMPLATE, "separate")(SOURCE)["input_ids"] == teacher(SOURCE)["input_ids"]
 
 
-def test_a_template_that_merges_with_the_source_is_not_built_in(make_bpe_tokenizer, caplog):
+BLANKS = [SOURCE, "x", "x ", "x \n", " x", "\n\n x\t", " ", ""]
+
+
+@pytest.mark.parametrize(
+    "template", ["{source}\n", "Package: {source} Synopsis:", "{source}:", "a b {source} a b", None]
+)
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_blanks_at_the_ends_of_a_source_stay_outside_of_the_template(make_bpe_tokenizer, template, add_bos):
+    """Whatever the source ends in, or is cut at, the student reads the teacher's prompt but the last token."""
+    teacher = merging_blanks(make_bpe_tokenizer(add_bos=add_bos))
+    assert len(teacher(" \n", add_special_tokens=False)["input_ids"]) == 1
+    student, start = student_tokenizer(teacher, template), prompt_start_token_id(teacher, template)
+    around = len(encode_prompt(teacher, "", template))
+    for source in BLANKS:
+        prompt = encode_prompt(teacher, source, template)
+        assert prompt == [*student(source)["input_ids"], start]
+        for limit in range(around + 1, len(prompt)):
+            cut = student(source, truncation=True, max_length=limit - 1)["input_ids"]
+            assert encode_prompt(teacher, source, template, max_length=limit) == [*cut, start]
+    if template is not None:
+        assert teacher.decode(encode_prompt(teacher, "x \n", template)).endswith(template.replace("{source}", "x \n"))
+
+
+def test_a_blank_of_a_template_that_would_join_a_word_is_told(make_bpe_tokenizer, caplog):
+    teacher = merging_blanks(make_bpe_tokenizer(chat_template=None))
+    student_tokenizer(teacher, "Package:\n{source}\nSynopsis:")
+    assert not caplog.text
+    student_tokenizer(teacher, "a b {source} a b")
+    assert "line breaks around {source}" in caplog.text
+
+
+def test_a_template_that_changes_its_source_is_encoded_whole(make_bpe_tokenizer, caplog):
+    teacher = make_bpe_tokenizer(chat_template="{{ messages[0]['content'] | upper }}:")
+    assert encode_prompt(teacher, SOURCE) == teacher(SOURCE.upper() + ":")["input_ids"]
+    assert student_tokenizer(teacher)(SOURCE)["input_ids"] == teacher(SOURCE)["input_ids"]
+    twice = encode_prompt(teacher, SOURCE, "{source}\n{source}\n")
+    assert twice == teacher(f"{SOURCE}\n{SOURCE}\n")["input_ids"]
+    assert "cannot be built into" in caplog.text
+
+
+def test_a_template_that_does_not_fit_a_prefix_space_is_not_built_in(make_bpe_tokenizer, caplog):
     teacher = make_bpe_tokenizer(chat_template=None)
     # A tokenizer that puts a space in front of every text it encodes: a source alone differs from one inside a text.
     teacher.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     student = student_tokenizer(teacher, "Sum up:{source}\n")
     assert student(SOURCE)["input_ids"] == teacher(SOURCE, add_special_tokens=False)["input_ids"]
+    assert encode_prompt(teacher, SOURCE, "Sum up:{source}\n") == teacher(f"Sum up:{SOURCE}\n")["input_ids"]
     assert "encode_prompt" in caplog.text
