@@ -43,7 +43,7 @@ def test_the_template_of_a_recipe_is_built_into_the_students_tokenizer(teacher_a
     _, tokenizer = teacher_and_tokenizer
     template = yaml.safe_load(recipe.read_text()).get("prompt_template", PROMPT_TEMPLATE)
     student, start = student_tokenizer(tokenizer, template), prompt_start_token_id(tokenizer, template)
-    sources = [*SOURCES, "A package.", "a", "42 ways, 3.5%", "(see there)"]
+    sources = [*(source.rstrip() for source in SOURCES), "A package.", "a", "42 ways, 3.5%", "(see there)"]
     for source in sources:
         assert (
             encode_prompt(tokenizer, source, template) == tokenizer(template.replace("{source}", source))["input_ids"]

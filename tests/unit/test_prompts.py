@@ -11,6 +11,7 @@ from hf_encdec_distill.models.prompts import (
     PreTrainedTokenizerFast,
     distinct_pad_token,
     encode_prompt,
+    frozen_prompt_date,
     prompt_start_token_id,
     student_tokenizer,
 )
@@ -131,6 +132,44 @@ def test_either_version_of_transformers_loads_what_the_other_one_saved(make_bpe_
     for folder in ("made", "trained"):
         saved = json.loads((tmp_path / folder / "tokenizer_config.json").read_text())
         assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"  # 5.x alone would write "TokenizersBackend"
+
+
+DATES = ["2026-11-28", "2027-03-01"]
+OF_THE_DAY = {
+    # As Llama 3.2's template does it, as SmolLM3's does, and what else they might.
+    "llama": "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    '{%- set date_string = strftime_now("%d %b %Y") %}{%- else %}{%- set date_string = "26 Jul 2024" %}{%- endif %}'
+    '{%- endif %}\n{{ "Today Date: " + date_string }}:{{ messages[0]["content"] }}<|im_end|>\n#',
+    "smollm": '{%- set today = strftime_now("%d %B %Y") -%}\n  {% if true %}\n{{ today }}{% endif %}\n'
+    '{{ messages[0]["content"] }}<|im_end|>#',
+    "other": '\n{{ strftime_now("%A %-d.%-m. (%j, %y) %Y-%m-%d %H:%M:%S %p %x %U") }}{{ messages[0]["content"] }}#',
+}
+
+
+@pytest.mark.parametrize("template", OF_THE_DAY)
+def test_a_chat_template_is_told_the_day(make_bpe_tokenizer, today, template):
+    """What transformers renders on that day, on any other; without a day, that of today."""
+    teacher = make_bpe_tokenizer(chat_template=OF_THE_DAY[template])
+    of_day = {}
+    for day in DATES:
+        today(day)
+        of_day[day] = chat_ids(teacher, [{"role": "user", "content": SOURCE}])
+        assert encode_prompt(teacher, SOURCE) == of_day[day]
+        assert frozen_prompt_date(teacher) == day and frozen_prompt_date(teacher, None, DATES[0]) == DATES[0]
+    assert of_day[DATES[0]] != of_day[DATES[1]]
+    for day, ids in of_day.items():
+        assert encode_prompt(teacher, SOURCE, prompt_date=day) == ids
+        assert encode_prompt(teacher, [{"role": "user", "content": SOURCE}], prompt_date=day) == ids
+        assert student_tokenizer(teacher, prompt_date=day)(SOURCE)["input_ids"] == ids[:-1]
+
+
+def test_a_prompt_that_names_no_day_has_none(make_bpe_tokenizer):
+    ours = make_bpe_tokenizer(chat_template=OF_THE_DAY["llama"])
+    assert frozen_prompt_date(ours, TEMPLATE, DATES[0]) is None
+    assert frozen_prompt_date(make_bpe_tokenizer(), None, DATES[0]) is None
+    assert frozen_prompt_date(make_bpe_tokenizer(chat_template=None)) is frozen_prompt_date(None) is None
+    with pytest.raises(ValueError, match="prompt_date='28.11.2026' is no date: give YYYY-MM-DD"):
+        frozen_prompt_date(ours, None, "28.11.2026")
 
 
 def test_a_separate_student_reads_the_bare_source(make_bpe_tokenizer):

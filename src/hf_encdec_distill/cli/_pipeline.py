@@ -26,7 +26,7 @@ from ..data.python_docstrings import ROWS_LICENSE
 from ..distillation import DistillationTrainer, DistillationTrainingArguments
 from ..distillation.metrics import distinct_share
 from ..model_card import teacher_entry, write_model_card
-from ..models.prompts import PreTrainedTokenizerFast, prompt_start_token_id
+from ..models.prompts import PreTrainedTokenizerFast, encode_prompt, prompt_start_token_id
 from ..models.rope_encdec import RopeEncDecForConditionalGeneration
 from . import _teacher
 from ._display import Display, clock
@@ -441,7 +441,10 @@ class Pipeline:
         }
 
     def _task(self) -> dict:
-        task = {"prompt_template": self.template, "pipeline_tag": "summarization", "language": "en"}
+        read = PreTrainedTokenizerFast.from_pretrained(self.folder / "student")("a")["input_ids"]
+        built_in = read == encode_prompt(self.tokenizer, "a", self.template)[:-1]
+        task = {"prompt_template": self.template, "built_in": built_in}
+        task |= {"pipeline_tag": "summarization", "language": "en"}
         if self.built_in_task:
             return task | {
                 "name": "Python docstrings",

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import DataCollatorForSeq2Seq, default_data_collator
 from transformers.utils import logging
 
-from ..models.prompts import encode_prompt, prompt_start_token_id
+from ..models.prompts import encode_prompt, prompt_start_token_id, reads_bare_source
 from .alignment import IGNORED, TEACHER_COLUMNS, SharedVocabulary, UniversalVocabulary
 from .boundaries import offsets_encoder, same_text_so_far, text_boundaries
 from .packing import refuse_packed
@@ -18,6 +18,7 @@ from .packing import refuse_packed
 logger = logging.get_logger(__name__)
 
 MESSAGES = "messages"
+_PROBE = "a"
 
 
 class DistillationCollator:
@@ -48,7 +49,7 @@ class DistillationCollator:
         processing_class: the student's tokenizer (or a processor with one); None for ready rows of equal length.
         teacher_processing_class: the teacher's; needed for text rows.
         source_column, target_column: names of the text columns.
-        prompt_template: what the teacher reads around the source, see `DistillationTrainingArguments`.
+        prompt_template, prompt_date: what the teacher reads around the source, see `DistillationTrainingArguments`.
         max_source_length, max_target_length: see `DistillationTrainingArguments`; ready rows are never cut.
         start_token_id: for a merged student, the token its decoder starts with.
         student_collator: pads rows of `input_ids` and `labels`; by default `DataCollatorForSeq2Seq`.
@@ -64,6 +65,7 @@ class DistillationCollator:
         source_column: str = "source",
         target_column: str = "target",
         prompt_template: str | None = None,
+        prompt_date: str | None = None,
         max_source_length: int | None = None,
         max_target_length: int | None = None,
         start_token_id: int | None = None,
@@ -78,6 +80,7 @@ class DistillationCollator:
         self.source_column = source_column
         self.target_column = target_column
         self.prompt_template = prompt_template
+        self.prompt_date = prompt_date
         self.max_source_length = max_source_length
         self.max_target_length = max_target_length
         self.start_token_id = start_token_id
@@ -160,13 +163,14 @@ class DistillationCollator:
     def _teacher_prompt(self, source: str | list[dict]) -> list[int]:
         template_end = prompt_start_token_id(self.teacher_tokenizer, self.prompt_template)
         limit, start = self.max_source_length, self.vocabulary.start_for_teacher(self.start_token_id)
-        if start is None:
-            return encode_prompt(self.teacher_tokenizer, source, self.prompt_template, limit)
-        if template_end is None:
+        if start is not None and template_end is None:
             # The start token takes the place of the template's last token, within the limit as that one would be.
             limit = None if limit is None else limit - 1
-            return [*encode_prompt(self.teacher_tokenizer, source, None, limit), start]
-        prompt = encode_prompt(self.teacher_tokenizer, source, self.prompt_template, limit)
+        prompt = encode_prompt(self.teacher_tokenizer, source, self.prompt_template, limit, self.prompt_date)
+        if start is None:
+            return prompt
+        if template_end is None:
+            return [*prompt, start]
         if prompt[-1] != start:
             raise ValueError(
                 f"the student's decoder_start_token_id is {start}, but the teacher's prompt ends in {prompt[-1]} (ids "
@@ -175,29 +179,32 @@ class DistillationCollator:
             )
         return prompt
 
+    def reads_prompt(self) -> bool:
+        """Whether the student's tokenizer has the prompt of a merged student built in."""
+        own, expected = self.tokenizer(_PROBE)["input_ids"], self._teacher_prompt(_PROBE)[:-1]
+        if self.vocabulary.same_ids:
+            return own == expected
+        return self.tokenizer.decode(own) == self.teacher_tokenizer.decode(expected)  # other tokens of the same text
+
     def _check_student_reads_prompt(self) -> None:
         """A merged student's tokenizer has its prompt built in; that has to be the one it is trained on.
 
         One that could not hold the template encodes the bare source (`models.prompts.student_tokenizer`) and passes.
         """
-        probe = "a"
-        own, expected = self.tokenizer(probe)["input_ids"], self._teacher_prompt(probe)[:-1]
-        if self.vocabulary.same_ids:
-            bare = self.tokenizer(probe, add_special_tokens=False)["input_ids"]
-            same = own in (expected, bare, [self.tokenizer.bos_token_id, *bare])
-        else:  # other tokens, perhaps, of the same text
-            same = self.tokenizer.decode(own) == self.teacher_tokenizer.decode(expected)
-        if not same:
+        bare = self.vocabulary.same_ids and reads_bare_source(self.tokenizer)
+        if not self.reads_prompt() and not bare:
+            day = "" if self.prompt_date is None else f" and prompt_date (this prompt names {self.prompt_date})"
             raise ValueError(
-                f"the student's tokenizer encodes {probe!r} as {own}, but the teacher's prompt for it begins with "
-                f"{expected}. Give the teacher_processing_class and prompt_template that the student was made with."
+                f"the student's tokenizer encodes {_PROBE!r} as {self.tokenizer(_PROBE)['input_ids']}, but the "
+                f"teacher's prompt for it begins with {self._teacher_prompt(_PROBE)[:-1]}. Give the "
+                f"teacher_processing_class and prompt_template{day} that the student was made with."
             )
         self._prompt_checked = True
 
     def _student_source(self, source: str | list[dict]) -> list[int]:
         if not isinstance(source, str):
             if self.tokenizer.chat_template is not None:
-                return encode_prompt(self.tokenizer, source, None, self.max_source_length)
+                return encode_prompt(self.tokenizer, source, None, self.max_source_length, self.prompt_date)
             if len(source) != 1:
                 raise ValueError(
                     f"the student's tokenizer has no chat template to encode {len(source)} messages before the target "

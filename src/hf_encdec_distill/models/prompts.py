@@ -13,10 +13,10 @@ A chat template may name the day (`strftime_now`). The prompt of a student, a ca
 day, their `prompt_date`, whatever day it is.
 """
 
-import datetime
 import functools
 import json
 import logging
+from datetime import date, datetime, time
 
 import transformers
 from tokenizers import Tokenizer
@@ -119,7 +119,7 @@ def frozen_prompt_date(tokenizer, prompt_template=None, prompt_date=None) -> str
     Raises:
         ValueError: if `prompt_date` is no such date.
     """
-    day = datetime.date.today() if prompt_date is None else _parse_date(prompt_date)
+    day = date.today() if prompt_date is None else _parse_date(prompt_date)
     if tokenizer is None or prompt_template is not None or not tokenizer.chat_template:
         return None
     first, other = (render_prompt(tokenizer, PLACEHOLDER, None, day) for day in ("2001-02-03", "2014-11-28"))
@@ -212,6 +212,12 @@ def student_tokenizer(
     return wrap(backend)
 
 
+def reads_bare_source(tokenizer) -> bool:
+    """Whether it encodes a text with nothing around it but BOS: no prompt template is built in."""
+    bare = tokenizer(_PROBES[0], add_special_tokens=False)["input_ids"]
+    return tokenizer(_PROBES[0])["input_ids"] in (bare, [tokenizer.bos_token_id, *bare])
+
+
 def render_prompt(tokenizer, source, prompt_template=None, prompt_date=None) -> str:
     """The text of the teacher's prompt; arguments and errors as of [`encode_prompt`].
 
@@ -277,7 +283,7 @@ def _on_day(prompt_date) -> str:
     A macro in place of transformers' own function, with each directive of strftime filled in: values given to
     `apply_chat_template` are plain data since 5.24, and a function is not.
     """
-    day = datetime.datetime.combine(_parse_date(prompt_date), datetime.time())
+    day = datetime.combine(_parse_date(prompt_date), time())
     fills = {letter: day.strftime(f"%{letter}") for letter in _DIRECTIVES}
     filters = "".join(
         f"|replace('%{letter}', {value!r})|replace('%-{letter}', {value.lstrip('0')!r})"
@@ -287,9 +293,9 @@ def _on_day(prompt_date) -> str:
     return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n"
 
 
-def _parse_date(prompt_date) -> datetime.date:
+def _parse_date(prompt_date) -> date:
     try:
-        return datetime.date.fromisoformat(prompt_date)
+        return date.fromisoformat(prompt_date)
     except (TypeError, ValueError):
         raise ValueError(f"prompt_date={prompt_date!r} is no date: give YYYY-MM-DD, as in '2026-11-28'.") from None
 
