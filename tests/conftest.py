@@ -1,5 +1,6 @@
 """What all tests share: no Hub, few threads, one toy tokenizer."""
 
+import datetime
 import gc
 import os
 
@@ -35,6 +36,26 @@ def _no_accelerate_settings():
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture
+def today(monkeypatch):
+    """`today("2026-11-28")` makes it midnight of that day for chat templates and for what freezes them."""
+    from transformers.utils import chat_template_utils
+
+    from hf_encdec_distill.models import prompts
+
+    def set_clock(day):
+        class Date(datetime.date):
+            today = classmethod(lambda cls: cls.fromisoformat(day))
+
+        class Now(datetime.datetime):
+            now = classmethod(lambda cls: cls.fromisoformat(day))
+
+        monkeypatch.setattr(prompts, "date", Date)
+        monkeypatch.setattr(chat_template_utils, "datetime", Now)
+
+    return set_clock
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,19 @@ def renumbered(tokenizer, ids):
         added["id"] = ids[added["id"]]
     for special in (spec["post_processor"] or {}).get("special_tokens", {}).values():
         special["ids"] = [ids[i] for i in special["ids"]]
+    return _rebuilt(tokenizer, spec)
+
+
+def merging_blanks(tokenizer):
+    """The same BPE and some tokens in which a blank and what is beside it are one, as a large vocabulary has them."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    for pair in (("Ġ", "Ċ"), ("Ċ", "Ċ"), ("Ġ", "x"), ("Ġ", "T"), ("Ġ", "S")):
+        spec["model"]["vocab"]["".join(pair)] = len(spec["model"]["vocab"])
+        spec["model"]["merges"].append(list(pair))
+    return _rebuilt(tokenizer, spec)
+
+
+def _rebuilt(tokenizer, spec):
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
         chat_template=tokenizer.chat_template,

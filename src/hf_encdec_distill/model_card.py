@@ -13,7 +13,8 @@
     nats        ce, kl and entropy_gap (the model's entropy minus the teacher's), per target token
 
     title       heading, optional; default student["name"], then the folder's name
-    task        {"name", "description", "pipeline_tag", "language", "prompt_template"}
+    task        {"name", "description", "pipeline_tag", "language", "prompt_template", "built_in"}; built_in is whether
+                the student's tokenizer puts a source into the prompt, by default that it is merged
     teacher     {"name", "hub_id", "license", "adaptation"}; hub_id becomes base_model, adaptation is free text
     student     {"name", "model_type", "encoder_layers", "decoder_layers", "cross_attention", "encoder_attention",
                 "parameters", "license"}; the licence defaults to the teacher's, model_type to "rope_encdec"
@@ -377,12 +378,16 @@ def _use(metrics: Mapping) -> str:
         task.get("description") or f"The task named above{': ' + task['name'] if task.get('name') else ''}."
     )
     if task.get("prompt_template"):
-        merged = metrics.get("student", {}).get("cross_attention") == "merged"  # its tokenizer carries the template
-        whose = (
-            "The tokenizer puts the source into this prompt, so give it the bare source"
-            if merged
-            else "The teacher's prompt"
-        )
+        merged = metrics.get("student", {}).get("cross_attention") == "merged"
+        if task.get("built_in", merged):
+            whose = "The tokenizer puts the source into this prompt, so give it the bare source"
+        elif merged:
+            whose = (
+                "The prompt, which the tokenizer cannot put around a source: make the input with "
+                "`hf_encdec_distill.models.prompts.encode_prompt`, without its last token"
+            )
+        else:
+            whose = "The teacher's prompt"
         text += f"\n\n{whose}:\n\n"
         text += _fence(task["prompt_template"])
     return text

@@ -2,15 +2,18 @@
 
 import inspect
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
-from hf_encdec_distill.data import load_builtin_teacher
-from hf_encdec_distill.models.prompts import encode_prompt
+from hf_encdec_distill.data import PROMPT_TEMPLATE, load_builtin_teacher
+from hf_encdec_distill.models.prompts import encode_prompt, prompt_start_token_id, student_tokenizer
 
 
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 SOURCES = [inspect.getsource(f) for f in (statistics.median, statistics.mode, statistics.fmean)]
 
 
@@ -32,6 +35,21 @@ def test_the_teacher_is_smollm2(teacher_and_tokenizer):
     assert (config.num_attention_heads, config.num_key_value_heads, config.tie_word_embeddings) == (9, 3, True)
     for source in SOURCES:
         assert tokenizer.decode(tokenizer(source)["input_ids"]) == source
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_template_of_a_recipe_is_built_into_the_students_tokenizer(teacher_and_tokenizer, recipe):
+    """The teacher reads what it would of the whole text, whatever the source ends in."""
+    _, tokenizer = teacher_and_tokenizer
+    template = yaml.safe_load(recipe.read_text()).get("prompt_template", PROMPT_TEMPLATE)
+    student, start = student_tokenizer(tokenizer, template), prompt_start_token_id(tokenizer, template)
+    sources = [*(source.rstrip() for source in SOURCES), "A package.", "a", "42 ways, 3.5%", "(see there)"]
+    for source in sources:
+        assert (
+            encode_prompt(tokenizer, source, template) == tokenizer(template.replace("{source}", source))["input_ids"]
+        )
+    for source in (*sources, "a ", "a \n", "\ta\n\n", " "):
+        assert encode_prompt(tokenizer, source, template) == [*student(source)["input_ids"], start]
 
 
 def test_at_full_depth_the_student_writes_what_the_teacher_writes(teacher_and_tokenizer):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from distillation_toys import (
     EOS,
+    STUDENTS,
     InOrder,
     LargestTensor,
     arguments,
@@ -63,14 +64,6 @@ def test_loss_and_gradient_of_a_padded_batch(tmp_path, make_bpe_tokenizer, side,
     settings = {"distill_weight": 0.7, "distill_temperature": 2.0, "loss_chunk_size": chunk_size}
     trainer = make_trainer(tmp_path, tokenizer, **settings)
     batch = trainer.data_collator(ROWS)
-    if side == "left":  # T5's decoder would attend to the start token and pads in front: mask what is not the row's
-        lengths = torch.tensor([len(row["labels"]) for row in ROWS])
-        columns = torch.arange(batch["labels"].shape[1])
-        first = batch["labels"].shape[1] - lengths
-        shifted = trainer.model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
-        shifted[torch.arange(len(ROWS)), first] = 0
-        batch["decoder_input_ids"] = shifted
-        batch["decoder_attention_mask"] = (columns >= first[:, None]).long()
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
 
@@ -81,6 +74,23 @@ def test_loss_and_gradient_of_a_padded_batch(tmp_path, make_bpe_tokenizer, side,
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     for (name, ours), theirs in zip(trainer.model.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["t5", "separate"])
+@pytest.mark.parametrize("collator", [None, "of the tokenizer", "of tokenizer and model"])
+def test_a_tokenizer_that_pads_on_the_left_changes_no_loss(tmp_path, tokenizer, kind, collator):
+    """Four rows at once, two by two and one by one have the loss of rows that nothing pads, whatever collator pads."""
+    tokenizer.padding_side = "left"
+    student = STUDENTS[kind]()
+    if collator is not None:
+        collator = DataCollatorForSeq2Seq(tokenizer, student if "model" in collator else None)
+    trainer = make_trainer(tmp_path, tokenizer, student=student, collator=collator)
+    ce, kl, _ = token_terms(STUDENTS[kind](), make_teacher(), ROWS[:4])
+    tokens = torch.tensor(len(ce))
+    for size in (4, 2, 1):
+        batches = [trainer.data_collator(ROWS[first : first + size]) for first in range(0, 4, size)]
+        loss = sum(trainer.compute_loss(trainer.model, batch, num_items_in_batch=tokens) for batch in batches)
+        torch.testing.assert_close(loss, (0.9 * kl + 0.1 * ce).mean(), rtol=1e-5, atol=1e-6)
 
 
 def test_loss_is_the_same_for_a_padded_vocabulary(tmp_path, tokenizer):

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 from distillation_toys import make_t5
-from tokenizer_toys import renumbered, wordpiece
+from tokenizer_toys import merging_blanks, renumbered, wordpiece
 from transformers import DataCollatorForSeq2Seq
 
 from hf_encdec_distill.distillation.alignment import SharedVocabulary
@@ -60,17 +60,32 @@ def test_text_rows_of_a_merged_student(make_bpe_tokenizer, template):
     if template is None:
         prompts = [chat_prompt(theirs, [{"role": "user", "content": s}]) for s in SOURCES]
     else:
-        prompts = [theirs(template.replace("{source}", s))["input_ids"] for s in SOURCES]
+        before, after = template.split("{source}")  # in the last template a blank is a token, which no word joins
+        alone = [theirs(part, add_special_tokens=False)["input_ids"] for part in (*SOURCES, after)]
+        prompts = [theirs(before)["input_ids"] + source + alone[-1] for source in alone[:-1]]
     collator = DistillationCollator(ours, theirs, prompt_template=template, start_token_id=prompts[0][-1])
     batch = collator(TEXT)
     assert unpadded(batch, "input_ids", "attention_mask") == [p[:-1] for p in prompts]
-    # Tokens merge across the space of the last template, so that no tokenizer can hold it: the prompt is still right.
-    built_in = [ours(s)["input_ids"] for s in SOURCES] == [p[:-1] for p in prompts]
-    assert built_in == (template is None or not template.startswith("Seam"))
+    assert [ours(s)["input_ids"] for s in SOURCES] == [p[:-1] for p in prompts]
     assert batch["teacher_labels_start"].tolist() == [len(p) for p in prompts]
     for prompt, target, row in zip(prompts, targets(batch), batch["teacher_input_ids"].tolist(), strict=True):
         assert row[: len(prompt) + len(target)] == prompt + target
         assert row.count(theirs.bos_token_id) == 1
+
+
+def test_rows_that_end_in_a_blank_or_are_cut_at_one(make_bpe_tokenizer):
+    """No token reaches from the source into the template, so that the prompt ends in the student's start token."""
+    theirs = merging_blanks(make_bpe_tokenizer(chat_template=None))
+    ours, newline = student_tokenizer(theirs, "{source}\n"), theirs("\n")["input_ids"][0]
+    rows = [{"source": source, "target": "Zed"} for source in ("z ", "z \n", "a b", "")]
+    for limit in (None, 2, 3):
+        collator = DistillationCollator(
+            ours, theirs, prompt_template="{source}\n", start_token_id=newline, max_source_length=limit
+        )
+        batch = collator(rows)
+        read = [theirs(row["source"])["input_ids"][: None if limit is None else limit - 1] for row in rows]
+        assert unpadded(batch, "input_ids", "attention_mask") == read
+        assert batch["teacher_labels_start"].tolist() == [len(ids) + 1 for ids in read]
 
 
 def test_merged_student_without_a_template(make_bpe_tokenizer):
@@ -188,7 +203,7 @@ def test_text_rows_through_an_ordinary_collator(make_bpe_tokenizer):
 @pytest.mark.parametrize("as_tensors", [False, True])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_teacher_columns_of_ready_rows(make_bpe_tokenizer, side, as_tensors):
-    """Given columns survive, with the start that belongs to the labels' padding side."""
+    """Given columns survive, whatever the padding side; labels are padded on the right."""
     tokenizer = make_bpe_tokenizer(add_bos=True)
     tokenizer.padding_side = side
     given = [
@@ -201,6 +216,7 @@ def test_teacher_columns_of_ready_rows(make_bpe_tokenizer, side, as_tensors):
     batch = DistillationCollator(tokenizer)(given)
     assert batch["teacher_input_ids"].tolist() == [[10, 11, 8, 9, 3], [0, 12, 3, 0, 0]]
     assert batch["teacher_attention_mask"].tolist() == [[1, 1, 1, 1, 1], [0, 1, 1, 0, 0]]
+    assert batch["teacher_labels_start"].tolist() == [2, 2] and batch["labels"].tolist()[1] == [3, -100, -100]
     for b, row in enumerate(batch["labels"]):
         for t in (row != -100).nonzero().flatten():
             assert batch["teacher_input_ids"][b, batch["teacher_labels_start"][b] + t] == row[t]
@@ -220,10 +236,29 @@ def test_positions_of_labels_are_padded_as_labels_are(make_bpe_tokenizer, side, 
     batch = DistillationCollator(tokenizer)(given)
     assert batch["teacher_input_ids"].tolist() == [[10, 11, 12, 13, 14], [15, 16, 0, 0, 0]]
     assert batch["teacher_attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
-    assert batch["labels"].tolist()[1] == ([3, -100, -100] if side == "right" else [-100, -100, 3])
-    second = [0, -1, -1] if side == "right" else [-1, -1, 0]
-    assert batch["teacher_label_positions"].tolist() == [[1, -1, 4], second]
+    assert batch["labels"].tolist()[1] == [3, -100, -100]
+    assert batch["teacher_label_positions"].tolist() == [[1, -1, 4], [0, -1, -1]]
     assert "teacher_labels_start" not in batch
+
+
+def test_what_a_collator_gives_the_decoder_moves_with_its_labels(make_bpe_tokenizer):
+    """A mask says which of the decoder's columns are pads; labels that begin with -100 of their own keep it."""
+    tokenizer = make_bpe_tokenizer()
+    tokenizer.padding_side = "left"
+    rows = [*READY, {"input_ids": [6], "attention_mask": [1], "labels": [-100, 7]}]
+    given = {
+        "decoder_input_ids": torch.tensor([[1, 8, 9], [0, 0, 1], [0, 1, 4]]),
+        "decoder_attention_mask": torch.tensor([[1, 1, 1], [0, 0, 1], [0, 1, 1]]),
+    }
+
+    def collate(rows):
+        return {**DataCollatorForSeq2Seq(tokenizer)(rows), **given}
+
+    batch = DistillationCollator(tokenizer, student_collator=collate)(rows)
+    assert batch["input_ids"].tolist()[1:] == [[2, 2, 5], [2, 2, 6]]  # what an encoder reads stays where it was
+    assert batch["labels"].tolist() == [[8, 9, 3], [3, -100, -100], [-100, 7, -100]]
+    assert batch["decoder_input_ids"].tolist() == [[1, 8, 9], [1, 0, 0], [1, 4, 0]]
+    assert batch["decoder_attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
 
 
 def test_positions_of_labels_that_do_not_fit(make_bpe_tokenizer):

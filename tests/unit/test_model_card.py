@@ -106,6 +106,22 @@ def rows_of(text):
     ]
 
 
+@pytest.mark.parametrize(
+    ("built_in", "cross_attention", "said"),
+    [
+        (None, "merged", "so give it the bare source"),
+        (True, "merged", "so give it the bare source"),
+        (False, "merged", "the tokenizer cannot put around a source: make the input with"),
+        (False, "separate", "The teacher's prompt:"),
+    ],
+)
+def test_who_puts_a_source_into_the_prompt(tmp_path, built_in, cross_attention, said):
+    known = metrics()
+    known["task"] |= {} if built_in is None else {"built_in": built_in}
+    known["student"]["cross_attention"] = cross_attention
+    assert said in ModelCard.load(write_model_card(tmp_path / "student", known)).text
+
+
 def test_huggingface_hub_reads_the_card_back(tmp_path):
     card = ModelCard.load(write_model_card(tmp_path / "student", metrics()))
     data = card.data

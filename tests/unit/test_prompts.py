@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tokenizer_toys import merging_blanks
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
@@ -11,6 +12,7 @@ from hf_encdec_distill.models.prompts import (
     PreTrainedTokenizerFast,
     distinct_pad_token,
     encode_prompt,
+    frozen_prompt_date,
     prompt_start_token_id,
     student_tokenizer,
 )
@@ -143,15 +145,94 @@ def test_either_version_of_transformers_loads_what_the_other_one_saved(make_bpe_
         assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"  # 5.x alone would write "TokenizersBackend"
 
 
+DATES = ["2026-11-28", "2027-03-01"]
+OF_THE_DAY = {
+    # As Llama 3.2's template does it, as SmolLM3's does, and what else they might.
+    "llama": "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    '{%- set date_string = strftime_now("%d %b %Y") %}{%- else %}{%- set date_string = "26 Jul 2024" %}{%- endif %}'
+    '{%- endif %}\n{{ "Today Date: " + date_string }}:{{ messages[0]["content"] }}<|im_end|>\n#',
+    "smollm": '{%- set today = strftime_now("%d %B %Y") -%}\n  {% if true %}\n{{ today }}{% endif %}\n'
+    '{{ messages[0]["content"] }}<|im_end|>#',
+    "other": '\n{{ strftime_now("%A %-d.%-m. (%j, %y) %Y-%m-%d %H:%M:%S %p %x %U") }}{{ messages[0]["content"] }}#',
+}
+
+
+@pytest.mark.parametrize("template", OF_THE_DAY)
+def test_a_chat_template_is_told_the_day(make_bpe_tokenizer, today, template):
+    """What transformers renders on that day, on any other; without a day, that of today."""
+    teacher = make_bpe_tokenizer(chat_template=OF_THE_DAY[template])
+    of_day = {}
+    for day in DATES:
+        today(day)
+        of_day[day] = chat_ids(teacher, [{"role": "user", "content": SOURCE}])
+        assert encode_prompt(teacher, SOURCE) == of_day[day]
+        assert frozen_prompt_date(teacher) == day and frozen_prompt_date(teacher, None, DATES[0]) == DATES[0]
+    assert of_day[DATES[0]] != of_day[DATES[1]]
+    for day, ids in of_day.items():
+        assert encode_prompt(teacher, SOURCE, prompt_date=day) == ids
+        assert encode_prompt(teacher, [{"role": "user", "content": SOURCE}], prompt_date=day) == ids
+        assert student_tokenizer(teacher, prompt_date=day)(SOURCE)["input_ids"] == ids[:-1]
+
+
+def test_a_prompt_that_names_no_day_has_none(make_bpe_tokenizer):
+    ours = make_bpe_tokenizer(chat_template=OF_THE_DAY["llama"])
+    assert frozen_prompt_date(ours, TEMPLATE, DATES[0]) is None
+    assert frozen_prompt_date(make_bpe_tokenizer(), None, DATES[0]) is None
+    assert frozen_prompt_date(make_bpe_tokenizer(chat_template=None)) is frozen_prompt_date(None) is None
+    with pytest.raises(ValueError, match="prompt_date='28.11.2026' is no date: give YYYY-MM-DD"):
+        frozen_prompt_date(ours, None, "28.11.2026")
+
+
 def test_a_separate_student_reads_the_bare_source(make_bpe_tokenizer):
     teacher = make_bpe_tokenizer()
     assert student_tokenizer(teacher, TEMPLATE, "separate")(SOURCE)["input_ids"] == teacher(SOURCE)["input_ids"]
 
 
-def test_a_template_that_merges_with_the_source_is_not_built_in(make_bpe_tokenizer, caplog):
+BLANKS = [SOURCE, "x", "x ", "x \n", " x", "\n\n x\t", " ", ""]
+
+
+@pytest.mark.parametrize(
+    "template", ["{source}\n", "Package: {source} Synopsis:", "{source}:", "a b {source} a b", None]
+)
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_blanks_at_the_ends_of_a_source_stay_outside_of_the_template(make_bpe_tokenizer, template, add_bos):
+    """Whatever the source ends in, or is cut at, the student reads the teacher's prompt but the last token."""
+    teacher = merging_blanks(make_bpe_tokenizer(add_bos=add_bos))
+    assert len(teacher(" \n", add_special_tokens=False)["input_ids"]) == 1
+    student, start = student_tokenizer(teacher, template), prompt_start_token_id(teacher, template)
+    around = len(encode_prompt(teacher, "", template))
+    for source in BLANKS:
+        prompt = encode_prompt(teacher, source, template)
+        assert prompt == [*student(source)["input_ids"], start]
+        for limit in range(around + 1, len(prompt)):
+            cut = student(source, truncation=True, max_length=limit - 1)["input_ids"]
+            assert encode_prompt(teacher, source, template, max_length=limit) == [*cut, start]
+    if template is not None:
+        assert teacher.decode(encode_prompt(teacher, "x \n", template)).endswith(template.replace("{source}", "x \n"))
+
+
+def test_a_blank_of_a_template_that_would_join_a_word_is_told(make_bpe_tokenizer, caplog):
+    teacher = merging_blanks(make_bpe_tokenizer(chat_template=None))
+    student_tokenizer(teacher, "Package:\n{source}\nSynopsis:")
+    assert not caplog.text
+    student_tokenizer(teacher, "a b {source} a b")
+    assert "line breaks around {source}" in caplog.text
+
+
+def test_a_template_that_changes_its_source_is_encoded_whole(make_bpe_tokenizer, caplog):
+    teacher = make_bpe_tokenizer(chat_template="{{ messages[0]['content'] | upper }}:")
+    assert encode_prompt(teacher, SOURCE) == teacher(SOURCE.upper() + ":")["input_ids"]
+    assert student_tokenizer(teacher)(SOURCE)["input_ids"] == teacher(SOURCE)["input_ids"]
+    twice = encode_prompt(teacher, SOURCE, "{source}\n{source}\n")
+    assert twice == teacher(f"{SOURCE}\n{SOURCE}\n")["input_ids"]
+    assert "cannot be built into" in caplog.text
+
+
+def test_a_template_that_does_not_fit_a_prefix_space_is_not_built_in(make_bpe_tokenizer, caplog):
     teacher = make_bpe_tokenizer(chat_template=None)
     # A tokenizer that puts a space in front of every text it encodes: a source alone differs from one inside a text.
     teacher.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     student = student_tokenizer(teacher, "Sum up:{source}\n")
     assert student(SOURCE)["input_ids"] == teacher(SOURCE, add_special_tokens=False)["input_ids"]
+    assert encode_prompt(teacher, SOURCE, "Sum up:{source}\n") == teacher(f"Sum up:{SOURCE}\n")["input_ids"]
     assert "encode_prompt" in caplog.text

@@ -81,7 +81,8 @@ class Reader:
         most = self.max_prompt if most is None else min(most, self.max_prompt)
         uncut = len(self.tokenizer(text)["input_ids"])
         pair = {"source": text, "target": ""}
-        [row] = encode_rows([pair], self.teacher_tokenizer or self.tokenizer, self.prompt_template, most, 0)
+        day = getattr(self.config, "prompt_date", None)
+        [row] = encode_rows([pair], self.teacher_tokenizer or self.tokenizer, self.prompt_template, most, 0, day)
         of_teacher = row["prompt"]
         read_by_encoder([row], self.tokenizer, self.config, most)
         prompt = of_teacher if self.mismatch else row["prompt"]

@@ -29,12 +29,17 @@ _OF_A_TEXT = {"rouge_l": rouge_l, "exact_match": exact_match, "f1": f1}
 
 
 def encode_rows(
-    pairs: Iterable[Mapping[str, str]], tokenizer, prompt_template: str | None, max_prompt: int, max_target: int
+    pairs: Iterable[Mapping[str, str]],
+    tokenizer,
+    prompt_template: str | None,
+    max_prompt: int,
+    max_target: int,
+    prompt_date: str | None = None,
 ) -> list[dict]:
     """Texts `source` and `target` -> rows for a decoder-only model, whose tokenizer it is, and a merged student."""
     rows = []
     for pair in pairs:
-        prompt = encode_prompt(tokenizer, pair["source"], prompt_template, max_prompt)
+        prompt = encode_prompt(tokenizer, pair["source"], prompt_template, max_prompt, prompt_date)
         labels = tokenizer(pair["target"], add_special_tokens=False)["input_ids"][:max_target]
         rows.append(
             {

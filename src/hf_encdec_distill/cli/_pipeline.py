@@ -27,7 +27,7 @@ from ..distillation.metrics import distinct_share
 from ..files import write_json
 from ..model_card import teacher_entry, write_model_card
 from ..models.loading import load_config, load_student, load_teacher, load_tokenizer
-from ..models.prompts import PreTrainedTokenizerFast, prompt_start_token_id
+from ..models.prompts import PreTrainedTokenizerFast, encode_prompt, prompt_start_token_id
 from ..models.rope_encdec import RopeEncDecForConditionalGeneration
 from . import _teacher
 from ._display import Display, clock
@@ -442,7 +442,10 @@ class Pipeline:
         }
 
     def _task(self) -> dict:
-        task = {"prompt_template": self.template, "pipeline_tag": "summarization", "language": "en"}
+        read = PreTrainedTokenizerFast.from_pretrained(self.folder / "student")("a")["input_ids"]
+        built_in = read == encode_prompt(self.tokenizer, "a", self.template)[:-1]
+        task = {"prompt_template": self.template, "built_in": built_in}
+        task |= {"pipeline_tag": "summarization", "language": "en"}
         if self.built_in_task:
             return task | {
                 "name": "Python docstrings",

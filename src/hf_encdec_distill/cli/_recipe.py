@@ -8,6 +8,7 @@ mean to `HfArgumentParser.parse_yaml_file` and TRL, but a key or a type that is 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 from collections.abc import Mapping
 from enum import Enum
@@ -114,6 +115,8 @@ def checked(content: Any, hints: Mapping[str, Any], where: str, known: str = _KE
 def _typed(name: str, value: Any, hint: Any, where: str) -> Any:
     if _fits(value, hint):
         return value
+    if isinstance(value, datetime.date) and _fits("", hint):  # which YAML makes of 2026-11-28 without quotes
+        return value.isoformat()
     if isinstance(value, str) and _fits(0.5, hint):  # YAML 1.1 takes 1e-3, which has no dot, for text
         try:
             return float(value)

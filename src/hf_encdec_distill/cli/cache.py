@@ -95,6 +95,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--splits", nargs="+", default=["train", "validation"], metavar="NAME", help="default: train validation"
     )
     add_prompt_arguments(parser)
+    parser.add_argument(
+        "--prompt-date",
+        metavar="YYYY-MM-DD",
+        help="the day that a chat template is told it is, where it names the day (default: that of --student, that of "
+        "a cache to go on with, today)",
+    )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at once (default: %(default)s)")
     parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the cache as a dataset")
     parser.add_argument("--private", action="store_true", help="make that a private one")
@@ -116,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     from ..distillation.alignment import check_vocab_policy
     from ..distillation.cache import CachedTeacher, capture, size_on_disk
     from ..distillation.teachers import LiveTeacher
-    from ..models.loading import load_tokenizer
+    from ..models.loading import load_config, load_tokenizer
     from ._training import device, working_dtype
 
     check_vocab_policy(args.vocab_policy)
@@ -128,6 +134,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--splits {unknown[0]}: the data has {', '.join(splits)}")
     path = teacher_path(args.teacher or args.teacher_option)
     dtype = args.teacher_dtype or str(working_dtype()).removeprefix("torch.")
+    student = load_config(args.student) if args.student else None
+    merged = getattr(student, "cross_attention", None) == "merged"
+    start = student.decoder_start_token_id if merged else None
     state = PartialState()  # gives each process a device of its own
     captured = capture(
         LiveTeacher.load(path, dtype, args.teacher_quantization).to(device()),
@@ -146,7 +155,8 @@ def run(args: argparse.Namespace) -> None:
         prompt_template=prompt_template(args.prompt_template, args.dataset),
         max_source_length=args.max_source_length,
         max_target_length=args.max_target_length,
-        start_token_id=_start_token_id(args.student),
+        prompt_date=args.prompt_date or getattr(student, "prompt_date", None),
+        start_token_id=start,
     )
     if not state.is_main_process:
         return
@@ -158,13 +168,6 @@ def run(args: argparse.Namespace) -> None:
         content["url"] = cache.push_to_hub(args.push_to_hub, private=args.private or None)
         text += f"\n{content['url']}"
     say_result(args, content, text)
-
-
-def _start_token_id(student: str | None) -> int | None:
-    from ..models.loading import load_config
-
-    config = load_config(student) if student else None
-    return config.decoder_start_token_id if getattr(config, "cross_attention", None) == "merged" else None
 
 
 def _generation(args: argparse.Namespace) -> TargetGeneration | None:

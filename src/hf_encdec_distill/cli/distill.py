@@ -38,7 +38,7 @@ from .init import Shape, add_shape_arguments, make_student
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-    from ..distillation import DistillationTrainer
+    from ..distillation import DistillationTrainer, DistillationTrainingArguments
 
 SUMMARY = "distil a teacher into a student"
 EXAMPLE = (
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
         read_provenance,
         warn_of_changes,
     )
-    from ._recipe import training_part, write_recipe
+    from ._recipe import read_recipe, training_part, write_recipe
 
     recipe = _recipe(args)
     recorded = None if args.reproduce is None else read_provenance(Path(args.reproduce))
@@ -127,7 +127,11 @@ def run(args: argparse.Namespace) -> None:
     training.prompt_template = prompt_template(training.prompt_template, recipe["dataset"])
     set_seed(training.seed)  # weights that a student lacks are drawn
     splits = load_splits(recipe["dataset"], recipe["source_column"], recipe["target_column"])
-    student, tokenizer = _student(recipe, splits, training.prompt_template)
+    if checkpoint is not None and training.prompt_date is None and (output / RECIPE).is_file():
+        training.prompt_date = read_recipe(output / RECIPE).get(
+            "prompt_date"
+        )  # not today's, if a student is made again
+    student, tokenizer = _student(recipe, splits, training)
     trainer = DistillationTrainer(
         model=student,
         args=training,
@@ -144,7 +148,11 @@ def run(args: argparse.Namespace) -> None:
     if checkpoint is not None:
         warn_of_changes(output, provenance)
     if trainer.is_world_process_zero():
-        decided = {"prompt_template": training.prompt_template, "seed": training.seed}
+        decided = {
+            "prompt_template": training.prompt_template,
+            "prompt_date": trainer.prompt_date,
+            "seed": training.seed,
+        }
         output.mkdir(parents=True, exist_ok=True)
         write_recipe(output / RECIPE, {**recipe, **decided})
         write_json(output / PROVENANCE, {**provenance, "result": None})
@@ -198,9 +206,11 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     return recipe
 
 
-def _student(recipe: Mapping[str, Any], splits: DatasetDict, template: str | None) -> tuple[Any, Any]:
+def _student(
+    recipe: Mapping[str, Any], splits: DatasetDict, training: DistillationTrainingArguments
+) -> tuple[Any, Any]:
     """The model that training starts from, and its tokenizer."""
-    from ..distillation.cache import is_cache
+    from ..distillation.cache import is_cache, recorded_prompt_date
 
     if "student" in recipe:
         return student_and_tokenizer(recipe["student"])
@@ -208,7 +218,11 @@ def _student(recipe: Mapping[str, Any], splits: DatasetDict, template: str | Non
     teacher = shape.pop("teacher", recipe["teacher"])
     if is_cache(teacher):
         raise ValueError(f"{teacher} is a cache, of which no student can be made: name its teacher as init.teacher")
-    student = make_student(teacher_path(teacher), Shape(**shape), splits["train"], template)
+    day = training.prompt_date
+    if day is None and is_cache(recipe["teacher"]):
+        day = recorded_prompt_date(recipe["teacher"])
+    path = teacher_path(teacher)
+    student = make_student(path, Shape(**shape), splits["train"], training.prompt_template, day)
     return student, student.tokenizer
 
 

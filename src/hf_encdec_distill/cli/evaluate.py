@@ -148,7 +148,8 @@ def _measure(
     model = load(name, dtype=working_dtype()).to(device())
     tokenizer = load_tokenizer(name)
     template = prompt_template(args.prompt_template, args.dataset)
-    rows = encode_rows(pairs, teacher_tokenizer or tokenizer, template, args.max_source_length, args.max_target_length)
+    limits, day = (args.max_source_length, args.max_target_length), getattr(config, "prompt_date", None)
+    rows = encode_rows(pairs, teacher_tokenizer or tokenizer, template, *limits, day)
     if config.is_encoder_decoder:
         read_by_encoder(rows, tokenizer, config, args.max_source_length)
     of_logits = [measure for measure in measures if measure in OF_LOGITS]

@@ -73,6 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="what the teacher reads, with {source} in it (default: its chat template)",
     )
+    parser.add_argument(
+        "--prompt-date",
+        metavar="YYYY-MM-DD",
+        help="the day that a chat template is told it is, where it names the day (default: today)",
+    )
     add_data_arguments(parser)
 
 
@@ -82,7 +87,8 @@ def run(args: argparse.Namespace) -> None:
     rows = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")["train"]
     said = {field.name for field in dataclasses.fields(Shape)} & set(vars(args))
     shape = Shape(**{name: getattr(args, name) for name in said})
-    student = make_student(path, shape, rows, prompt_template(args.prompt_template, args.dataset))
+    template = prompt_template(args.prompt_template, args.dataset)
+    student = make_student(path, shape, rows, template, args.prompt_date)
     student.save_pretrained(output)
     content = {
         "output": str(output),
@@ -95,13 +101,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def make_student(
-    teacher: str, shape: Shape, rows: Dataset, template: str | None
+    teacher: str, shape: Shape, rows: Dataset, template: str | None, prompt_date: str | None
 ) -> RopeEncDecForConditionalGeneration:
     """The student that has `shape` of the teacher in a folder or on the Hub, in float32.
 
     Args:
         rows: with the columns `source` and `target`; some of them, always the same, say which layers matter.
         template: the prompt's; `None` leaves it to the teacher's chat template.
+        prompt_date: the day for a chat template that names it; `None` is today.
     """
     import torch
 
@@ -121,6 +128,7 @@ def make_student(
         encoder_attention=shape.encoder_attention,
         layer_selection=shape.layer_selection,
         prompt_template=template,
+        prompt_date=prompt_date,
         calibration=list(zip(rows["source"], rows["target"], strict=True)),
     )
 

@@ -171,6 +171,13 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             "teacher's chat template is used, and without that the source as it is."
         },
     )
+    prompt_date: str | None = field(
+        default=None,
+        metadata={
+            "help": "The day (YYYY-MM-DD) that a chat template is told it is, where it names the day. Without it that "
+            "of the student (config.prompt_date), of the cache, or today; other templates know no day."
+        },
+    )
     teacher_dtype: str | None = field(
         default=None,
         metadata={

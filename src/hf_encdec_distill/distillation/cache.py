@@ -31,6 +31,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..files import check_fields, inside, read_json
+from ..models.prompts import frozen_prompt_date
 from .alignment import SharedVocabulary, asked_positions, check_vocab_policy, target_positions, with_teacher_inputs
 from .cache_hub import fetch, is_on_hub, push, write_card
 from .collator import DistillationCollator
@@ -57,6 +58,7 @@ _IDENTITY = (
     "vocab_size",
     "tokenizer",
     "prompt_template",
+    "prompt_date",
     "teacher_config",
     "teacher_dtype",
     "teacher_adapter",
@@ -203,9 +205,10 @@ class CachedTeacher:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = fetch(folder) if is_on_hub(folder) else Path(folder)
+        self.folder = _local(folder)
         self.manifest = read_manifest(self.folder)
         self.vocab_size = self.manifest["vocab_size"]
+        self.prompt_date = self.manifest.get("prompt_date")
         if not shard_files(self.folder, _SHARD):
             raise ValueError(
                 f"the cache {self.folder} holds no shard: the capture was stopped before it wrote one; go on with it."
@@ -221,13 +224,20 @@ class CachedTeacher:
     def to(self, device: torch.device) -> "CachedTeacher":
         return self
 
-    def check(self, prompt_template: str | None, divergence: str, temperature: float) -> None:
+    def check(
+        self, prompt_template: str | None, divergence: str, temperature: float, prompt_date: str | None = None
+    ) -> None:
         """Raises ValueError, naming the field, where training wants what this cache cannot give."""
         recorded = self.manifest["prompt_template"]
         if prompt_template != recorded:
             raise ValueError(
                 f"prompt_template={prompt_template!r}, but the cache {self.folder} was captured with {recorded!r}: "
                 "train with that one, or capture anew."
+            )
+        if self.prompt_date not in (None, prompt_date):
+            raise ValueError(
+                f"prompt_date={prompt_date!r}, but the prompts in the cache {self.folder} name the day "
+                f"{self.prompt_date!r}: make the student with that one, or capture with the student's."
             )
         if self.manifest["kind"] != "dense" and divergence == "universal_logit_distance":
             raise ValueError(
@@ -322,6 +332,15 @@ def is_cache(folder: Any) -> bool:
     return is_on_hub(folder) or (isinstance(folder, str | os.PathLike) and (Path(folder) / MANIFEST).is_file())
 
 
+def _local(folder: str | os.PathLike) -> Path:
+    return fetch(folder) if is_on_hub(folder) else Path(folder)
+
+
+def recorded_prompt_date(folder: str | os.PathLike) -> str | None:
+    """The day that the prompts of a cache name, if they name one; raises what `CachedTeacher` raises."""
+    return read_manifest(_local(folder)).get("prompt_date")  # which older caches do not say
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = read_json(inside(folder, MANIFEST))
@@ -399,7 +418,8 @@ def capture(
         progress: show a bar with target tokens a second and the size of the cache.
         student_tokenizer: the student's; needed for `vocab_policy` `id_map` and `universal`, by default the teacher's.
         vocab_policy: of the training, see `DistillationTrainingArguments`.
-        collating: passed to `DistillationCollator`: columns, `prompt_template`, length limits, `start_token_id`.
+        collating: passed to `DistillationCollator`: columns, `prompt_template`, `prompt_date` (of a cache that is gone
+            on with its own, else today, where a chat template names the day), length limits, `start_token_id`.
 
     Raises:
         ValueError: a cache in `folder` was made by another teacher, tokenizer, template or kind (the field is named);
@@ -439,9 +459,13 @@ def capture(
         "temperature": 1.0 if kind == "dense" else temperature,
         "generation": None if generation is None else dataclasses.asdict(generation),
     }
-    collate = DistillationCollator(student_tokenizer or tokenizer, tokenizer, vocabulary=vocabulary, **collating)
     state = PartialState(cpu=teacher.device.type == "cpu")
-    manifest = _manifest(teacher, tokenizer, recorded, collating.get("prompt_template"))
+    template, day = collating.get("prompt_template"), collating.get("prompt_date")
+    if day is None and (folder / MANIFEST).exists():
+        day = recorded_prompt_date(folder)
+    collating["prompt_date"] = frozen_prompt_date(tokenizer, template, day)
+    manifest = _manifest(teacher, tokenizer, recorded, template, collating["prompt_date"])
+    collate = DistillationCollator(student_tokenizer or tokenizer, tokenizer, vocabulary=vocabulary, **collating)
     if state.is_main_process:
         _open_folder(folder, manifest, tokenizer)
     state.wait_for_everyone()
@@ -540,9 +564,10 @@ def _open_folder(folder: Path, manifest: dict[str, Any], tokenizer) -> None:
     if (folder / MANIFEST).exists():
         found = read_manifest(folder)
         for name in _IDENTITY:
-            if found[name] != manifest[name]:
+            ours = manifest.get(name)
+            if found.get(name, ours) != ours:  # older caches do not say their prompt_date
                 raise ValueError(
-                    f"the cache {folder} was captured with {name}={found[name]!r}, not {manifest[name]!r}: capture "
+                    f"the cache {folder} was captured with {name}={found[name]!r}, not {ours!r}: capture "
                     "into another folder."
                 )
     else:
@@ -560,7 +585,7 @@ def _open_folder(folder: Path, manifest: dict[str, Any], tokenizer) -> None:
 
 
 def _manifest(
-    teacher: LiveTeacher, tokenizer, recorded: dict[str, Any], prompt_template: str | None
+    teacher: LiveTeacher, tokenizer, recorded: dict[str, Any], prompt_template: str | None, prompt_date: str | None
 ) -> dict[str, Any]:
     config = teacher.model.config
     name = config._name_or_path
@@ -572,6 +597,7 @@ def _manifest(
         "vocab_size": teacher.vocab_size,
         "tokenizer": None if vocabulary is None else hashlib.sha256(vocabulary.encode()).hexdigest(),
         "prompt_template": prompt_template,
+        **({} if prompt_date is None else {"prompt_date": prompt_date}),
         # Where it lies on this machine is nobody's business on the Hub.
         "teacher": Path(name).name if os.path.isdir(name) else name,
         "teacher_config": _digest_of(described),

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import DataCollatorForSeq2Seq, default_data_collator
 from transformers.utils import logging
 
-from ..models.prompts import check_limit, encode_prompt, prompt_start_token_id
+from ..models.prompts import check_limit, encode_prompt, prompt_start_token_id, reads_bare_source
 from .alignment import IGNORED, TEACHER_COLUMNS, SharedVocabulary, UniversalVocabulary
 from .boundaries import offsets_encoder, same_text_so_far, text_boundaries
 from .packing import refuse_packed
@@ -18,6 +18,7 @@ from .packing import refuse_packed
 logger = logging.get_logger(__name__)
 
 MESSAGES = "messages"
+_PROBE = "a"
 
 
 class DistillationCollator:
@@ -32,6 +33,9 @@ class DistillationCollator:
       `teacher_label_positions` in place of `teacher_labels_start` say of each label in which column of
       `teacher_input_ids` the teacher predicts it, -1 where it is not asked; what it reads may then be anything.
 
+    Labels are padded on the right, whatever side the student's tokenizer or collator pads on: a decoder that reads
+    pads between its start token and the target computes something else.
+
     Text targets end in EOS. The teacher's prompt is encoded with its own template and tokenizer; the student reads
     that prompt without its last token if it is merged (`start_token_id`), its own encoding of the source if not. The
     keys added to a batch are listed in `alignment`.
@@ -45,7 +49,7 @@ class DistillationCollator:
         processing_class: the student's tokenizer (or a processor with one); None for ready rows of equal length.
         teacher_processing_class: the teacher's; needed for text rows.
         source_column, target_column: names of the text columns.
-        prompt_template: what the teacher reads around the source, see `DistillationTrainingArguments`.
+        prompt_template, prompt_date: what the teacher reads around the source, see `DistillationTrainingArguments`.
         max_source_length, max_target_length: see `DistillationTrainingArguments`; ready rows are never cut.
         start_token_id: for a merged student, the token its decoder starts with.
         student_collator: pads rows of `input_ids` and `labels`; by default `DataCollatorForSeq2Seq`.
@@ -64,6 +68,7 @@ class DistillationCollator:
         source_column: str = "source",
         target_column: str = "target",
         prompt_template: str | None = None,
+        prompt_date: str | None = None,
         max_source_length: int | None = None,
         max_target_length: int | None = None,
         start_token_id: int | None = None,
@@ -80,6 +85,7 @@ class DistillationCollator:
         self.source_column = source_column
         self.target_column = target_column
         self.prompt_template = prompt_template
+        self.prompt_date = prompt_date
         self.max_source_length = max_source_length
         self.max_target_length = max_target_length
         self.start_token_id = start_token_id
@@ -107,6 +113,7 @@ class DistillationCollator:
             raise ValueError("teacher_label_positions are columns of teacher_input_ids: give those too.")
         batch = {name: value for name, value in self.student_collator(rows).items() if value is not None}
         refuse_packed(batch, len(rows))
+        batch = _with_pads_behind_labels(batch, rows)
         if "teacher_input_ids" in teacher_rows[0] and "labels" in batch:
             batch.update(_pad_teacher_rows(teacher_rows, rows, batch["labels"], self.vocabulary))
         return batch
@@ -161,13 +168,14 @@ class DistillationCollator:
     def _teacher_prompt(self, source: str | list[dict]) -> list[int]:
         template_end = prompt_start_token_id(self.teacher_tokenizer, self.prompt_template)
         limit, start = self.max_source_length, self.vocabulary.start_for_teacher(self.start_token_id)
-        if start is None:
-            return encode_prompt(self.teacher_tokenizer, source, self.prompt_template, limit)
-        if template_end is None:
+        if start is not None and template_end is None:
             # The start token takes the place of the template's last token, within the limit as that one would be.
             limit = None if limit is None else limit - 1
-            return [*encode_prompt(self.teacher_tokenizer, source, None, limit), start]
-        prompt = encode_prompt(self.teacher_tokenizer, source, self.prompt_template, limit)
+        prompt = encode_prompt(self.teacher_tokenizer, source, self.prompt_template, limit, self.prompt_date)
+        if start is None:
+            return prompt
+        if template_end is None:
+            return [*prompt, start]
         if prompt[-1] != start:
             raise ValueError(
                 f"the student's decoder_start_token_id is {start}, but the teacher's prompt ends in {prompt[-1]} (ids "
@@ -176,29 +184,32 @@ class DistillationCollator:
             )
         return prompt
 
+    def reads_prompt(self) -> bool:
+        """Whether the student's tokenizer has the prompt of a merged student built in."""
+        own, expected = self.tokenizer(_PROBE)["input_ids"], self._teacher_prompt(_PROBE)[:-1]
+        if self.vocabulary.same_ids:
+            return own == expected
+        return self.tokenizer.decode(own) == self.teacher_tokenizer.decode(expected)  # other tokens of the same text
+
     def _check_student_reads_prompt(self) -> None:
         """A merged student's tokenizer has its prompt built in; that has to be the one it is trained on.
 
         One that could not hold the template encodes the bare source (`models.prompts.student_tokenizer`) and passes.
         """
-        probe = "a"
-        own, expected = self.tokenizer(probe)["input_ids"], self._teacher_prompt(probe)[:-1]
-        if self.vocabulary.same_ids:
-            bare = self.tokenizer(probe, add_special_tokens=False)["input_ids"]
-            same = own in (expected, bare, [self.tokenizer.bos_token_id, *bare])
-        else:  # other tokens, perhaps, of the same text
-            same = self.tokenizer.decode(own) == self.teacher_tokenizer.decode(expected)
-        if not same:
+        bare = self.vocabulary.same_ids and reads_bare_source(self.tokenizer)
+        if not self.reads_prompt() and not bare:
+            day = "" if self.prompt_date is None else f" and prompt_date (this prompt names {self.prompt_date})"
             raise ValueError(
-                f"the student's tokenizer encodes {probe!r} as {own}, but the teacher's prompt for it begins with "
-                f"{expected}. Give the teacher_processing_class and prompt_template that the student was made with."
+                f"the student's tokenizer encodes {_PROBE!r} as {self.tokenizer(_PROBE)['input_ids']}, but the "
+                f"teacher's prompt for it begins with {self._teacher_prompt(_PROBE)[:-1]}. Give the "
+                f"teacher_processing_class and prompt_template{day} that the student was made with."
             )
         self._prompt_checked = True
 
     def _student_source(self, source: str | list[dict]) -> list[int]:
         if not isinstance(source, str):
             if self.tokenizer.chat_template is not None:
-                return encode_prompt(self.tokenizer, source, None, self.max_source_length)
+                return encode_prompt(self.tokenizer, source, None, self.max_source_length, self.prompt_date)
             if len(source) != 1:
                 raise ValueError(
                     f"the student's tokenizer has no chat template to encode {len(source)} messages before the target "
@@ -253,24 +264,46 @@ def split_conversation(messages: list[dict]) -> tuple[list[dict], str | None]:
     return list(messages[:-1]), messages[-1]["content"]
 
 
+def _with_pads_behind_labels(batch: dict[str, Any], rows: list[dict]) -> dict[str, Any]:
+    """The batch with the pads that a collator put in front of `labels` `[B, T]` moved behind them.
+
+    Masks and positions of the decoder move along. Its input does where it has a mask; without one it was made of
+    labels that had pads in front, as `DataCollatorForSeq2Seq` makes it, and is left for the trainer to make again.
+    """
+    labels = batch.get("labels")
+    if labels is None or any(row.get("labels") is None for row in rows):
+        return batch
+    width = labels.shape[1]
+    pads = torch.zeros(len(rows), dtype=torch.long)
+    for number, (row, padded) in enumerate(zip(rows, labels.tolist(), strict=True)):
+        own = _as_list(row["labels"])
+        if padded[: len(own)] != own and padded == [IGNORED] * (width - len(own)) + own:
+            pads[number] = width - len(own)
+    if not pads.any():
+        return batch
+    if batch.get("decoder_attention_mask") is None:
+        batch = {name: value for name, value in batch.items() if name != "decoder_input_ids"}
+    columns = (torch.arange(width) + pads[:, None]) % width
+    of_decoder = [name for name in batch if name.startswith("decoder_")]
+    return batch | {name: batch[name][torch.arange(len(rows))[:, None], columns] for name in ("labels", *of_decoder)}
+
+
 def _pad_teacher_rows(
     teacher_rows: list[dict], rows: list[dict], labels: torch.Tensor, vocabulary: SharedVocabulary
 ) -> dict[str, torch.Tensor]:
-    """Right-padded `teacher_*`, for `labels` `[B, T]` as a collator padded them; shapes in `alignment`."""
+    """Right-padded `teacher_*`, for right-padded `labels` `[B, T]`; shapes in `alignment`."""
     ids, masks, places = [], [], []
     positioned = "teacher_label_positions" in teacher_rows[0]
-    for teacher_row, row, padded in zip(teacher_rows, rows, labels, strict=True):
+    for teacher_row, row in zip(teacher_rows, rows, strict=True):
         row_ids = _as_list(teacher_row["teacher_input_ids"])
         row_labels = _as_list(row["labels"])
-        # Where the collator padded labels on the left, column 0 is that much before the row's first label.
-        shift = len(padded) - len(row_labels) if padded[: len(row_labels)].tolist() != row_labels else 0
         ids.append(torch.tensor(row_ids))
         masks.append(torch.tensor(_as_list(teacher_row.get("teacher_attention_mask", [1] * len(row_ids)))))
         if positioned:
-            places.append(_label_positions(teacher_row, row_labels, shift, len(padded)))
+            places.append(_label_positions(teacher_row, row_labels, labels.shape[1]))
         else:
             read = vocabulary.to_teacher(torch.tensor(row_labels)).tolist()
-            places.append(_labels_start(teacher_row, row_ids, read) - shift)
+            places.append(_labels_start(teacher_row, row_ids, read))
     return {
         "teacher_input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
         "teacher_attention_mask": torch.nn.utils.rnn.pad_sequence(masks, batch_first=True),
@@ -293,7 +326,7 @@ def _labels_start(teacher_row: dict, row_ids: list[int], row_labels: list[int]) 
     return start
 
 
-def _label_positions(teacher_row: dict, row_labels: list[int], shift: int, width: int) -> list[int]:
+def _label_positions(teacher_row: dict, row_labels: list[int], width: int) -> list[int]:
     """As long as the padded labels, -1 beside the row's own."""
     positions = _as_list(teacher_row["teacher_label_positions"])
     if len(positions) != len(row_labels):
@@ -301,7 +334,7 @@ def _label_positions(teacher_row: dict, row_labels: list[int], shift: int, width
             f"a row has {len(positions)} teacher_label_positions for {len(row_labels)} labels; give one for each, -1 "
             "where the teacher is not asked."
         )
-    return [-1] * shift + positions + [-1] * (width - shift - len(positions))
+    return positions + [-1] * (width - len(positions))
 
 
 def _as_list(values) -> list[int]:

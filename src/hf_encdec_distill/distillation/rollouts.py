@@ -85,7 +85,7 @@ def roll_out(
     rolled = {**inputs, "labels": labels}
     if batch.get("teacher_input_ids") is not None:
         ids, mask = batch["teacher_input_ids"], batch["teacher_attention_mask"]
-        # The old target begins where its first label is, which a collator may have padded on the left.
+        # The old target begins where its first label is; labels may be -100 in front of that.
         begin = batch["teacher_labels_start"] + (batch["labels"] != IGNORED).int().argmax(dim=1)
         prompt = mask.bool() & (torch.arange(ids.shape[1], device=ids.device) < begin[:, None])
         of_teacher = labels if vocabulary is None else vocabulary.to_teacher(labels)

@@ -37,7 +37,9 @@ class TeacherSignal(Protocol):
     def to(self, device: torch.device) -> "TeacherSignal":
         """Moves the teacher to the training device; called once, before training."""
 
-    def check(self, prompt_template: str | None, divergence: str, temperature: float) -> None:
+    def check(
+        self, prompt_template: str | None, divergence: str, temperature: float, prompt_date: str | None = None
+    ) -> None:
         """Raises ValueError where training asks for what this teacher cannot give; called once, before training."""
 
     def scores(
@@ -171,7 +173,9 @@ class LiveTeacher:
         """Where it takes its inputs."""
         return self.model.get_input_embeddings().weight.device
 
-    def check(self, prompt_template: str | None, divergence: str, temperature: float) -> None:
+    def check(
+        self, prompt_template: str | None, divergence: str, temperature: float, prompt_date: str | None = None
+    ) -> None:
         """A model can be asked for anything."""
 
     def scores(

@@ -3,10 +3,20 @@
 A teacher sees `prompt + target`. The prompt is the source inside a template of the user's, or inside the tokenizer's
 own chat template, or the source as it is. A `merged` student reads the same prompt: its encoder all tokens but the
 last, its decoder the last one as start token.
+
+What stands before the source, the source, and what stands behind it are encoded one by one, so that no token reaches
+across a seam whatever the source ends in: that is what a tokenizer with the template built in does too. Where parts
+give another text than the whole (a SentencePiece vocabulary puts a space in front of each), and for chat messages, the
+whole text is encoded.
+
+A chat template may name the day (`strftime_now`). The prompt of a student, a cache and a run is then rendered for one
+day, their `prompt_date`, whatever day it is.
 """
 
+import functools
 import json
 import logging
+from datetime import date, datetime, time
 
 import transformers
 from tokenizers import Tokenizer
@@ -19,8 +29,10 @@ logger = logging.getLogger(__name__)
 
 PLACEHOLDER = "{source}"
 
-# Sources that show whether a template can be built into the tokenizer: the seams are where tokens could merge.
+# Sources that show whether parts of a prompt can be encoded one by one, and whether tokens would merge in the whole.
 _PROBES = ("def f(x):\n    return x + 1", "The quick brown fox.", "a", "42 ways, 3.5%")
+
+_DIRECTIVES = "aAwdbBmyYHIMSpfjUWcxXGuVeDFTR"  # of strftime
 
 # Tokens that pad elsewhere, or are reserved and never trained, in the order of preference.
 _PAD_CANDIDATES = (
@@ -50,7 +62,7 @@ def check_limit(name, tokens) -> None:
         raise ValueError(f"{name}={tokens} is out of range; it has to be at least 1, or None for no cut.")
 
 
-def encode_prompt(tokenizer, source, prompt_template=None, max_length=None) -> list[int]:
+def encode_prompt(tokenizer, source, prompt_template=None, max_length=None, prompt_date=None) -> list[int]:
     """Token ids that the teacher reads before the target.
 
     Args:
@@ -60,6 +72,7 @@ def encode_prompt(tokenizer, source, prompt_template=None, max_length=None) -> l
             (`add_generation_prompt=True`), and without that the source as it is.
         max_length (`int`, *optional*): Most tokens of the whole prompt; what is cut is the end of the source (of the
             last message's content), never the template.
+        prompt_date (`str`, *optional*): As in [`render_prompt`].
 
     Returns:
         `list[int]`: The ids, with exactly one BOS in front where the tokenizer puts one there.
@@ -69,31 +82,57 @@ def encode_prompt(tokenizer, source, prompt_template=None, max_length=None) -> l
             the chat template fails, or `max_length` is below 1 or leaves no token for the source.
     """
     check_limit("max_length", max_length)
-    ids = encode_rendered(tokenizer, render_prompt(tokenizer, source, prompt_template))
+    parts = _around_source(tokenizer, prompt_template, prompt_date) if isinstance(source, str) else None
+    text = source if isinstance(source, str) else source[-1]["content"]
+    if parts is not None:
+        source_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        around = sum(map(len, parts))
+        if max_length is not None and around + len(source_ids) > max_length:
+            if max_length <= around:
+                raise _no_room(max_length, around)
+            source_ids = source_ids[: max_length - around]
+        return [*parts[0], *source_ids, *parts[1]]
+    ids = encode_rendered(tokenizer, render_prompt(tokenizer, source, prompt_template, prompt_date))
     if max_length is None or len(ids) <= max_length:
         return ids
-    text = source if isinstance(source, str) else source[-1]["content"]
     source_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     keep = len(source_ids) - (len(ids) - max_length)
     while keep > 0:
         shorter = _first_tokens(tokenizer, text, source_ids, keep)
         cut = shorter if isinstance(source, str) else [*source[:-1], {**source[-1], "content": shorter}]
-        ids = encode_rendered(tokenizer, render_prompt(tokenizer, cut, prompt_template))
+        ids = encode_rendered(tokenizer, render_prompt(tokenizer, cut, prompt_template, prompt_date))
         if len(ids) <= max_length:
             return ids
         keep -= len(ids) - max_length
-    raise ValueError(
-        f"max_length={max_length} leaves no token for the source: the prompt around it alone takes about "
-        f"{len(ids) - max(keep, 0)} tokens. Raise max_length or shorten prompt_template."
-    )
+    raise _no_room(max_length, len(ids) - max(keep, 0))
 
 
 def prompt_start_token_id(tokenizer, prompt_template=None) -> int | None:
     """The constant last token of the teacher's prompt, from which a `merged` student starts; `None` without one."""
     if prompt_template is None and not tokenizer.chat_template:
         return None
+    parts = _around_source(tokenizer, prompt_template)
+    if parts is not None:
+        return parts[1][-1] if parts[1] else None
     last = {encode_rendered(tokenizer, render_prompt(tokenizer, probe, prompt_template))[-1] for probe in _PROBES}
     return last.pop() if len(last) == 1 else None
+
+
+def frozen_prompt_date(tokenizer, prompt_template=None, prompt_date=None) -> str | None:
+    """The day that prompts are rendered for: `prompt_date`, today without one; `None` if no prompt names a day.
+
+    Args:
+        tokenizer, prompt_template: As in [`encode_prompt`]; without a tokenizer no prompt is rendered.
+        prompt_date (`str`, *optional*): `YYYY-MM-DD`.
+
+    Raises:
+        ValueError: if `prompt_date` is no such date.
+    """
+    day = date.today() if prompt_date is None else _parse_date(prompt_date)
+    if tokenizer is None or prompt_template is not None or not tokenizer.chat_template:
+        return None
+    first, other = (render_prompt(tokenizer, PLACEHOLDER, None, day) for day in ("2001-02-03", "2014-11-28"))
+    return None if first == other else day.isoformat()
 
 
 def distinct_pad_token(tokenizer) -> str | None:
@@ -107,18 +146,21 @@ def distinct_pad_token(tokenizer) -> str | None:
     return tokenizer.pad_token or tokenizer.eos_token
 
 
-def student_tokenizer(tokenizer, prompt_template=None, cross_attention="merged") -> PreTrainedTokenizerFast:
+def student_tokenizer(
+    tokenizer, prompt_template=None, cross_attention="merged", prompt_date=None
+) -> PreTrainedTokenizerFast:
     """The student's tokenizer: the teacher's vocabulary, a pad token of its own, padding on the right.
 
     For a `merged` student the prompt template is its post-processor: `student_tokenizer(source)["input_ids"]` is
     `encode_prompt(...)` without the last token, also when truncated, so that nobody who loads the student has to know
-    the template. Where tokens merge across the seam (some SentencePiece vocabularies) that cannot be; then the
+    the template. Where the parts of a prompt cannot be encoded one by one (some SentencePiece vocabularies) the
     tokenizer encodes the source alone, a warning says so, and prompts come from [`encode_prompt`].
 
     Args:
         tokenizer (`PreTrainedTokenizerFast`): The teacher's.
         prompt_template (`str`, *optional*): As in [`encode_prompt`].
         cross_attention (`"merged"` or `"separate"`): Kind of the student; a `separate` one reads the bare source.
+        prompt_date (`str`, *optional*): As in [`render_prompt`].
 
     Raises:
         ValueError: if the tokenizer is not a fast one.
@@ -151,30 +193,46 @@ def student_tokenizer(tokenizer, prompt_template=None, cross_attention="merged")
     if cross_attention != "merged" or (prompt_template is None and not tokenizer.chat_template):
         return wrap(backend)
 
-    before, _, after = render_prompt(tokenizer, PLACEHOLDER, prompt_template).partition(PLACEHOLDER)
-    prefix, suffix = encode_rendered(tokenizer, before), tokenizer(after, add_special_tokens=False)["input_ids"][:-1]
+    parts = _around_source(tokenizer, prompt_template, prompt_date)
+    if parts is None:
+        logger.warning(
+            "The prompt template cannot be built into this tokenizer: it encodes the parts of a text otherwise than "
+            "the whole. The student's tokenizer encodes the bare source; make prompts with "
+            "hf_encdec_distill.models.prompts.encode_prompt."
+        )
+        return wrap(backend)
+    for probe in _PROBES:
+        whole = encode_rendered(tokenizer, render_prompt(tokenizer, probe, prompt_template, prompt_date))
+        if whole != encode_prompt(tokenizer, probe, prompt_template, prompt_date=prompt_date):
+            logger.warning(
+                "Ordinary text would join what the prompt template has beside {source}, a blank perhaps, with the "
+                "words of the source. Template and source are encoded one by one, for teacher and student alike; with "
+                "line breaks around {source} the teacher reads the tokens that it knows."
+            )
+            break
+    prefix, suffix = parts[0], parts[1][:-1]
     pieces = [("<prompt_prefix>", prefix), ("<prompt_suffix>", suffix)]
-    with_prompt = Tokenizer.from_str(backend.to_str())
-    with_prompt.post_processor = TemplateProcessing(
+    backend.post_processor = TemplateProcessing(
         single=[*(["<prompt_prefix>"] if prefix else []), "$A", *(["<prompt_suffix>"] if suffix else [])],
         special_tokens=[
             {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)} for name, ids in pieces if ids
         ],
     )
-    student = wrap(with_prompt)
-    for probe in _PROBES:
-        if student(probe)["input_ids"] != encode_prompt(tokenizer, probe, prompt_template)[:-1]:
-            logger.warning(
-                "The prompt template cannot be built into this tokenizer: tokens merge across its seams. The "
-                "student's tokenizer encodes the bare source; make prompts with "
-                "hf_encdec_distill.models.prompts.encode_prompt."
-            )
-            return wrap(backend)
-    return student
+    return wrap(backend)
 
 
-def render_prompt(tokenizer, source, prompt_template=None) -> str:
-    """The text of the teacher's prompt; arguments and errors as of [`encode_prompt`]."""
+def reads_bare_source(tokenizer) -> bool:
+    """Whether it encodes a text with nothing around it but BOS: no prompt template is built in."""
+    bare = tokenizer(_PROBES[0], add_special_tokens=False)["input_ids"]
+    return tokenizer(_PROBES[0])["input_ids"] in (bare, [tokenizer.bos_token_id, *bare])
+
+
+def render_prompt(tokenizer, source, prompt_template=None, prompt_date=None) -> str:
+    """The text of the teacher's prompt; arguments and errors as of [`encode_prompt`].
+
+    Args:
+        prompt_date (`str`, *optional*): `YYYY-MM-DD`, the day that a chat template is told it is; by default today.
+    """
     if prompt_template is not None:
         if PLACEHOLDER not in prompt_template:
             raise ValueError(f"prompt_template={prompt_template!r} has no {PLACEHOLDER} for the source; put it in.")
@@ -183,8 +241,13 @@ def render_prompt(tokenizer, source, prompt_template=None) -> str:
         return prompt_template.replace(PLACEHOLDER, source)
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": source}] if isinstance(source, str) else source
+        template = tokenizer.get_chat_template()
+        if prompt_date is not None and "strftime_now" in template:
+            template = _on_day(prompt_date) + template
         try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
         except ImportError:
             raise
         except Exception as error:  # of a program in another language, which may fail in any way
@@ -207,6 +270,51 @@ def encode_rendered(tokenizer, text) -> list[int]:
     if bos is not None and ids[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
         return [bos, *ids]
     return ids
+
+
+def _around_source(tokenizer, prompt_template, prompt_date=None) -> tuple[list[int], list[int]] | None:
+    """Ids in front of the source and behind it; `None` where these and the source's own are not those of one text."""
+    text = render_prompt(tokenizer, PLACEHOLDER, prompt_template, prompt_date)
+    before, found, after = text.partition(PLACEHOLDER)
+    if not found or PLACEHOLDER in after:
+        return None
+    prefix, suffix = encode_rendered(tokenizer, before), tokenizer(after, add_special_tokens=False)["input_ids"]
+    probe = _PROBES[1]
+    in_parts = [*prefix, *tokenizer(probe, add_special_tokens=False)["input_ids"], *suffix]
+    whole = encode_rendered(tokenizer, before + probe + after)
+    texts = {tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (in_parts, whole)}
+    return (prefix, suffix) if len(texts) == 1 else None
+
+
+def _no_room(max_length, around) -> ValueError:
+    return ValueError(
+        f"max_length={max_length} leaves no token for the source: the prompt around it alone takes about {around} "
+        "tokens. Raise max_length or shorten prompt_template."
+    )
+
+
+@functools.lru_cache
+def _on_day(prompt_date) -> str:
+    """What makes a chat template behind it take `prompt_date` for today, at midnight.
+
+    A macro in place of transformers' own function, with each directive of strftime filled in: values given to
+    `apply_chat_template` are plain data since 5.24, and a function is not.
+    """
+    day = datetime.combine(_parse_date(prompt_date), time())
+    fills = {letter: day.strftime(f"%{letter}") for letter in _DIRECTIVES}
+    filters = "".join(
+        f"|replace('%{letter}', {value!r})|replace('%-{letter}', {value.lstrip('0')!r})"
+        for letter, value in fills.items()
+    )
+    # The line break is no part of what is rendered (`trim_blocks`), and the template begins where a line does.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n"
+
+
+def _parse_date(prompt_date) -> date:
+    try:
+        return date.fromisoformat(prompt_date)
+    except (TypeError, ValueError):
+        raise ValueError(f"prompt_date={prompt_date!r} is no date: give YYYY-MM-DD, as in '2026-11-28'.") from None
 
 
 def _first_tokens(tokenizer, text, ids, count) -> str:

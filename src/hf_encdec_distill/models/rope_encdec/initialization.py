@@ -9,7 +9,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..loading import load_teacher, load_tokenizer
-from ..prompts import distinct_pad_token, encode_prompt, prompt_start_token_id, student_tokenizer
+from ..prompts import (
+    distinct_pad_token,
+    encode_prompt,
+    frozen_prompt_date,
+    prompt_start_token_id,
+    student_tokenizer,
+)
 from ..vocabulary import same_tokens
 from ..whole_weights import whole_on_each_process
 from .configuration_rope_encdec import RopeEncDecConfig
@@ -41,6 +47,7 @@ def from_decoder_only(
     tokenizer=None,
     trimmed_tokenizer=None,
     prompt_template=None,
+    prompt_date=None,
     model_class=RopeEncDecForConditionalGeneration,
     **config_overrides,
 ):
@@ -75,6 +82,9 @@ def from_decoder_only(
             [`~hf_encdec_distill.models.vocabulary.trim_tokenizer`] makes: the student gets the embedding rows of these
             alone, and is distilled with `vocab_policy="id_map"`.
         prompt_template (`str`, *optional*): See [`~hf_encdec_distill.models.prompts.encode_prompt`].
+        prompt_date (`str`, *optional*): `YYYY-MM-DD`, the day that the teacher's chat template is told it is, if it
+            names the day (those of Llama 3.2 and SmolLM3 do); by default today. It is `config.prompt_date` of the
+            student, whose prompts name that day ever after.
         **config_overrides: Further fields of [`RopeEncDecConfig`].
 
     Returns:
@@ -100,6 +110,7 @@ def from_decoder_only(
         "encoder": _requested_layers("encoder", encoder_num_hidden_layers, encoder_layers, depth),
     }
     special_tokens = _special_tokens(teacher, tokenizer, prompt_template)
+    prompt_date = frozen_prompt_date(tokenizer, prompt_template, prompt_date)
 
     def build(share_memory=False, **layers):
         config = _student_config(
@@ -116,7 +127,9 @@ def from_decoder_only(
     teacher.eval()
     batches = []
     if any(layers != list(range(depth)) for layers in kept.values()):
-        rows = _calibration_rows(calibration, tokenizer, prompt_template, special_tokens["decoder_start_token_id"])
+        rows = _calibration_rows(
+            calibration, tokenizer, prompt_template, prompt_date, special_tokens["decoder_start_token_id"]
+        )
         open_sides = [side for side, layers in kept.items() if isinstance(layers, int)]
         if open_sides and layer_selection in ("influence", "greedy") and not rows:
             raise ValueError(
@@ -156,7 +169,9 @@ def from_decoder_only(
         _trim_vocabulary(student, tokenizer, trimmed_tokenizer)
         tokenizer = trimmed_tokenizer
     if tokenizer is not None and getattr(tokenizer, "is_fast", False):
-        student.tokenizer = student_tokenizer(tokenizer, prompt_template, cross_attention)
+        student.tokenizer = student_tokenizer(tokenizer, prompt_template, cross_attention, prompt_date)
+    if prompt_date is not None:
+        student.config.prompt_date = prompt_date
     return student.eval()
 
 
@@ -398,7 +413,9 @@ def _same(one, other) -> bool:
     return torch.equal(one, other.to(one.device))
 
 
-def _calibration_rows(calibration, tokenizer, prompt_template, start_token_id) -> list[tuple[list[int], list[int]]]:
+def _calibration_rows(
+    calibration, tokenizer, prompt_template, prompt_date, start_token_id
+) -> list[tuple[list[int], list[int]]]:
     """`(what the teacher reads before the target, target)` as ids."""
     if calibration is None:
         return [] if tokenizer is None else _documentation_rows(tokenizer)
@@ -407,7 +424,7 @@ def _calibration_rows(calibration, tokenizer, prompt_template, start_token_id) -
         if isinstance(source, str):
             if tokenizer is None:
                 raise ValueError("calibration has texts, but there is no tokenizer to encode them; pass tokenizer=.")
-            prompt = encode_prompt(tokenizer, source, prompt_template)
+            prompt = encode_prompt(tokenizer, source, prompt_template, prompt_date=prompt_date)
             if prompt[-1:] != [start_token_id]:
                 prompt = [*prompt, start_token_id]
             rows.append((prompt, tokenizer(target, add_special_tokens=False)["input_ids"]))
