@@ -347,7 +347,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if manifest.get("format") != _FORMAT:
             raise ValueError(f"its format is {manifest.get('format')!r}, expected {_FORMAT}: capture it again")
         check_fields(manifest, {"kind": str, "vocab_size": int, "temperature": float}, str(folder / MANIFEST))
-        missing = [name for name in (*_IDENTITY, "teacher") if name not in manifest]
+        required = (name for name in (*_IDENTITY, "teacher") if name != "prompt_date")  # which few prompts name
+        missing = [name for name in required if name not in manifest]
         if missing or manifest["kind"] not in KINDS or (manifest["kind"] == "top_k" and not manifest["k"]):
             raise ValueError(f"{folder / MANIFEST} lacks {', '.join(missing) or 'a kind of record'}: capture it again")
     except (OSError, ValueError) as error:
