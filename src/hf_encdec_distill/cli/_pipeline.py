@@ -26,6 +26,7 @@ from ..data.python_docstrings import ROWS_LICENSE
 from ..distillation import DistillationTrainer, DistillationTrainingArguments
 from ..distillation.metrics import distinct_share
 from ..model_card import teacher_entry, write_model_card
+from ..models.either_version import save_teacher
 from ..models.prompts import PreTrainedTokenizerFast, prompt_start_token_id
 from ..models.rope_encdec import RopeEncDecForConditionalGeneration
 from . import _teacher
@@ -259,8 +260,7 @@ class Pipeline:
             BATCH_SIZE,
             self.settings.seed,
         )
-        teacher.save_pretrained(self.work / "teacher")
-        self.tokenizer.save_pretrained(self.work / "teacher")
+        save_teacher(teacher, self.tokenizer, self.work / "teacher")
         loss = f"CE {result['held_out_loss']:.2f} on validation rows"
         return result | {"note": f"{result['steps']} steps of {BATCH_SIZE}, {loss}"}
 

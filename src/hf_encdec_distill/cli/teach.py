@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         raise ImportError(f'{error}; teach needs pip install "hf-encdec-distill[peft]"') from error
 
     from ..distillation import DistillationCollator
+    from ..models.either_version import save_teacher
     from ._evaluation import completion_batch
     from ._teacher import completion_loss
 
@@ -100,7 +101,6 @@ def run(args: argparse.Namespace) -> None:
     taught = trainer.accelerator.unwrap_model(trainer.model)
     if not args.adapter:
         taught = taught.merge_and_unload()
-    taught.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    save_teacher(taught, tokenizer, output)
     kind, steps = "adapter" if args.adapter else "merged model", trainer.state.global_step
     say_result(args, {"output": str(output), "kind": kind, "steps": steps}, f"{output}: {kind} after {steps} steps")
