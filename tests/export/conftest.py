@@ -11,8 +11,8 @@ from toys import make_config, stir
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
 
 
-# optimum-onnx admits transformers 4.57 at most, optimum-intel 5.5; later ones have exporters of their own. Where a lane
-# has one of them, a missing backend is a failure.
+# optimum-onnx admits transformers 4.57 at most, optimum-intel 5.5; later ones have exporters of their own. Where a
+# lane has one of them, a missing backend is a failure.
 collect_ignore = ["test_transformers_exporters.py"]
 if Version(transformers.__version__) >= Version("5"):
     collect_ignore = ["test_optimum_onnx.py"]
