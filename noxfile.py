@@ -1,36 +1,69 @@
-"""Both sets of versions that every commit has to pass: `nox` runs them, each in an environment of its own."""
+"""The sets of versions that every commit has to pass, each in an environment of its own: `nox`, or `nox -s optimum`.
+
+`.ci/run` runs README's test command, which is what `latest` is, and then the others.
+"""
+
+import re
+import shutil
+import subprocess
 
 import nox
 
 
-nox.options.sessions = ["lint", "optimum", "latest", "wheel"]
 nox.options.default_venv_backend = "venv"
+REQUIREMENTS = nox.project.load_toml("pyproject.toml")["project"]["dependencies"]
 
 
 @nox.session
 def lint(session):
-    """Format and lint."""
-    session.install("ruff>=0.14,<0.15")
+    """Format and lint, and nothing in the package that Python 3.10 does not have."""
+    session.install("ruff>=0.14,<0.15", "vermin>=1.6")
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
+    session.run("vermin", "--target=3.10-", "--violations", "--no-tips", "--eval-annotations", "src")
 
 
 @nox.session
-def optimum(session):
-    """transformers 4.57 with Optimum: what `pip install -e ".[all,dev]"` gives."""
+def latest(session):
+    """The newest transformers 5: what `pip install -e ".[all,dev]"` gives."""
     session.install("-e", ".[all,dev]")
     session.run("pytest", *session.posargs)
 
 
 @nox.session
-def latest(session):
-    """The newest transformers 5, which no release of optimum-onnx admits."""
-    session.install("-e", ".[demo,dev,exporters]", "transformers>=5.23,<6", "trl>=1.16")
+def optimum(session):
+    """transformers 4.57 with Optimum, whose newest optimum-onnx admits no later one."""
+    session.install("-e", ".[coreml,demo,dev,optimum]")
     session.run("pytest", *session.posargs)
 
 
 @nox.session
+def openvino(session):
+    """OpenVINO through the newest optimum-intel, which admits transformers up to 5.5 and no optimum-onnx."""
+    session.install(
+        "-e", ".[openvino]", "optimum-intel>=2.2,<3", "pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.6"
+    )
+    session.run("pytest", "-n", "0", "tests/export/test_optimum.py", "tests/export/test_optimum_openvino.py")
+
+
+def lowest_python():
+    """3.10, where there is one; otherwise None, which is the one that runs nox."""
+    program = shutil.which("python3.10")
+    # One that pyenv only lists is found, and does not run.
+    runs = program is not None and subprocess.run([program, "--version"], capture_output=True).returncode == 0
+    return "3.10" if runs else None
+
+
+@nox.session(python=lowest_python())
+def lowest(session):
+    """The lowest version of each package that the package needs, under the tests of the model and of its parts."""
+    pins = [re.sub(r">=([\d.]+).*", r"==\1", requirement) for requirement in REQUIREMENTS]
+    session.install("-e", ".[demo,dev,exporters]", *pins)
+    session.run("pytest", *(session.posargs or ("tests/unit", "tests/model")))
+
+
+@nox.session
 def wheel(session):
-    """What people get, built and installed into an empty environment, from the quickstart to the Hub and back."""
-    session.install("-e", ".[demo,dev]", "transformers>=5.23,<6")
+    """What people get, built and installed into empty environments, from the quickstart to the Hub and back."""
+    session.install("-e", ".[all,dev]")
     session.run("pytest", "-m", "wheel", "-n", "0")

@@ -62,8 +62,8 @@ def _import(ours):
     except Exception as error:  # whatever it is, theirs has to go on working for all other models
         warnings.warn(
             f"what was imported will not know models of type rope_encdec: {type(error).__name__}: {error}. The "
-            "versions that work are those of pip install -U hf-encdec-distill, for Optimum those of its extras [onnx] "
-            "and [openvino].",
+            "versions that work are those of pip install -U hf-encdec-distill, for Optimum those of its extra "
+            "[optimum] or optimum-intel 2.2.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -104,6 +104,12 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(run):
     assert "adapt the teacher" not in run["resumed"].stderr
 
 
+def test_the_adapted_teacher_is_saved_for_both_versions_of_transformers(run):
+    folder = run["folder"] / "work" / "teacher"  # model/test_teachers_of_either_version.py loads such ones
+    assert json.loads((folder / "config.json").read_text())["rope_theta"] == 10000.0
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
 def test_everything_was_measured_for_every_model(run):
     metrics = json.loads((run["folder"] / "metrics.json").read_text())
     assert set(metrics["models"]) == MODELS

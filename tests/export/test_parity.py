@@ -239,4 +239,4 @@ def test_commands_without_backends_say_what_to_install(trained_folder, tmp_path)
     )
     command = [sys.executable, "-c", code, str(trained_folder / "student"), str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and "onnx needs onnxruntime: pip install onnxruntime" in result.stderr
+    assert result.returncode == 2 and 'onnx needs onnxruntime: pip install "hf-encdec-distill[onnx]"' in result.stderr

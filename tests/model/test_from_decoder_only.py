@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
+from hf_encdec_distill.models import SUPPORTED_FAMILIES
 from hf_encdec_distill.models.prompts import encode_prompt
-from hf_encdec_distill.models.rope_encdec.initialization import SUPPORTED_FAMILIES
 
 
 DEPTH, VOCAB = 4, 280

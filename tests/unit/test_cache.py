@@ -372,6 +372,12 @@ def test_another_teacher_tokenizer_template_or_kind_is_refused(tmp_path, tokeniz
         make_cache(tmp_path / "used", tokenizer)
 
 
+def test_the_teachers_tokenizer_in_a_cache_is_for_both_versions_of_transformers(tmp_path, tokenizer):
+    make_cache(tmp_path / "cache", tokenizer)
+    config = json.loads((tmp_path / "cache" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
 def test_what_a_cache_cannot_give_is_said_before_training(tmp_path, tokenizer):
     make_cache(tmp_path / "sampled", tokenizer, kind="sampled")
     make_cache(tmp_path / "cool", tokenizer, temperature=0.5)

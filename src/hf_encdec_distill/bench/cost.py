@@ -24,7 +24,7 @@ import dataclasses
 import torch
 from transformers import AutoConfig
 
-from ..models.rope_encdec.initialization import SUPPORTED_FAMILIES
+from ..models import SUPPORTED_FAMILIES
 
 
 @dataclasses.dataclass(frozen=True)

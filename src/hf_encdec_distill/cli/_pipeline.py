@@ -26,6 +26,7 @@ from ..distillation import DistillationTrainer, DistillationTrainingArguments
 from ..distillation.metrics import distinct_share
 from ..files import write_json
 from ..model_card import teacher_entry, write_model_card
+from ..models.either_version import save_teacher
 from ..models.loading import load_config, load_student, load_teacher, load_tokenizer
 from ..models.prompts import PreTrainedTokenizerFast, encode_prompt, prompt_start_token_id
 from ..models.rope_encdec import RopeEncDecForConditionalGeneration
@@ -260,8 +261,7 @@ class Pipeline:
             BATCH_SIZE,
             self.settings.seed,
         )
-        teacher.save_pretrained(self.work / "teacher")
-        self.tokenizer.save_pretrained(self.work / "teacher")
+        save_teacher(teacher, self.tokenizer, self.work / "teacher")
         loss = f"CE {result['held_out_loss']:.2f} on validation rows"
         return result | {"note": f"{result['steps']} steps of {BATCH_SIZE}, {loss}"}
 

@@ -25,10 +25,11 @@ EXAMPLE = "hf-encdec-distill doctor --json"
 DISTRIBUTION = "hf-encdec-distill"
 _ADDS = {
     "demo": "the quickstart, plots, BLEU and chrF",
-    "onnx": "export to ONNX, and Optimum with ONNX Runtime (transformers 4.57)",
-    "openvino": "export to OpenVINO, and Optimum with it (transformers 4.57)",
+    "onnx": "export to ONNX",
+    "openvino": "export to OpenVINO",
     "coreml": "export to Core ML",
-    "exporters": "export to ONNX, OpenVINO and Core ML (transformers 5)",
+    "exporters": "export to all three",
+    "optimum": "Optimum's own models and command line, for ONNX Runtime and OpenVINO (holds transformers at 4.57)",
     "demo-ui": "the page that `demo` opens",
     "peft": "teach, and teachers that are LoRA adapters",
     "quantization": "teachers in 8 or 4 bits",
@@ -137,9 +138,7 @@ def _first_line(error: Exception) -> str:
 
 def _lane() -> str:
     transformers, optimum = _version("transformers") or "", _version("optimum")
-    if transformers.startswith("4."):
-        return f"transformers {transformers} {f'with Optimum {optimum}' if optimum else 'without Optimum'}"
-    return f"transformers {transformers}, which has exporters of its own and which Optimum does not admit"
+    return f"transformers {transformers} {f'with Optimum {optimum}' if optimum else 'without Optimum'}"
 
 
 def _devices(name: str) -> list[str]:
@@ -205,7 +204,7 @@ def _traps(content: dict[str, Any]) -> list[str]:
         if machine["torch_built_for_cuda"] and not any("cuda" in device for device in content["runtimes"]["torch"]):
             traps.append("torch is built for CUDA and finds no GPU: look at the driver")
     if (versions.get("transformers") or "").startswith("5.") and "optimum-onnx" in versions:
-        traps.append("Optimum does not admit transformers 5: install one or the other")
+        traps.append("optimum-onnx does not admit transformers 5: install one or the other")
     return traps
 
 

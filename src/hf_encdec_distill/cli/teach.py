@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..distillation import DistillationCollator
     from ..distillation.finite_training import FiniteTraining
+    from ..models.either_version import save_teacher
     from ..models.loading import load_teacher, load_tokenizer
     from ._evaluation import completion_batch
     from ._teacher import completion_loss
@@ -110,7 +111,6 @@ def run(args: argparse.Namespace) -> None:
     taught = trainer.accelerator.unwrap_model(trainer.model)
     if not args.adapter:
         taught = taught.merge_and_unload()
-    taught.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    save_teacher(taught, tokenizer, output)
     kind, steps = "adapter" if args.adapter else "merged model", trainer.state.global_step
     say_result(args, {"output": str(output), "kind": kind, "steps": steps}, f"{output}: {kind} after {steps} steps")

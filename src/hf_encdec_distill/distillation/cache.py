@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..files import check_fields, inside, read_json
-from ..models.prompts import frozen_prompt_date
+from ..models.prompts import frozen_prompt_date, in_a_class_of_both_versions
 from .alignment import SharedVocabulary, asked_positions, check_vocab_policy, target_positions, with_teacher_inputs
 from .cache_hub import fetch, is_on_hub, push, write_card
 from .collator import DistillationCollator
@@ -579,7 +579,7 @@ def _open_folder(folder: Path, manifest: dict[str, Any], tokenizer) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            in_a_class_of_both_versions(tokenizer).save_pretrained(folder)
         os.replace(partial, folder / MANIFEST)
     for left_behind in folder.glob("partial-*"):
         left_behind.unlink()

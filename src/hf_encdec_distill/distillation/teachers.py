@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
+from ..models.either_version import check_rope_is_read
 from ..models.loading import load_teacher
 from ..models.whole_weights import whole_on_each_process
 from .alignment import SharedVocabulary, log_mass
@@ -108,7 +109,8 @@ class LiveTeacher:
         dtype: "float32", "bfloat16" or "float16" casts it in place; None or "auto" leaves it as it is.
 
     Raises:
-        ValueError: the model is an encoder-decoder or has no output embedding.
+        ValueError: the model is an encoder-decoder, has no output embedding, or was saved by a version of
+            transformers whose RoPE this one does not read.
     """
 
     def __init__(self, model: nn.Module, dtype: str | None = None):
@@ -118,6 +120,7 @@ class LiveTeacher:
                 f"the teacher is an encoder-decoder ({config.model_type}); it has to be a decoder-only model, one "
                 "that AutoModelForCausalLM loads."
             )
+        check_rope_is_read(config)
         if model.get_output_embeddings() is None:
             raise ValueError(
                 f"the teacher {type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."

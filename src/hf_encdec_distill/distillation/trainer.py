@@ -22,6 +22,7 @@ from ..models.loading import load_tokenizer
 from ..models.prompts import (
     PreTrainedTokenizerFast,
     frozen_prompt_date,
+    in_a_class_of_both_versions,
     prompt_start_token_id,
     reads_bare_source,
     student_tokenizer,
@@ -620,6 +621,10 @@ class DistillationTrainer(FiniteTraining, Seq2SeqTrainer):
         if state_dict is not None:
             state_dict = share_tied_weights(self.model, state_dict)
         super()._save(output_dir, state_dict)
+        tokenizer = tokenizer_of(self.processing_class)
+        if self.model.config.model_type == "rope_encdec" and isinstance(tokenizer, PreTrainedTokenizerBase):
+            # Of a class that the other version of transformers knows too, which `AutoTokenizer` of 5.x does not give.
+            in_a_class_of_both_versions(tokenizer).save_pretrained(output_dir or self.args.output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..models.prompts import in_a_class_of_both_versions
 from .graphs import check_installed
 from .recipe import Shapes, check_exportable, check_openvino_options, graphs, that_fit
 from .runtime import MANIFEST, MANIFEST_VERSION, sha256
@@ -72,7 +73,7 @@ def export_model(
         model.config.save_pretrained(partial)
         model.generation_config.save_pretrained(partial)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            in_a_class_of_both_versions(tokenizer).save_pretrained(partial)
         if calibrated:
             options["calibration"] = len(options["calibration"])
         write_manifest(partial, target, variant, shapes, stateful, backend.cache_dtype(variant), options)

@@ -165,4 +165,4 @@ def check_installed(target: str, to_run: bool = False) -> None:
     needed = PACKAGES[target][:1] if to_run else PACKAGES[target]
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:
-        raise ImportError(f"{target} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        raise ImportError(f'{target} needs {" and ".join(missing)}: pip install "hf-encdec-distill[{target}]"')

@@ -1,254 +1,28 @@
 """How Optimum exports our model to ONNX: `main_export`, `ORTModelForSeq2SeqLM.from_pretrained(..., export=True)` and
 `optimum-cli export onnx`. Imported by `registration` as soon as Optimum's own recipes are.
 
-Optimum's encoder-decoders know one output of the encoder, `last_hidden_state`, and hand it to the decoder as
-`encoder_hidden_states`. Where our decoder reads other encoder states than the last one, they travel there, side by
-side as in `cross_attention_states`.
-
-Written against optimum v2.1.0 and optimum-onnx v0.1.0: optimum/exporters/tasks.py, optimum/exporters/onnx/config.py
-and model_patcher.py.
+Written against optimum-onnx v0.1.0.
 """
 
-import functools
-import inspect
-import json
-from pathlib import Path
-
-import torch
-from optimum.exporters.onnx.base import ConfigBehavior
 from optimum.exporters.onnx.config import TextSeq2SeqOnnxConfig
 from optimum.exporters.onnx.model_patcher import ModelPatcher, sdpa_mask_without_vmap
 from optimum.exporters.tasks import TasksManager
-from optimum.utils import (
-    DummySeq2SeqDecoderTextInputGenerator,
-    DummyTextInputGenerator,
-    NormalizedSeq2SeqConfig,
-    T5DummySeq2SeqPastKeyValuesGenerator,
-)
-from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..models.rope_encdec import RopeEncDecForConditionalGeneration, RopeEncDecModel
-from ..models.rope_encdec.modeling_rope_encdec import (
-    RopeEncDecEncoderOutput,
-    RopeEncDecPreTrainedModel,
-    _once_per_prompt,
-    states_handed_over,
-)
-from .modules import MASKED, RULED_BY_LENGTH, TraceableRotary
-
-
-MODEL_TYPE = "rope_encdec"
-TASKS = (
-    "feature-extraction",
-    "feature-extraction-with-past",
-    "text2text-generation",
-    "text2text-generation-with-past",
-)
-_TASK_OF_CLASS = {
-    RopeEncDecForConditionalGeneration.__name__: "text2text-generation",
-    RopeEncDecModel.__name__: "feature-extraction",
-}
-
-
-def grouped_attention(module, query, key, value, attention_mask, **kwargs):
-    """`query` `(B, G * R, T, D)` on `(B, G, K, D)` under an additive mask `(B, 1, T, K)`, to `(B, T, G * R, D)`.
-
-    As [`~hf_encdec_distill.export.modules.grouped_attention`], without its look at lengths, which a tracer would take
-    for constants: here the mask has always a row for each of the T queries.
-    """
-    query, attention_mask = _fold_groups(module, query, attention_mask)
-    output = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-    return _unfold_groups(module, output, attention_mask), None
-
-
-def _fold_groups(module, query, attention_mask):
-    """The R query heads of a group one after the other on the time axis: `(B, G, R * T, D)`, `(B, 1, R * T, K)`."""
-    # B and T are the mask's. A query without RoPE comes out of a reshape, whose lengths torch.onnx (v2.13) writes down
-    # as it has seen them.
-    batch, length = attention_mask.shape[0], attention_mask.shape[2]
-    groups, ratio = module.config.num_key_value_heads, module.num_key_value_groups
-    if ratio == 1:
-        return query, attention_mask
-    return query.reshape(batch, groups, ratio * length, module.head_dim), attention_mask.repeat(1, 1, ratio, 1)
-
-
-def _unfold_groups(module, output, attention_mask):
-    """`(B, G, R * T, D)` to `(B, T, G * R, D)`."""
-    ratio = module.num_key_value_groups
-    batch, length = attention_mask.shape[0], attention_mask.shape[2]
-    if ratio > 1:
-        output = output.reshape(batch, module.config.num_attention_heads, length // ratio, module.head_dim)
-    return output.transpose(1, 2)
-
-
-def _merged_attention(
-    module,
-    hidden_states,
-    encoder_states,
-    position_embeddings,
-    encoder_position_embeddings,
-    attention_mask,
-    cache=None,
-    positions=None,
-    **kwargs,
-):
-    """`RopeEncDecMergedAttention.forward` with the scores of prompt and target put together instead of their keys: no
-    copy of the prompt's keys and values for each token, and OpenVINO (v2026.4) does not compile a stateful prompt that
-    is concatenated ("Invalid graph status")."""
-    query, key, value = module.project_own(hidden_states, position_embeddings, cache, positions)
-    prompt_key, prompt_value = _once_per_prompt(
-        cache, module.layer_idx, lambda: module.project_prompt(encoder_states, encoder_position_embeddings)
-    )
-    query, attention_mask = _fold_groups(module, query * module.scaling, attention_mask)
-    scores = torch.cat(
-        (torch.matmul(query, prompt_key.transpose(2, 3)), torch.matmul(query, key.transpose(2, 3))), dim=-1
-    )
-    weights = (scores + attention_mask).softmax(dim=-1)
-    prompt_length = prompt_key.shape[2]
-    output = torch.matmul(weights[..., :prompt_length], prompt_value)
-    output = output + torch.matmul(weights[..., prompt_length:], value)
-    return module.o_proj(_unfold_groups(module, output, attention_mask).flatten(-2)), None, None
-
-
-def additive_mask(*args, dtype, allow_is_causal_skip=False, **kwargs):
-    """`(B, 1, T, K)`, never `None`: finite, so that a row which sees no key is not NaN, and within fp16."""
-    visible = sdpa_mask_without_vmap(*args, allow_is_causal_skip=False, **kwargs)
-    return (~visible).to(dtype) * MASKED
+from .optimum_recipe import MODEL_TYPE, TASKS, RopeEncDecRecipe, TraceableModel, additive_mask, grouped_attention
 
 
 ALL_ATTENTION_FUNCTIONS.register("rope_encdec_onnx", grouped_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register("rope_encdec_onnx", additive_mask)
-
-
-class TraceableModel:
-    """What our model needs for the time of an export besides Optimum's own patches; a mixin for a `ModelPatcher`."""
-
-    attention = "rope_encdec_onnx"  # in both registries of transformers
-
-    def __init__(self, config, model, model_kwargs=None):
-        self._forward_before = vars(model).get("forward")
-        super().__init__(config, model, model_kwargs)
-        # `patched_forward` looks this up in each call.
-        self.orig_forward = _with_one_encoder_tensor(self.orig_forward, config._behavior)
-
-    def __enter__(self):
-        super().__enter__()
-        self._attention_before = self._model.config._attn_implementation
-        self._model.config._attn_implementation = self.attention
-        self._patched_modules = []
-        for module in self._model.modules():
-            if hasattr(module, "project_prompt"):
-                self._patch(module, _merged_attention)
-            elif getattr(module, "rope_type", None) in RULED_BY_LENGTH:
-                self._patch(module, lambda rotary, *args: TraceableRotary(rotary)(*args))
-
-    def _patch(self, module, forward):
-        module.forward = functools.partial(forward, module)
-        self._patched_modules.append(module)
-
-    def __exit__(self, *exception):
-        super().__exit__(*exception)
-        self._model.config._attn_implementation = self._attention_before
-        for module in self._patched_modules:
-            del module.forward
-        # Optimum leaves its last wrapper on the model, which may go on being used, or be pickled for validation.
-        if self._forward_before is None:
-            del self._model.forward
-        else:
-            self._model.forward = self._forward_before
-
-
-def _with_one_encoder_tensor(forward, behavior):
-    """The encoder's or decoder's `forward` under Optimum's contract of one tensor between the two."""
-    signature = inspect.signature(forward)
-
-    @functools.wraps(forward)
-    def with_one_encoder_tensor(*args, **kwargs):
-        bound = signature.bind(*args, **kwargs)
-        if behavior is ConfigBehavior.DECODER:
-            states = bound.arguments["encoder_outputs"][0]
-            bound.arguments["encoder_outputs"] = RopeEncDecEncoderOutput(
-                last_hidden_state=states, cross_attention_states=states
-            )
-        outputs = forward(*bound.args, **bound.kwargs)
-        if behavior is ConfigBehavior.ENCODER and outputs.cross_attention_states is not None:
-            return {"last_hidden_state": outputs.cross_attention_states}
-        return outputs
-
-    return with_one_encoder_tensor
+ALL_MASK_ATTENTION_FUNCTIONS.register("rope_encdec_onnx", additive_mask(sdpa_mask_without_vmap))
 
 
 class RopeEncDecModelPatcher(TraceableModel, ModelPatcher):
-    pass
+    attention = "rope_encdec_onnx"
 
 
-class DummyEncoderStatesGenerator(DummySeq2SeqDecoderTextInputGenerator):
-    """Example inputs of the decoder, the encoder's states `(B, S, R * H)` among them."""
-
-    def __init__(self, task, normalized_config, **kwargs):
-        super().__init__(task, normalized_config, **kwargs)
-        self.hidden_size *= max(1, len(states_handed_over(normalized_config.config)))
-
-
-class RopeEncDecOnnxConfig(TextSeq2SeqOnnxConfig):
-    """Inputs, outputs and caches of our model, as those of T5 but for the key/value heads and the encoder's output."""
-
-    NORMALIZED_CONFIG_CLASS = NormalizedSeq2SeqConfig.with_args(
-        encoder_num_layers="encoder_num_hidden_layers",
-        decoder_num_layers="decoder_num_hidden_layers",
-        # What Optimum calls encoder and decoder here are the caches of cross- and self-attention.
-        encoder_num_attention_heads="num_key_value_heads",
-        decoder_num_attention_heads="num_key_value_heads",
-        key_value_dim="head_dim",
-        allow_new=True,
-    )
-    DUMMY_INPUT_GENERATOR_CLASSES = (
-        DummyTextInputGenerator,
-        DummyEncoderStatesGenerator,
-        T5DummySeq2SeqPastKeyValuesGenerator,
-    )
-    DUMMY_PKV_GENERATOR_CLASS = T5DummySeq2SeqPastKeyValuesGenerator
+class RopeEncDecOnnxConfig(RopeEncDecRecipe, TextSeq2SeqOnnxConfig):
     _MODEL_PATCHER = RopeEncDecModelPatcher
 
 
 TasksManager.create_register("onnx")(MODEL_TYPE, *TASKS)(RopeEncDecOnnxConfig)
-
-
-def _know_our_classes(infer, answer):
-    """A classmethod of `TasksManager` that asks what a model or class is, and looks at its module's name to tell."""
-
-    def know_our_classes(cls, model=None, model_class=None):
-        asked = type(model) if model is not None else model_class
-        if inspect.isclass(asked) and issubclass(asked, RopeEncDecPreTrainedModel):
-            known = answer(asked)
-            if known is not None:
-                return known
-        return infer(model=model, model_class=model_class)
-
-    return classmethod(know_our_classes)
-
-
-def _know_our_folders(infer):
-    """`TasksManager._infer_task_from_model_name_or_path` refuses folders; ours say in their config what they are."""
-
-    @functools.wraps(infer)
-    def know_our_folders(cls, model_name_or_path, subfolder="", *args, **kwargs):
-        file = Path(model_name_or_path, subfolder, "config.json")
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if config.get("model_type") == MODEL_TYPE:
-            architecture = (config.get("architectures") or [None])[0]
-            return _TASK_OF_CLASS.get(architecture, "text2text-generation")
-        return infer(model_name_or_path, subfolder, *args, **kwargs)
-
-    return classmethod(know_our_folders)
-
-
-TasksManager._infer_library_from_model_or_model_class = _know_our_classes(
-    TasksManager._infer_library_from_model_or_model_class, lambda asked: "transformers"
-)
-TasksManager._infer_task_from_model_or_model_class = _know_our_classes(
-    TasksManager._infer_task_from_model_or_model_class, lambda asked: _TASK_OF_CLASS.get(asked.__name__)
-)
-TasksManager._infer_task_from_model_name_or_path = _know_our_folders(TasksManager._infer_task_from_model_name_or_path)

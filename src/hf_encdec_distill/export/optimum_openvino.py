@@ -1,13 +1,13 @@
 """How Optimum exports our model to OpenVINO: `OVModelForSeq2SeqLM.from_pretrained(..., export=True)` and
 `optimum-cli export openvino`. Imported by `registration` as soon as Optimum's own recipes are.
 
-Written against optimum-intel v1.27.0: optimum/exporters/openvino/model_configs.py and model_patcher.py.
+Written against optimum-intel v1.27.0, which builds on optimum-onnx and admits transformers 4.57, and v2.2.0, which has
+bases of its own and admits transformers up to 5.5: optimum/exporters/openvino/model_configs.py and model_patcher.py.
 """
 
 import functools
 
 import torch
-from optimum.exporters.onnx.model_patcher import PatchingSpec
 from optimum.exporters.openvino.model_patcher import OVSeq2SeqModelPatcher
 from optimum.exporters.tasks import TasksManager
 from torch import nn
@@ -15,14 +15,15 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .optimum_onnx import (
-    MODEL_TYPE,
-    TASKS,
-    RopeEncDecOnnxConfig,
-    TraceableModel,
-    additive_mask,
-    grouped_attention,
-)
+from .optimum_recipe import MODEL_TYPE, TASKS, RopeEncDecRecipe, TraceableModel, additive_mask, grouped_attention
+
+
+try:
+    from optimum.exporters.openvino.config import TextSeq2SeqOpenVINOConfig
+    from optimum.exporters.openvino.patching_utils import PatchingSpec, sdpa_mask_without_vmap
+except ModuleNotFoundError:  # optimum-intel < 2; goes with transformers 4.57
+    from optimum.exporters.onnx.config import TextSeq2SeqOnnxConfig as TextSeq2SeqOpenVINOConfig
+    from optimum.exporters.onnx.model_patcher import PatchingSpec, sdpa_mask_without_vmap
 
 
 def _attention(module, query, key, value, attention_mask, **kwargs):
@@ -40,7 +41,7 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
 
 
 ALL_ATTENTION_FUNCTIONS.register("rope_encdec_openvino", _attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register("rope_encdec_openvino", additive_mask)
+ALL_MASK_ATTENTION_FUNCTIONS.register("rope_encdec_openvino", additive_mask(sdpa_mask_without_vmap))
 
 _split = torch.Tensor.split
 
@@ -87,7 +88,7 @@ class RopeEncDecOVModelPatcher(TraceableModel, OVSeq2SeqModelPatcher):
         super().__exit__(*exception)
 
 
-class RopeEncDecOpenVINOConfig(RopeEncDecOnnxConfig):
+class RopeEncDecOpenVINOConfig(RopeEncDecRecipe, TextSeq2SeqOpenVINOConfig):
     _MODEL_PATCHER = RopeEncDecOVModelPatcher
 
     @property

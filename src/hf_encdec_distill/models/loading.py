@@ -22,6 +22,7 @@ from transformers.generation import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..files import check_own_files, named_inside, one_line, read_json, what_it_is
+from .either_version import check_rope_is_read, tokenizer_mend
 
 
 _CONFIG, _ADAPTER, _TOKENIZER_CONFIG = "config.json", "adapter_config.json", "tokenizer_config.json"
@@ -76,7 +77,8 @@ def load_teacher(name: str | os.PathLike, **options: Any):
 
     Raises:
         OSError: there is no such folder, and no such model on the Hub.
-        ValueError: it is an encoder-decoder, cannot be read, or lacks tensors that its config asks for.
+        ValueError: it is an encoder-decoder, cannot be read, lacks tensors that its config asks for, or was saved by
+            a version of transformers whose RoPE this one does not read.
         ImportError: it is an adapter and peft is missing.
     """
     folder = find(name)
@@ -88,6 +90,7 @@ def load_teacher(name: str | os.PathLike, **options: Any):
             f"the teacher {name} is an encoder-decoder{student} ({config.model_type}): give a decoder-only model, as "
             "the student was made from"
         )
+    check_rope_is_read(config)
     model = _load(AutoModelForCausalLM, name, "a teacher", options)
     if base != name:
         _check_adapter(model, name)
@@ -324,3 +327,6 @@ def _check_tokenizer(folder: Path) -> None:
     for name in ("tokenizer.model", "spiece.model", "vocab.txt", "merges.txt"):
         if (folder / name).is_file() and (reason := what_it_is(folder / name)):
             raise ValueError(f"{folder / name} holds no tokenizer: {reason}")
+    config = folder / _TOKENIZER_CONFIG
+    if config.is_file() and (mend := tokenizer_mend(read_json(config))):
+        raise ValueError(f"transformers {transformers.__version__} cannot load the tokenizer in {folder}: {mend}")

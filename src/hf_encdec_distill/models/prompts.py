@@ -174,22 +174,16 @@ def student_tokenizer(
     special["pad_token"] = distinct_pad_token(tokenizer)
 
     def wrap(backend):
-        pre_tokenizer = json.loads(backend.to_str())["pre_tokenizer"] or {}
-        if "add_prefix_space" in pre_tokenizer:  # transformers < 5.0 would set it to False
-            special["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            model_max_length=tokenizer.model_max_length,
+        return _around(
+            backend,
+            tokenizer,
+            special,
             padding_side="right",
             truncation_side="right",
-            model_input_names=["input_ids", "attention_mask"],
             clean_up_tokenization_spaces=False,
-            **{name: value for name, value in special.items() if value is not None},
         )
 
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()
-    backend.no_truncation()
+    backend = _backend_of(tokenizer)
     if cross_attention != "merged" or (prompt_template is None and not tokenizer.chat_template):
         return wrap(backend)
 
@@ -225,6 +219,48 @@ def reads_bare_source(tokenizer) -> bool:
     """Whether it encodes a text with nothing around it but BOS: no prompt template is built in."""
     bare = tokenizer(_PROBES[0], add_special_tokens=False)["input_ids"]
     return tokenizer(_PROBES[0])["input_ids"] in (bare, [tokenizer.bos_token_id, *bare])
+
+
+def in_a_class_of_both_versions(tokenizer):
+    """`tokenizer`, which either major version of transformers loads where this one has saved it; a slow one as it is.
+
+    Others are saved under the name of their class, and 5.x has classes that 4.57 lacks, and builds some anew from
+    vocabulary and merges where 4.57 takes tokenizer.json. Of this class both take it as it is.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        return tokenizer
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
+    return _around(
+        _backend_of(tokenizer),
+        tokenizer,
+        special,
+        padding_side=tokenizer.padding_side,
+        truncation_side=tokenizer.truncation_side,
+        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _backend_of(tokenizer) -> Tokenizer:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+def _around(backend, tokenizer, special, **options) -> PreTrainedTokenizerFast:
+    """`backend` with the special tokens `special`, by name, and all else of `tokenizer` that `options` leave open."""
+    pre_tokenizer = json.loads(backend.to_str())["pre_tokenizer"] or {}
+    if "add_prefix_space" in pre_tokenizer:  # transformers < 5.0 would set it to False
+        options["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=tokenizer.model_max_length,
+        # 4.57 adds token_type_ids, which decoder-only models reject.
+        model_input_names=["input_ids", "attention_mask"],
+        **{name: value for name, value in special.items() if value is not None},
+        **options,
+    )
 
 
 def render_prompt(tokenizer, source, prompt_template=None, prompt_date=None) -> str:

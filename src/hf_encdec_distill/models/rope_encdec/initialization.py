@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .. import SUPPORTED_FAMILIES
+from ..either_version import check_rope_is_read
 from ..loading import load_teacher, load_tokenizer
 from ..prompts import (
     distinct_pad_token,
@@ -24,7 +26,6 @@ from .modeling_rope_encdec import RopeEncDecForConditionalGeneration, RopeEncDec
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
 LAYER_SELECTIONS = ("influence", "greedy", "even", "first")
 
 _CALIBRATION_ROWS = 32
@@ -102,6 +103,7 @@ def from_decoder_only(
             f"A teacher of model_type={teacher.config.model_type!r} is not supported: its block has to be one of "
             f"those that a student can hold, {', '.join(SUPPORTED_FAMILIES)}."
         )
+    check_rope_is_read(teacher.config)
     if layer_selection not in LAYER_SELECTIONS:
         raise ValueError(f"layer_selection={layer_selection!r} is not one of {', '.join(LAYER_SELECTIONS)}.")
     depth = teacher.config.num_hidden_layers

@@ -1,0 +1,153 @@
+"""Teachers that one version of transformers saved are the same in the other, or are refused with what mends them."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from freeze_teachers import CASES, TEACHERS, TEXTS, filled, logits, make_config, make_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from hf_encdec_distill import RopeEncDecForConditionalGeneration
+from hf_encdec_distill.cli.main import main
+from hf_encdec_distill.distillation.teachers import LiveTeacher
+from hf_encdec_distill.distillation.trainer import _tokenizer_beside
+from hf_encdec_distill.models.either_version import check_rope_is_read, fields_of_4_57, save_teacher
+from hf_encdec_distill.models.rope_encdec.compat_rope_encdec import ROPE_LIVES_IN_ONE_DICT
+
+
+VERSIONS = sorted(folder.name for folder in TEACHERS.iterdir())
+BOTH = pytest.mark.parametrize("version", VERSIONS)
+
+
+def expected(version, name):
+    return load_file(TEACHERS / version / "expected.safetensors")[name]
+
+
+def assert_same(model, version, name):
+    torch.testing.assert_close(logits(model.eval()), expected(version, name), atol=2e-5, rtol=0)
+
+
+@BOTH
+@pytest.mark.parametrize("case", CASES)
+def test_rope_of_each_family_is_read_alike(case, version):
+    config = AutoConfig.from_pretrained(TEACHERS / version / case)
+    check_rope_is_read(config)
+    assert_same(filled(AutoModelForCausalLM.from_config(config)), version, case)
+
+
+@BOTH
+def test_a_whole_teacher_is_the_same_model_with_the_same_tokens(version):
+    folder = TEACHERS / version / "whole"
+    assert_same(LiveTeacher.load(folder).model, version, "llama")
+    tokenizer = _tokenizer_beside(folder, "none")
+    assert tokenizer(TEXTS, padding=True)["input_ids"] == expected(version, "tokens").tolist()
+    assert tokenizer.decode(tokenizer("<sentinel> dogs")["input_ids"], skip_special_tokens=True).strip() == "dogs"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Two"}], tokenize=False) == "Two: "
+    assert tokenizer.model_input_names == ["input_ids", "attention_mask"]
+
+
+@BOTH
+def test_an_adapter_is_the_same_on_its_base(version, tmp_path):
+    shutil.copytree(TEACHERS / version / "adapter", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text().replace('"whole"', json.dumps(str(TEACHERS / version / "whole"))))
+    assert_same(LiveTeacher.load(tmp_path).model, version, "adapter")
+    assert (
+        _tokenizer_beside(tmp_path, "none")(TEXTS, padding=True)["input_ids"] == expected(version, "tokens").tolist()
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_this_version_saves_has_what_the_other_reads(case, tmp_path):
+    save_teacher(filled(AutoModelForCausalLM.from_config(make_config(case))), make_tokenizer(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    frozen = json.loads((TEACHERS / "4.57" / case / "config.json").read_text())
+    assert config["rope_theta"] == frozen["rope_theta"] == 300.0
+    # 5.x spells out what follows from other fields.
+    assert (frozen.get("rope_scaling") or {}).items() <= (config.get("rope_scaling") or {}).items()
+    assert config.get("partial_rotary_factor", 1.0) == frozen.get("partial_rotary_factor", 1.0)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def foreign(version, folder):
+    """A teacher as transformers alone saves it."""
+    shutil.copytree(TEACHERS / version / "foreign", folder)
+    shutil.copy(TEACHERS / version / "whole" / "model.safetensors", folder)
+    return folder
+
+
+def change(file, **fields):
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@BOTH
+def test_a_foreign_teacher_is_read_right_or_refused_with_the_line_that_mends_it(version, tmp_path):
+    folder = foreign(version, tmp_path / "foreign")
+    if version == "5.24" and not ROPE_LIVES_IN_ONE_DICT:
+        message = r'transformers 5\.24\.0.*add ("rope_theta": 300\.0, "rope_scaling": null) to its config\.json'
+        with pytest.raises(ValueError, match=message) as raised:
+            LiveTeacher.load(folder)
+        with pytest.raises(ValueError, match=message):
+            RopeEncDecForConditionalGeneration.from_decoder_only(AutoModelForCausalLM.from_pretrained(folder))
+        lines = re.search(message, str(raised.value)).group(1)
+        change(folder / "config.json", **json.loads(f"{{{lines}}}"))
+
+        message = r'saved by transformers 5.*set ("tokenizer_class": "PreTrainedTokenizerFast")'
+        with pytest.raises(ValueError, match=message) as raised:
+            _tokenizer_beside(folder, "none")
+        lines = re.search(message, str(raised.value)).group(1)
+        change(folder / "tokenizer_config.json", **json.loads(f"{{{lines}}}"))
+    assert_same(LiveTeacher.load(folder).model, version, "llama")
+    assert _tokenizer_beside(folder, "none")(TEXTS, padding=True)["input_ids"] == expected(version, "tokens").tolist()
+
+
+def test_a_tokenizer_that_is_there_and_broken_is_refused_and_one_that_is_not_is_none(tmp_path):
+    folder = foreign(VERSIONS[0], tmp_path / "foreign")
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"{re.escape(str(folder))} does not load as a tokenizer"):
+        _tokenizer_beside(folder, "none")
+    for file in [*folder.glob("*token*"), folder / "chat_template.jinja"]:
+        file.unlink()
+    assert _tokenizer_beside(folder, "none") is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "parameters"),
+    [
+        ("gemma3_text", {"rope_theta": 10000.0, "rope_type": "default"}),
+        ("llama", {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}),
+        ("llama", {"rope_theta": 1e6, "rope_type": "longrope"}),
+        ("llama", {"rope_theta": 1e6, "rope_type": "of tomorrow"}),
+    ],
+)
+def test_what_4_57_has_no_words_for_is_not_written_and_refused_there(model_type, parameters):
+    assert fields_of_4_57(model_type, parameters) is None
+    if not ROPE_LIVES_IN_ONE_DICT:
+        config = LlamaConfig(rope_parameters=parameters)
+        config.model_type = model_type
+        with pytest.raises(ValueError, match=r"Use it where transformers 5 is installed\.$"):
+            check_rope_is_read(config)
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_teach_saves_for_both_versions(kind, tmp_path):
+    """`quickstart` saves by the same function."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"source": f"Two dogs {i}", "target": "a line"}) + "\n" for i in range(12)))
+    base, out = TEACHERS / VERSIONS[0] / "whole", tmp_path / "taught"
+    command = ["teach", str(base), "--dataset", str(rows), "--prompt-template", "{source} sum", "--output", str(out)]
+    command += ["--max-steps", "1", "--report-to", "none", *(["--adapter"] if kind == "adapter" else [])]
+    assert main(command) == 0
+    assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (
+        AutoTokenizer.from_pretrained(out)(TEXTS)["input_ids"]
+        == AutoTokenizer.from_pretrained(base)(TEXTS)["input_ids"]
+    )
+    if kind == "merged":
+        assert json.loads((out / "config.json").read_text())["rope_theta"] == 300.0
+    else:
+        assert not (out / "config.json").exists()
