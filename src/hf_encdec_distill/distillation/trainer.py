@@ -657,10 +657,18 @@ class DistillationTrainer(Seq2SeqTrainer):
         self._shared = None
         self._train_sums, self._train_steps = {}, Counter()
         self._replay = ReplayBuffer(self.args.replay_buffer_size)
-        self._empty_targets = EmptyTargets(getattr(tokenizer_of(self.processing_class), "eos_token_id", None))
+        self._empty_targets = EmptyTargets(self._eos_token_ids())
         let_gradients_reach_adapters(self.model, self.args)
         with noise_on_tied_embeddings(self.model, self.neftune_noise_alpha):
             return super()._inner_training_loop(*args, **kwargs)
+
+    def _eos_token_ids(self) -> list[int]:
+        """The tokenizer's, and those with which the student ends an answer, of which there may be several."""
+        config = getattr(self.accelerator.unwrap_model(self.model), "generation_config", None)
+        ends = getattr(config, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        own = getattr(tokenizer_of(self.processing_class), "eos_token_id", None)
+        return [token for token in dict.fromkeys([own, *ends]) if token is not None]
 
     def _record_training(self, means: Mapping[str, Tensor]) -> None:
         for name, value in means.items():
