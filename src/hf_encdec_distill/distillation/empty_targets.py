@@ -59,11 +59,10 @@ class EmptyTargets:
     def _count(self, labels: Tensor, is_ready: bool) -> Tensor:
         is_target, is_eos = labels != IGNORED, torch.isin(labels, torch.tensor(self.eos_token_ids).to(labels))
         empty = (~is_target | is_eos).all(dim=1)
-        last = (is_target * torch.arange(labels.shape[1], device=labels.device)).argmax(dim=1, keepdim=True)
-        ends = is_eos.gather(1, last).squeeze(1) & is_ready
-        return torch.stack(
-            [torch.ones_like(ends).sum(), empty.sum(), is_ready * torch.ones_like(ends).sum(), ends.sum()]
-        )
+        is_last = is_target & (is_target.flip(1).cumsum(dim=1).flip(1) == 1)
+        ends = (is_last & is_eos).any(dim=1)
+        every = torch.ones_like(empty)
+        return torch.stack([every, empty, every & is_ready, ends & is_ready]).sum(dim=1)
 
     def report(self, accelerator: Accelerator, whole_pass: bool) -> None:
         """Warns if there were such rows.

@@ -172,8 +172,6 @@ class DistillationTrainer(Seq2SeqTrainer):
         config = self.model.config
         day = args.prompt_date or getattr(config, "prompt_date", None) or getattr(self.teacher, "prompt_date", None)
         self.prompt_date = frozen_prompt_date(tokenizer_of(teacher_processing_class), args.prompt_template, day)
-        if self.prompt_date is not None:
-            config.prompt_date = self.prompt_date  # in each checkpoint, and in what is saved
         self.teacher.check(args.prompt_template, divergence, args.distill_temperature, self.prompt_date)
         # A merged student's decoder starts with the last token of the teacher's prompt, which its encoder leaves out.
         merged = getattr(config, "cross_attention", None) == "merged"
@@ -200,6 +198,8 @@ class DistillationTrainer(Seq2SeqTrainer):
             keep_text_columns=data_collator is not None and not args.remove_unused_columns,
             vocabulary=self._vocabulary,
         )
+        if self.prompt_date is not None and (not merged or self.data_collator.reads_prompt()):
+            config.prompt_date = self.prompt_date  # in each checkpoint, and in what is saved
         # The loss is already divided by the tokens of the whole step, whatever the model's forward accepts.
         self.model_accepts_loss_kwargs = True
         # Smoothing is part of our cross-entropy; the base class would put its own loss in place of ours.

@@ -120,7 +120,7 @@ def frozen_prompt_date(tokenizer, prompt_template=None, prompt_date=None) -> str
         ValueError: if `prompt_date` is no such date.
     """
     day = date.today() if prompt_date is None else _parse_date(prompt_date)
-    if tokenizer is None or prompt_template is not None or not tokenizer.chat_template:
+    if prompt_template is not None or "strftime_now" not in str(getattr(tokenizer, "chat_template", None)):
         return None
     first, other = (render_prompt(tokenizer, PLACEHOLDER, None, day) for day in ("2001-02-03", "2014-11-28"))
     return None if first == other else day.isoformat()
@@ -286,7 +286,7 @@ def _on_day(prompt_date) -> str:
     day = datetime.combine(_parse_date(prompt_date), time())
     fills = {letter: day.strftime(f"%{letter}") for letter in _DIRECTIVES}
     filters = "".join(
-        f"|replace('%{letter}', {value!r})|replace('%-{letter}', {value.lstrip('0')!r})"
+        f"|replace('%{letter}', {value!r})|replace('%-{letter}', {value.lstrip('0') or '0'!r})"
         for letter, value in fills.items()
     )
     # The line break is no part of what is rendered (`trim_blocks`), and the template begins where a line does.
