@@ -74,9 +74,8 @@ def encode_prompt(tokenizer, source, prompt_template=None, max_length=None, prom
             or `max_length` leaves no token for the source.
     """
     parts = _around_source(tokenizer, prompt_template, prompt_date) if isinstance(source, str) else None
-    text = source if isinstance(source, str) else source[-1]["content"]
     if parts is not None:
-        source_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        source_ids = tokenizer(source, add_special_tokens=False)["input_ids"]
         around = sum(map(len, parts))
         if max_length is not None and around + len(source_ids) > max_length:
             if max_length <= around:
@@ -86,6 +85,7 @@ def encode_prompt(tokenizer, source, prompt_template=None, max_length=None, prom
     ids = encode_rendered(tokenizer, render_prompt(tokenizer, source, prompt_template, prompt_date))
     if max_length is None or len(ids) <= max_length:
         return ids
+    text = source if isinstance(source, str) else source[-1]["content"]
     source_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     keep = len(source_ids) - (len(ids) - max_length)
     while keep > 0:
