@@ -383,7 +383,7 @@ def _use(metrics: Mapping) -> str:
             whose = "The tokenizer puts the source into this prompt, so give it the bare source"
         elif merged:
             whose = (
-                "The prompt, which the tokenizer cannot put around a source: make the input with "
+                "The prompt, which the tokenizer does not put around a source: make the input with "
                 "`hf_encdec_distill.models.prompts.encode_prompt`, without its last token"
             )
         else:

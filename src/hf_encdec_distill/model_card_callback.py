@@ -87,7 +87,10 @@ class ModelCardCallback(TrainerCallback):
             "note": MARK,
             "teacher": self._teacher,
             "student": self._student(),
-            "task": {"prompt_template": self.trainer.args.prompt_template, "built_in": self._built_in()},
+            "task": {
+                "prompt_template": self.trainer.args.prompt_template,
+                "built_in": self.trainer.data_collator.reads_prompt(),
+            },
             "data": self._data(),
             "recipe": self._recipe(),
             "stages": self._stages(),
@@ -127,15 +130,6 @@ class ModelCardCallback(TrainerCallback):
         if not self.trainer.is_sharded:
             student["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         return student
-
-    def _built_in(self) -> bool:
-        collator = self.trainer.data_collator
-        if collator.start_token_id is None or self.trainer.args.prompt_template is None:
-            return False
-        try:
-            return None not in (collator.tokenizer, collator.teacher_tokenizer) and collator.reads_prompt()
-        except ValueError:  # rows came ready, and the template is not the one that the student was made with
-            return False
 
     def _data(self) -> dict[str, Any]:
         rows, held_out = self.trainer.train_dataset, self.trainer.eval_dataset

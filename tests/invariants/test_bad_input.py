@@ -37,6 +37,7 @@ from hf_encdec_distill import DistillationTrainer
 from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.distillation import DistillationCollator, LiveTeacher, capture
 from hf_encdec_distill.distillation.positions import max_positions
+from hf_encdec_distill.models.prompts import student_tokenizer
 
 
 ROWS = ragged_rows(8)
@@ -115,6 +116,45 @@ def test_some_targets_are_empty(tmp_path, tokenizer, warnings_of):
     first = make_trainer(tmp_path, tokenizer, rows=[masked(row) for row in ROWS], max_steps=2)
     first.train()
     assert "4 of the 4 rows" in warnings_of()[-1]
+
+
+def told_of_ends(warnings_of):
+    return [text for text in warnings_of() if "ends in EOS" in text]
+
+
+def test_no_label_row_ends_in_eos(tmp_path, tokenizer, warnings_of):
+    """Told once, after one pass or 100 rows; one row that ends is enough to say nothing."""
+    endless = [{**row, "labels": [*row["labels"][:-1], 9]} for row in ROWS]
+    make_trainer(tmp_path, tokenizer, rows=endless, num_train_epochs=3).train()
+    told = told_of_ends(warnings_of)
+    assert len(told) == 1 and "none of the 8 label rows" in told[0] and f"id {EOS}" in told[0]
+    make_trainer(tmp_path, tokenizer, rows=endless * 20, per_device_train_batch_size=40, max_steps=3).train()
+    assert "none of the 120 label rows" in told_of_ends(warnings_of)[1]
+    make_trainer(tmp_path, tokenizer, rows=endless * 20, max_steps=3).train()  # 6 rows say nothing yet
+    make_trainer(tmp_path, tokenizer, rows=[*endless, ROWS[0]]).train()
+    assert len(told_of_ends(warnings_of)) == 2
+
+
+@pytest.mark.parametrize("kind", ["texts that are cut", "plain text", "another EOS of the student"])
+def test_rows_that_may_do_without_eos(tmp_path, tokenizer, warnings_of, kind):
+    endless = [{**row, "labels": [*row["labels"], 9]} for row in ROWS]
+    student, changed = make_t5(), {}
+    if kind == "texts that are cut":
+        endless, changed = [{"source": "def f(x)", "target": "Return it."}] * 8, {"max_target_length": 3}
+    elif kind == "plain text":
+        endless = [{**row, "teacher_input_ids": [*row["input_ids"], *row["labels"]]} for row in endless]
+    else:
+        student.generation_config.eos_token_id = [EOS, 9]
+    make_trainer(tmp_path, tokenizer, rows=endless, student=student, **changed).train()
+    assert not told_of_ends(warnings_of)
+
+
+def test_targets_of_a_students_tokenizer_end_where_the_migration_page_says(make_bpe_tokenizer):
+    """Not T5's `text_target`, which the prompt template of a merged student is put around."""
+    tokenizer = student_tokenizer(make_bpe_tokenizer(), "Say:\n{source}\nSaid:")
+    labels = tokenizer("Zed" + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    assert labels == [*tokenizer.convert_tokens_to_ids(["Z", "e", "d"]), EOS]
+    assert tokenizer(text_target="Zed")["input_ids"] == tokenizer("Zed")["input_ids"] != labels
 
 
 def test_rows_without_a_target_column(tmp_path, tokenizer):

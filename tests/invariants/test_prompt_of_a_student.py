@@ -98,7 +98,7 @@ def test_the_card_says_whether_the_template_is_built_in(tmp_path, make_bpe_token
     trainer.train()
     reads = student.tokenizer.decode(student.tokenizer(SOURCE)["input_ids"])
     assert ("Say:" in reads) != prefix_space
-    said = "cannot put around a source" if prefix_space else "so give it the bare source"
+    said = "does not put around a source" if prefix_space else "so give it the bare source"
     assert said in (tmp_path / "run" / "README.md").read_text()
 
 
@@ -110,7 +110,7 @@ FIRST, LATER = "2026-11-28", "2027-03-01"
 @pytest.fixture
 def dated(tmp_path, make_bpe_tokenizer):
     tokenizer = make_bpe_tokenizer(chat_template=OF_THE_DAY, pad_token="<|endoftext|>")
-    return write_teacher(tmp_path / "teacher", tokenizer, layers=3)
+    return write_teacher(tmp_path / "dated-teacher", tokenizer, layers=3)
 
 
 def prompt_ids(teacher, source=SOURCE):
@@ -191,12 +191,17 @@ def test_an_older_student_says_which_day_it_needs(dated, tmp_path, today):
     today(LATER)
     with pytest.raises(ValueError, match=f"and prompt_date \\(this prompt names {LATER}\\) that the student was made"):
         make_trainer(student, dated, tmp_path / "run").data_collator(ROWS[:1])
-    del student.config.prompt_date
+    assert not hasattr(student.config, "prompt_date")
     make_trainer(student, dated, tmp_path / "run", prompt_date=FIRST).train()
 
 
-def test_other_students_know_no_day(teacher):
+def test_other_students_know_no_day(teacher, dated, tmp_path):
     assert not hasattr(make_student(teacher).config, "prompt_date")
+    # Rows that are ready, as those of plain text, in no prompt: a student of another template stays as it is.
+    student = make_student(dated, TEMPLATE)
+    rows = [{"input_ids": [5, 6, 7], "labels": [8, 2]}]
+    DistillationTrainer(student, arguments(tmp_path / "run"), teacher=str(dated), train_dataset=rows)
+    assert not hasattr(student.config, "prompt_date")
 
 
 def test_the_commands_go_on_on_another_day(dated, tmp_path, today, capsys):

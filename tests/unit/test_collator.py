@@ -101,6 +101,18 @@ def test_merged_student_without_a_template(make_bpe_tokenizer):
     assert cut["teacher_labels_start"].tolist() == [min(len(p), 5) + 1 for p in bare]
 
 
+def test_merged_student_of_a_template_that_ends_in_the_source(make_bpe_tokenizer):
+    """The prompt is the template with the source in it, and then the student's start token."""
+    theirs = make_bpe_tokenizer(add_bos=True)
+    ours = student_tokenizer(theirs, "Say:\n{source}")
+    batch = DistillationCollator(ours, theirs, prompt_template="Say:\n{source}", start_token_id=3)(TEXT)
+    prompts = [theirs(f"Say:\n{source}")["input_ids"] for source in SOURCES]
+    assert (
+        unpadded(batch, "input_ids", "attention_mask") == prompts == [ours(source)["input_ids"] for source in SOURCES]
+    )
+    assert batch["teacher_labels_start"].tolist() == [len(prompt) + 1 for prompt in prompts]
+
+
 def test_merged_student_of_another_template_is_an_error(make_bpe_tokenizer):
     theirs = make_bpe_tokenizer(add_bos=True)
     with pytest.raises(ValueError, match="decoder_start_token_id is 7, but the teacher's prompt ends in"):

@@ -111,7 +111,7 @@ def rows_of(text):
     [
         (None, "merged", "so give it the bare source"),
         (True, "merged", "so give it the bare source"),
-        (False, "merged", "the tokenizer cannot put around a source: make the input with"),
+        (False, "merged", "the tokenizer does not put around a source: make the input with"),
         (False, "separate", "The teacher's prompt:"),
     ],
 )

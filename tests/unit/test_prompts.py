@@ -219,6 +219,14 @@ def test_a_blank_of_a_template_that_would_join_a_word_is_told(make_bpe_tokenizer
     assert "line breaks around {source}" in caplog.text
 
 
+def test_a_template_that_ends_in_the_source_is_built_in(make_bpe_tokenizer):
+    """A student starts from a token of its own then; its encoder reads all of the prompt."""
+    teacher = merging_blanks(make_bpe_tokenizer(add_bos=True))
+    student = student_tokenizer(teacher, "Say:\n{source}")
+    assert student(SOURCE)["input_ids"] == encode_prompt(teacher, SOURCE, "Say:\n{source}")
+    assert student.decode(student(SOURCE)["input_ids"]) == f"<s>Say:\n{SOURCE}"
+
+
 def test_a_template_that_changes_its_source_is_encoded_whole(make_bpe_tokenizer, caplog):
     teacher = make_bpe_tokenizer(chat_template="{{ messages[0]['content'] | upper }}:")
     assert encode_prompt(teacher, SOURCE) == teacher(SOURCE.upper() + ":")["input_ids"]

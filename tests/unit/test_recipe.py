@@ -119,6 +119,11 @@ def test_a_number_without_a_dot_is_a_number(tmp_path):
     assert read_recipe(tmp_path / "r.yaml") == {"learning_rate": 1e-3, "weight_decay": 1}
 
 
+def test_a_date_needs_no_quotes(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("prompt_date: 2026-11-28\n")
+    assert read_recipe(tmp_path / "recipe.yaml") == {"prompt_date": "2026-11-28"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -128,9 +128,8 @@ def run(args: argparse.Namespace) -> None:
     set_seed(training.seed)  # weights that a student lacks are drawn
     splits = load_splits(recipe["dataset"], recipe["source_column"], recipe["target_column"])
     if checkpoint is not None and training.prompt_date is None and (output / RECIPE).is_file():
-        training.prompt_date = read_recipe(output / RECIPE).get(
-            "prompt_date"
-        )  # not today's, if a student is made again
+        # That of the run, not of today, if the student is made again.
+        training.prompt_date = read_recipe(output / RECIPE).get("prompt_date")
     student, tokenizer = _student(recipe, splits, training)
     trainer = DistillationTrainer(
         model=student,
@@ -148,11 +147,8 @@ def run(args: argparse.Namespace) -> None:
     if checkpoint is not None:
         warn_of_changes(output, provenance)
     if trainer.is_world_process_zero():
-        decided = {
-            "prompt_template": training.prompt_template,
-            "prompt_date": trainer.prompt_date,
-            "seed": training.seed,
-        }
+        decided = {"prompt_template": training.prompt_template, "prompt_date": trainer.prompt_date}
+        decided["seed"] = training.seed
         output.mkdir(parents=True, exist_ok=True)
         write_recipe(output / RECIPE, {**recipe, **decided})
         write_json(output / PROVENANCE, {**provenance, "result": None})

@@ -186,7 +186,13 @@ class DistillationCollator:
 
     def reads_prompt(self) -> bool:
         """Whether the student's tokenizer has the prompt of a merged student built in."""
-        own, expected = self.tokenizer(_PROBE)["input_ids"], self._teacher_prompt(_PROBE)[:-1]
+        if self.start_token_id is None or self.tokenizer is None or self.teacher_tokenizer is None:
+            return False
+        try:
+            expected = self._teacher_prompt(_PROBE)[:-1]
+        except ValueError:  # the student was made with another
+            return False
+        own = self.tokenizer(_PROBE)["input_ids"]
         if self.vocabulary.same_ids:
             return own == expected
         return self.tokenizer.decode(own) == self.teacher_tokenizer.decode(expected)  # other tokens of the same text
@@ -196,12 +202,13 @@ class DistillationCollator:
 
         One that could not hold the template encodes the bare source (`models.prompts.student_tokenizer`) and passes.
         """
+        expected = self._teacher_prompt(_PROBE)[:-1]
         bare = self.vocabulary.same_ids and reads_bare_source(self.tokenizer)
         if not self.reads_prompt() and not bare:
             day = "" if self.prompt_date is None else f" and prompt_date (this prompt names {self.prompt_date})"
             raise ValueError(
                 f"the student's tokenizer encodes {_PROBE!r} as {self.tokenizer(_PROBE)['input_ids']}, but the "
-                f"teacher's prompt for it begins with {self._teacher_prompt(_PROBE)[:-1]}. Give the "
+                f"teacher's prompt for it begins with {expected}. Give the "
                 f"teacher_processing_class and prompt_template{day} that the student was made with."
             )
         self._prompt_checked = True

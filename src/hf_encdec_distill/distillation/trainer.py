@@ -176,8 +176,6 @@ class DistillationTrainer(FiniteTraining, Seq2SeqTrainer):
         config = self.model.config
         day = args.prompt_date or getattr(config, "prompt_date", None) or getattr(self.teacher, "prompt_date", None)
         self.prompt_date = frozen_prompt_date(tokenizer_of(teacher_processing_class), args.prompt_template, day)
-        if self.prompt_date is not None:
-            config.prompt_date = self.prompt_date  # in each checkpoint, and in what is saved
         self.teacher.check(args.prompt_template, divergence, args.distill_temperature, self.prompt_date)
         # A merged student's decoder starts with the last token of the teacher's prompt, which its encoder leaves out.
         merged = getattr(config, "cross_attention", None) == "merged"
@@ -204,6 +202,8 @@ class DistillationTrainer(FiniteTraining, Seq2SeqTrainer):
             keep_text_columns=data_collator is not None and not args.remove_unused_columns,
             vocabulary=self._vocabulary,
         )
+        if self.prompt_date is not None and (not merged or self.data_collator.reads_prompt()):
+            config.prompt_date = self.prompt_date  # in each checkpoint, and in what is saved
         # The loss is already divided by the tokens of the whole step, whatever the model's forward accepts.
         self.model_accepts_loss_kwargs = True
         # Smoothing is part of our cross-entropy; the base class would put its own loss in place of ours.
@@ -669,10 +669,18 @@ class DistillationTrainer(FiniteTraining, Seq2SeqTrainer):
         self._shared = None
         self._train_sums, self._train_steps = {}, Counter()
         self._replay = ReplayBuffer(self.args.replay_buffer_size)
-        self._empty_targets = EmptyTargets(getattr(tokenizer_of(self.processing_class), "eos_token_id", None))
+        self._empty_targets = EmptyTargets(self._eos_token_ids())
         let_gradients_reach_adapters(self.model, self.args)
         with noise_on_tied_embeddings(self.model, self.neftune_noise_alpha):
             return super()._inner_training_loop(*args, **kwargs)
+
+    def _eos_token_ids(self) -> list[int]:
+        """The tokenizer's, and those with which the student ends an answer, of which there may be several."""
+        config = getattr(self.accelerator.unwrap_model(self.model), "generation_config", None)
+        ends = getattr(config, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        own = getattr(tokenizer_of(self.processing_class), "eos_token_id", None)
+        return [token for token in dict.fromkeys([own, *ends]) if token is not None]
 
     def _record_training(self, means: Mapping[str, Tensor]) -> None:
         for name, value in means.items():

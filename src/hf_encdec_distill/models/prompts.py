@@ -83,9 +83,8 @@ def encode_prompt(tokenizer, source, prompt_template=None, max_length=None, prom
     """
     check_limit("max_length", max_length)
     parts = _around_source(tokenizer, prompt_template, prompt_date) if isinstance(source, str) else None
-    text = source if isinstance(source, str) else source[-1]["content"]
     if parts is not None:
-        source_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        source_ids = tokenizer(source, add_special_tokens=False)["input_ids"]
         around = sum(map(len, parts))
         if max_length is not None and around + len(source_ids) > max_length:
             if max_length <= around:
@@ -95,6 +94,7 @@ def encode_prompt(tokenizer, source, prompt_template=None, max_length=None, prom
     ids = encode_rendered(tokenizer, render_prompt(tokenizer, source, prompt_template, prompt_date))
     if max_length is None or len(ids) <= max_length:
         return ids
+    text = source if isinstance(source, str) else source[-1]["content"]
     source_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     keep = len(source_ids) - (len(ids) - max_length)
     while keep > 0:
@@ -129,7 +129,7 @@ def frozen_prompt_date(tokenizer, prompt_template=None, prompt_date=None) -> str
         ValueError: if `prompt_date` is no such date.
     """
     day = date.today() if prompt_date is None else _parse_date(prompt_date)
-    if tokenizer is None or prompt_template is not None or not tokenizer.chat_template:
+    if prompt_template is not None or "strftime_now" not in str(getattr(tokenizer, "chat_template", None)):
         return None
     first, other = (render_prompt(tokenizer, PLACEHOLDER, None, day) for day in ("2001-02-03", "2014-11-28"))
     return None if first == other else day.isoformat()
@@ -339,7 +339,7 @@ def _on_day(prompt_date) -> str:
     day = datetime.combine(_parse_date(prompt_date), time())
     fills = {letter: day.strftime(f"%{letter}") for letter in _DIRECTIVES}
     filters = "".join(
-        f"|replace('%{letter}', {value!r})|replace('%-{letter}', {value.lstrip('0')!r})"
+        f"|replace('%{letter}', {value!r})|replace('%-{letter}', {value.lstrip('0') or '0'!r})"
         for letter, value in fills.items()
     )
     # The line break is no part of what is rendered (`trim_blocks`), and the template begins where a line does.
