@@ -345,7 +345,9 @@ def test_train_mode_with_gradient_checkpointing_generates_what_eval_mode_does(mo
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     lengths = []
-    hook = model.model.decoder.layers[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    hook = model.model.decoder.layers[0].register_forward_pre_hook(
+        lambda _, inputs: lengths.append(inputs[0].shape[1])
+    )
     assert torch.equal(generate(model, ids, mask, num_beams=beams), expected)
     assert set(lengths) == {1}
     hook.remove()
