@@ -23,13 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
+    from ..distillation.positions import check_rows
+
     check_at_least_one(args, "max_new_tokens", "num_beams")
     model = load_answering(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    batches = [tokenizer(text, return_tensors="pt") for text in args.texts]
+    lengths = [batch["input_ids"].shape[1] for batch in batches]
+    mend = "give a shorter text, or fewer --max-new-tokens"
+    check_rows(args.model, model.config, lengths, [args.max_new_tokens] * len(lengths), mend)
     answers = []
     with progress("generate") as update:
-        for text in args.texts:  # one by one: some graphs take no batch, and their answers are the same
-            encoded = tokenizer(text, return_tensors="pt")
+        for encoded in batches:  # one by one: some graphs take no batch, and their answers are the same
             tokens = model.generate(
                 input_ids=encoded["input_ids"],
                 attention_mask=encoded["attention_mask"],
