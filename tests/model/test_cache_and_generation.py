@@ -336,6 +336,28 @@ def test_contrastive_controls_reach_us(model):
     assert tokens.shape == (1, 11)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_train_mode_with_gradient_checkpointing_generates_what_eval_mode_does(model, reentrant, beams):
+    """Of a row alone, argmax by hand; the cache is used and filled once."""
+    ids, mask, rows = ragged()
+    expected = generate(model, ids, mask, num_beams=beams)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    lengths = []
+    hook = model.model.decoder.layers[0].register_forward_pre_hook(
+        lambda _, inputs: lengths.append(inputs[0].shape[1])
+    )
+    assert torch.equal(generate(model, ids, mask, num_beams=beams), expected)
+    assert set(lengths) == {1}
+    hook.remove()
+    if beams == 1:
+        for row, tokens in zip(rows, expected, strict=True):
+            assert trimmed(generate(model, row)[0], model) == trimmed(tokens, model)
+        model.eval()
+        assert trimmed(expected[0], model) == greedy_by_hand(model, rows[0])
+
+
 def test_generation_leaves_no_trace(model):
     ids = random_ids(2, 5)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -1,6 +1,7 @@
 """Students out of decoder-only models, compared with the transformers models that they come from."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from hf_encdec_distill import RopeEncDecForConditionalGeneration
+from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
 from hf_encdec_distill.models import SUPPORTED_FAMILIES
 from hf_encdec_distill.models.prompts import encode_prompt
 
@@ -302,6 +303,44 @@ def test_tokenizer_generation_config_and_special_tokens_come_along(make_bpe_toke
     assert loaded.generation_config.decoder_start_token_id == prompt[-1]
     ours = loaded.generate(**inputs, max_new_tokens=5, do_sample=False)
     assert torch.equal(ours, student.generate(**inputs, max_new_tokens=5, do_sample=False))
+
+
+def test_any_field_of_the_config_may_be_given():
+    """Those too that come from teacher or tokenizer otherwise."""
+    teacher = make_teacher()
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(teacher)
+    fields = [
+        name for name in inspect.signature(RopeEncDecConfig.__init__).parameters if name not in ("self", "kwargs")
+    ]
+    assert {"decoder_start_token_id", "eos_token_id", "vocab_size", "rope_parameters", "use_cache"} <= set(fields)
+    given = {name: getattr(student.config, name) for name in fields}
+    for name, value in given.items():
+        again = RopeEncDecForConditionalGeneration.from_decoder_only(teacher, **{name: value})
+        assert again.config.to_dict() == student.config.to_dict(), name
+    again = RopeEncDecForConditionalGeneration.from_decoder_only(teacher, **given)
+    assert all(torch.equal(weight, again.get_parameter(name)) for name, weight in student.named_parameters())
+
+
+def test_special_tokens_that_are_given_are_those_that_generate_takes(make_bpe_tokenizer):
+    """What the teacher writes after the prompt and a token 7, up to a token of one's own."""
+    teacher, prompt = make_teacher(), torch.randint(4, VOCAB, (1, 6))
+    behind = torch.cat((prompt, torch.tensor([[7]])), dim=1)
+    expected = teacher.generate(behind, max_new_tokens=8, do_sample=False, eos_token_id=None)[0, 6:].tolist()
+    last = expected[4]
+    given = {"decoder_start_token_id": 7, "eos_token_id": last, "pad_token_id": 5, "bos_token_id": 6}
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(teacher, tokenizer=make_bpe_tokenizer(), **given)
+    for config in (student.config, student.generation_config):
+        assert {name: getattr(config, name) for name in given} == given
+    found = student.generate(prompt, max_new_tokens=8, do_sample=False)[0].tolist()
+    assert found == expected[: expected.index(last, 1) + 1]
+
+
+def test_a_teacher_without_special_tokens_may_be_told_where_to_start():
+    teacher = make_teacher(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    with pytest.raises(ValueError, match=r"no token to start the decoder from.*decoder_start_token_id="):
+        RopeEncDecForConditionalGeneration.from_decoder_only(teacher)
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(teacher, decoder_start_token_id=7)
+    assert student.config.decoder_start_token_id == student.generation_config.decoder_start_token_id == 7
 
 
 def test_the_dtype_is_the_teachers(tmp_path):

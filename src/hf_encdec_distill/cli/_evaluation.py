@@ -16,6 +16,7 @@ from ..distillation.alignment import IGNORED
 from ..distillation.fidelity import calibration_gaps, token_calibration, token_fidelity
 from ..distillation.losses import cross_entropy
 from ..distillation.metrics import exact_match, f1, rouge_l, text_statistics
+from ..distillation.positions import check_rows
 from ..distillation.sequence_level import generate_tokens
 from ..model_card import OF_TEACHER
 from ..models.prompts import encode_prompt
@@ -145,7 +146,12 @@ def score(
 
     Returns:
         For each model and measure `[rows]`, or `[rows, bins]` for `ece` (see `fidelity.calibration_gaps`).
+
+    Raises:
+        ValueError: a row has more tokens than a model has positions for.
     """
+    for name, model in [*models.items(), *([] if teacher is None else [("the teacher", teacher)])]:
+        _check_fits(name, model, rows, [len(row["labels"]) for row in rows])
     measures = [name for name in measures if teacher is not None or name not in OF_TEACHER]
     sums: dict[str, dict[str, np.ndarray]] = {name: {} for name in models}
     for indices, batch in batches(rows, update, "scoring"):
@@ -170,9 +176,14 @@ def score(
 def generate(
     model, tokenizer, rows: Sequence[dict], max_new_tokens: int, update: Update = lambda *_: None
 ) -> list[str]:
-    """Greedy answers of an encoder-decoder or a decoder-only model, in the order of the rows."""
+    """Greedy answers of an encoder-decoder or a decoder-only model, in the order of the rows.
+
+    Raises:
+        ValueError: a prompt leaves the model no positions for so many tokens.
+    """
+    _check_fits(model.name_or_path or "the model", model, rows, [max_new_tokens] * len(rows))
     answers = [""] * len(rows)
-    side = "inputs" if model.config.is_encoder_decoder else "prompt"
+    side = _side(model)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
     options["eos_token_id"] = tokenizer.eos_token_id
     for indices, batch in batches(rows, update, "generating"):
@@ -180,6 +191,15 @@ def generate(
         for index, text in zip(indices, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
             answers[index] = text.strip()
     return answers
+
+
+def _side(model) -> str:
+    """What a model reads of a row."""
+    return "inputs" if model.config.is_encoder_decoder else "prompt"
+
+
+def _check_fits(name: str, model, rows: Sequence[dict], targets: Sequence[int]) -> None:
+    check_rows(name, model.config, [len(row[_side(model)]) for row in rows], targets)
 
 
 def measure_texts(names: Iterable[str], texts: Sequence[str], rows: Sequence[dict]) -> dict[str, Sums]:

@@ -2,14 +2,15 @@
 
 MODEL may be an encoder-decoder or a decoder-only model. In brackets: 95 % interval, bootstrap over the rows. Several
 models are measured on the same rows, and each is compared with the first: difference, its interval, and p of a paired
-permutation test. What the measures are and what --output gets is in docs/distillation.md, "What came of it".
+permutation test. The baseline answers with the first sentence of the source. What the measures are and what --output
+gets is in docs/distillation.md, "What came of it".
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ EXAMPLE = "hf-encdec-distill evaluate runs/quickstart/student --teacher runs/qui
 # Those that need a teacher are left out of the default without one. `judge` comes with --judge.
 _DEFAULT = ("rouge_l", "ce", "kl", "teacher_agreement", "distinct")
 _OTHERS = ("exact_match", "f1", "chrf", "bleu", "ece", "entropy_gap")
+_BASELINE = "lead_baseline"  # as the quickstart calls it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +90,8 @@ def run(args: argparse.Namespace) -> None:
     check_at_least_one(args, "rows", "max_source_length", "max_target_length")
     if len(set(args.models)) < len(args.models):
         raise ValueError("a model is named twice: name each once")
+    if _BASELINE in args.models:
+        raise ValueError(f"{_BASELINE} is what the baseline is called: name the folder as ./{_BASELINE}")
     alone = [name for name in args.metrics or () if name in OF_TEACHER and args.teacher is None]
     if alone:
         raise ValueError(f"--metrics {alone[0]} compares with a teacher: name one with --teacher")
@@ -115,10 +119,12 @@ def run(args: argparse.Namespace) -> None:
                 "compare: evaluate them one by one"
             )
     del teacher
+    if measured[args.models[0]]["texts"] is not None:
+        measured[_BASELINE] = _measure_baseline(asked, pairs)
     if judge is not None:
-        scores, of_digits = judge.rate({name: measured[name]["texts"] for name in args.models})
-        for name in args.models:
-            measured[name]["sums"]["judge"] = mean(scores[name], np.ones(len(pairs)))
+        scores, of_digits = judge.rate({name: entry["texts"] for name, entry in measured.items()})
+        for name, entry in measured.items():
+            entry["sums"]["judge"] = mean(scores[name], np.ones(len(pairs)))
 
     result = _compare(measured, len(pairs)) | _provenance(args, len(pairs))
     if judge is not None:
@@ -137,9 +143,8 @@ def _measure(
     """The `Sums` of each measure as `sums`, those without as `plain`; the target `labels` and the answers `texts`."""
     import numpy as np
 
-    from ..distillation.metrics import distinct_share
     from ..models.loading import load_config, load_student, load_teacher, load_tokenizer
-    from ._evaluation import OF_LOGITS, encode_rows, generate, measure_texts, read_by_encoder, score
+    from ._evaluation import OF_LOGITS, encode_rows, generate, read_by_encoder, score
     from ._significance import calibration_error, mean
     from ._training import device, working_dtype
 
@@ -153,31 +158,49 @@ def _measure(
     if config.is_encoder_decoder:
         read_by_encoder(rows, tokenizer, config, args.max_source_length)
     of_logits = [measure for measure in measures if measure in OF_LOGITS]
-    of_texts = [measure for measure in measures if measure not in OF_LOGITS and measure != "distinct"]
+    of_texts = [measure for measure in measures if measure not in OF_LOGITS]
     labels = [row["labels"] for row in rows]
     tokens = np.array([len(row) for row in labels])
     found: dict[str, Sums] = {}
     if of_logits:
         with progress(name) as update:
-            scores = score({"model": model}, rows, teacher, update, of_logits)["model"]
+            scores = score({name: model}, rows, teacher, update, of_logits)[name]
         for measure, values in scores.items():
             found[measure] = (calibration_error if measure == "ece" else mean)(values, tokens)
     texts, plain = None, {}
-    if of_texts or "distinct" in measures or args.judge is not None:
+    if of_texts or args.judge is not None:
         with progress(name) as update:
             texts = generate(model, tokenizer, rows, args.max_target_length, update)
-        found |= measure_texts(of_texts, texts, rows)
-    if "distinct" in measures:
-        plain["distinct"] = distinct_share(texts)  # the same answer twice in a draw is no repetition: no interval
+        of_answers, plain = _measure_answers(of_texts, texts, rows)
+        found |= of_answers
     sums = {measure: found[measure] for measure in measures if measure in found}  # in the order asked for
     return {"sums": sums, "plain": plain, "labels": labels if of_logits else None, "texts": texts}
+
+
+def _measure_baseline(measures: list[str], pairs) -> dict[str, Any]:
+    """As `_measure`, what answers alone can be measured by."""
+    from ..data import lead_sentence
+    from ._evaluation import OF_LOGITS
+
+    texts = [lead_sentence(source) for source in pairs["source"]]
+    sums, plain = _measure_answers([measure for measure in measures if measure not in OF_LOGITS], texts, list(pairs))
+    return {"sums": sums, "plain": plain, "labels": None, "texts": texts}
+
+
+def _measure_answers(measures: list[str], texts: list[str], rows: Sequence[Mapping]) -> tuple[dict, dict]:
+    from ..distillation.metrics import distinct_share
+    from ._evaluation import measure_texts
+
+    sums = measure_texts([measure for measure in measures if measure != "distinct"], texts, rows)
+    # The same answer twice in a draw is no repetition: no interval.
+    return sums, {"distinct": distinct_share(texts)} if "distinct" in measures else {}
 
 
 def _compare(measured: Mapping[str, Mapping], rows: int) -> dict[str, Any]:
     """`models` and `differences` from the first of them, as `hf_encdec_distill.model_card` has them, with p-values."""
     from ._significance import interval, p_value
 
-    base, *others = measured
+    base, *others = (name for name in measured if name != _BASELINE)
     first = measured[base]["sums"]
     differences = []
     for name in others:
@@ -191,10 +214,10 @@ def _compare(measured: Mapping[str, Mapping], rows: int) -> dict[str, Any]:
         name: {measure: interval(sums) for measure, sums in entry["sums"].items()} | entry["plain"] | {"n": rows}
         for name, entry in measured.items()
     }
-    labels = [public_name(name) for name in models]
-    if len(set(labels)) == len(labels):
-        for entry, label in zip(models.values(), labels, strict=True):
-            entry["label"] = label
+    labels = {name: public_name(name) for name in (base, *others)}
+    if len(set(labels.values())) == len(labels):
+        for name, label in labels.items():
+            models[name]["label"] = label
     signatures = {measure: sums.signature for measure, sums in first.items() if sums.signature}
     return {"models": models, "differences": differences, "signatures": signatures}
 
@@ -225,7 +248,7 @@ def _write(output: Path, result: Mapping, pairs, measured: Mapping[str, Mapping]
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "metrics.json", result)
     plot_quality(result["models"], output / "quality.png", result["spread"])
-    for name in measured:
+    for name in (name for name in measured if name != _BASELINE):
         file = f"model-index-{name.strip('./').replace('/', '--')}.yml"
         write_text(output / file, model_index(result, name, public_name(name)))
     if all(entry["texts"] is not None for entry in measured.values()):
@@ -248,19 +271,34 @@ def _answer(entry: Mapping, index: int) -> dict[str, Any]:
 
 
 def _page(args: argparse.Namespace, result: Mapping) -> str:
-    from ..model_card import model_label
+    from ..model_card import METRICS, model_label
 
     models = result["models"]
-    measures = [measure for measure in models[args.models[0]] if measure != "label"]
-    header = ["", *(model_label(name, models) for name in args.models)]
-    parts = [table(header, [[m, *(_cell(models[name][m]) for name in args.models)] for m in measures])]
+    measures = [measure for measure in models[args.models[0]] if measure in METRICS]
+    header = [f"{result['data']['test_rows']} rows", *(model_label(name, models) for name in models)]
+    parts = [table(header, [[_heading(m), *(_cell(entry.get(m), m) for entry in models.values())] for m in measures])]
     for difference in result["differences"]:
-        rows = [[m, _cell(d), f"{d['p']:.4f}"] for m, d in difference.items() if m in measures]
+        rows = [[_heading(m), _cell(d, m), f"{d['p']:.4f}"] for m, d in difference.items() if m in measures]
         parts.append(f"{difference['of']} minus {difference['minus']}\n{table(['', '', 'p'], rows)}")
     return "\n\n".join(parts)
 
 
-def _cell(value) -> str:
-    if isinstance(value, dict):
-        return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+def _heading(measure: str) -> str:
+    """With its unit, or where there is none its scale."""
+    from ..model_card import METRICS
+
+    heading = METRICS[measure][0]
+    return heading if "," in heading else f"{heading}, 0 to 100"
+
+
+def _cell(value, measure: str) -> str:
+    """An estimate, or a number, as the card shows it: shares times 100."""
+    from ..model_card import METRICS
+
+    _, factor, decimals, _ = METRICS[measure]
+    if value is None:
+        return "-"
+    if not isinstance(value, Mapping):
+        return f"{factor * value:.{decimals}f}"
+    shown, low, high = (f"{factor * value[key]:.{decimals}f}" for key in ("value", "low", "high"))
+    return f"{shown} [{low}, {high}]"

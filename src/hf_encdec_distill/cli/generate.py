@@ -21,15 +21,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..distillation.positions import check_rows
     from ..models.loading import load_tokenizer
 
     check_at_least_one(args, "max_new_tokens", "num_beams")
     model = load_answering(args.model)
     tokenizer = load_tokenizer(args.model)
+    batches = [tokenizer(text, return_tensors="pt") for text in args.texts]
+    lengths = [batch["input_ids"].shape[1] for batch in batches]
+    mend = "give a shorter text, or fewer --max-new-tokens"
+    check_rows(args.model, model.config, lengths, [args.max_new_tokens] * len(lengths), mend)
     answers = []
     with progress("generate") as update:
-        for text in args.texts:  # one by one: some graphs take no batch, and their answers are the same
-            encoded = tokenizer(text, return_tensors="pt")
+        for encoded in batches:  # one by one: some graphs take no batch, and their answers are the same
             tokens = model.generate(
                 input_ids=encoded["input_ids"],
                 attention_mask=encoded["attention_mask"],

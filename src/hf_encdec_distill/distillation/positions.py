@@ -1,6 +1,11 @@
 """How many tokens a model has positions for, and whether a batch keeps within that."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
+
+
+_MEND = "cut texts with max_source_length and max_target_length, or leave such rows out."
 
 
 def max_positions(config) -> int | None:
@@ -32,8 +37,29 @@ def check_length(who: str, limit: int | None, what: str, *masks: Tensor) -> None
     lengths = sum(mask.bool().sum(dim=1) for mask in masks)
     row = int(lengths.argmax())
     if lengths[row] > limit:
-        raise ValueError(
-            f"row {row} of the batch has {int(lengths[row])} tokens of {what}, but the {who} has positions for "
-            f"{limit} (max_position_embeddings): cut texts with max_source_length and max_target_length, or leave "
-            "such rows out."
-        )
+        _refuse(f"row {row} of the batch", int(lengths[row]), what, f"the {who}", limit, _MEND)
+
+
+def check_rows(who: str, config, sources: Sequence[int], targets: Sequence[int], mend: str = _MEND) -> None:
+    """As `check_length`, before there are batches.
+
+    Args:
+        config: of a decoder-only model or an encoder-decoder, which reads both in a row if it is merged.
+        sources, targets: tokens of each row; a target may be as long as what is to be written can become.
+        mend: what the message advises.
+    """
+    limit = max_positions(config)
+    in_a_row = not config.is_encoder_decoder or getattr(config, "cross_attention", None) == "merged"
+    both = {"source": sources, "target": targets}
+    if in_a_row:
+        both = {"prompt and target": [sum(pair) for pair in zip(sources, targets, strict=True)]}
+    for what, lengths in both.items():
+        row = max(range(len(lengths)), key=lengths.__getitem__)
+        if limit is not None and lengths[row] > limit:
+            _refuse(f"row {row}", lengths[row], what, who, limit, mend)
+
+
+def _refuse(row: str, length: int, what: str, who: str, limit: int, mend: str) -> None:
+    raise ValueError(
+        f"{row} has {length} tokens of {what}, but {who} has positions for {limit} (max_position_embeddings): {mend}"
+    )

@@ -86,7 +86,7 @@ def from_decoder_only(
         prompt_date (`str`, *optional*): `YYYY-MM-DD`, the day that the teacher's chat template is told it is, if it
             names the day (those of Llama 3.2 and SmolLM3 do); by default today. It is `config.prompt_date` of the
             student, whose prompts name that day ever after.
-        **config_overrides: Further fields of [`RopeEncDecConfig`].
+        **config_overrides: Further fields of [`RopeEncDecConfig`], special tokens by the teacher's ids.
 
     Returns:
         [`RopeEncDecForConditionalGeneration`]: In evaluation mode, in the teacher's dtype, weights its own. With
@@ -111,7 +111,7 @@ def from_decoder_only(
         "decoder": _requested_layers("decoder", decoder_num_hidden_layers, decoder_layers, depth),
         "encoder": _requested_layers("encoder", encoder_num_hidden_layers, encoder_layers, depth),
     }
-    special_tokens = _special_tokens(teacher, tokenizer, prompt_template)
+    special_tokens = _special_tokens(teacher, tokenizer, prompt_template, config_overrides)
     prompt_date = frozen_prompt_date(tokenizer, prompt_template, prompt_date)
 
     def build(share_memory=False, **layers):
@@ -120,8 +120,7 @@ def from_decoder_only(
             **layers,
             cross_attention=cross_attention,
             encoder_attention=encoder_attention,
-            **special_tokens,
-            **config_overrides,
+            **{**config_overrides, **special_tokens},
         )
         return _load(model_class, config, teacher, **layers, share_memory=share_memory)
 
@@ -213,10 +212,11 @@ def _requested_layers(side, count, layers, depth) -> list[int] | int:
     return count
 
 
-def _special_tokens(teacher, tokenizer, prompt_template) -> dict:
+def _special_tokens(teacher, tokenizer, prompt_template, given) -> dict:
+    """Those that are `given`, the others from tokenizer and teacher."""
     config = teacher.config
     eos = teacher.generation_config.eos_token_id if teacher.generation_config else None
-    eos = config.eos_token_id if eos is None else eos
+    eos = given.get("eos_token_id", config.eos_token_id if eos is None else eos)
     bos, pad, start = config.bos_token_id, config.pad_token_id, None
     if tokenizer is not None:
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else bos
@@ -225,16 +225,17 @@ def _special_tokens(teacher, tokenizer, prompt_template) -> dict:
     first_eos = eos[0] if isinstance(eos, list) else eos
     if start is None:
         start = bos if bos is not None else first_eos
+    start = given.get("decoder_start_token_id", start)
     if start is None:
         raise ValueError(
             "There is no token to start the decoder from: the teacher has neither a prompt template nor a bos or eos "
-            "token. Pass tokenizer= and prompt_template=, or set teacher.config.bos_token_id."
+            "token. Pass tokenizer= and prompt_template=, or decoder_start_token_id=."
         )
     return {
         "decoder_start_token_id": start,
-        "bos_token_id": bos,
+        "bos_token_id": given.get("bos_token_id", bos),
         "eos_token_id": eos,
-        "pad_token_id": first_eos if pad is None else pad,
+        "pad_token_id": given.get("pad_token_id", first_eos if pad is None else pad),
     }
 
 

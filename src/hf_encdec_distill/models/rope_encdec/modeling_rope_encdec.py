@@ -368,7 +368,8 @@ class RopeEncDecDecoderLayer(GradientCheckpointingLayer):
         self.mlp = RopeEncDecMLP(config)
         self.uses_rope = layer_idx not in config.decoder_no_rope_layers
 
-    # The two differentiable inputs come first: reentrant checkpointing sees only positional arguments.
+    # The two differentiable inputs come first: reentrant checkpointing sees only positional arguments. Before 5.24
+    # upstream's layer takes away what is called `past_key_values` in train mode, also where there is no gradient.
     def forward(
         self,
         hidden_states,
@@ -377,7 +378,7 @@ class RopeEncDecDecoderLayer(GradientCheckpointingLayer):
         encoder_position_embeddings,
         self_attention_mask,
         cross_attention_mask,
-        past_key_values=None,
+        cache=None,
         positions=None,
         **kwargs,
     ):
@@ -391,7 +392,7 @@ class RopeEncDecDecoderLayer(GradientCheckpointingLayer):
                 position_embeddings,
                 encoder_position_embeddings,
                 self_attention_mask,
-                cache=past_key_values,
+                cache=cache,
                 positions=positions,
                 **kwargs,
             )
@@ -401,7 +402,7 @@ class RopeEncDecDecoderLayer(GradientCheckpointingLayer):
                 self.input_layernorm(hidden_states),
                 position_embeddings,
                 self_attention_mask,
-                cache=past_key_values,
+                cache=cache,
                 positions=positions,
                 **kwargs,
             )
@@ -410,7 +411,7 @@ class RopeEncDecDecoderLayer(GradientCheckpointingLayer):
                 self.cross_attn_layernorm(hidden_states),
                 encoder_states,
                 cross_attention_mask,
-                cache=past_key_values,
+                cache=cache,
                 **kwargs,
             )
             hidden_states = hidden_states + attended
@@ -603,7 +604,7 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
 
         if use_cache is None:
             use_cache = self.config.use_cache
-        if self.training and self.gradient_checkpointing:
+        if self.training and self.gradient_checkpointing and torch.is_grad_enabled():
             use_cache, past_key_values = False, None  # layers run twice, a cache would be filled twice
         if use_cache and past_key_values is None and not self.training:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -679,7 +680,7 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
                 position_embeddings,
                 encoder_position_embeddings,
                 *masks,
-                past_key_values=past_key_values,
+                cache=past_key_values,
                 positions=positions,
                 **kwargs,
             )
