@@ -38,9 +38,11 @@ class FiniteTraining:
         return result
 
     def check_loss(self, loss: Tensor, explain: Callable[[], str] = lambda: "") -> None:
-        """Args:
-        loss: of a batch, before its backward.
-        explain: what of it is not finite, in a few words; asked only where something is not.
+        """Raises ValueError where the loss of a batch is not finite, and no gradient scaler will skip its step.
+
+        Args:
+            loss: one number, or one of each device.
+            explain: what of it is not finite, in a few words; asked only where something is not.
         """
         if torch.isfinite(loss).all():
             self._overflows = 0
@@ -61,7 +63,7 @@ class FiniteTraining:
         return self.model.named_parameters()
 
     def check_weights(self) -> None:
-        """Before weights are saved, or sampled from."""
+        """Raises ValueError, naming the weight, where one is not finite."""
         name = not_finite(self.named_weights())
         if name is None:
             return
