@@ -78,7 +78,11 @@ def said_training_arguments(cls: type, args: argparse.Namespace, fields: Mapping
 
 def training_arguments(cls: type[T], args: argparse.Namespace, fields: Mapping[str, str], output: Path) -> T:
     """An instance of `cls`, a class of training arguments, from what `said_training_arguments` finds."""
-    return cls(**{"output_dir": str(output), **said_training_arguments(cls, args, fields)})
+    from ..distillation.arguments import check_training_arguments
+
+    training = cls(**{"output_dir": str(output), **said_training_arguments(cls, args, fields)})
+    check_training_arguments(training)
+    return training
 
 
 def teacher_path(teacher: str) -> str:

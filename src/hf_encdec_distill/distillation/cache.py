@@ -436,12 +436,13 @@ def capture(
         "temperature": 1.0 if kind == "dense" else temperature,
         "generation": None if generation is None else dataclasses.asdict(generation),
     }
+    collate = DistillationCollator(student_tokenizer or tokenizer, tokenizer, vocabulary=vocabulary, **collating)
+    collate([next(iter(splits.values()))[0]])  # a template or columns that do not work, before anything is written
     state = PartialState(cpu=teacher.device.type == "cpu")
     manifest = _manifest(teacher, tokenizer, recorded, collating.get("prompt_template"))
     if state.is_main_process:
         _open_folder(folder, manifest, tokenizer)
     state.wait_for_everyone()
-    collate = DistillationCollator(student_tokenizer or tokenizer, tokenizer, vocabulary=vocabulary, **collating)
     if generation is not None:
         options = {"batch_size": batch_size, "rows_per_shard": rows_per_shard, "progress": progress}
         splits = {

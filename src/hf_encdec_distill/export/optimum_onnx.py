@@ -11,7 +11,6 @@ and model_patcher.py.
 
 import functools
 import inspect
-import json
 from pathlib import Path
 
 import torch
@@ -29,6 +28,7 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..files import read_json
 from ..models.rope_encdec import RopeEncDecForConditionalGeneration, RopeEncDecModel
 from ..models.rope_encdec.modeling_rope_encdec import (
     RopeEncDecEncoderOutput,
@@ -236,7 +236,7 @@ def _know_our_folders(infer):
     @functools.wraps(infer)
     def know_our_folders(cls, model_name_or_path, subfolder="", *args, **kwargs):
         file = Path(model_name_or_path, subfolder, "config.json")
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        config = read_json(file) if file.is_file() else {}
         if config.get("model_type") == MODEL_TYPE:
             architecture = (config.get("architectures") or [None])[0]
             return _TASK_OF_CLASS.get(architecture, "text2text-generation")
