@@ -229,7 +229,7 @@ def test_tensors_that_do_not_fit_are_named(change, message, tmp_path):
         ({"n_layers": 2}, r"mu\.json: unknown fields \['n_layers'\]"),
         ({"n_head": "6"}, r"mu\.json: n_head='6' has the wrong type"),
         ({"model_type": "llava_mu", "n_embd": 768}, r"mu\.json belongs to the vision variant"),
-        ([1], r"mu\.json holds a JSON list"),
+        ([1], r"mu\.json holds the list \[1\], expected a JSON object"),
     ],
 )
 def test_configurations_that_do_not_fit_are_named(given, message, tmp_path):
@@ -284,5 +284,20 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 def test_json_that_is_none(tmp_path):
     path = save_checkpoint(tmp_path / "mu.pt", mu_tensors(), FIELDS)
     (tmp_path / "mu.json").write_text("n_embd: 32")
-    with pytest.raises(ValueError, match=r"mu\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"mu\.json is no JSON"):
         convert_mu_checkpoint(path, tmp_path / "mu.json")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"noise" * 100, b"<html></html>", b"version https://git-lfs.github.com/spec/v1\n"]
+)
+def test_a_checkpoint_that_is_none(tmp_path, content):
+    (tmp_path / "mu.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"mu\.pt can't be read as a PyTorch checkpoint: it is"):
+        convert_mu_checkpoint(tmp_path / "mu.pt")
+
+
+def test_fields_in_a_checkpoint_that_are_none(tmp_path):
+    torch.save({"model_state_dict": mu_tensors(), "model_config": [1, 2]}, tmp_path / "mu.pt")
+    with pytest.raises(ValueError, match=r"has the model_config \[1, 2\]"):
+        convert_mu_checkpoint(tmp_path / "mu.pt")

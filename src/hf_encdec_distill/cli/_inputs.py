@@ -86,10 +86,12 @@ def said_training_arguments(cls: type, args: argparse.Namespace, fields: Mapping
 
 def training_arguments(cls: type[T], args: argparse.Namespace, fields: Mapping[str, str], output: Path) -> T:
     """An instance of `cls`, a class of training arguments, from what `said_training_arguments` finds."""
-    from ..distillation.arguments import keep_tokens_out_of_pickles
+    from ..distillation.arguments import check_training_arguments, keep_tokens_out_of_pickles
 
     keep_tokens_out_of_pickles(cls)
-    return cls(**{"output_dir": str(output), **said_training_arguments(cls, args, fields)})
+    training = cls(**{"output_dir": str(output), **said_training_arguments(cls, args, fields)})
+    check_training_arguments(training)
+    return training
 
 
 def teacher_path(teacher: str) -> str:

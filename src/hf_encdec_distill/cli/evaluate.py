@@ -41,7 +41,7 @@ _BASELINE = "lead_baseline"  # as the quickstart calls it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="folder or Hub id")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=f"folder, Hub id, or {BUILT_IN!r}")
     parser.add_argument("--teacher", help=f"decoder-only model to compare with: folder, Hub id, or {BUILT_IN!r}")
     add_data_arguments(parser)
     parser.add_argument("--rows", type=int, default=200, metavar="N", help="test rows (default: %(default)s)")
@@ -148,10 +148,11 @@ def _measure(
     from ._significance import calibration_error, mean
     from ._training import device, working_dtype
 
-    config = load_config(name)
+    path = teacher_path(name)
+    config = load_config(path)
     load = load_student if config.is_encoder_decoder else load_teacher
-    model = load(name, dtype=working_dtype()).to(device())
-    tokenizer = load_tokenizer(name)
+    model = load(path, dtype=working_dtype()).to(device())
+    tokenizer = load_tokenizer(path)
     template = prompt_template(args.prompt_template, args.dataset)
     limits, day = (args.max_source_length, args.max_target_length), getattr(config, "prompt_date", None)
     rows = encode_rows(pairs, teacher_tokenizer or tokenizer, template, *limits, day)

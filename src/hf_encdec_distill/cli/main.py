@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from .. import __version__
 from . import (
@@ -102,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.parser.error(f"unrecognized arguments: {' '.join(extra)}")
     args.extra, args.stdout = extra, sys.stdout
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no part of the result
+        # What libraries print is no part of the result.
+        with _no_empty_folder(args), contextlib.redirect_stdout(sys.stderr):
             args.module.run(args)
     except KeyboardInterrupt as interrupt:
         print(f"{PROGRAM} {args.command}: {interrupt if interrupt.args else 'interrupted'}", file=sys.stderr)
@@ -114,6 +117,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM} {args.command}: error: {message}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def _no_empty_folder(args: argparse.Namespace) -> Iterator[None]:
+    """Where a command ends before it has written anything, the folder goes that a trainer made at its beginning."""
+    output = getattr(args, "output", None)
+    new = output is not None and not os.path.exists(output)
+    try:
+        yield
+    finally:
+        if new and os.path.isdir(output) and not any(path.is_file() for path in Path(output).rglob("*")):
+            shutil.rmtree(output)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ that an earlier push left are replaced.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from ..files import inside
+from ..files import inside, read_json
 from ..model_card_loading import PARITY, proven_exports, why_not_proven, with_loading
 from ._display import say_result
 
@@ -93,10 +92,13 @@ def files_to_push(folder: Path, exports: list[str] | None = None) -> list[str]:
         ValueError: the student is not whole, a file of it lies outside of the folder, its card is none to
             huggingface_hub, or an export is not proven or not as it was when it was.
     """
+    from ..models.loading import check_folder
+
     if not inside(folder, "config.json").is_file():
         raise ValueError(
             f"{folder} holds no student, there is no config.json: name a folder that save_pretrained wrote"
         )
+    check_folder(folder)
     names = [*_weights(folder), *_beside_weights(folder)]
     missing = sorted(name for name in _named_code(folder) if name not in names)
     if missing:
@@ -117,7 +119,7 @@ def _weights(folder: Path) -> list[str]:
         return [_WEIGHTS]
     if not (folder / _INDEX).is_file():
         raise ValueError(f"{folder} has no weights in safetensors: save the student there with save_pretrained")
-    index = json.loads(inside(folder, _INDEX).read_text(encoding="utf-8"))
+    index = read_json(inside(folder, _INDEX), fields={"weight_map": dict})
     shards = sorted(set(index["weight_map"].values()))
     missing = [shard for shard in shards if not inside(folder, shard).is_file()]
     if missing:
@@ -140,8 +142,10 @@ def _beside_weights(folder: Path) -> list[str]:
 
 def _named_code(folder: Path) -> set[str]:
     """Of this folder: `user/name--module.Class` is code of another repository."""
-    auto_map = json.loads(inside(folder, "config.json").read_text(encoding="utf-8")).get("auto_map", {})
-    return {f"{target.partition('.')[0]}.py" for target in auto_map.values() if "--" not in target}
+    auto_map = read_json(inside(folder, "config.json")).get("auto_map") or {}
+    entries = [entry if isinstance(entry, list) else [entry] for entry in auto_map.values()]  # two of a tokenizer
+    targets = [target for entry in entries for target in entry if isinstance(target, str)]
+    return {f"{target.partition('.')[0]}.py" for target in targets if "--" not in target}
 
 
 def _figures(folder: Path) -> list[str]:
@@ -165,7 +169,7 @@ def _figures(folder: Path) -> list[str]:
 
 def _card(folder: Path, names: list[str], repo_id: str) -> bytes:
     """As it reads on the Hub. Of a name without its user it cannot be known here whose it will be."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json", fields={"model_type": str})
     going = {name.rpartition("/")[0] for name in names if name.endswith(f"/{PARITY}")}
     exports = {name: report for name, report in proven_exports(folder).items() if name in going}
     text = inside(folder, _CARD).read_text(encoding="utf-8")

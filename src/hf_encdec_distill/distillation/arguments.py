@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
 from .alignment import VOCAB_POLICIES, check_vocab_policy
@@ -199,6 +200,7 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_training_arguments(self)
         _one_of("divergence", self.divergence, tuple(DIVERGENCES))
         check_vocab_policy(self.vocab_policy)
         if self.teacher_dtype is not None:
@@ -311,6 +313,23 @@ def _without_tokens(args: TrainingArguments) -> dict:
     return {name: value for name, value in vars(args).items() if name not in ("hub_token", "push_to_hub_token")}
 
 
+def check_training_arguments(args: TrainingArguments) -> None:
+    """Raises ValueError for what transformers takes, and stumbles over once data and models are loaded."""
+    steps, epochs, smoothing = args.gradient_accumulation_steps, args.num_train_epochs, args.label_smoothing_factor
+    _within("gradient_accumulation_steps", steps, steps >= 1, "1 or more")
+    _within("num_train_epochs", epochs, abs(epochs) < float("inf"), "a finite number")
+    _within("label_smoothing_factor", smoothing, 0 <= smoothing <= 1, "between 0 and 1")
+    if not isinstance(args.lr_scheduler_kwargs or {}, dict):
+        raise ValueError(f'lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} has to be a mapping, as {{"power": 2}}.')
+    available = get_available_reporting_integrations()
+    for name in args.report_to:
+        if name not in available:
+            raise ValueError(
+                f"report_to={name!r} is unknown or not installed here (there is {', '.join(available) or 'none'}): "
+                "install its package, or give report_to none."
+            )
+
+
 def with_distillation_defaults(args: TrainingArguments) -> TrainingArguments:
     """Gives plain `Seq2SeqTrainingArguments` the fields of `DistillationTrainingArguments` at their defaults.
 
@@ -318,6 +337,7 @@ def with_distillation_defaults(args: TrainingArguments) -> TrainingArguments:
     """
     if isinstance(args, DistillationTrainingArguments):
         return args
+    check_training_arguments(args)
     keep_tokens_out_of_pickles(type(args))
     added = {}
     for spec in dataclasses.fields(DistillationTrainingArguments):

@@ -180,7 +180,7 @@ class DistillationCollator:
             raise ValueError(
                 f"the student's decoder_start_token_id is {start}, but the teacher's prompt ends in {prompt[-1]} (ids "
                 "of the teacher). A merged student starts with the last token of its teacher's prompt: train with the "
-                "prompt_template (or chat template) that the student was made with."
+                "prompt_template (--prompt-template; without one, the chat template) that the student was made with."
             )
         return prompt
 

@@ -147,7 +147,8 @@ class LiveTeacher:
             quantization: "8bit" or "4bit", with bitsandbytes; of a folder or Hub id.
 
         Raises:
-            ValueError: it is none of these, or cannot be loaded.
+            OSError: there is no such folder, and no such model on the Hub.
+            ValueError: it is none of these, or cannot be loaded; see `models.loading`.
             ImportError: bitsandbytes is missing.
         """
         if isinstance(teacher, nn.Module):

@@ -11,7 +11,6 @@ optimum/exporters/openvino/config.py and patching_utils.py.
 
 import functools
 import inspect
-import json
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from optimum.utils import (
 )
 from torch import nn
 
+from ..files import read_json
 from ..models.rope_encdec import RopeEncDecForConditionalGeneration, RopeEncDecModel
 from ..models.rope_encdec.modeling_rope_encdec import (
     RopeEncDecEncoderOutput,
@@ -225,7 +225,7 @@ def _know_our_folders(infer):
     @functools.wraps(infer)
     def know_our_folders(cls, model_name_or_path, subfolder="", *args, **kwargs):
         file = Path(model_name_or_path, subfolder, "config.json")
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        config = read_json(file) if file.is_file() else {}
         if config.get("model_type") == MODEL_TYPE:
             architecture = (config.get("architectures") or [None])[0]
             return _TASK_OF_CLASS.get(architecture, "text2text-generation")

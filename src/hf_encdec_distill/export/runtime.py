@@ -160,7 +160,9 @@ def read_manifest(folder: Path) -> dict:
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder} holds no export: make one with hf-encdec-distill export MODEL {folder}") from None
     if manifest["target"] not in ("onnx", "openvino", "coreml"):
-        raise ValueError(f"{folder / MANIFEST} names the target {manifest['target']!r}: export the model again")
+        raise ValueError(f"{folder / MANIFEST} names the target {manifest['target']!r}: export it again")
+    if manifest["cache_dtype"] not in ("float32", "float16"):
+        raise ValueError(f"{folder / MANIFEST} stores keys and values as {manifest['cache_dtype']!r}: export it again")
     if manifest["version"] > MANIFEST_VERSION:
         raise ValueError(
             f"{folder / MANIFEST} is of version {manifest['version']}, this package reads up to {MANIFEST_VERSION}: "

@@ -18,13 +18,12 @@ Written against github.com/microsoft/encoder-decoder-slm at b306bae: `src/mu/mod
 - The vision variant (`mu_v2`) can't be held: the LM head of its text tower has a bias.
 """
 
-import json
 import os
-import pickle
 from pathlib import Path
 
 import torch
 
+from ...files import read_json, what_it_is
 from .configuration_rope_encdec import RopeEncDecConfig
 from .modeling_rope_encdec import RopeEncDecForConditionalGeneration
 
@@ -99,7 +98,7 @@ def convert_mu_checkpoint(
             vision variant. The message names the field or the tensors.
     """
     tensors, recorded_fields = _read_checkpoint(Path(checkpoint_path))
-    given_fields = {} if config_path is None else _read_json(Path(config_path))
+    given_fields = {} if config_path is None else read_json(Path(config_path))
     if "lm_head.bias" in tensors or "model_type" in given_fields:
         raise ValueError(
             f"{checkpoint_path if 'lm_head.bias' in tensors else config_path} belongs to the vision variant of Mu "
@@ -126,19 +125,19 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """The tensors by Mu's names, and the `model_config` recorded beside them (empty if there is none)."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        with path.open("rb") as file:
-            is_pointer = file.read(40).startswith(b"version https://git-lfs")
+    except OSError:
+        raise
+    except Exception as error:  # what a damaged pickle raises may be anything
         # Not torch's own message: it recommends `weights_only=False`.
-        mend = (
-            "it is a Git LFS pointer, run `git lfs pull`"
-            if is_pointer
-            else "it is damaged, or holds Python objects besides tensors and plain values, which are not loaded"
+        mend = what_it_is(path) or (
+            "it is damaged, or holds Python objects besides tensors and plain values, which are not loaded"
         )
         raise ValueError(f"{path} can't be read as a PyTorch checkpoint: {mend}.") from error
     recorded_fields = {}
     if isinstance(checkpoint, dict) and "model_state_dict" in checkpoint:
-        recorded_fields = dict(checkpoint.get("model_config") or {})
+        recorded_fields = checkpoint.get("model_config") or {}
+        if not isinstance(recorded_fields, dict):
+            raise ValueError(f"{path} has the model_config {recorded_fields!r}, expected a dict of Mu's fields.")
         checkpoint = checkpoint["model_state_dict"]
     if not isinstance(checkpoint, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in checkpoint.values()):
         raise ValueError(
@@ -146,18 +145,6 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
             '"model_state_dict" as Mu\'s training writes it.'
         )
     return dict(checkpoint), recorded_fields
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(
-            f"{path} holds a JSON {type(fields).__name__}, expected an object with fields of Mu's config."
-        )
-    return fields
 
 
 def _merge_fields(given: dict, recorded: dict, given_by: str, recorded_by: str) -> dict:

@@ -1,0 +1,281 @@
+"""Each command, given folders and options that cannot work: one line, exit code 2, and nothing half-written."""
+
+import json
+import shutil
+
+import pytest
+from distillation_toys import write_pairs, write_teacher
+from test_files import PAGE, POINTER
+from transformers import AutoModelForCausalLM
+
+from hf_encdec_distill import RopeEncDecForConditionalGeneration
+from hf_encdec_distill.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, make_bpe_tokenizer):
+    folder = tmp_path_factory.mktemp("whole")
+    tokenizer = make_bpe_tokenizer(pad_token="<|endoftext|>")
+    write_teacher(folder / "teacher", tokenizer, layers=2)
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(teacher, tokenizer=tokenizer)
+    student.save_pretrained(folder / "student")
+    write_pairs(folder / "pairs.csv", 120)
+    return folder
+
+
+@pytest.fixture
+def refused(whole, tmp_path, monkeypatch, capsys):
+    """Runs a command in a folder of its own, {teacher}, {student} and {data} filled in, and returns the one line."""
+    monkeypatch.chdir(tmp_path)
+    lines = (f"Number {number} is followed by {number + 1}, as everybody knows.\n\n" for number in range(400))
+    (tmp_path / "text.md").write_text("".join(lines))
+    data = f"--dataset {whole / 'pairs.csv'} --source-column text --target-column short"
+
+    def run(command, teacher=whole / "teacher", student=whole / "student", may_leave=()):
+        before = set(tmp_path.rglob("*"))
+        capsys.readouterr()
+        try:
+            code = main(command.format(teacher=teacher, student=student, data=data).split())
+        except SystemExit as stop:  # argparse's way
+            code = stop.code
+        said = capsys.readouterr()
+        errors = [line for line in said.err.splitlines() if "error: " in line]
+        assert code == 2 and len(errors) == 1 and said.err.splitlines()[-1] == errors[0], said.err
+        assert said.out == "" and "Traceback" not in said.err and len(errors[0]) < 800
+        left = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path not in before]
+        assert set(left) <= set(may_leave), left
+        return errors[0]
+
+    return run
+
+
+OF_TEACHER = {
+    "init": "init {teacher} --output new {data}",
+    "teach": "teach {teacher} --output new {data} --max-steps 1 --use_cpu True",
+    "cache": "cache {teacher} --output new {data}",
+    "distill": "distill {student} --teacher {teacher} --output new {data} --max-steps 1 --use_cpu True",
+    "adapt": "adapt {student} --teacher {teacher} --text text.md --eval-rows 0 --output new --max-steps 1",
+    "evaluate": "evaluate {student} --teacher {teacher} {data} --rows 2",
+    "quickstart": "quickstart --teacher {teacher} --output new {data} --encoder-layers 2 --decoder-layers 1",
+}
+OF_STUDENT = {
+    "distill": OF_TEACHER["distill"],
+    "adapt": OF_TEACHER["adapt"],
+    "evaluate": "evaluate {student} {data} --rows 2",
+    "export": "export {student} new --target onnx {data}",
+    "generate": "generate {student} hello",
+}
+
+
+@pytest.mark.parametrize("command", OF_TEACHER)
+def test_a_teacher_whose_weights_are_a_pointer(refused, whole, tmp_path, command):
+    folder = shutil.copytree(whole / "teacher", tmp_path / "teacher")
+    (folder / "model.safetensors").write_bytes(POINTER)
+    if command == "quickstart":  # which looks at the config at first, and would load the weights minutes later
+        (folder / "config.json").write_bytes(POINTER)
+    assert "Git LFS pointer" in refused(OF_TEACHER[command], teacher=folder)
+
+
+@pytest.mark.parametrize("command", OF_STUDENT)
+def test_a_student_whose_weights_are_cut(refused, whole, tmp_path, command):
+    folder = shutil.copytree(whole / "student", tmp_path / "student")
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    assert "it was cut or altered" in refused(OF_STUDENT[command], student=folder)
+
+
+@pytest.mark.parametrize("command", ["info {student}", *OF_STUDENT.values()])
+def test_a_folder_without_a_config(refused, tmp_path, command):
+    (tmp_path / "bare").mkdir()
+    assert "bare holds no model, there is no config.json" in refused(command, student=tmp_path / "bare")
+
+
+@pytest.mark.parametrize("command", [command for name, command in OF_TEACHER.items() if name != "quickstart"])
+def test_a_student_in_place_of_the_teacher_is_called_one(refused, whole, command):
+    said = refused(command, teacher=whole / "student")
+    assert "is an encoder-decoder as students are (rope_encdec): give a decoder-only model" in said
+    assert "AutoModel" not in said
+
+
+@pytest.mark.parametrize("command", [command for name, command in OF_STUDENT.items() if name != "evaluate"])
+def test_a_teacher_in_place_of_the_student_is_called_one(refused, whole, command):
+    said = refused(command, student=whole / "teacher")
+    assert "hf-encdec-distill init" in said and "decoder-only model" in said
+
+
+TEMPLATES = ("{% for m in", "{{ raise_exception('no system role') }}", "{{ a.b.c }}")
+
+
+@pytest.mark.parametrize(
+    ("command", "template"),
+    [
+        *((command, "{{ 1 / 0 }}") for command in ("init", "teach", "cache", "distill", "evaluate")),
+        *(("init", template) for template in TEMPLATES),
+    ],
+)
+def test_a_chat_template_that_fails(refused, whole, tmp_path, command, template):
+    folder = shutil.copytree(whole / "teacher", tmp_path / "teacher")
+    for file in folder.glob("*"):  # where the version that wrote it keeps templates
+        if file.name == "chat_template.jinja":
+            file.write_text(template)
+        elif file.name == "tokenizer_config.json" and "chat_template" in (content := json.loads(file.read_text())):
+            file.write_text(json.dumps({**content, "chat_template": template}))
+    # `distill` fails at its first batch; the same command goes on from what it has written by then.
+    may_leave = ("new", "new/recipe.yaml", "new/provenance.json") if command == "distill" else ()
+    assert "the chat template of the tokenizer" in refused(OF_TEACHER[command], teacher=folder, may_leave=may_leave)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--report-to wandb", "report_to='wandb' is unknown or not installed here"),
+        ("--report-to nonsense", "report_to='nonsense' is unknown or not installed here"),
+        ("--gradient-accumulation-steps 0", "gradient_accumulation_steps=0 is out of range; it has to be 1 or more"),
+        ("--gradient-accumulation-steps -1", "gradient_accumulation_steps=-1 is out of range"),
+        ("--num-train-epochs inf", "num_train_epochs=inf is out of range; it has to be a finite number"),
+        ("--label_smoothing_factor 2", "label_smoothing_factor=2.0 is out of range"),
+        ("--lr_scheduler_kwargs 3", "lr_scheduler_kwargs"),
+    ],
+)
+@pytest.mark.parametrize("command", ["distill", "teach"])
+def test_training_arguments_that_transformers_stumbles_over(refused, command, option, message):
+    assert message in refused(f"{OF_TEACHER[command]} {option}")
+
+
+@pytest.mark.parametrize("minutes", ["inf", "nan", "-1", "0"])
+def test_a_time_that_is_none(refused, minutes):
+    assert "give a number above 0" in refused(f"quickstart --output new --minutes {minutes}")
+
+
+# Records ---------------------------------------------------------
+
+ODD = ("", "[]", "null", "{", PAGE.decode(), "{}", '{"results": 3, "settings": []}')
+
+
+@pytest.mark.parametrize("content", ODD)
+def test_a_state_that_is_none(refused, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.json").write_text(content)
+    assert "state.json" in refused("quickstart --resume --output run")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"settings": {"minutes": "soon"}}, "minutes='soon' is of type str, expected float"),
+        ({"settings": {"hours": 1}}, "unknown key 'hours'"),
+        ({"settings": {"encoder_layers": None, "minutes": -3.0}}, "minutes=-3.0"),
+        ({"results": {"teacher": "built-in"}}, "as 'teacher', expected type object"),
+        ({"shares": {"teacher": "long"}}, "as 'teacher', expected type number"),
+        ({"seconds_used": None}, "as 'seconds_used', expected type number"),
+    ],
+)
+def test_a_state_with_odd_fields(refused, tmp_path, changed, message):
+    state = {"settings": {"minutes": 1.0}, "results": {}, "shares": {}, "seconds_used": 1.0}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.json").write_text(json.dumps({**state, **changed}))
+    assert message in refused("quickstart --resume --output run")
+
+
+RECORD = {
+    "fingerprints": {},
+    "versions": {},
+    "machine": {"device": "cpu", "threads": 1},
+    "result": {"steps": 1, "metrics": {"eval_loss": 1.0}, "losses": {}, "weights": "0"},
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *ODD,
+        json.dumps({**RECORD, "machine": {"device": 3}}),
+        json.dumps({**RECORD, "machine": {"device": "cpu", "threads": 0}}),
+        json.dumps({**RECORD, "machine": {"device": "cpu", "threads": "all"}}),
+        json.dumps({**RECORD, "result": [1]}),
+        json.dumps({**RECORD, "result": {}}),
+        json.dumps({**RECORD, "result": {**RECORD["result"], "metrics": {"eval_loss": "low"}}}),
+    ],
+)
+def test_a_provenance_that_is_none(refused, whole, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    data = f"dataset: {whole / 'pairs.csv'}\nsource_column: text\ntarget_column: short\n"
+    recipe = f"student: {whole / 'student'}\nteacher: {whole / 'teacher'}\noutput: before\nmax_steps: 1\n{data}"
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe)
+    (tmp_path / "run" / "provenance.json").write_text(content)
+    assert "run has no record of its run" in refused("distill --reproduce run --output new")
+
+
+@pytest.mark.parametrize("content", ODD)
+def test_a_manifest_of_an_export_that_is_none(refused, whole, tmp_path, content):
+    folder = shutil.copytree(whole / "student", tmp_path / "exported")
+    (folder / "exported.json").write_text(content)
+    assert "exported.json" in refused("generate exported hello")
+
+
+EXPORTED = {"version": 1, "target": "onnx", "variant": "fp32", "shapes": "dynamic", "stateful": False}
+EXPORTED |= {"cache_dtype": "float32", "files": {}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"target": "abacus"}, "names the target 'abacus'"),
+        ({"version": "1"}, "as 'version', expected type integer"),
+        ({"shapes": "fixed:no"}, "shapes 'fixed:no'"),
+        ({"files": {"../secret": "0"}}, "expected the name of a file in that folder"),
+        ({"files": {"decoder.onnx": 3}}, "decoder.onnx is missing"),
+        ({"cache_dtype": "float31"}, "stores keys and values as 'float31'"),
+    ],
+)
+def test_a_manifest_of_an_export_with_odd_fields(refused, whole, tmp_path, changed, message):
+    folder = shutil.copytree(whole / "student", tmp_path / "exported")
+    (folder / "exported.json").write_text(json.dumps({**EXPORTED, **changed}))
+    assert message in refused("generate exported hello")
+
+
+@pytest.mark.parametrize(
+    "content", [*ODD, '{"format": 2}', '{"format": 2, "kind": [], "vocab_size": 1, "temperature": 1}']
+)
+def test_a_manifest_of_a_cache_that_is_none(refused, tmp_path, content):
+    (tmp_path / "cached").mkdir()
+    (tmp_path / "cached" / "manifest.json").write_text(content)
+    assert "cached is no cache of a teacher" in refused(OF_TEACHER["distill"], teacher="cached")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "[]", "expected a JSON object"),
+        ("config.json", '{"model_type": "rope_encdec", "auto_map": ["a"]}', "has the auto_map"),
+        ("config.json", '{"model_type": "rope_encdec", "auto_map": {"AutoModel": 3}}', "has the auto_map"),
+        ("model.safetensors.index.json", "{}", "has no 'weight_map'"),
+        ("model.safetensors.index.json", "[]", "expected a JSON object"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 3}}', "expected the name of a file"),
+        ("onnx/parity.json", "[]", "expected a JSON object"),
+        ("onnx/parity.json", "{}", "has no 'failures'"),
+    ],
+)
+def test_push_of_a_folder_with_odd_files(refused, whole, tmp_path, file, content, message):
+    folder = shutil.copytree(whole / "student", tmp_path / "student")
+    if "index" in file:
+        (folder / "model.safetensors").unlink()
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_text(content)
+    assert message in refused("push {student} ann/student --dry-run", student=folder)
+
+
+# `built-in` ------------------------------------------------------
+
+
+def test_built_in_names_the_teacher_wherever_a_teacher_is_named(whole, monkeypatch, capsys):
+    import hf_encdec_distill.data as data
+
+    monkeypatch.setattr(data, "fetch_builtin_teacher", lambda: whole / "teacher", raising=False)
+    for argv in (["info", "built-in"], ["info", str(whole / "student"), "--teacher", "built-in"]):
+        assert main([*argv, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)
+    columns = ["--dataset", str(whole / "pairs.csv"), "--source-column", "text", "--target-column", "short"]
+    assert main(["evaluate", "built-in", "--rows", "2", "--metrics", "ce", *columns, "--json"]) == 0
+    assert "built-in" in json.loads(capsys.readouterr().out)["models"]
