@@ -20,7 +20,10 @@ def lint(session):
     session.install("ruff>=0.14,<0.15", "vermin>=1.6")
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
-    session.run("vermin", "--target=3.10-", "--violations", "--no-tips", "--eval-annotations", "src")
+    # `tensor.long()` is not Python 2's.
+    session.run(
+        "vermin", "--target=3.10-", "--violations", "--no-tips", "--eval-annotations", "--exclude", "long", "src"
+    )
 
 
 @nox.session

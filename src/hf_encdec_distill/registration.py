@@ -23,6 +23,7 @@ _MODULES = {
     "transformers.pipelines": "pipelines",
     "optimum.exporters.onnx.model_configs": "export.optimum_onnx",
     "optimum.exporters.openvino.model_configs": "export.optimum_openvino",
+    "optimum.intel.openvino.modeling_seq2seq": "export.optimum_intel",
     "optimum.onnxruntime.modeling_seq2seq": "export.optimum_onnxruntime",
 }
 

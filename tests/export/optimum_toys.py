@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
-from toys import ragged, random_ids
+from toys import make_model, ragged, random_ids
 
 import hf_encdec_distill
+from hf_encdec_distill.export.exporting import write_manifest
+from hf_encdec_distill.export.recipe import Shapes
 
 
 OPTIMUM_CLI = (sys.executable, "-m", "optimum.commands.optimum_cli")
@@ -38,3 +40,13 @@ def run(*command):
     result = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
+
+
+def written_by_our_export(folder, *files):
+    """A folder as `export` of ours leaves it, but for what is in its graphs."""
+    folder.mkdir()
+    make_model("merged").config.save_pretrained(folder)
+    for name in files:
+        (folder / name).touch()
+    write_manifest(folder, "onnx", "fp32", Shapes(), False, "float32")
+    return folder

@@ -8,7 +8,7 @@ import pytest
 import torch
 from optimum.exporters.onnx import onnx_export_from_model
 from optimum.onnxruntime import ORTModelForSeq2SeqLM
-from optimum_toys import OPTIMUM_CLI, assert_same, run
+from optimum_toys import OPTIMUM_CLI, assert_same, run, written_by_our_export
 from toys import KINDS, make_model, ragged
 
 from hf_encdec_distill import RopeEncDecModel
@@ -128,3 +128,9 @@ def test_the_order_of_imports_does_not_matter(ours_first):
         ]
     )
     assert "RopeEncDecOnnxConfig True" in run(sys.executable, "-c", code)
+
+
+def test_a_folder_of_our_own_export_is_refused_with_what_loads_it(tmp_path):
+    folder = written_by_our_export(tmp_path / "ours", "encoder_model.onnx", "decoder_model.onnx")
+    with pytest.raises(ValueError, match=r"ORTModelForSeq2SeqLM expects encoder states: load it with .*ExportedFor"):
+        ORTModelForSeq2SeqLM.from_pretrained(folder)

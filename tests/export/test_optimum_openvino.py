@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from optimum.intel import OVModelForSeq2SeqLM, OVWeightQuantizationConfig
-from optimum_toys import OPTIMUM_CLI, assert_same, logits, run
+from optimum_toys import OPTIMUM_CLI, assert_same, logits, run, written_by_our_export
 from toys import make_model, ragged, random_ids
 
 
@@ -86,3 +86,9 @@ def test_the_order_of_imports_does_not_matter(ours_first):
         ]
     )
     assert "RopeEncDecOpenVINOConfig" in run(sys.executable, "-c", code)
+
+
+def test_a_folder_of_our_own_export_is_refused_with_what_loads_it(tmp_path):
+    folder = written_by_our_export(tmp_path / "ours", "openvino_encoder_model.xml", "openvino_decoder_model.xml")
+    with pytest.raises(ValueError, match=r"OVModelForSeq2SeqLM expects encoder states: load it with .*ExportedFor"):
+        OVModelForSeq2SeqLM.from_pretrained(folder)

@@ -1,8 +1,11 @@
-"""The sizes of our key/value heads for Optimum's ONNX Runtime models. Imported by `registration`."""
+"""The sizes of our key/value heads for Optimum's ONNX Runtime models, and what those say of our exports. Imported by
+`registration`."""
 
 import functools
 
 from optimum.onnxruntime import modeling_seq2seq
+
+from .optimum_loading import refuse_our_graphs
 
 
 def _know_key_value_heads(init):
@@ -21,3 +24,4 @@ def _know_key_value_heads(init):
 
 
 modeling_seq2seq.ORTDecoderForSeq2Seq.__init__ = _know_key_value_heads(modeling_seq2seq.ORTDecoderForSeq2Seq.__init__)
+refuse_our_graphs(modeling_seq2seq.ORTModelForSeq2SeqLM)
