@@ -460,8 +460,6 @@ def capture(
         "temperature": 1.0 if kind == "dense" else temperature,
         "generation": None if generation is None else dataclasses.asdict(generation),
     }
-    collate = DistillationCollator(student_tokenizer or tokenizer, tokenizer, vocabulary=vocabulary, **collating)
-    collate([next(iter(splits.values()))[0]])  # a template or columns that do not work, before anything is written
     state = PartialState(cpu=teacher.device.type == "cpu")
     template, day = collating.get("prompt_template"), collating.get("prompt_date")
     if day is None and (folder / MANIFEST).exists():
@@ -469,6 +467,7 @@ def capture(
     collating["prompt_date"] = frozen_prompt_date(tokenizer, template, day)
     manifest = _manifest(teacher, tokenizer, recorded, template, collating["prompt_date"])
     collate = DistillationCollator(student_tokenizer or tokenizer, tokenizer, vocabulary=vocabulary, **collating)
+    collate([next(iter(splits.values()))[0]])  # a template or columns that do not work, before anything is written
     if state.is_main_process:
         _open_folder(folder, manifest, tokenizer)
     state.wait_for_everyone()

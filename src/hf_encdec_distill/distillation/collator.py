@@ -209,7 +209,8 @@ class DistillationCollator:
             raise ValueError(
                 f"the student's tokenizer encodes {_PROBE!r} as {self.tokenizer(_PROBE)['input_ids']}, but the "
                 f"teacher's prompt for it begins with {expected}. Give the "
-                f"teacher_processing_class and prompt_template{day} that the student was made with."
+                f"teacher_processing_class (--teacher) and prompt_template (--prompt-template){day} that the student was "
+                "made with."
             )
         self._prompt_checked = True
 
