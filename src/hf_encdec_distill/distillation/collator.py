@@ -208,9 +208,8 @@ class DistillationCollator:
             day = "" if self.prompt_date is None else f" and prompt_date (this prompt names {self.prompt_date})"
             raise ValueError(
                 f"the student's tokenizer encodes {_PROBE!r} as {self.tokenizer(_PROBE)['input_ids']}, but the "
-                f"teacher's prompt for it begins with {expected}. Give the "
-                f"teacher_processing_class (--teacher) and prompt_template (--prompt-template){day} that the student was "
-                "made with."
+                f"teacher's prompt for it begins with {expected}. Give the teacher_processing_class (--teacher) and "
+                f"prompt_template (--prompt-template){day} that the student was made with."
             )
         self._prompt_checked = True
 
