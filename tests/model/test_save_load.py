@@ -124,7 +124,7 @@ def test_missing_weights_are_initialised(kind, low_memory, tmp_path):
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     kept = {
-        name: weight
+        name: weight.clone()  # safetensors 0.5 reads them from the file when they are looked at
         for name, weight in weights.items()
         if "decoder.layers.1" not in name and "encoder.norm" not in name
     }

@@ -135,7 +135,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
     if isinstance(value, bool):  # which is an int to Python
         return hint is bool
-    if issubclass(hint, Enum):
+    if origin is None and issubclass(hint, Enum):  # from Python 3.13 on, dict[str, Any] is no class
         return value in [member.value for member in hint]
     return isinstance(value, int | float) if hint is float else isinstance(value, origin or hint)
 
