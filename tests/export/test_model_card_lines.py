@@ -62,3 +62,9 @@ def test_swift_names_the_programs_of_the_folder(tmp_path, folder):
     language, code = section(text, "Swift").groups()
     assert language == "swift" and 'fileURLWithPath: "coreml_fp16"' in code
     assert "encoder.mlpackage" in code and "decoder.mlpackage" in code and section(text, "ONNX Runtime") is None
+
+
+@pytest.mark.parametrize("target", ["onnx", "openvino"])
+def test_an_export_has_a_tokenizer_that_both_versions_of_transformers_load(folder, target):
+    config = json.loads((folder / target / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"

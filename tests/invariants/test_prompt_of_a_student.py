@@ -72,6 +72,22 @@ def test_the_teachers_tokenizer_does_not_take_the_place_of_the_students(teacher,
     assert trainer.callback_handler.processing_class is trainer.processing_class
 
 
+def test_a_students_tokenizer_is_saved_for_both_versions_of_transformers(teacher, tmp_path):
+    """Also one that came from `AutoTokenizer`, which 5.x would save under the name of a class that 4.57 lacks."""
+    make_student(teacher, TEMPLATE).save_pretrained(tmp_path / "student")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "student")
+    own = AutoTokenizer.from_pretrained(tmp_path / "student")
+    trainer = make_trainer(model, teacher, tmp_path / "run", processing_class=own, prompt_template=TEMPLATE)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    assert trainer.processing_class is own
+    for folder in ("run/checkpoint-1", "saved"):
+        config = json.loads((tmp_path / folder / "tokenizer_config.json").read_text())
+        assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert not isinstance(config.get("extra_special_tokens"), list)  # which 4.57 does not read
+        assert AutoTokenizer.from_pretrained(tmp_path / folder)(SOURCE)["input_ids"] == own(SOURCE)["input_ids"]
+
+
 def test_a_students_own_tokenizer_stays_whatever_template_is_trained_on(teacher, tmp_path):
     """Rows that are ready may be of any prompt: the template of the arguments does not take the place of its own."""
     model = make_student(teacher, TEMPLATE)
