@@ -10,6 +10,7 @@ from typing import Any
 
 
 _LARGEST_YAML = 1_000_000  # bytes; a recipe has some hundred lines
+_DEEPEST_YAML = 20  # levels; a recipe has two or three
 _KINDS = {dict: "object", list: "list", str: "text", bool: "truth value", int: "integer", float: "number"}
 
 
@@ -59,7 +60,11 @@ def read_yaml(file: Path) -> Any:
         raise ValueError(f"{file} cannot be read as YAML: {reason}")
     try:
         text = file.read_text(encoding="utf-8")
+        depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST_YAML:  # each level makes all that follow slower to read
+                raise ValueError(f"line {event.start_mark.line + 1} is {depth} levels deep, expected {_DEEPEST_YAML}")
             if isinstance(event, yaml.AliasEvent):
                 line = event.start_mark.line + 1
                 raise ValueError(f"line {line} has the alias *{event.anchor}: write out what it stands for")
@@ -120,7 +125,8 @@ def inside(folder: Path, name: Any) -> Path:
         ValueError: it leads out.
     """
     path, root = named_inside(folder, name), folder.resolve()
-    own = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    in_cache = (parent for parent in root.parents if parent.name == "snapshots" and "--" in parent.parent.name)
+    own = [root, *(snapshots.parent / "blobs" for snapshots in in_cache)]
     target = path.resolve()
     if not any(target.is_relative_to(place) for place in own):
         raise ValueError(

@@ -204,7 +204,8 @@ def test_the_commands_of_a_task_run_as_printed(task, teacher_folder, tmp_path, m
             words[0] = str(teacher_folder)
         capsys.readouterr()
         assert main([command, *words, *toy[command]]) == 0
-    ((_, measured),) = json.loads(capsys.readouterr().out)["models"].items()
+    (_, measured), (baseline, _) = json.loads(capsys.readouterr().out)["models"].items()
+    assert baseline == "lead_baseline"
     asked = words[words.index("--metrics") + 1 :]
     assert len(asked) > 1
     for metric in asked:

@@ -34,6 +34,7 @@ def toy_task(tmp_path, make_bpe_tokenizer):
     return Task("toy", splits, "{source}\n", teacher)
 
 
+@pytest.mark.slow
 def test_quality(studies, toy_task, tmp_path, monkeypatch):
     import quality
 
@@ -112,6 +113,7 @@ def test_chunked_loss(studies, tmp_path, monkeypatch):
     assert len(asked) == len(taken)
 
 
+@pytest.mark.slow
 def test_onnx_fusions(studies, tmp_path, monkeypatch):
     """Each form has the operators that it is named for, and says the same."""
     import onnx_fusions

@@ -401,5 +401,5 @@ def test_a_missing_backend_is_named(tmp_path, monkeypatch):
     from hf_encdec_distill.export import graphs
 
     monkeypatch.setitem(graphs.PACKAGES, "onnx", ("onnxruntime", "no_such_package"))
-    with pytest.raises(ImportError, match="onnx needs no_such_package: pip install no_such_package"):
+    with pytest.raises(ImportError, match=r'onnx needs no_such_package: pip install "hf-encdec-distill\[onnx\]"'):
         export(toy(kind="merged"), tmp_path / "exported", "onnx")
