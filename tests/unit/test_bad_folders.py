@@ -136,11 +136,27 @@ def test_a_chat_template_that_fails(refused, whole, tmp_path, command, template)
         ("--num-train-epochs inf", "num_train_epochs=inf is out of range; it has to be a finite number"),
         ("--label_smoothing_factor 2", "label_smoothing_factor=2.0 is out of range"),
         ("--lr_scheduler_kwargs 3", "lr_scheduler_kwargs"),
+        (
+            '--lr_scheduler_type polynomial --lr_scheduler_kwargs {{"x":1}}',
+            "lr_scheduler_kwargs={'x': 1} do not go with",
+        ),
+        ("--neftune_noise_alpha nan", "neftune_noise_alpha=nan is out of range"),
     ],
 )
 @pytest.mark.parametrize("command", ["distill", "teach"])
 def test_training_arguments_that_transformers_stumbles_over(refused, command, option, message):
     assert message in refused(f"{OF_TEACHER[command]} {option}")
+
+
+def test_a_metric_that_is_not_measured(whole, tmp_path, capsys):
+    """`Trainer` finds out after its first evaluation, and says it as a KeyError."""
+    command = f"{OF_TEACHER['distill']} --metric_for_best_model nonsense --load_best_model_at_end True --save-steps 1"
+    command += " --eval-strategy steps --save-strategy steps --eval-steps 1 --report-to none"
+    data = f"--dataset {whole / 'pairs.csv'} --source-column text --target-column short"
+    words = command.format(teacher=whole / "teacher", student=whole / "student", data=data).split()
+    words[words.index("--output") + 1] = str(tmp_path / "run")
+    assert main(words) == 2
+    assert "'eval_nonsense', which is not found" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("minutes", ["inf", "nan", "-1", "0"])

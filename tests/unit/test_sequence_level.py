@@ -253,6 +253,7 @@ def test_conversations_and_splits(write, tmp_path, teacher_folder, make_bpe_toke
 def test_what_cannot_be_is_said(write, tmp_path):
     for fields, message in (
         ({"num_beams": 0}, "num_beams=0"),
+        ({"num_return_sequences": 10**9}, "num_return_sequences=1000000000"),
         ({"sampling_temperature": -1.0}, "sampling_temperature=-1.0"),
         ({"keep": "best"}, "keep='best'"),
         ({"num_beams": 2, "sampling_temperature": 1.0}, "set one of the two"),

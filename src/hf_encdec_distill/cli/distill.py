@@ -246,12 +246,17 @@ def train_and_save(trainer: DistillationTrainer, checkpoint: str | None) -> None
 
     Raises:
         KeyboardInterrupt: after Ctrl-C; the message says how to go on.
+        ValueError: `metric_for_best_model` is not measured.
     """
     output = trainer.args.output_dir
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; checkpoints in {output} go on with the same command and --resume") from None
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise ValueError(error.args[0]) from error  # `Trainer` finds out after an evaluation
     if trainer.is_fsdp_enabled:  # shards of a checkpoint may stay shards, but `from_pretrained` wants the student
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(output)

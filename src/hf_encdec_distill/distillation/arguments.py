@@ -3,7 +3,8 @@
 import dataclasses
 from dataclasses import dataclass, field
 
-from transformers import Seq2SeqTrainingArguments, TrainingArguments
+import torch
+from transformers import Seq2SeqTrainingArguments, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
@@ -319,8 +320,15 @@ def check_training_arguments(args: TrainingArguments) -> None:
     _within("gradient_accumulation_steps", steps, steps >= 1, "1 or more")
     _within("num_train_epochs", epochs, abs(epochs) < float("inf"), "a finite number")
     _within("label_smoothing_factor", smoothing, 0 <= smoothing <= 1, "between 0 and 1")
+    noise = args.neftune_noise_alpha
+    _within("neftune_noise_alpha", noise, noise is None or 0 <= noise < float("inf"), "a finite number, at least 0")
     if not isinstance(args.lr_scheduler_kwargs or {}, dict):
         raise ValueError(f'lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} has to be a mapping, as {{"power": 2}}.')
+    kind, kwargs = args.lr_scheduler_type, args.lr_scheduler_kwargs
+    try:
+        get_scheduler(kind, torch.optim.SGD([torch.zeros(1)], lr=1.0), 0, 1, scheduler_specific_kwargs=kwargs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lr_scheduler_kwargs={kwargs!r} do not go with {kind.value!r}: {error}") from error
     available = get_available_reporting_integrations()
     for name in args.report_to:
         if name not in available:

@@ -39,6 +39,7 @@ from .teachers import LiveTeacher
 logger = logging.get_logger(__name__)
 
 KEEP = ("likeliest", "closest", "all")
+_MOST_ANSWERS = 1000  # of a row; they are written side by side, in memory
 _TEXT = datasets.Value("string")
 _CONVERSATION = [{"role": _TEXT, "content": _TEXT}]
 
@@ -68,9 +69,11 @@ class TargetGeneration:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is out of range; it has to be at least 1.")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} is out of range; it has to be at least 1.")
+        for name in ("num_beams", "num_return_sequences"):
+            if not 1 <= getattr(self, name) <= _MOST_ANSWERS:
+                raise ValueError(f"{name}={getattr(self, name)} is out of range; give 1 to {_MOST_ANSWERS}.")
         if not 0 <= self.sampling_temperature < float("inf"):
             raise ValueError(
                 f"sampling_temperature={self.sampling_temperature} is out of range; it has to be a finite number, at "
