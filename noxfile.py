@@ -62,8 +62,8 @@ def lowest(session):
     """The lowest version of each package that the package needs, under the tests of the model and of its parts."""
     pins = [re.sub(r">=([\d.]+).*", r"==\1", requirement) for requirement in REQUIREMENTS]
     session.install("-e", ".[demo,dev]", *pins)
-    # torch 2.6 neither exports nor compiles the masks that transformers makes. So the extras for exports ask for 2.7, and
-    # what needs a runtime of theirs is left to the other sessions.
+    # torch 2.6 neither exports nor compiles the masks that transformers makes. The extras for exports ask for 2.7, and
+    # tests that need a runtime of theirs are left to the other sessions.
     beyond = (
         "tests/model/test_common.py::test_torch_export_with_dynamic_lengths",
         "tests/model/test_cache_and_generation.py::test_a_compiled_decode_step_on_a_static_cache",
