@@ -148,6 +148,16 @@ def test_training_arguments_that_transformers_stumbles_over(refused, command, op
     assert message in refused(f"{OF_TEACHER[command]} {option}")
 
 
+def test_draws_that_no_memory_holds(refused):
+    option = "--kind sampled --rounds 1000000000000"
+    assert "rounds=1000000000000 is out of range" in refused(f"{OF_TEACHER['cache']} {option}")
+
+
+def test_a_student_that_is_a_file_is_told_before_the_built_in_data_are_mined(refused, whole):
+    command = f"distill {whole / 'pairs.csv'} --teacher {{teacher}} --output new --max-steps 1"
+    assert "is a file, expected a folder" in refused(command)
+
+
 def test_a_metric_that_is_not_measured(whole, tmp_path, capsys):
     """`Trainer` finds out after its first evaluation, and says it as a KeyError."""
     command = f"{OF_TEACHER['distill']} --metric_for_best_model nonsense --load_best_model_at_end True --save-steps 1"

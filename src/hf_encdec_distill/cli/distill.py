@@ -106,6 +106,7 @@ def run(args: argparse.Namespace) -> None:
     from ..distillation import DistillationTrainer, DistillationTrainingArguments
     from ..files import write_json
     from ..model_card_callback import ModelCardCallback
+    from ..models.loading import find
     from ._provenance import (
         check_inputs,
         compare_results,
@@ -125,6 +126,8 @@ def run(args: argparse.Namespace) -> None:
 
     training = DistillationTrainingArguments(output_dir=str(output), **copy.deepcopy(training_part(recipe)))
     training.prompt_template = prompt_template(training.prompt_template, recipe["dataset"])
+    if "student" in recipe:
+        find(recipe["student"])  # a name that is none is told before the data are read, which may take minutes
     set_seed(training.seed)  # weights that a student lacks are drawn
     splits = load_splits(recipe["dataset"], recipe["source_column"], recipe["target_column"])
     if checkpoint is not None and training.prompt_date is None and (output / RECIPE).is_file():

@@ -46,6 +46,7 @@ _UNFINISHED_MANIFEST = f"{MANIFEST}.partial"
 _FORMAT = 2
 _SHARD = "shard"
 _ROWS_PER_SHARD = 2048
+_MOST_ROUNDS = 100_000  # of a target; they are drawn at once, in memory
 # What has to agree for two captures to be one, what explains the most first. Names and versions are kept for people.
 _IDENTITY = (
     "format",
@@ -433,6 +434,8 @@ def capture(
     for name, value in (("k", k), ("rounds", rounds), ("batch_size", batch_size), ("rows_per_shard", rows_per_shard)):
         if value < 1:
             raise ValueError(f"{name}={value} is out of range; it has to be at least 1.")
+    if rounds > _MOST_ROUNDS:
+        raise ValueError(f"rounds={rounds} is out of range; give 1 to {_MOST_ROUNDS}.")
     for name, value in (("temperature", temperature), ("proposal_power", proposal_power)):
         if not 0 < value < float("inf"):
             raise ValueError(f"{name}={value} is out of range; it has to be a finite number above 0.")
