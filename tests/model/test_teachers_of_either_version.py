@@ -70,7 +70,7 @@ def test_what_this_version_saves_has_what_the_other_reads(case, tmp_path):
     assert (frozen.get("rope_scaling") or {}).items() <= (config.get("rope_scaling") or {}).items()
     assert config.get("partial_rotary_factor", 1.0) == frozen.get("partial_rotary_factor", 1.0)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def foreign(version, folder):

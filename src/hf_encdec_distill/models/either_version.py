@@ -11,6 +11,7 @@ from pathlib import Path
 import transformers
 from transformers import PreTrainedModel
 
+from ..files import read_json, write_text
 from . import SUPPORTED_FAMILIES
 from .prompts import in_a_class_of_both_versions
 from .rope_encdec.compat_rope_encdec import ROPE_LIVES_IN_ONE_DICT
@@ -29,10 +30,7 @@ def save_teacher(model, tokenizer, folder: str | os.PathLike) -> None:
     fields = fields_of_4_57(model.config.model_type, model.config.rope_parameters)
     if fields is not None:
         file = Path(folder, "config.json")
-        partial = file.with_suffix(".partial")
-        config = json.loads(file.read_text(encoding="utf-8"))
-        partial.write_text(json.dumps(config | fields, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, file)
+        write_text(file, json.dumps(read_json(file) | fields, indent=2) + "\n")
 
 
 def fields_of_4_57(model_type: str, rope_parameters: dict | None) -> dict | None:
@@ -40,9 +38,8 @@ def fields_of_4_57(model_type: str, rope_parameters: dict | None) -> dict | None
 
     `rope_theta` and `rope_scaling`, read by `modeling_rope_utils` of 4.57, and `partial_rotary_factor`.
     """
-    if model_type not in SUPPORTED_FAMILIES or "rope_theta" not in (
-        rope_parameters or {}
-    ):  # or a dict for each kind of layer
+    # Without a base of its own it is a dict for each kind of layer.
+    if model_type not in SUPPORTED_FAMILIES or "rope_theta" not in (rope_parameters or {}):
         return None
     scaling = {k: v for k, v in rope_parameters.items() if k not in ("rope_theta", "partial_rotary_factor")}
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
