@@ -98,6 +98,7 @@ def generated(folder, side, dtype=torch.float32):
 
 
 def ask(tab, text=TEXT):
+    expect(tab.locator("#answer")).to_be_visible(timeout=20_000)  # the field may be there before it
     tab.locator("#text textarea").fill(text)
     tab.locator("#text textarea").press("Control+Enter")
 

@@ -43,7 +43,7 @@ CSS = """
 # Gradio's own way is Shift+Enter alone.
 SUBMIT_ON_CTRL_ENTER = """<script>
 document.addEventListener("keydown", event => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) document.querySelector("#answer").click();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) document.querySelector("#answer")?.click();
 });
 </script>"""
 WAITS = "waits for the student, so that each has the machine to itself"
