@@ -20,11 +20,7 @@ import transformers
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_encdec_distill import (
-    DistillationTrainer,
-    DistillationTrainingArguments,
-    RopeEncDecForConditionalGeneration,
-)
+from hf_encdec_distill import DistillationTrainer, DistillationTrainingArguments, RopeEncDecForConditionalGeneration
 from hf_encdec_distill.data import (
     PROMPT_TEMPLATE,
     fetch_builtin_teacher,
@@ -32,8 +28,8 @@ from hf_encdec_distill.data import (
     load_python_docstrings,
     save_pairs,
 )
-from hf_encdec_distill.distillation.cache import is_cache
-from hf_encdec_distill.distillation.metrics import bleu, chrf, decode_texts, generation_metrics, rouge, squad
+from hf_encdec_distill.distillation.teachers.recorded import is_cache
+from hf_encdec_distill.metrics.texts import bleu, chrf, decode_texts, generation_metrics, rouge, squad
 
 
 logger = logging.getLogger(__name__)

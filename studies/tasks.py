@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 from datasets import DatasetDict, load_from_disk
 
-from hf_encdec_distill.cli._evaluation import encode_rows
-from hf_encdec_distill.cli._teacher import PEAK_LEARNING_RATE, adapt_teacher
-from hf_encdec_distill.cli._training import TimeShare, training_order
+from hf_encdec_distill.cli.quickstart.timed_training import TimeShare, training_order
+from hf_encdec_distill.cli.quickstart.tuning import PEAK_LEARNING_RATE, adapt_teacher
 from hf_encdec_distill.data import (
     PROMPT_TEMPLATE,
     fetch_builtin_teacher,
@@ -28,6 +27,7 @@ from hf_encdec_distill.data import (
     load_pairs,
     load_python_docstrings,
 )
+from hf_encdec_distill.evaluation.scoring import encode_rows
 
 
 MAX_SOURCE, MAX_TARGET = 96, 24  # tokens; longer rows are left out, so that nothing is cut

@@ -4,8 +4,9 @@ Importing the package registers the model with the `Auto` classes, and more with
 Optimum, once those are imported (see `registration`). What is named here is imported on first use (PEP 562).
 """
 
-import importlib
+from typing import TYPE_CHECKING
 
+from ._lazy import on_first_use
 from .registration import register
 
 
@@ -13,14 +14,15 @@ register()
 
 __version__ = "0.1.0"
 
-_ON_FIRST_USE = {
-    "DistillationTrainer": "distillation.trainer",
-    "DistillationTrainingArguments": "distillation.arguments",
-    "RopeEncDecConfig": "models.rope_encdec",
-    "RopeEncDecEncoderModel": "models.rope_encdec",
-    "RopeEncDecForConditionalGeneration": "models.rope_encdec",
-    "RopeEncDecModel": "models.rope_encdec",
-}
+if TYPE_CHECKING:
+    from .distillation.arguments import DistillationTrainingArguments
+    from .distillation.trainer import DistillationTrainer
+    from .models.rope_encdec import (
+        RopeEncDecConfig,
+        RopeEncDecEncoderModel,
+        RopeEncDecForConditionalGeneration,
+        RopeEncDecModel,
+    )
 
 __all__ = [
     "DistillationTrainer",
@@ -31,12 +33,16 @@ __all__ = [
     "RopeEncDecModel",
 ]
 
-
-def __getattr__(name):
-    if name not in _ON_FIRST_USE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_ON_FIRST_USE[name]}", __name__), name)
-
-
-def __dir__():
-    return sorted({*globals(), *_ON_FIRST_USE})
+__getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        ".distillation.arguments": ["DistillationTrainingArguments"],
+        ".distillation.trainer": ["DistillationTrainer"],
+        ".models.rope_encdec": [
+            "RopeEncDecConfig",
+            "RopeEncDecEncoderModel",
+            "RopeEncDecForConditionalGeneration",
+            "RopeEncDecModel",
+        ],
+    },
+)

@@ -14,8 +14,7 @@ from distillation_toys import write_pairs, write_teacher
 from playwright.sync_api import expect, sync_playwright
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_encdec_distill import RopeEncDecForConditionalGeneration
-from hf_encdec_distill.cli import _training
+from hf_encdec_distill import RopeEncDecForConditionalGeneration, devices
 from hf_encdec_distill.cli._page import launch
 from hf_encdec_distill.cli.demo import load_page
 from hf_encdec_distill.cli.main import build_parser
@@ -117,7 +116,7 @@ def expect_answer(tab, side, expected):
 
 
 def test_student_and_teacher_answer_side_by_side(models, tab, monkeypatch):
-    monkeypatch.setattr(_training, "working_dtype", lambda: torch.float32)  # so that ONNX in fp32 says the same
+    monkeypatch.setattr(devices, "working_dtype", lambda: torch.float32)  # so that ONNX in fp32 says the same
     options = ["--teacher", str(models / "teacher"), "--exported", str(models / "onnx"), *data(models)]
     command = ["demo", str(models / "student"), *options, "--max-new-tokens", str(NEW_TOKENS)]
     page = load_page(build_parser().parse_args(command))
@@ -182,7 +181,7 @@ def test_the_space_runs_as_it_is(models, tab, tmp_path):
         assert str(port) in space.stdout.readline()
         tab.goto(f"http://127.0.0.1:{port}")
         ask(tab)
-        expect_answer(tab, "#student", generated(models, "student", _training.working_dtype()))
+        expect_answer(tab, "#student", generated(models, "student", devices.working_dtype()))
         expect(tab.locator("#teacher")).not_to_be_visible()
         assert list(tmp_path.iterdir()) == [], "the page writes where it was started"
         space.send_signal(signal.SIGINT)

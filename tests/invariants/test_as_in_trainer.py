@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_encdec_distill import DistillationTrainer, DistillationTrainingArguments
-from hf_encdec_distill.distillation import metrics
+from hf_encdec_distill.metrics import texts as metrics
 
 
 ROWS = ragged_rows(8)

@@ -36,7 +36,7 @@ from transformers.utils import logging
 from hf_encdec_distill import DistillationTrainer
 from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.distillation import DistillationCollator, LiveTeacher, capture
-from hf_encdec_distill.distillation.positions import max_positions
+from hf_encdec_distill.distillation.checks.limits import max_positions
 from hf_encdec_distill.models.prompts import student_tokenizer
 
 

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_encdec_distill import DistillationTrainer
-from hf_encdec_distill.cli import _teacher, _training
 from hf_encdec_distill.cli.main import main
-from hf_encdec_distill.distillation import finite_training
-from hf_encdec_distill.distillation.finite_training import FiniteTraining
+from hf_encdec_distill.cli.quickstart import timed_training, tuning
+from hf_encdec_distill.distillation.checks import finite_training
+from hf_encdec_distill.distillation.checks.finite_training import FiniteTraining
 from hf_encdec_distill.export.recipe import Shapes, check_exportable
 from hf_encdec_distill.models.finite import check_finite_files
 
@@ -246,9 +246,9 @@ def test_a_command_that_diverges_fails_and_saves_nothing(folder, tmp_path, capsy
 
 def test_the_teacher_of_the_quickstart_does_not_become_nan(tmp_path, make_bpe_tokenizer):
     rows = [{"prompt": row["input_ids"], "labels": row["labels"]} for row in ROWS]
-    share = _training.TimeShare(1e3, 4, 1e38, lambda *_: None)
+    share = timed_training.TimeShare(1e3, 4, 1e38, lambda *_: None)
     with pytest.raises(ValueError, match=r"not finite|the loss is nan"):
-        _teacher.adapt_teacher(
+        tuning.tune_teacher(
             make_teacher(), make_bpe_tokenizer(), rows * 2, rows[:4], 8, tmp_path / "work", share, 2, 0
         )
 

@@ -6,17 +6,10 @@ from functools import partial
 import pytest
 import torch
 from distillation_toys import EOS, InOrder, arguments, make_bart, make_t5, ragged_rows, spread
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
-from hf_encdec_distill.distillation.shared_prompt import SharedPrompt
+from hf_encdec_distill.distillation.options.shared_prompt import SharedPrompt
 
 
 ROWS = ragged_rows(8)

@@ -20,12 +20,9 @@ from distillation_toys import (
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
-from hf_encdec_distill import (
-    DistillationTrainer,
-    DistillationTrainingArguments,
-)
+from hf_encdec_distill import DistillationTrainer, DistillationTrainingArguments
 from hf_encdec_distill.distillation import LiveTeacher, capture
-from hf_encdec_distill.distillation.hidden_states import layer_pairs, refuse_hidden_states
+from hf_encdec_distill.distillation.options.hidden_states import layer_pairs, refuse_hidden_states
 
 
 ROWS = ragged_rows(8)

@@ -5,9 +5,9 @@ import torch
 from distillation_toys import EOS, InOrder, arguments, make_t5, make_teacher, ragged_rows, token_terms, write_teacher
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
-from hf_encdec_distill.distillation.cache import capture
-from hf_encdec_distill.distillation.rollouts import draw, on_policy_fraction_at, roll_out
-from hf_encdec_distill.distillation.teachers import LiveTeacher
+from hf_encdec_distill.distillation.options.rollouts import draw, on_policy_fraction_at, roll_out
+from hf_encdec_distill.distillation.teachers.capture import capture
+from hf_encdec_distill.distillation.teachers.live import LiveTeacher
 
 
 ROWS = ragged_rows(8)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from distillation_toys import InOrder, arguments, collate, make_t5, make_teacher, ragged_rows, token_terms
 
-from hf_encdec_distill.distillation.rollouts import draw
+from hf_encdec_distill.distillation.options.rollouts import draw
 
 
 ROWS = ragged_rows(8)

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_encdec_distill import DistillationTrainer
-from hf_encdec_distill.distillation.teachers import LiveTeacher
+from hf_encdec_distill.distillation.teachers.live import LiveTeacher
 
 
 ROWS = ragged_rows(8)

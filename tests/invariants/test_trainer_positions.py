@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from distillation_toys import arguments, make_t5, make_teacher, ragged_rows
 
 from hf_encdec_distill import DistillationTrainer
-from hf_encdec_distill.distillation.cache import capture
-from hf_encdec_distill.distillation.teachers import LiveTeacher
+from hf_encdec_distill.distillation.teachers.capture import capture
+from hf_encdec_distill.distillation.teachers.live import LiveTeacher
 
 
 def with_positions(rows):

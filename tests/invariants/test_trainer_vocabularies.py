@@ -8,9 +8,12 @@ from tokenizer_toys import renumbered, unigram, wordpiece
 from transformers import T5ForConditionalGeneration
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
-from hf_encdec_distill.distillation.cache import CachedTeacher, SampledScores, TopKScores, capture
 from hf_encdec_distill.distillation.losses import select_divergence
-from hf_encdec_distill.distillation.teachers import DenseScores, LiveTeacher
+from hf_encdec_distill.distillation.teachers.capture import capture
+from hf_encdec_distill.distillation.teachers.live import LiveTeacher
+from hf_encdec_distill.distillation.teachers.recorded import CachedTeacher
+from hf_encdec_distill.distillation.teachers.recorded_losses import SampledScores, TopKScores
+from hf_encdec_distill.distillation.teachers.signal import DenseScores
 from hf_encdec_distill.models.vocabulary import trim_tokenizer
 
 

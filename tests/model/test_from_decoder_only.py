@@ -216,9 +216,9 @@ def test_influence_keeps_what_turns_its_input_most():
     )
     assert student.config.cross_attention_layers == [0, 1, 3]
 
-    from hf_encdec_distill.models.rope_encdec.initialization import _batches, measure_teacher
+    from hf_encdec_distill.models.rope_encdec.layer_choice import calibration_batches, measure_teacher
 
-    logprobs, influence = measure_teacher(teacher, _batches(rows, "cpu"))
+    logprobs, influence = measure_teacher(teacher, calibration_batches(rows, "cpu"))
     torch.testing.assert_close(torch.tensor(influence["decoder"][:-1]), on_target[:-1], atol=1e-5, rtol=1e-4)
     on_prompt = dense_influence(teacher, rows, lambda p, t: slice(0, p))
     torch.testing.assert_close(torch.tensor(influence["encoder"][:-1]), on_prompt[:-1], atol=1e-5, rtol=1e-4)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
 from hf_encdec_distill.cli.main import main
-from hf_encdec_distill.distillation.teachers import LiveTeacher
+from hf_encdec_distill.distillation.teachers.live import LiveTeacher
 from hf_encdec_distill.distillation.trainer import _tokenizer_beside
 from hf_encdec_distill.models.either_version import check_rope_is_read, fields_of_4_57, save_teacher
 from hf_encdec_distill.models.rope_encdec.compat_rope_encdec import ROPE_LIVES_IN_ONE_DICT

@@ -7,16 +7,15 @@ from distillation_toys import make_t5, make_teacher, spread
 from tokenizer_toys import renumbered, wordpiece
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from hf_encdec_distill.distillation.alignment import (
-    MappedVocabulary,
-    SharedVocabulary,
+from hf_encdec_distill.distillation.alignment.positions import (
     asked_positions,
     target_positions,
     teacher_columns,
     teacher_inputs,
     with_teacher_inputs,
 )
-from hf_encdec_distill.distillation.teachers import LiveTeacher
+from hf_encdec_distill.distillation.alignment.vocabularies import MappedVocabulary, SharedVocabulary
+from hf_encdec_distill.distillation.teachers.live import LiveTeacher
 from hf_encdec_distill.models.vocabulary import same_tokens, trim_tokenizer
 
 

@@ -6,7 +6,7 @@ import pytest
 from tokenizer_toys import unigram, wordpiece
 from tokenizers import processors
 
-from hf_encdec_distill.distillation.boundaries import offsets_encoder, same_text_so_far, text_boundaries
+from hf_encdec_distill.distillation.alignment.boundaries import offsets_encoder, same_text_so_far, text_boundaries
 
 
 TEXTS = [

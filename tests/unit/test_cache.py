@@ -18,10 +18,12 @@ from torch.distributions import Categorical, kl_divergence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
-from hf_encdec_distill.distillation.alignment import SharedVocabulary
-from hf_encdec_distill.distillation.cache import CachedTeacher, capture, sampled_forward_kl, top_k_divergence
+from hf_encdec_distill.distillation.alignment.vocabularies import SharedVocabulary
 from hf_encdec_distill.distillation.losses import DIVERGENCES, forward_kl, select_divergence
-from hf_encdec_distill.distillation.teachers import LiveTeacher
+from hf_encdec_distill.distillation.teachers.capture import capture
+from hf_encdec_distill.distillation.teachers.live import LiveTeacher
+from hf_encdec_distill.distillation.teachers.recorded import CachedTeacher
+from hf_encdec_distill.distillation.teachers.recorded_losses import sampled_forward_kl, top_k_divergence
 
 
 ROWS = ragged_rows(13)
@@ -489,7 +491,8 @@ import os, shutil, signal, sys
 from pathlib import Path
 import datasets, pyarrow.parquet, torch
 from transformers import AutoTokenizer
-from hf_encdec_distill.distillation import LiveTeacher, TargetGeneration, capture, sequence_level
+from hf_encdec_distill.distillation import LiveTeacher, TargetGeneration, capture
+from hf_encdec_distill.distillation.teachers import targets
 from hf_encdec_distill.distillation.shards import read_keys
 
 torch.set_num_threads(1)
@@ -498,7 +501,7 @@ folder, teacher = Path(sys.argv[1]), sys.argv[2]
 tokenizer = AutoTokenizer.from_pretrained(teacher)
 rows = [{"source": f"def f{i}"} for i in range(2)]
 answers = {"def f0": [40, 2, 0], "def f1": [43, 44, 45]}  # EOS is 2; the second has none
-sequence_level._write = lambda teacher, requests, *_: torch.tensor([answers[request.source] for request in requests])
+targets._write = lambda teacher, requests, *_: torch.tensor([answers[request.source] for request in requests])
 
 
 def child(kill_at):

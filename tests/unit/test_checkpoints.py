@@ -8,8 +8,9 @@ import torch
 from distillation_toys import arguments, collate, make_t5, ragged_rows, write_pairs, write_teacher
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_encdec_distill.cli import _checkpoints, _training
+from hf_encdec_distill.cli import _checkpoints
 from hf_encdec_distill.cli.main import main
+from hf_encdec_distill.cli.quickstart import timed_training
 
 
 ROWS = ragged_rows(12)
@@ -35,13 +36,13 @@ HARM = {
 }
 
 
-class InOrder(_training.InOrder, Trainer):
+class InOrder(timed_training.InOrder, Trainer):
     pass
 
 
 def train(folder, stop_at=None):
     """Six steps within a share of time, as the quickstart does, or until Ctrl-C at one; what came out."""
-    share = _training.TimeShare(float("inf"), len(RATES), 3e-3, lambda *_: None, RATES)
+    share = timed_training.TimeShare(float("inf"), len(RATES), 3e-3, lambda *_: None, RATES)
 
     class Interrupt(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -53,10 +54,10 @@ def train(folder, stop_at=None):
     trainer = InOrder(model=student, args=settings, train_dataset=ROWS, data_collator=collate)
     trainer.add_callback(Interrupt())
     if stop_at is None:
-        result = _training.train(trainer, share)
+        result = timed_training.train(trainer, share)
     else:
         with pytest.raises(KeyboardInterrupt):
-            _training.train(trainer, share)
+            timed_training.train(trainer, share)
         result = None
     return result, {name: tensor.clone() for name, tensor in student.state_dict().items()}
 

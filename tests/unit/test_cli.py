@@ -20,14 +20,17 @@ from safetensors.torch import load_file
 from toys import make_config
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, T5Config
 
-from hf_encdec_distill.cli import _display, _evaluation, _training, evaluate
-from hf_encdec_distill.cli._state import open_run
-from hf_encdec_distill.cli._teacher import completion_loss
+from hf_encdec_distill import progress
+from hf_encdec_distill.cli import evaluate
 from hf_encdec_distill.cli.main import COMMANDS, build_parser, main
+from hf_encdec_distill.cli.quickstart import timed_training
+from hf_encdec_distill.cli.quickstart.state import open_run
+from hf_encdec_distill.cli.quickstart.tuning import completion_loss
 from hf_encdec_distill.distillation import LiveTeacher
-from hf_encdec_distill.distillation.metrics import f1
-from hf_encdec_distill.distillation.positions import check_rows
-from hf_encdec_distill.model_card import METRICS
+from hf_encdec_distill.distillation.checks.limits import check_rows
+from hf_encdec_distill.evaluation import scoring
+from hf_encdec_distill.metrics import METRICS
+from hf_encdec_distill.metrics.texts import f1
 
 
 TEMPLATE = "{source}\n#"
@@ -179,8 +182,8 @@ def test_an_interrupt_is_130_and_says_how_to_go_on(capsys, monkeypatch):
 def test_lines_in_place_of_bars_where_there_is_no_terminal(monkeypatch):
     stream = io.StringIO()
     times = iter([0.0, 0.0, 16.0, 16.0, 17.0, 75.0])
-    monkeypatch.setattr(_display.time, "monotonic", lambda: next(times))
-    display = _display.Display(lambda: 3700.0, stages=2, stream=stream)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
+    display = progress.Display(lambda: 3700.0, stages=2, stream=stream)
     with display.stage("train") as update:
         update(0.25, "step 7")
         update(0.5, "step 8")  # a second after the last line: nothing is printed
@@ -197,7 +200,7 @@ def test_a_bar_on_a_terminal():
             return True
 
     stream = Terminal()
-    with _display.Display(lambda: 60.0, stages=1, stream=stream).stage("train") as update:
+    with progress.Display(lambda: 60.0, stages=1, stream=stream).stage("train") as update:
         update(0.5, "step 7")
     assert "step 7" in stream.getvalue() and "\x1b[" in stream.getvalue()
 
@@ -553,23 +556,23 @@ def test_a_resumed_run_knows_what_was_done_and_asked_for(tmp_path):
 
 def test_the_order_of_training_uses_each_row_once_a_pass_in_batches_of_like_length():
     lengths = np.random.default_rng(1).integers(5, 200, size=1000)
-    order = np.array(_training.training_order(lengths, 8, 125 * 2, seed=3)).reshape(-1, 8)
+    order = np.array(timed_training.training_order(lengths, 8, 125 * 2, seed=3)).reshape(-1, 8)
     for one_pass in (order[:125], order[125:]):
         assert sorted(one_pass.ravel()) == list(range(1000))
     padding = (lengths[order].max(axis=1, keepdims=True) - lengths[order]).sum() / lengths[order].sum()
     shuffled = lengths[np.random.default_rng(0).permutation(1000)].reshape(-1, 8)
     assert padding < 0.25 * (shuffled.max(axis=1, keepdims=True) - shuffled).sum() / shuffled.sum()
     # A run that lays out more steps begins with the same ones: a twin sees the same rows.
-    assert order[:30].ravel().tolist() == _training.training_order(lengths, 8, 30, seed=3)
-    assert order[:30].ravel().tolist() != _training.training_order(lengths, 8, 30, seed=4)
+    assert order[:30].ravel().tolist() == timed_training.training_order(lengths, 8, 30, seed=3)
+    assert order[:30].ravel().tolist() != timed_training.training_order(lengths, 8, 30, seed=4)
     with pytest.raises(ValueError, match="cannot fill a batch"):
-        _training.training_order(lengths[:7], 8, 1, seed=0)
+        timed_training.training_order(lengths[:7], 8, 1, seed=0)
 
 
 def test_the_learning_rate_follows_the_clock(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(_training.time, "monotonic", lambda: now)
-    share = _training.TimeShare(50.0, 1000, 0.1, lambda *_: None)
+    monkeypatch.setattr(timed_training.time, "monotonic", lambda: now)
+    share = timed_training.TimeShare(50.0, 1000, 0.1, lambda *_: None)
     assert share.rate(0) == pytest.approx(1 / 20)
     now = 110.0
     assert share.rate(4) == pytest.approx(5 / 20 * 0.8)
@@ -579,7 +582,7 @@ def test_the_learning_rate_follows_the_clock(monkeypatch):
     share.rates = [0.1] * 900
     now = 101.0
     assert share.rate(900) == pytest.approx(0.1)  # the steps end before the time does
-    replay = _training.TimeShare(float("inf"), 3, 0.1, lambda *_: None, [0.02, 0.1, 0.05])
+    replay = timed_training.TimeShare(float("inf"), 3, 0.1, lambda *_: None, [0.02, 0.1, 0.05])
     assert [replay.rate(step) for step in range(4)] == pytest.approx([0.2, 1.0, 0.5, 0.5])
 
 
@@ -594,7 +597,7 @@ def toy_rows(count):
 def test_thecompletion_loss_is_that_of_transformers(teacher_folder):
     model = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
     rows = toy_rows(5)
-    batch = _evaluation.completion_batch(rows, pad_token_id=0)
+    batch = scoring.completion_batch(rows, pad_token_id=0)
     labels = batch.pop("labels")
     tokens = sum(len(row["labels"]) for row in rows)
     ours = completion_loss(model(**batch), labels, torch.tensor(tokens))
@@ -610,9 +613,9 @@ def test_scores_are_the_sums_of_each_row(teacher_folder, student_folder):
     teacher = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
     student = spread(AutoModelForSeq2SeqLM.from_pretrained(student_folder), seed=4)
     start = student.config.decoder_start_token_id
-    rows = [{**row, "prompt": [*row["inputs"], start]} for row in toy_rows(2 * _evaluation.BATCH_SIZE + 3)]
+    rows = [{**row, "prompt": [*row["inputs"], start]} for row in toy_rows(2 * scoring.BATCH_SIZE + 3)]
     measures = ("ce", "kl", "teacher_agreement", "entropy_gap", "ece")
-    sums = _evaluation.score({"student": student, "teacher": teacher}, rows, teacher, measures=measures)
+    sums = scoring.score({"student": student, "teacher": teacher}, rows, teacher, measures=measures)
     for index, row in enumerate(rows):
         target = torch.tensor(row["labels"])
         with torch.no_grad():
@@ -655,4 +658,4 @@ def test_answers_are_those_of_the_teacher_on_each_row_alone(teacher_folder, stud
         alone.append(tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True).strip())
     assert len(set(alone)) > 1
     for model in (teacher, student):
-        assert _evaluation.generate(model, tokenizer, rows, 5) == alone
+        assert scoring.generate(model, tokenizer, rows, 5) == alone

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_encdec_distill import progress
 from hf_encdec_distill.cli import _display, doctor
 from hf_encdec_distill.cli.main import COMMANDS, build_parser, main
 
@@ -118,11 +119,11 @@ def test_the_page_says_how_each_shell_completes(shell):
 
 
 def test_progress_shows_the_time_left_of_what_takes_long(monkeypatch, capsys):
-    with _display.progress("scoring") as update:
+    with progress.progress("scoring") as update:
         update(0.5, "8 of 16 rows")
     assert capsys.readouterr().err == ""  # done before anybody wonders
-    monkeypatch.setattr(_display, "_SECONDS_UNSEEN", 0.0)
-    with _display.progress("scoring") as update:
+    monkeypatch.setattr(progress, "_SECONDS_UNSEEN", 0.0)
+    with progress.progress("scoring") as update:
         time.sleep(0.2)
         update(0.5, "8 of 16 rows")
         time.sleep(0.2)

@@ -8,7 +8,7 @@ from distillation_toys import make_t5
 from tokenizer_toys import merging_blanks, renumbered, wordpiece
 from transformers import DataCollatorForSeq2Seq
 
-from hf_encdec_distill.distillation.alignment import SharedVocabulary
+from hf_encdec_distill.distillation.alignment.vocabularies import SharedVocabulary
 from hf_encdec_distill.distillation.collator import DistillationCollator
 from hf_encdec_distill.models.prompts import student_tokenizer
 

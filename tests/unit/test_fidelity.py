@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_encdec_distill.distillation.fidelity import (
+from hf_encdec_distill.evaluation.fidelity import (
     CalibrationError,
     Fidelity,
     calibration_gaps,

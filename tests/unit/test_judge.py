@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_encdec_distill.cli import _judge
-from hf_encdec_distill.cli._judge import Judge, load_template, score_digits
+from hf_encdec_distill.evaluation import judge as judging
+from hf_encdec_distill.evaluation.judge import Judge, load_template, score_digits
 
 
 WIDTH = 16
@@ -65,7 +65,7 @@ def by_hand(model, prompt, digits):
 
 @pytest.fixture
 def save(tmp_path, make_bpe_tokenizer, monkeypatch):
-    monkeypatch.setattr(_judge, "working_dtype", lambda: torch.float32)
+    monkeypatch.setattr(judging, "working_dtype", lambda: torch.float32)
 
     def save(**options):
         tokenizer = make_bpe_tokenizer(**options)

@@ -18,8 +18,8 @@ from transformers import (
     Seq2SeqTrainingArguments,
 )
 
-from hf_encdec_distill.distillation import metrics
-from hf_encdec_distill.distillation.metrics import (
+from hf_encdec_distill.metrics import texts as metrics
+from hf_encdec_distill.metrics.texts import (
     Bleu,
     ChrF,
     DistinctShare,

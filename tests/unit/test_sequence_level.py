@@ -10,8 +10,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoTokenizer
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
-from hf_encdec_distill.distillation import LiveTeacher, TargetGeneration, capture, sequence_level
-from hf_encdec_distill.distillation.sequence_level import generate_tokens
+from hf_encdec_distill.distillation import LiveTeacher, TargetGeneration, capture
+from hf_encdec_distill.distillation.teachers import targets
+from hf_encdec_distill.distillation.teachers.targets import generate_tokens
 
 
 TEMPLATE = "{source}\n#"
@@ -90,7 +91,7 @@ def test_what_is_sampled_has_the_probabilities_of_the_model(teacher_folder):
     """The first token of 4,000 answers, and the second after the likeliest first, within five standard deviations."""
     model, prompt = LiveTeacher.load(teacher_folder).model, [5, 9, 30]
     numbers = torch.rand(4000, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    draw = sequence_level._Draw(numbers, 0.8)
+    draw = targets._Draw(numbers, 0.8)
     tokens = generate_tokens(
         model, [prompt] * 4000, 0, max_new_tokens=2, do_sample=False, logits_processor=[draw], eos_token_id=None
     )
@@ -138,7 +139,7 @@ def test_the_closest_to_the_reference_is_kept(write, monkeypatch):
         texts = [text for request in requests for text in answers[request.source]]
         return padded([[*tokenizer(text).input_ids, ends[0]] for text in texts])
 
-    monkeypatch.setattr(sequence_level, "_write", written)
+    monkeypatch.setattr(targets, "_write", written)
     ours = by_source(write(keep="closest", **SAMPLED))
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     for row in ROWS:
@@ -158,15 +159,15 @@ def test_what_is_unfinished_empty_or_a_duplicate_is_dropped_and_counted(write, t
         of_first = [[*word, end, 7], word, [*word, end]]  # what comes after EOS is no part of it
         return padded(of_first + [[end], word, tokenizer(" ").input_ids + [end]] * (len(requests) - 1))
 
-    monkeypatch.setattr(sequence_level, "_write", written)
-    monkeypatch.setattr(sequence_level.logger, "propagate", True, raising=False)
+    monkeypatch.setattr(targets, "_write", written)
+    monkeypatch.setattr(targets.logger, "propagate", True, raising=False)
     warnings = []
-    monkeypatch.setattr(sequence_level.logger, "warning", warnings.append)
+    monkeypatch.setattr(targets.logger, "warning", warnings.append)
     rows = write(rows=ROWS[:4], keep="all", **SAMPLED)
     assert by_source(rows) == {ROWS[0]["source"]: "Yes"} and len(rows) == 1
     assert warnings == ["train: 1 of 12 answers kept; dropped: 4 unfinished, 6 empty, 1 duplicate."]
 
-    monkeypatch.setattr(sequence_level, "_write", lambda *_: torch.full((9, 2), 7))
+    monkeypatch.setattr(targets, "_write", lambda *_: torch.full((9, 2), 7))
     with pytest.raises(ValueError, match=r"none of the teacher's answers.*'unfinished': 9.*max_new_tokens=30"):
         write("none", rows=ROWS[:3], **SAMPLED)
 

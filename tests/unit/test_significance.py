@@ -7,8 +7,8 @@ import pytest
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 
-from hf_encdec_distill.cli._significance import Sums, calibration_error, interval, mean, p_value
-from hf_encdec_distill.distillation.metrics import text_statistics
+from hf_encdec_distill.metrics.significance import Sums, calibration_error, interval, mean, p_value
+from hf_encdec_distill.metrics.texts import text_statistics
 
 
 def a_mean(values):

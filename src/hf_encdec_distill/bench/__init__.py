@@ -4,36 +4,36 @@ Everything here is imported on first use: plots need matplotlib (`pip install "h
 torch and transformers.
 """
 
-import importlib
+from typing import TYPE_CHECKING
+
+from .._lazy import on_first_use
 
 
-_EXPORTS = {
-    "EnergyMeter": "energy",
-    "ModelCost": "cost",
-    "CostComparison": "cost",
-    "model_cost": "cost",
-    "compare_cost": "cost",
-    "decoder_only_config": "cost",
-    "LatencyComparison": "latency",
-    "compare_latency": "latency",
-    "greedy_decode": "latency",
-    "bf16_unit": "latency",
-    "cpu_flags": "latency",
-    "best_cpu_dtype": "latency",
-    "machine_description": "latency",
-    "plot_loss_curves": "plots",
-    "plot_quality": "plots",
-    "plot_latency": "plots",
-}
+if TYPE_CHECKING:
+    from ..devices import best_cpu_dtype as best_cpu_dtype
+    from ..devices import bf16_unit as bf16_unit
+    from ..devices import cpu_flags as cpu_flags
+    from .cost import CostComparison as CostComparison
+    from .cost import ModelCost as ModelCost
+    from .cost import compare_cost as compare_cost
+    from .cost import decoder_only_config as decoder_only_config
+    from .cost import model_cost as model_cost
+    from .energy import EnergyMeter as EnergyMeter
+    from .latency import LatencyComparison as LatencyComparison
+    from .latency import compare_latency as compare_latency
+    from .latency import greedy_decode as greedy_decode
+    from .latency import machine_description as machine_description
+    from .plots import plot_latency as plot_latency
+    from .plots import plot_loss_curves as plot_loss_curves
+    from .plots import plot_quality as plot_quality
 
-__all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str):
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        ".cost": ["CostComparison", "ModelCost", "compare_cost", "decoder_only_config", "model_cost"],
+        ".energy": ["EnergyMeter"],
+        ".latency": ["LatencyComparison", "compare_latency", "greedy_decode", "machine_description"],
+        ".plots": ["plot_latency", "plot_loss_curves", "plot_quality"],
+        "..devices": ["best_cpu_dtype", "bf16_unit", "cpu_flags"],
+    },
+)

@@ -20,45 +20,12 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import transformers
 
+from ..devices import best_cpu_dtype, bf16_unit, cpu_name
 from ..models.rope_encdec.compat_rope_encdec import CACHE_FIELD
-
-
-def _cpu_info(field: str) -> str:
-    """The first value of a field of Linux' /proc/cpuinfo; empty on other systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), "")
-
-
-def cpu_flags() -> set[str]:
-    """What this CPU can do, in the words of torch's cpuinfo, or of /proc/cpuinfo where this torch cannot say."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        return {name for name, value in torch.cpu.get_capabilities().items() if value is True}
-    return set(f"{_cpu_info('flags')} {_cpu_info('Features')}".split())
-
-
-def bf16_unit() -> str | None:
-    """The unit with which this CPU multiplies bfloat16 matrices in hardware; `None` if it has none.
-
-    Without one, torch emulates bfloat16 and is slower than in float32.
-    """
-    flags = cpu_flags()
-    for unit, needed in (("AMX", "amx_bf16"), ("AVX512-BF16", "avx512_bf16"), ("Arm BF16", "bf16")):
-        if needed in flags:
-            return unit
-    return None
-
-
-def best_cpu_dtype() -> torch.dtype:
-    """`torch.bfloat16` where the CPU has a unit for it (see `bf16_unit`), else `torch.float32`."""
-    return torch.bfloat16 if bf16_unit() else torch.float32
 
 
 def machine_description() -> dict:
@@ -76,7 +43,7 @@ def machine_description() -> dict:
         memory = None
     return {
         "gpus": _gpus(),
-        "cpu": _cpu_info("model name") or platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "bf16_unit": bf16_unit(),
         "cores": cores,
         "usable_cores": len(affinity(0)) if affinity else cores,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from ..model_card import METRICS, bounds, model_label, model_order
+from ..metrics.measures import METRICS, bounds, model_label, model_order
 
 
 try:

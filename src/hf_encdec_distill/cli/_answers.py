@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from ..distillation.alignment import SharedVocabulary
-from ..distillation.fidelity import token_calibration
-from ._evaluation import encode_rows, read_by_encoder, target_logits
+from ..distillation.alignment.vocabularies import SharedVocabulary
+from ..evaluation.fidelity import token_calibration
+from ..evaluation.scoring import encode_rows, read_by_encoder, target_logits
 
 
 @dataclass

@@ -16,7 +16,8 @@ import torch
 
 from .. import __version__
 from ..data import fingerprint
-from ..distillation.cache import CachedTeacher, weights_digest
+from ..distillation.teachers.fingerprints import weights_digest
+from ..distillation.teachers.recorded import CachedTeacher
 from ..files import check_fields, read_json
 from ._checkpoints import PROVENANCE
 

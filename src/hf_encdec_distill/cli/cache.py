@@ -119,11 +119,12 @@ def run(args: argparse.Namespace) -> None:
     from accelerate import PartialState
     from datasets import DatasetDict
 
-    from ..distillation.alignment import check_vocab_policy
-    from ..distillation.cache import CachedTeacher, capture, size_on_disk
-    from ..distillation.teachers import LiveTeacher
+    from ..devices import device, working_dtype
+    from ..distillation.alignment.vocabularies import check_vocab_policy
+    from ..distillation.teachers.capture import capture
+    from ..distillation.teachers.live import LiveTeacher
+    from ..distillation.teachers.recorded import CachedTeacher, size_on_disk
     from ..models.loading import load_config, load_tokenizer
-    from ._training import device, working_dtype
 
     check_vocab_policy(args.vocab_policy)
     check_at_least_one(args, "max_source_length", "max_target_length")

@@ -66,10 +66,10 @@ def run(args: argparse.Namespace) -> None:
 
 def load_page(args: argparse.Namespace):
     """The page, with all that was asked for loaded and warm."""
+    from ..devices import device, working_dtype
     from ..models.loading import load_teacher, load_tokenizer
     from ._answers import Reader, stream
     from ._page import Side, build
-    from ._training import device, working_dtype
 
     students = {}
     for name in (args.model, *args.exported):
@@ -106,9 +106,9 @@ def load_page(args: argparse.Namespace):
 
 def _student(name: str):
     """What runs it, and its `Side` of the page."""
+    from ..devices import device, working_dtype
     from ..models.loading import load_tokenizer
     from ._page import Side
-    from ._training import device, working_dtype
     from .generate import load_answering
 
     model = load_answering(name, dtype=working_dtype())

@@ -107,14 +107,7 @@ def run(args: argparse.Namespace) -> None:
     from ..files import write_json
     from ..model_card_callback import ModelCardCallback
     from ..models.loading import find
-    from ._provenance import (
-        check_inputs,
-        compare_results,
-        describe,
-        describe_result,
-        read_provenance,
-        warn_of_changes,
-    )
+    from ._provenance import check_inputs, compare_results, describe, describe_result, read_provenance, warn_of_changes
     from ._recipe import read_recipe, training_part, write_recipe
 
     recipe = _recipe(args)
@@ -209,7 +202,7 @@ def _student(
     recipe: Mapping[str, Any], splits: DatasetDict, training: DistillationTrainingArguments
 ) -> tuple[Any, Any]:
     """The model that training starts from, and its tokenizer."""
-    from ..distillation.cache import is_cache, recorded_prompt_date
+    from ..distillation.teachers.recorded import is_cache, recorded_prompt_date
 
     if "student" in recipe:
         return student_and_tokenizer(recipe["student"])

@@ -13,7 +13,8 @@ import warnings
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from ._display import progress, say_result
+from ..progress import progress
+from ._display import say_result
 
 
 if TYPE_CHECKING:

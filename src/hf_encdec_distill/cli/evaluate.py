@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._display import progress, say_result, table
+from ..progress import progress
+from ._display import say_result, table
 from ._inputs import (
     BUILT_IN,
     add_data_arguments,
@@ -29,7 +30,7 @@ from .init import new_folder
 
 
 if TYPE_CHECKING:
-    from ._significance import Sums
+    from ..metrics.significance import Sums
 
 SUMMARY = "measure models on held-out rows"
 EXAMPLE = "hf-encdec-distill evaluate runs/quickstart/student --teacher runs/quickstart/work/teacher --rows 100"
@@ -81,11 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from ..model_card import OF_TEACHER, update_model_card
+    from ..devices import device, working_dtype
+    from ..evaluation.judge import Judge
+    from ..metrics.measures import OF_TEACHER
+    from ..metrics.significance import mean
+    from ..model_card import update_model_card
     from ..models.loading import load_teacher, load_tokenizer
-    from ._judge import Judge
-    from ._significance import mean
-    from ._training import device, working_dtype
 
     check_at_least_one(args, "rows", "max_source_length", "max_target_length")
     if len(set(args.models)) < len(args.models):
@@ -143,10 +145,11 @@ def _measure(
     """The `Sums` of each measure as `sums`, those without as `plain`; the target `labels` and the answers `texts`."""
     import numpy as np
 
+    from ..devices import device, working_dtype
+    from ..evaluation.scoring import encode_rows, generate, read_by_encoder, score
+    from ..metrics.measures import OF_LOGITS
+    from ..metrics.significance import calibration_error, mean
     from ..models.loading import load_config, load_student, load_teacher, load_tokenizer
-    from ._evaluation import OF_LOGITS, encode_rows, generate, read_by_encoder, score
-    from ._significance import calibration_error, mean
-    from ._training import device, working_dtype
 
     path = teacher_path(name)
     config = load_config(path)
@@ -181,7 +184,7 @@ def _measure(
 def _measure_baseline(measures: list[str], pairs) -> dict[str, Any]:
     """As `_measure`, what answers alone can be measured by."""
     from ..data import lead_sentence
-    from ._evaluation import OF_LOGITS
+    from ..metrics.measures import OF_LOGITS
 
     texts = [lead_sentence(source) for source in pairs["source"]]
     sums, plain = _measure_answers([measure for measure in measures if measure not in OF_LOGITS], texts, list(pairs))
@@ -189,8 +192,8 @@ def _measure_baseline(measures: list[str], pairs) -> dict[str, Any]:
 
 
 def _measure_answers(measures: list[str], texts: list[str], rows: Sequence[Mapping]) -> tuple[dict, dict]:
-    from ..distillation.metrics import distinct_share
-    from ._evaluation import measure_texts
+    from ..metrics.measures import measure_texts
+    from ..metrics.texts import distinct_share
 
     sums = measure_texts([measure for measure in measures if measure != "distinct"], texts, rows)
     # The same answer twice in a draw is no repetition: no interval.
@@ -199,7 +202,7 @@ def _measure_answers(measures: list[str], texts: list[str], rows: Sequence[Mappi
 
 def _compare(measured: Mapping[str, Mapping], rows: int) -> dict[str, Any]:
     """`models` and `differences` from the first of them, as `hf_encdec_distill.model_card` has them, with p-values."""
-    from ._significance import interval, p_value
+    from ..metrics.significance import interval, p_value
 
     base, *others = (name for name in measured if name != _BASELINE)
     first = measured[base]["sums"]
@@ -272,7 +275,7 @@ def _answer(entry: Mapping, index: int) -> dict[str, Any]:
 
 
 def _page(args: argparse.Namespace, result: Mapping) -> str:
-    from ..model_card import METRICS, model_label
+    from ..metrics.measures import METRICS, model_label
 
     models = result["models"]
     measures = [measure for measure in models[args.models[0]] if measure in METRICS]
@@ -286,7 +289,7 @@ def _page(args: argparse.Namespace, result: Mapping) -> str:
 
 def _heading(measure: str) -> str:
     """With its unit, or where there is none its scale."""
-    from ..model_card import METRICS
+    from ..metrics.measures import METRICS
 
     heading = METRICS[measure][0]
     return heading if "," in heading else f"{heading}, 0 to 100"
@@ -294,7 +297,7 @@ def _heading(measure: str) -> str:
 
 def _cell(value, measure: str) -> str:
     """An estimate, or a number, as the card shows it: shares times 100."""
-    from ..model_card import METRICS
+    from ..metrics.measures import METRICS
 
     _, factor, decimals, _ = METRICS[measure]
     if value is None:

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ._display import Display, say_result, table
+from ..progress import Display
+from ._display import say_result, table
 from ._inputs import add_data_arguments, check_at_least_one, load_splits
 
 
@@ -137,10 +138,10 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
     """Write, prove, and only then give the folder its name."""
     import shutil
 
-    from ..distillation.metrics import rouge_l
     from ..export.exporting import export_model
     from ..export.parity import prove
     from ..files import write_json
+    from ..metrics.texts import rouge_l
     from ..model_card import license_of
     from ..model_card_loading import PARITY, note_exports
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ._display import progress, say_result
+from ..progress import progress
+from ._display import say_result
 from ._inputs import check_at_least_one
 
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..distillation.positions import check_rows
+    from ..distillation.checks.limits import check_rows
     from ..models.loading import load_tokenizer
 
     check_at_least_one(args, "max_new_tokens", "num_beams")

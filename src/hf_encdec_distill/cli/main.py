@@ -14,22 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .. import __version__
-from . import (
-    adapt,
-    cache,
-    convert_mu,
-    demo,
-    distill,
-    doctor,
-    evaluate,
-    export,
-    generate,
-    info,
-    init,
-    push,
-    quickstart,
-    teach,
-)
+from . import adapt, cache, convert_mu, demo, distill, doctor, evaluate, export, generate, info, init, push, teach
+from .quickstart import command as quickstart
 
 
 PROGRAM = "hf-encdec-distill"

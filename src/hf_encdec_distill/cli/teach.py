@@ -62,11 +62,11 @@ def run(args: argparse.Namespace) -> None:
         raise ImportError(f'{error}; teach needs pip install "hf-encdec-distill[peft]"') from error
 
     from ..distillation import DistillationCollator
-    from ..distillation.finite_training import FiniteTraining
+    from ..distillation.checks.finite_training import FiniteTraining
+    from ..evaluation.scoring import completion_batch
     from ..models.either_version import save_teacher
     from ..models.loading import load_teacher, load_tokenizer
-    from ._evaluation import completion_batch
-    from ._teacher import completion_loss
+    from .quickstart.tuning import completion_loss
 
     check_at_least_one(args, "rank", "max_source_length", "max_target_length")
     output = Path(args.output)

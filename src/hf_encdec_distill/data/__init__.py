@@ -5,40 +5,40 @@ Everything is imported on first use: `import hf_encdec_distill.data` costs nothi
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .._lazy import on_first_use
 
 
-_EXPORTS = {
-    "fetch_builtin_teacher": "builtin_teacher",
-    "load_builtin_teacher": "builtin_teacher",
-    "PROMPT_TEMPLATE": "python_docstrings",
-    "lead_sentence": "python_docstrings",
-    "load_python_docstrings": "python_docstrings",
-    "load_pairs": "loading",
-    "save_pairs": "loading",
-    "find_sentinels": "plain_text",
-    "load_plain_text": "plain_text",
-}
-__all__ = [*_EXPORTS, "cache_root", "cached_folder", "fingerprint"]
+if TYPE_CHECKING:
+    from .builtin_teacher import fetch_builtin_teacher as fetch_builtin_teacher
+    from .builtin_teacher import load_builtin_teacher as load_builtin_teacher
+    from .loading import load_pairs as load_pairs
+    from .loading import save_pairs as save_pairs
+    from .plain_text import find_sentinels as find_sentinels
+    from .plain_text import load_plain_text as load_plain_text
+    from .python_docstrings import PROMPT_TEMPLATE as PROMPT_TEMPLATE
+    from .python_docstrings import lead_sentence as lead_sentence
+    from .python_docstrings import load_python_docstrings as load_python_docstrings
+
+__getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        ".builtin_teacher": ["fetch_builtin_teacher", "load_builtin_teacher"],
+        ".loading": ["load_pairs", "save_pairs"],
+        ".plain_text": ["find_sentinels", "load_plain_text"],
+        ".python_docstrings": ["PROMPT_TEMPLATE", "lead_sentence", "load_python_docstrings"],
+    },
+)
 
 _RECORD = "files.sha256.json"
 logger = logging.getLogger(__name__)
-
-
-def __getattr__(name: str):
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
 
 
 def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:

@@ -1,47 +1,33 @@
 """Distillation of a decoder-only teacher into an encoder-decoder student; everything is imported on first use."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .._lazy import on_first_use
 
-_EXPORTS = {
-    "DistillationCollator": "collator",
-    "DistillationTrainer": "trainer",
-    "DistillationTrainingArguments": "arguments",
-    "CachedTeacher": "cache",
-    "LiveTeacher": "teachers",
-    "SharedVocabulary": "alignment",
-    "TargetGeneration": "sequence_level",
-    "TeacherSignal": "teachers",
-    "capture": "cache",
-}
-__all__ = [
-    "CachedTeacher",
-    "DistillationCollator",
-    "DistillationTrainer",
-    "DistillationTrainingArguments",
-    "LiveTeacher",
-    "SharedVocabulary",
-    "TargetGeneration",
-    "TeacherSignal",
-    "capture",
-]
 
 if TYPE_CHECKING:
-    from .alignment import SharedVocabulary
-    from .arguments import DistillationTrainingArguments
-    from .cache import CachedTeacher, capture
-    from .collator import DistillationCollator
-    from .sequence_level import TargetGeneration
-    from .teachers import LiveTeacher, TeacherSignal
-    from .trainer import DistillationTrainer
+    from .alignment.vocabularies import SharedVocabulary as SharedVocabulary
+    from .arguments import DistillationTrainingArguments as DistillationTrainingArguments
+    from .collator import DistillationCollator as DistillationCollator
+    from .teachers.capture import capture as capture
+    from .teachers.live import LiveTeacher as LiveTeacher
+    from .teachers.recorded import CachedTeacher as CachedTeacher
+    from .teachers.recorded import is_cache as is_cache
+    from .teachers.signal import TeacherSignal as TeacherSignal
+    from .teachers.targets import TargetGeneration as TargetGeneration
+    from .trainer import DistillationTrainer as DistillationTrainer
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        ".arguments": ["DistillationTrainingArguments"],
+        ".collator": ["DistillationCollator"],
+        ".trainer": ["DistillationTrainer"],
+        ".alignment.vocabularies": ["SharedVocabulary"],
+        ".teachers.signal": ["TeacherSignal"],
+        ".teachers.live": ["LiveTeacher"],
+        ".teachers.recorded": ["CachedTeacher", "is_cache"],
+        ".teachers.capture": ["capture"],
+        ".teachers.targets": ["TargetGeneration"],
+    },
+)

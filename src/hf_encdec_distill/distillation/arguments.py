@@ -8,7 +8,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments, get_schedu
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
-from .alignment import VOCAB_POLICIES, check_vocab_policy
+from .alignment.vocabularies import VOCAB_POLICIES, check_vocab_policy
 from .losses import DIVERGENCES, HIDDEN_STATE_LOSSES
 
 

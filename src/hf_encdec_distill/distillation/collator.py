@@ -10,9 +10,10 @@ from transformers import DataCollatorForSeq2Seq, default_data_collator
 from transformers.utils import logging
 
 from ..models.prompts import check_limit, encode_prompt, prompt_start_token_id, reads_bare_source
-from .alignment import IGNORED, TEACHER_COLUMNS, SharedVocabulary, UniversalVocabulary
-from .boundaries import offsets_encoder, same_text_so_far, text_boundaries
-from .packing import refuse_packed
+from .alignment.boundaries import offsets_encoder, same_text_so_far, text_boundaries
+from .alignment.positions import IGNORED, TEACHER_COLUMNS
+from .alignment.vocabularies import SharedVocabulary, UniversalVocabulary
+from .checks.packing import refuse_packed
 
 
 logger = logging.get_logger(__name__)

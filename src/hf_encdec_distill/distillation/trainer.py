@@ -27,6 +27,7 @@ from ..models.prompts import (
     reads_bare_source,
     student_tokenizer,
 )
+from ..models.tied import share_tied_embeddings, share_tied_weights
 from ..models.whole_weights import check_same_on_each_process
 from ._compat import (
     let_checkpoints_load_on_many_cpu_processes,
@@ -34,33 +35,27 @@ from ._compat import (
     let_gradients_reach_adapters,
     refuse_legacy_prediction_loop,
 )
-from .alignment import (
-    IGNORED,
-    TEACHER_COLUMNS,
-    SharedVocabulary,
-    asked_positions,
-    target_positions,
-    with_teacher_inputs,
-)
+from .alignment.positions import IGNORED, TEACHER_COLUMNS, asked_positions, target_positions, with_teacher_inputs
+from .alignment.vocabularies import SharedVocabulary
 from .arguments import DistillationTrainingArguments, steps_in_backward, with_distillation_defaults
-from .cache import CachedTeacher, is_cache
+from .checks.empty_targets import EmptyTargets
+from .checks.finite_training import FiniteTraining, explain_loss
+from .checks.lengths import with_lengths
+from .checks.limits import check_length, max_positions
+from .checks.packing import refuse_packed
 from .collator import MESSAGES, DistillationCollator, tokenizer_of
-from .cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
-from .empty_targets import EmptyTargets
-from .finite_training import FiniteTraining, explain_loss
-from .frozen_encoder import freeze_encoder
-from .heads import catch_head_input
-from .hidden_states import HiddenStateMatching, catch_hidden_states, layer_pairs, refuse_hidden_states, widths
-from .lengths import with_lengths
 from .losses import chunked_sum, cross_entropy, select_divergence, token_mean, universal_logit_distance
-from .neftune import noise_on_tied_embeddings
-from .packing import refuse_packed
-from .positions import check_length, max_positions
-from .rollouts import ReplayBuffer, as_it_was, draw, on_policy_fraction_at, roll_out
-from .schedules import EncoderAnnealing, ProgressiveDepth
-from .shared_prompt import SharedPrompt
-from .teachers import LiveTeacher, PartialScores, vocab_size
-from .tied import share_tied_embeddings, share_tied_weights
+from .options.cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
+from .options.frozen_encoder import freeze_encoder
+from .options.hidden_states import HiddenStateMatching, catch_hidden_states, layer_pairs, refuse_hidden_states, widths
+from .options.neftune import noise_on_tied_embeddings
+from .options.rollouts import ReplayBuffer, as_it_was, draw, on_policy_fraction_at, roll_out
+from .options.schedules import EncoderAnnealing, ProgressiveDepth
+from .options.shared_prompt import SharedPrompt
+from .teachers.live import LiveTeacher, vocab_size
+from .teachers.lm_head import catch_head_input
+from .teachers.recorded import CachedTeacher, is_cache
+from .teachers.signal import PartialScores
 
 
 logger = logging.get_logger(__name__)

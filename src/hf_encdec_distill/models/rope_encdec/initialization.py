@@ -5,7 +5,6 @@ import logging
 
 import torch
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .. import SUPPORTED_FAMILIES
@@ -13,7 +12,6 @@ from ..either_version import check_rope_is_read
 from ..loading import load_teacher, load_tokenizer
 from ..prompts import (
     distinct_pad_token,
-    encode_prompt,
     frozen_prompt_date,
     prompt_start_token_id,
     student_tokenizer,
@@ -21,16 +19,19 @@ from ..prompts import (
 from ..vocabulary import same_tokens
 from ..whole_weights import whole_on_each_process
 from .configuration_rope_encdec import RopeEncDecConfig
+from .layer_choice import (
+    LAYER_SELECTIONS,
+    GreedyRemoval,
+    calibration_batches,
+    calibration_rows,
+    choose_layers,
+    measure_teacher,
+)
 from .modeling_rope_encdec import RopeEncDecForConditionalGeneration, RopeEncDecRotaryEmbedding
 
 
 logger = logging.getLogger(__name__)
 
-LAYER_SELECTIONS = ("influence", "greedy", "even", "first")
-
-_CALIBRATION_ROWS = 32
-_CALIBRATION_PROMPT, _CALIBRATION_TARGET = 128, 32  # tokens
-_CALIBRATION_BATCH = 8
 _NORM_SCALES = [0.02 * 1.15**step for step in range(29)]  # 0.02 to 1.0, each 15 % above the last
 
 
@@ -128,7 +129,7 @@ def from_decoder_only(
     teacher.eval()
     batches = []
     if any(layers != list(range(depth)) for layers in kept.values()):
-        rows = _calibration_rows(
+        rows = calibration_rows(
             calibration, tokenizer, prompt_template, prompt_date, special_tokens["decoder_start_token_id"]
         )
         open_sides = [side for side, layers in kept.items() if isinstance(layers, int)]
@@ -138,25 +139,14 @@ def from_decoder_only(
                 "pass tokenizer=, or calibration= with (prompt ids, target ids) pairs, or choose "
                 'layer_selection="even".'
             )
-        batches = _batches(rows, next(teacher.parameters()).device)
+        batches = calibration_batches(rows, next(teacher.parameters()).device)
         teacher_logprobs, influence = measure_teacher(teacher, batches)
+        greedy = None
         if open_sides and layer_selection == "greedy":
             every = list(range(depth))
             full = build(encoder_layers=every, decoder_layers=every, share_memory=True)
-            greedy = _Greedy(full, batches, teacher_logprobs)
-        for side in open_sides:  # the decoder first
-            count, candidates = kept[side], list(range(depth))
-            if side == "encoder" and cross_attention == "merged":
-                # No decoder layer reads what leaves the encoder above the last one's own depth.
-                candidates = candidates[: max(kept["decoder"][-1], count)]
-            if layer_selection == "influence":
-                kept[side] = _most_influential(influence[side], candidates, count)
-            elif layer_selection == "greedy":
-                kept[side] = greedy.select(side, candidates, count, kept)
-            elif layer_selection == "even":
-                kept[side] = _evenly_spaced(candidates, count)
-            else:
-                kept[side] = [*candidates[: count - 1], candidates[-1]]
+            greedy = GreedyRemoval(full, batches, teacher_logprobs)
+        choose_layers(kept, layer_selection, depth, cross_attention == "merged", influence, greedy)
     student = build(encoder_layers=kept["encoder"], decoder_layers=kept["decoder"])
     if batches:
         _rescale_final_norm(student, batches, teacher_logprobs)
@@ -414,176 +404,6 @@ def _same(one, other) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape or other.is_meta:
         return False
     return torch.equal(one, other.to(one.device))
-
-
-def _calibration_rows(
-    calibration, tokenizer, prompt_template, prompt_date, start_token_id
-) -> list[tuple[list[int], list[int]]]:
-    """`(what the teacher reads before the target, target)` as ids."""
-    if calibration is None:
-        return [] if tokenizer is None else _documentation_rows(tokenizer)
-    rows = []
-    for source, target in calibration:
-        if isinstance(source, str):
-            if tokenizer is None:
-                raise ValueError("calibration has texts, but there is no tokenizer to encode them; pass tokenizer=.")
-            prompt = encode_prompt(tokenizer, source, prompt_template, prompt_date=prompt_date)
-            if prompt[-1:] != [start_token_id]:
-                prompt = [*prompt, start_token_id]
-            rows.append((prompt, tokenizer(target, add_special_tokens=False)["input_ids"]))
-        else:
-            rows.append((list(source), list(target)))
-    rows = [(prompt, target) for prompt, target in rows if len(prompt) > 1 and target]
-    if not rows:
-        raise ValueError("calibration has no row with a prompt of two tokens or more and a target; pass some dozen.")
-    return rows
-
-
-def _documentation_rows(tokenizer):
-    """Passages of Python's documentation as the standard library carries it: real text on any machine."""
-    from pydoc_data.topics import topics
-
-    rows = []
-    for topic in sorted(topics, key=lambda name: (-len(topics[name]), name))[:_CALIBRATION_ROWS]:
-        ids = tokenizer(topics[topic][:4000], add_special_tokens=False)["input_ids"]
-        if len(ids) > 2:
-            end = min(_CALIBRATION_PROMPT, max(2, len(ids) * 3 // 4))
-            rows.append((ids[:end], ids[end : end + _CALIBRATION_TARGET]))
-    return [row for row in rows if row[1]]
-
-
-def _batches(rows, device) -> list[dict]:
-    """Right-padded batches: `sequence` and `prompt_mask`/`target_mask` on its axis for the teacher, and the student's
-    inputs, the prompt's last token being where the decoder starts."""
-    batches = []
-    rows = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
-    for begin in range(0, len(rows), _CALIBRATION_BATCH):
-        chunk = rows[begin : begin + _CALIBRATION_BATCH]
-
-        def pad(lists):
-            width = max(len(ids) for ids in lists)
-            ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in lists], device=device)
-            mask = torch.tensor([[True] * len(ids) + [False] * (width - len(ids)) for ids in lists], device=device)
-            return ids, mask
-
-        sequence, sequence_mask = pad([[*prompt, *target] for prompt, target in chunk])
-        index = torch.arange(sequence.shape[1], device=device)
-        prompt_lengths = torch.tensor([[len(prompt)] for prompt, _ in chunk], device=device)
-        input_ids, attention_mask = pad([prompt[:-1] for prompt, _ in chunk])
-        decoder_input_ids, target_mask = pad([[prompt[-1], *target[:-1]] for prompt, target in chunk])
-        batches.append(
-            {
-                "sequence": sequence,
-                "sequence_mask": sequence_mask.long(),
-                "prompt_tokens": index < prompt_lengths,
-                # The positions that predict the target: from the prompt's last token to the target's last but one.
-                "predicting": (index >= prompt_lengths - 1) & (index < sequence_mask.sum(-1, keepdim=True) - 1),
-                "input_ids": input_ids,
-                "attention_mask": attention_mask.long(),
-                "decoder_input_ids": decoder_input_ids,
-                "target_mask": target_mask,
-            }
-        )
-    return batches
-
-
-@torch.no_grad()
-def measure_teacher(teacher, batches):
-    """One pass of `teacher` over calibration batches: what it predicts, and what each of its L layers does.
-
-    Args:
-        teacher ([`PreTrainedModel`]): A decoder-only model of a supported family.
-        batches (`list[dict]`): Out of `_batches`.
-
-    Returns:
-        `tuple`: for each batch the log-probabilities `(target tokens, V)`; and the influence of each layer as
-        `{"encoder": L numbers, "decoder": L numbers}`, `1 - cos(in, out)` (arXiv 2403.03853, equation 3), mean over
-        prompt tokens and over the positions that predict the target. transformers reports the last layer together with
-        the final norm.
-    """
-    logprobs, counts = [], {"encoder": 0, "decoder": 0}
-    sums = {side: torch.zeros(teacher.config.num_hidden_layers) for side in counts}
-    for batch in tqdm(batches, desc="Measuring the teacher", disable=None):  # None: only on a terminal
-        outputs = teacher.model(
-            input_ids=batch["sequence"],
-            attention_mask=batch["sequence_mask"],
-            output_hidden_states=True,
-            use_cache=False,
-        )
-        logits = teacher.lm_head(outputs.last_hidden_state[batch["predicting"]])
-        logprobs.append(logits.float().log_softmax(-1))
-        states = outputs.hidden_states
-        for side, tokens in (("encoder", batch["prompt_tokens"]), ("decoder", batch["predicting"])):
-            counts[side] += int(tokens.sum())
-            for layer, (entering, leaving) in enumerate(zip(states[:-1], states[1:])):
-                cosine = F.cosine_similarity(entering[tokens].float(), leaving[tokens].float(), dim=-1)
-                sums[side][layer] += (1 - cosine).sum().item()
-    return logprobs, {side: (sums[side] / max(counts[side], 1)).tolist() for side in sums}
-
-
-def _most_influential(influence, candidates, count):
-    """`count` of `candidates`: the first two and the last, then those of most influence."""
-    always = list(dict.fromkeys([candidates[0], candidates[-1], *candidates[1:2]]))[:count]
-    others = sorted((layer for layer in candidates if layer not in always), key=lambda i: (-influence[i], i))
-    return sorted([*always, *others[: count - len(always)]])
-
-
-def _evenly_spaced(candidates, count):
-    if count == 1:
-        return [candidates[0]]
-    return [candidates[round(i * (len(candidates) - 1) / (count - 1))] for i in range(count)]
-
-
-class _Greedy:
-    """Takes layers out of a full student one at a time, always the one whose absence costs least KL to the teacher."""
-
-    def __init__(self, student, batches, teacher_logprobs):
-        self.student = student
-        self.layers = {side: list(getattr(student.model, side).layers) for side in ("encoder", "decoder")}
-        self.batches, self.teacher_logprobs = batches, teacher_logprobs
-
-    def select(self, side, candidates, count, kept):
-        kept = {
-            name: layers if isinstance(layers, list) else list(range(len(self.layers[name])))
-            for name, layers in kept.items()
-        }
-        kept[side] = list(candidates)
-        states = None if side == "encoder" else self._encoder_states(kept["encoder"])
-        steps = len(candidates) - count
-        with tqdm(total=steps, desc=f"Taking layers out of the {side}", disable=None) as progress:
-            for _ in range(steps):
-                trials = [[x for x in kept[side] if x != layer] for layer in kept[side]]
-                kept[side] = min(trials, key=lambda layers: self._divergence({**kept, side: layers}, states))
-                progress.update()
-        return kept[side]
-
-    @torch.no_grad()
-    def _encoder_states(self, layers):
-        encoder = self.student.model.encoder
-        encoder.layers = torch.nn.ModuleList([self.layers["encoder"][i] for i in layers])
-        encoder.states_read = tuple(range(len(layers) + 1))
-        return [encoder(batch["input_ids"], attention_mask=batch["attention_mask"]) for batch in self.batches]
-
-    @torch.no_grad()
-    def _divergence(self, kept, states):
-        states = self._encoder_states(kept["encoder"]) if states is None else states
-        decoder = self.student.model.decoder
-        decoder.layers = torch.nn.ModuleList([self.layers["decoder"][i] for i in kept["decoder"]])
-        if self.student.config.cross_attention == "merged":
-            decoder.state_slots = [sum(e < d for e in kept["encoder"]) for d in kept["decoder"]]
-        else:
-            decoder.state_slots = [len(kept["encoder"])] * len(kept["decoder"])
-        total, tokens = 0.0, 0
-        for batch, state, target in zip(self.batches, states, self.teacher_logprobs):
-            logits = self.student(
-                encoder_outputs=state,
-                attention_mask=batch["attention_mask"],
-                decoder_input_ids=batch["decoder_input_ids"],
-                use_cache=False,
-            ).logits[batch["target_mask"]]
-            total += F.kl_div(logits.float().log_softmax(-1), target, reduction="sum", log_target=True).item()
-            tokens += len(target)
-        return total / tokens
 
 
 @torch.no_grad()

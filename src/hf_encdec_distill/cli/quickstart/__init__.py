@@ -1,0 +1,1 @@
+"""The quickstart: `command` is the command line, `pipeline` its stages, `state` what a run remembers."""

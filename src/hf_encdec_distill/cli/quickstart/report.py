@@ -1,0 +1,94 @@
+"""The quickstart's result as text: the table at the end and the page of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...metrics.measures import METRICS, model_label, model_order
+from .._display import table
+
+
+def percent(estimate: Any) -> str:
+    """An Estimate of metrics.json, or a number, in percent."""
+    return f"{100 * (estimate['value'] if isinstance(estimate, Mapping) else estimate):.1f}"
+
+
+def samples_page(samples: list[dict], language: str = "") -> str:
+    """Markdown: each source with its reference and what each model wrote."""
+    parts = ["# Samples, held out\n"]
+    for number, sample in enumerate(samples, 1):
+        lines = [f"## {number}\n", f"```{language}\n{sample['source']}\n```\n", "| | |", "|---|---|"]
+        lines += [
+            f"| {model_label(name, {}) if name != 'reference' else name} | {text.replace('|', chr(92) + '|')} |"
+            for name, text in sample.items()
+            if name != "source"
+        ]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def summary(metrics: Mapping, folder: Path) -> str:
+    """The table that a person reads at the end, and the lines that load the student."""
+    models = metrics["models"]
+    shown = [name for name in METRICS if any(name in entry for entry in models.values())]
+    header = ["", *(METRICS[name][0].split(",")[0] for name in shown)]
+    body = [
+        [model_label(key, models), *(_cell(models[key].get(name), *METRICS[name][1:3]) for name in shown)]
+        for key in model_order(models)
+    ]
+    difference = metrics["differences"][0]
+    body.append(["distilled minus CE alone", *(_spread(difference.get(name), *METRICS[name][1:3]) for name in shown)])
+    ratio, cost = metrics["latency"]["ratio"], metrics["cost"]
+    speed = [
+        [
+            side,
+            f"{cost[side]['parameters']['total'] / 1e6:.1f} M",
+            f"{metrics['latency'][side]['first_token_ms']['value']:.1f}",
+            f"{metrics['latency'][side]['step_ms']['value']:.1f}",
+            f"{metrics['latency'][side]['tokens_per_second']['value']:.1f}",
+        ]
+        for side in ("teacher", "student")
+    ]
+    speed.append(
+        [
+            "student / teacher",
+            f"{cost['ratio']['parameters']:.2f}",
+            f"{ratio['first_token']['value']:.2f}",
+            f"{ratio['step']['value']:.2f}",
+            f"{1 / ratio['step']['value']:.2f}",
+        ]
+    )
+    recipe, latency = metrics["recipe"], metrics["latency"]
+    request = f"{latency['prompt_length']:.0f} tokens in, {latency['new_tokens']} out, {latency['dtype']}"
+    rows = next(iter(models.values()))["n"]
+    return f"""
+{table(header, body)}
+
+{rows} held-out rows, seed {metrics["seeds"][0]}; in brackets: {metrics["spread"]}.
+Steps: teacher {recipe["teacher_steps"]}, each student {recipe["steps"]}, of {recipe["batch_size"]} rows.
+
+{table(["", "parameters", "first token, ms", "a token, ms", "tokens/s"], speed)}
+
+Batch 1, {request}, PyTorch, both with their caches.
+
+Model card, metrics, plots and samples are in {folder}. Load the student with
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained({str(folder / "student")!r}, trust_remote_code=True)
+    student = AutoModelForSeq2SeqLM.from_pretrained({str(folder / "student")!r}, trust_remote_code=True)
+"""
+
+
+def _cell(estimate: Any, factor: float, decimals: int) -> str:
+    if estimate is None:
+        return "-"
+    value = estimate["value"] if isinstance(estimate, Mapping) else estimate
+    return f"{factor * value:.{decimals}f}"
+
+
+def _spread(estimate: Any, factor: float, decimals: int) -> str:
+    if not isinstance(estimate, Mapping):
+        return "-"
+    value, low, high = (f"{factor * estimate[key]:+.{decimals}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"

@@ -1,0 +1,120 @@
+"""Tuning a decoder-only teacher on a task: completion-only fine-tuning on rows of prompt and target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ...devices import precision_arguments, working_dtype
+from ...distillation.alignment.positions import IGNORED
+from ...distillation.checks.finite_training import FiniteTraining
+from ...evaluation.scoring import completion_batch, score
+from .timed_training import InOrder, TimeShare, train
+
+
+PEAK_LEARNING_RATE = 2e-4
+
+
+class _Trainer(InOrder, FiniteTraining, Trainer):
+    pass
+
+
+def completion_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    """Cross-entropy at the targets; `outputs.logits` is `[B, T + 1, V]` for labels `[B, T]`: column t predicts t."""
+    logits = outputs.logits[:, :-1][labels != IGNORED]
+    total = F.cross_entropy(logits.float(), labels[labels != IGNORED], reduction="sum")
+    return total / (num_items_in_batch if num_items_in_batch is not None else len(logits))
+
+
+class _BestPass(TrainerCallback):
+    """Measures after each pass over the data and, in the end, gives the model back as it was after the best one."""
+
+    def __init__(self, model, held_out: Sequence[dict], steps_a_pass: int):
+        self.model, self.held_out, self.steps_a_pass = model, held_out, steps_a_pass
+        self.losses: list[float] = []
+        self._best: dict[str, torch.Tensor] | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.steps_a_pass == 0:
+            self.measure()
+
+    def measure(self) -> None:
+        self.losses.append(held_out_loss(self.model, self.held_out))
+        if self.losses[-1] == min(self.losses):
+            self._best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+
+    def restore(self) -> None:
+        if self._best is not None:
+            self.measure()  # what came after the last whole pass
+            self.model.load_state_dict(self._best)
+
+
+def held_out_loss(model, rows: Sequence[dict]) -> float:
+    """Cross-entropy a target token, in nats; the model's mode is left as it was."""
+    was_training = model.training
+    model.eval()
+    with torch.autocast(model.device.type, working_dtype(), enabled=working_dtype() is not torch.float32):
+        total = score({"model": model}, rows)["model"]["ce"].sum()
+    model.train(was_training)
+    return float(total / np.sum([len(row["labels"]) for row in rows]))
+
+
+def tune_teacher(
+    model,
+    tokenizer,
+    rows: Sequence[dict],
+    held_out: Sequence[dict],
+    steps_a_pass: int,
+    folder: Path,
+    share: TimeShare,
+    batch_size: int,
+    seed: int,
+) -> dict:
+    """Fine-tune all layers on `rows`, in their order, within a share of the wall clock.
+
+    A teacher that has learnt its rows by heart has nothing to tell about others: if the data is read more than once,
+    the weights after the pass with the lowest loss on `held_out` are those that are kept.
+
+    The embedding stays as it is: it is a fifth of the weights, moves little in some hundred steps, and the student
+    starts from it. `share.peak` is the learning rate.
+
+    Args:
+        model: a causal language model in float32, trained in place.
+        rows, held_out: as `evaluation.encode_rows` makes them.
+        folder: for checkpoints, from which an interrupted training goes on.
+
+    Returns:
+        What `timed_training.train` does, and `held_out_loss`.
+    """
+    model.get_input_embeddings().requires_grad_(False)
+    args = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size,
+        max_steps=share.steps,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        save_strategy="no",
+        save_total_limit=1,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+        seed=seed,
+        **precision_arguments(),
+    )
+    trainer = _Trainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        data_collator=lambda batch: completion_batch(batch, tokenizer.pad_token_id),
+        compute_loss_func=completion_loss,
+    )
+    best = _BestPass(model, held_out, steps_a_pass)
+    trainer.add_callback(best)
+    result = train(trainer, share)
+    best.restore()
+    return result | {"held_out_loss": held_out_loss(model, held_out)}

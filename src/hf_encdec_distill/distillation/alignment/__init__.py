@@ -1,0 +1,1 @@
+"""What has to match between student and teacher before their distributions can be compared: positions and ids."""

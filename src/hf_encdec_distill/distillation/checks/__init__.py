@@ -1,0 +1,1 @@
+"""What a run is refused or warned for, each by itself."""

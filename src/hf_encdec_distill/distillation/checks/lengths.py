@@ -1,0 +1,31 @@
+"""How long rows are to a sampler that groups them by length, also where their texts are encoded only in the batch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+from transformers.trainer_utils import has_length
+
+from .._compat import samples_by_length
+from ..collator import DistillationCollator
+
+
+class _EncodedRows(Dataset):
+    """What `Trainer` measures the rows of, by `len(row["input_ids"])`; batches are still made of `rows`."""
+
+    def __init__(self, rows, encode: Callable[[Mapping[str, Any]], dict[str, Any]]):
+        self.rows, self.encode = rows, encode
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.encode(self.rows[index])
+
+
+def with_lengths(dataset, args: TrainingArguments, collator: DistillationCollator):
+    """`dataset` for a sampler; one that groups by length finds `input_ids` in it also if `collator` makes them."""
+    if not samples_by_length(args) or not has_length(dataset) or not len(dataset) or "input_ids" in dataset[0]:
+        return dataset
+    return _EncodedRows(dataset, collator.encode)

@@ -1,0 +1,203 @@
+"""The student's decoder hidden states, matched with the teacher's through projections that are trained beside it.
+
+Layers are named as in the `hidden_states` that transformers' models give: 0 is the embedding, i what layer i (counted
+from 1) hands on, and the last one has the final norm applied. States are compared where the loss compares logits: at
+the student's decoder position that predicts a target token, and the teacher's position that predicts the same token.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import broadcast, extract_model_from_parallel
+from torch import Tensor, nn
+
+from ..arguments import steps_in_backward
+from ..losses import HIDDEN_STATE_LOSSES, at_least_float32
+
+
+FILE = "hidden_state_projections.pt"
+
+
+class HiddenStateMatching(nn.Module):
+    """A projection `[W, H]` for each pair of layers, and the mean of the pairs' losses.
+
+    The projections start as the identity where both widths are equal, and semi-orthogonal otherwise. They belong to
+    the trainer: its optimizer moves them, its checkpoints hold them in `FILE`, and the student never sees them.
+
+    Args:
+        layers: layer of the student's decoder -> layer of the teacher; empty: nothing is matched.
+        student_width, teacher_width: H and W.
+        loss: a key of `losses.HIDDEN_STATE_LOSSES`.
+        dtype: of the student; half precision is projected in float32.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, int],
+        student_width: int = 0,
+        teacher_width: int = 0,
+        loss: str = "mse",
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.student_layers, self.teacher_layers = tuple(layers), tuple(layers.values())
+        self.loss = HIDDEN_STATE_LOSSES[loss]
+        self.projections = nn.ParameterList(
+            torch.empty(teacher_width, student_width, dtype=at_least_float32(dtype)) for _ in layers
+        )
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Puts the projections back where they start, equal on every process."""
+        # A generator of their own: the run's dropout and shuffling do not depend on whether states are matched.
+        generator = torch.Generator().manual_seed(0)
+        for projection in self.parameters():
+            if projection.shape[0] == projection.shape[1]:
+                nn.init.eye_(projection)
+            else:
+                start = torch.empty_like(projection, device="cpu")
+                projection.copy_(nn.init.orthogonal_(start, generator=generator))
+                broadcast(projection.data)  # the decomposition may round otherwise on another machine
+
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], asked: Tensor | None = None) -> Tensor:
+        """`[N, H]` of the student and `[M, W]` of the teacher for each pair of layers -> `[N]`.
+
+        Args:
+            asked: `[N]`, where the teacher has a state, at M of the N positions (at all if None); 0 elsewhere.
+        """
+        per_pair = []
+        with torch.autocast(student[0].device.type, enabled=False):
+            for ours, theirs, projection in zip(student, teacher, self.projections, strict=True):
+                ours = ours if asked is None else ours[asked]
+                projected = F.linear(ours.to(projection.dtype), projection)
+                per_pair.append(self.loss(projected, theirs.to(projected)))
+            values = torch.stack(per_pair).mean(dim=0)
+        return values if asked is None else values.new_zeros(len(asked)).masked_scatter(asked, values)
+
+    def average_gradients(self, accelerator: Accelerator) -> None:
+        """What DistributedDataParallel does for the student, which is all that it wraps."""
+        if accelerator.num_processes == 1:
+            return
+        for projection in self.parameters():
+            projection.grad = accelerator.reduce(projection.grad, reduction="mean")
+
+    def save(self, folder: str) -> None:
+        if self.student_layers:
+            torch.save(self.state_dict(), Path(folder) / FILE)
+
+    def load(self, folder: str) -> None:
+        """Raises ValueError if the checkpoint has no projections, or those of other layers or widths."""
+        if not self.student_layers:
+            return
+        file = Path(folder) / FILE
+        if not file.is_file():
+            raise ValueError(
+                f"checkpoint {folder} has no {FILE}: it was saved without hidden_state_weight, or with "
+                "save_only_model. Give its weights as the model and start a new run, without resume_from_checkpoint."
+            )
+        try:
+            self.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        except RuntimeError as error:
+            raise ValueError(
+                f"the projections in {file} are not those of this run ({error}); resume with the same "
+                "hidden_state_layers, student and teacher."
+            ) from error
+
+
+def layer_pairs(student: nn.Module, teacher: nn.Module, layers: Mapping[int, int] | None) -> dict[int, int]:
+    """Layer of the student's decoder -> layer of the teacher: `layers` if they exist, or evenly spaced.
+
+    Evenly: layer i of S goes with layer i T / S of the teacher's T, rounded (TinyBERT's uniform strategy, arXiv
+    1909.10351, section 4.4), so that the last goes with the last.
+
+    Raises:
+        ValueError: `layers` is empty, or names a layer that one of the two does not have.
+    """
+    # No config field has the decoder's depth in all families (T5's, BART's and ours are three), its modules do.
+    of_student = len(next(m for m in student.get_decoder().modules() if isinstance(m, nn.ModuleList)))
+    of_teacher = teacher.config.get_text_config(decoder=True).num_hidden_layers
+    if layers is None:
+        return {i: (2 * i * of_teacher + of_student) // (2 * of_student) for i in range(1, of_student + 1)}
+    wrong = [(i, j) for i, j in layers.items() if not (0 <= i <= of_student and 0 <= j <= of_teacher)]
+    if wrong or not layers:
+        raise ValueError(
+            f"hidden_state_layers={layers}: "
+            + (f"there is no pair {wrong[0]}" if wrong else "no pair")
+            + f"; map layers of the student's decoder, 0 (its embedding) to {of_student}, to layers of the teacher, "
+            f"0 to {of_teacher}, or leave it out for evenly spaced ones."
+        )
+    return dict(layers)
+
+
+def widths(student: nn.Module, teacher: nn.Module) -> tuple[int, int]:
+    """Hidden size of the student's decoder and of the teacher."""
+    return student.get_decoder().config.hidden_size, teacher.config.get_text_config(decoder=True).hidden_size
+
+
+def refuse_hidden_states(trainer) -> None:
+    """Raises ValueError where a `DistillationTrainer` can't match hidden states, or can't train projections."""
+    args = trainer.args
+    weight = f"hidden_state_weight={args.hidden_state_weight}"
+    if not hasattr(trainer.teacher, "model"):
+        raise ValueError(
+            f"{weight} with the cache {trainer.teacher.folder}, which holds distributions and no hidden states. Give "
+            "a live teacher."
+        )
+    sharded = trainer.is_sharded or trainer.get_tp_size() > 1
+    if sharded or args.n_gpu > 1 or getattr(trainer, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            f"{weight} needs a whole student on each process, since its projections are trained beside it: use "
+            "DistributedDataParallel instead of FSDP, DeepSpeed, tensor parallelism or several GPUs in a process."
+        )
+    if trainer.lr_scheduler is not None:
+        raise ValueError(
+            f"{weight} with a scheduler of your own, which knows nothing of the projections that the optimizer is "
+            "going to train: give optimizers=(optimizer, None), or neither."
+        )
+    if steps_in_backward(args):
+        raise ValueError(
+            f"{weight} with optim={args.optim.value!r}, which updates the student's weights in their backward and "
+            "nothing else: choose another optimizer."
+        )
+
+
+@contextmanager
+def catch_hidden_states(
+    model: nn.Module, layers: Sequence[int], rows: Tensor, columns: Tensor
+) -> Iterator[list[Tensor]]:
+    """While the block runs, a forward of `model` leaves its states at `[rows, columns]`, `[N, H]` for each layer.
+
+    `model` may be wrapped or compiled: it is asked from outside, with `output_hidden_states`. Its output is what it
+    would have been without.
+
+    Args:
+        layers: of the decoder; if empty, nothing is asked for.
+        rows, columns: `[N]` each.
+    """
+    caught: list[Tensor] = []
+    if not layers:
+        yield caught
+        return
+    wanted_anyway = getattr(extract_model_from_parallel(model).config, "output_hidden_states", False)
+
+    def ask(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, {**kwargs, "output_hidden_states": True, "return_dict": True}
+
+    def pick(_module: nn.Module, _args: tuple, output):
+        states = output["decoder_hidden_states" if "decoder_hidden_states" in output else "hidden_states"]
+        caught[:] = [states[i][rows.to(states[i].device), columns.to(states[i].device)] for i in layers]
+        if wanted_anyway:
+            return output
+        return type(output)(**{name: value for name, value in output.items() if not name.endswith("hidden_states")})
+
+    handles = model.register_forward_pre_hook(ask, with_kwargs=True), model.register_forward_hook(pick)
+    try:
+        yield caught
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,154 @@
+"""On-policy distillation: the student's own answers as targets, so that it learns to go on from its own mistakes.
+
+GKD, arXiv 2306.13649, section 3: of some steps the targets are sampled from the student, and the teacher scores those.
+All decisions are drawn from the seed and the step alone, so they are the same on every process and after a resume.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from ..alignment.positions import IGNORED, TEACHER_COLUMNS, teacher_inputs
+from ..alignment.vocabularies import SharedVocabulary
+
+
+_FILE = "replay_buffer-{process}.pt"
+# What the targets of a batch are, and what is made of them: a rollout replaces these.
+_OF_TARGETS = {"labels", "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", *TEACHER_COLUMNS}
+
+
+def on_policy_fraction_at(step: int, fraction: float, warmup_steps: int) -> float:
+    """`fraction`, reached on a straight line from 0 in `warmup_steps` steps."""
+    return fraction * min(1.0, step / warmup_steps) if warmup_steps else fraction
+
+
+def draw(seed: int, step: int, purpose: int) -> float:
+    """A number in [0, 1) that depends on nothing else."""
+    return float(np.random.default_rng((seed, step, purpose)).random())
+
+
+def roll_out(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    forbidden: Sequence[int] = (),
+    vocabulary: SharedVocabulary | None = None,
+) -> dict[str, Any]:
+    """The batch with targets that the student wrote, up to and with EOS, and a teacher that reads those.
+
+    The student runs in eval mode, with its KV cache and without gradient, and is left as it was; the process's random
+    numbers are too.
+
+    Args:
+        model: the student, unwrapped.
+        batch: on the student's device; `labels` `[B, T]` and, if the teacher reads something else than the student,
+            `teacher_*`.
+        max_new_tokens: most tokens of an answer.
+        temperature: of the sampling; 0 is greedy.
+        seed: of the sampling.
+        forbidden: ids that it may not write, those that the teacher does not have.
+        vocabulary: says which ids of the teacher those of the student are; None: the same.
+
+    Returns:
+        `labels` `[B, max_new_tokens or fewer]`, -100 after EOS, in place of all that belonged to the old targets.
+
+    Raises:
+        ValueError: the batch has `teacher_label_positions`.
+    """
+    if batch.get("teacher_label_positions") is not None:
+        raise ValueError(
+            "teacher_label_positions with on_policy_fraction above 0: nobody knows where the teacher predicts the "
+            "labels of an answer that is not written yet. Leave one of them out."
+        )
+    inputs = {name: value for name, value in batch.items() if name not in _OF_TARGETS}
+    own = model.generation_config
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        use_cache=True,
+        suppress_tokens=list(forbidden) or None,
+        **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
+        **{f"{name}_token_id": getattr(own, f"{name}_token_id") for name in ("decoder_start", "bos", "eos", "pad")},
+    )
+    with as_it_was(model, seed), torch.no_grad():
+        tokens = model.generate(**inputs, generation_config=config)[:, 1:]  # without the start token
+    labels = _until_eos(tokens, config.eos_token_id)
+    rolled = {**inputs, "labels": labels}
+    if batch.get("teacher_input_ids") is not None:
+        ids, mask = batch["teacher_input_ids"], batch["teacher_attention_mask"]
+        # The old target begins where its first label is; labels may be -100 in front of that.
+        begin = batch["teacher_labels_start"] + (batch["labels"] != IGNORED).int().argmax(dim=1)
+        prompt = mask.bool() & (torch.arange(ids.shape[1], device=ids.device) < begin[:, None])
+        of_teacher = labels if vocabulary is None else vocabulary.to_teacher(labels)
+        rolled |= teacher_inputs(ids, prompt.to(mask.dtype), of_teacher)
+    return rolled
+
+
+def _until_eos(tokens: Tensor, eos: int | list[int] | None) -> Tensor:
+    """-100 after the first EOS of each row, `[B, T] -> [B, T]`."""
+    ends = torch.isin(tokens, torch.tensor([] if eos is None else eos, device=tokens.device, dtype=tokens.dtype))
+    after = ends.int().cumsum(dim=1) - ends.int() > 0
+    return tokens.masked_fill(after, IGNORED)
+
+
+@contextlib.contextmanager
+def as_it_was(model: nn.Module, seed: int) -> Iterator[None]:
+    """Eval mode and random numbers of its own inside; module by module as before outside."""
+    training = [module for module in model.modules() if module.training]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+class ReplayBuffer:
+    """The last rollouts of this process, which a later step may learn from again (DistiLLM, arXiv 2402.03898, 3.2).
+
+    Args:
+        size: batches kept; 0 keeps none.
+    """
+
+    def __init__(self, size: int):
+        self._batches: deque[dict[str, Tensor]] = deque(maxlen=size)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def add(self, batch: Mapping[str, Any]) -> None:
+        if self._batches.maxlen:
+            kept = {name: value.detach().cpu() for name, value in batch.items() if isinstance(value, Tensor)}
+            self._batches.append(kept)
+
+    def pick(self, number: float, device: torch.device) -> dict[str, Tensor]:
+        """The batch at `number`, 0 to below 1, of the way through the buffer."""
+        return {name: value.to(device) for name, value in self._batches[int(number * len(self))].items()}
+
+    def save(self, folder: str | Path, process: int) -> None:
+        if self._batches.maxlen:
+            torch.save(list(self._batches), Path(folder) / _FILE.format(process=process))
+
+    def load(self, folder: str | Path, process: int) -> None:
+        """Raises ValueError where a checkpoint of a run with a buffer has none."""
+        file = Path(folder) / _FILE.format(process=process)
+        if not self._batches.maxlen:
+            return
+        if not file.is_file():
+            raise ValueError(
+                f"{folder} has no {file.name}: it was written without replay_buffer_size, or by fewer processes."
+            )
+        self._batches.extend(torch.load(file, weights_only=True))

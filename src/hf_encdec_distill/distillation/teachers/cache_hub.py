@@ -1,0 +1,87 @@
+"""A cache as a data set: its card, and its way to the Hub and back."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DatasetCard, DatasetCardData, snapshot_download
+
+from ...files import inside
+from ...hub import upload
+from .shards import shard_files
+
+
+_SCHEME = "hf://datasets/"
+_BY_KIND = {
+    "top_k": "the {k} likeliest tokens of each target position, with their log-probabilities, and the log of the mass "
+    "of all others (`tail`)",
+    "sampled": "the distinct ones of {rounds} tokens drawn at each target position from p^{proposal_power}, with "
+    "their log-probabilities and importance weights, how many they are (`distinct`) and the likeliest token (`top`); "
+    "sparse logit sampling, arXiv 2503.16870",
+    "dense": "the log-probabilities of all {vocab_size} tokens at each target position",
+}
+
+
+def is_on_hub(teacher: Any) -> bool:
+    return isinstance(teacher, str) and teacher.startswith(_SCHEME)
+
+
+def fetch(address: str) -> Path:
+    """`hf://datasets/user/name[@revision]` -> a folder with a snapshot of it; OSError where it cannot be had."""
+    repo_id, _, revision = address.removeprefix(_SCHEME).strip("/").partition("@")
+    return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision or None))
+
+
+def push(
+    folder: Path, repo_id: str, private: bool | None, revision: str | None, token: str | None, commit_message: str
+) -> str:
+    """See `CachedTeacher.push_to_hub`."""
+    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    commit = upload(
+        {name: inside(folder, name) for name in names if not name.startswith("partial-")},
+        repo_id,
+        "dataset",
+        commit_message,
+        # What an earlier push left that is no part of the cache any more.
+        replaces=lambda names: [name for name in names if name.endswith(".parquet")],
+        private=private,
+        revision=revision,
+        token=token,
+    )
+    return commit.commit_url
+
+
+def write_card(folder: Path, manifest: dict[str, Any]) -> None:
+    """`README.md`, whose metadata tell `load_dataset` which file is what."""
+    # By name, which has a hash in it: datasets 5 keeps what it made of a folder by the text of these entries alone
+    # and, for a pattern, would give the rows of another folder of the same name.
+    splits: dict[str, list[str]] = {}
+    for file in shard_files(folder, "generated"):
+        splits.setdefault(file.name.split("-")[1], []).append(file.name)
+    configs = []
+    if splits:
+        data_files = [{"split": split, "path": names} for split, names in sorted(splits.items())]
+        configs.append({"config_name": "targets", "default": True, "data_files": data_files})
+    records = [file.name for file in shard_files(folder, "shard")]
+    configs.append({"config_name": "records", "data_files": [{"split": "train", "path": records}]})
+    data = DatasetCardData(
+        pretty_name=f"Cache of {manifest['teacher']}",
+        tags=["knowledge-distillation", "hf-encdec-distill"],
+        configs=configs,
+    )
+    lines = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {data.pretty_name}",
+        f"What the teacher `{manifest['teacher']}` predicts, recorded by `hf-encdec-distill cache` for distillation: "
+        f"{_BY_KIND[manifest['kind']].format(**manifest)}.",
+        "A row of `records` belongs to one row of the data that was captured; its `key` is a hash of the tokens that "
+        "the teacher read and of the positions it was asked about."
+        + (" `targets` has the sources and the answers that the teacher wrote for them." if splits else ""),
+        "```python\nfrom hf_encdec_distill import DistillationTrainer\n\n"
+        'trainer = DistillationTrainer(model=student, args=args, teacher="hf://datasets/USER/NAME", ...)\n```',
+        f"```json\n{json.dumps(manifest, indent=1, ensure_ascii=False)}\n```",
+    ]
+    partial = folder / "partial-card"
+    DatasetCard("\n\n".join(lines) + "\n").save(partial)
+    os.replace(partial, folder / "README.md")

@@ -1,0 +1,307 @@
+"""Recording a teacher's distributions: `capture` adds rows to a cache, which `recorded` describes and reads."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...models.prompts import frozen_prompt_date, in_a_class_of_both_versions
+from ..alignment.positions import asked_positions, target_positions, with_teacher_inputs
+from ..alignment.vocabularies import SharedVocabulary, check_vocab_policy
+from ..collator import DistillationCollator
+from .cache_hub import write_card
+from .fingerprints import adapter_digest, config_digest, row_keys, tokenizer_digest, weights_digest
+from .live import LiveTeacher
+from .recorded import (
+    COLUMNS,
+    FORMAT,
+    IDENTITY,
+    KINDS,
+    MANIFEST,
+    SHARD,
+    read_manifest,
+    recorded_prompt_date,
+    size_on_disk,
+)
+from .shards import ShardWriter, read_keys
+from .targets import TargetGeneration, check_room, generate_targets
+
+
+_UNFINISHED_MANIFEST = f"{MANIFEST}.partial"
+_ROWS_PER_SHARD = 2048
+_MOST_ROUNDS = 100_000  # of a target; they are drawn at once, in memory
+
+
+def capture(
+    teacher: LiveTeacher,
+    dataset: "datasets.Dataset | datasets.DatasetDict | list[dict]",
+    folder: str | os.PathLike,
+    tokenizer=None,
+    *,
+    kind: str = "top_k",
+    k: int = 32,
+    rounds: int = 50,
+    proposal_power: float = 1.0,
+    temperature: float = 1.0,
+    generation: TargetGeneration | None = None,
+    batch_size: int = 8,
+    rows_per_shard: int = _ROWS_PER_SHARD,
+    progress: bool = True,
+    student_tokenizer=None,
+    vocab_policy: str = "mask_padding",
+    **collating: Any,
+) -> int:
+    """Add to a cache all rows of `dataset` that it does not hold yet; returns how many those were.
+
+    Called again after an interruption it goes on where it stopped. Under `accelerate launch` each process takes its
+    share of the rows.
+
+    Args:
+        teacher: on the device where it is to run.
+        dataset: rows as `DistillationCollator` takes them; the splits of a `DatasetDict` are all captured.
+        folder: of the cache; made if it is not there.
+        tokenizer: the teacher's; needed for text rows.
+        kind: `top_k` keeps the likeliest tokens and the mass of all others, `sampled` tokens that were drawn, with
+            importance weights (arXiv 2503.16870), `dense` the whole distribution in float16.
+        k: tokens that `top_k` keeps for each position.
+        rounds: draws that `sampled` makes for each position; the tokens kept are fewer where some come up again.
+        proposal_power: `sampled` draws from what is proportional to the teacher's probability to this power: below 1
+            rare tokens come up more often, above 1 less often; the weights make up for it.
+        temperature: divides the teacher's logits; `dense` serves any other too.
+        generation: how the teacher writes the targets itself (`targets`); they are kept in the cache, as
+            splits of a data set, and their distributions are captured. None takes the targets of `dataset`.
+        batch_size: rows that the teacher reads at once.
+        rows_per_shard: rows in a file; at most so many are lost in an interruption.
+        progress: show a bar with target tokens a second and the size of the cache.
+        student_tokenizer: the student's; needed for `vocab_policy` `id_map` and `universal`, by default the teacher's.
+        vocab_policy: of the training, see `DistillationTrainingArguments`.
+        collating: passed to `DistillationCollator`: columns, `prompt_template`, `prompt_date` (of a cache that is gone
+            on with its own, else today, where a chat template names the day), length limits, `start_token_id`.
+
+    Raises:
+        ValueError: a cache in `folder` was made by another teacher, tokenizer, template or kind (the field is named);
+            logits of the teacher are not finite; arguments out of range or at odds.
+    """
+    folder = Path(folder)
+    at_least_one = {"k": k, "rounds": rounds, "batch_size": batch_size, "rows_per_shard": rows_per_shard}
+    _check_options(kind, vocab_policy, at_least_one, {"temperature": temperature, "proposal_power": proposal_power})
+    splits = _splits_with_rows(dataset)
+    vocabulary = None
+    if vocab_policy in ("id_map", "universal"):
+        student_size = 0 if student_tokenizer is None else 1 + max(student_tokenizer.get_vocab().values())
+        vocabulary = SharedVocabulary.between(
+            student_size, teacher.vocab_size, student_tokenizer, tokenizer, vocab_policy
+        )
+    if generation is not None:
+        check_room(teacher, generation)
+    recorded = {
+        "kind": kind,
+        "k": min(k, teacher.vocab_size) if kind == "top_k" else None,
+        "rounds": rounds if kind == "sampled" else None,
+        "proposal_power": proposal_power if kind == "sampled" else None,
+        "temperature": 1.0 if kind == "dense" else temperature,
+        "generation": None if generation is None else dataclasses.asdict(generation),
+    }
+    template, day = collating.get("prompt_template"), collating.get("prompt_date")
+    if day is None and (folder / MANIFEST).exists():
+        day = recorded_prompt_date(folder)
+    collating["prompt_date"] = frozen_prompt_date(tokenizer, template, day)
+    manifest = _manifest(teacher, tokenizer, recorded, template, collating["prompt_date"])
+    collate = DistillationCollator(student_tokenizer or tokenizer, tokenizer, vocabulary=vocabulary, **collating)
+    collate([next(iter(splits.values()))[0]])  # a template or columns that do not work, before anything is written
+
+    state = PartialState(cpu=teacher.device.type == "cpu")
+    if state.is_main_process:
+        _open_folder(folder, manifest, tokenizer)
+    state.wait_for_everyone()
+    progress = progress and state.is_main_process
+    if generation is not None:
+        options = {"batch_size": batch_size, "rows_per_shard": rows_per_shard, "progress": progress}
+        splits = {
+            name: generate_targets(teacher, rows, folder, collate, generation, split=name, **options)
+            for name, rows in splits.items()
+        }
+    # Numbered through all splits, so that processes get as much to do as each other.
+    numbered = [(name, number) for name, rows in splits.items() for number in range(len(rows))]
+    share = numbered[state.process_index :: state.num_processes]
+    features = {"key": datasets.Value("binary")}
+    features |= {name: datasets.Sequence(datasets.Value(dtype)) for name, dtype in COLUMNS[kind].items()}
+    writer = ShardWriter(folder, SHARD, state.process_index, datasets.Features(features), rows_per_shard)
+    known = read_keys(folder, SHARD)
+    tokens, seconds = 0, 0.0
+    with tqdm(total=len(share), unit=" rows", desc="capture", disable=not progress) as bar:
+        for first in range(0, len(share), batch_size):
+            names = share[first : first + batch_size]
+            batch = collate([splits[name][number] for name, number in names])
+            if "labels" not in batch:
+                name, number = names[0]
+                raise ValueError(f"row {number} of {name} has no target; a teacher is asked at targets.")
+            begin = time.monotonic()
+            batch = with_teacher_inputs(batch, collate.start_token_id, vocabulary)
+            count = _capture_batch(teacher, batch, names, recorded, known, writer)
+            if count:
+                tokens, seconds = tokens + count, seconds + time.monotonic() - begin
+                bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s, {size_on_disk(folder) / 1e6:.1f} MB")
+            bar.update(len(names))
+    writer.flush()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_card(folder, manifest)
+    return sum(gather_object([writer.rows]))
+
+
+def _check_options(
+    kind: str, vocab_policy: str, at_least_one: Mapping[str, int], above_zero: Mapping[str, float]
+) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}.")
+    check_vocab_policy(vocab_policy)
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} is out of range; it has to be at least 1.")
+    if at_least_one["rounds"] > _MOST_ROUNDS:
+        raise ValueError(f"rounds={at_least_one['rounds']} is out of range; give 1 to {_MOST_ROUNDS}.")
+    for name, value in above_zero.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value} is out of range; it has to be a finite number above 0.")
+    if vocab_policy == "universal" and kind != "dense":
+        raise ValueError(
+            f"kind={kind!r} with vocab_policy='universal', which compares all probabilities: capture kind='dense'."
+        )
+
+
+def _splits_with_rows(dataset: "datasets.Dataset | datasets.DatasetDict | list[dict]") -> dict[str, Any]:
+    splits = dataset if isinstance(dataset, dict) else {"train": dataset}
+    splits = {name: rows for name, rows in splits.items() if len(rows)}
+    if not splits:
+        raise ValueError("dataset has no rows, so there is nothing to capture.")
+    return splits
+
+
+def _capture_batch(
+    teacher: LiveTeacher,
+    batch: Mapping[str, Tensor],
+    names: Sequence[tuple[str, int]],
+    recorded: dict[str, Any],
+    known: set[bytes],
+    writer: ShardWriter,
+) -> int:
+    """Writes the rows of a batch that are not `known` yet, and adds them there; returns their target tokens.
+
+    Args:
+        batch: with the `teacher_*` tensors and `labels`.
+        names: split and number of each row, for messages.
+        recorded: the part of the manifest that says what is kept of a distribution.
+    """
+    rows, columns = target_positions(batch["labels"])
+    ids, mask = batch["teacher_input_ids"], batch["teacher_attention_mask"]
+    rows, columns, _ = asked_positions(batch, rows, columns)
+    keys = row_keys(ids, mask, rows, columns)
+    fresh = [row for row, key in enumerate(keys) if key is not None and key not in known]
+    if not fresh:
+        return 0
+    wanted = torch.isin(rows, torch.tensor(fresh))
+    rows, columns = rows[wanted], columns[wanted]
+    logits = teacher.logits_at(ids.to(teacher.device), mask.to(teacher.device), rows, columns)(slice(None))
+    bad = ~torch.isfinite(logits).all(dim=-1).cpu()
+    if bad.any():
+        name, number = names[int(rows[bad][0])]
+        raise ValueError(
+            f"the teacher's logits for row {number} of {name} are not finite: run it in another dtype, or "
+            "leave that row out. What was captured before is kept."
+        )
+    for row in fresh:
+        if keys[row] in known:  # twice in one batch
+            continue
+        known.add(keys[row])
+        of_row = logits[(rows == row).to(logits.device)]
+        writer.add({"key": keys[row], **_record(of_row, recorded, keys[row])})
+    return len(rows)
+
+
+def _record(logits: Tensor, recorded: dict[str, Any], key: bytes) -> dict[str, np.ndarray]:
+    """`[T, V]` logits of one row -> its columns, flat."""
+    log_probs = torch.log_softmax(logits.float() / recorded["temperature"], dim=-1)
+    if recorded["kind"] == "dense":
+        return {"log_probs": log_probs.half().flatten().cpu().numpy()}
+    if recorded["kind"] == "top_k":
+        values, ids = log_probs.topk(recorded["k"], dim=-1)
+        # Of what is left itself, not 1 minus the rest, which would lose a small tail to rounding.
+        tail = log_probs.scatter(-1, ids, -torch.inf).logsumexp(dim=-1)
+        return {"ids": _flat(ids), "log_probs": values.flatten().cpu().numpy(), "tail": tail.cpu().numpy()}
+    log_probs = log_probs.cpu()
+    log_proposal = torch.log_softmax(recorded["proposal_power"] * log_probs, dim=-1)
+    # Seeded by the row itself: the same draw in whatever order, and on however many processes, rows are captured.
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+    drawn = torch.multinomial(log_proposal.exp(), recorded["rounds"], replacement=True, generator=generator)
+    counts = torch.zeros_like(log_probs).scatter_add_(-1, drawn, torch.ones(drawn.shape))
+    came_up = counts > 0
+    weights = counts / recorded["rounds"] * (log_probs - log_proposal).exp()
+    return {
+        "ids": _flat(came_up.nonzero()[:, 1]),
+        "log_probs": log_probs[came_up].numpy(),
+        "weights": weights[came_up].numpy(),
+        "distinct": _flat(came_up.sum(dim=-1)),
+        "top": _flat(log_probs.argmax(dim=-1)),
+    }
+
+
+def _flat(ids: Tensor) -> np.ndarray:
+    return ids.to(torch.int32).flatten().cpu().numpy()
+
+
+def _open_folder(folder: Path, manifest: dict[str, Any], tokenizer) -> None:
+    if (folder / MANIFEST).exists():
+        found = read_manifest(folder)
+        for name in IDENTITY:
+            ours = manifest.get(name)
+            if found.get(name, ours) != ours:  # older caches do not say their prompt_date
+                raise ValueError(
+                    f"the cache {folder} was captured with {name}={found[name]!r}, not {ours!r}: capture "
+                    "into another folder."
+                )
+    else:
+        # What is to become the manifest is the first file of a folder, so that one that was left half made is known.
+        partial = folder / _UNFINISHED_MANIFEST
+        if folder.exists() and any(folder.iterdir()) and not partial.exists():
+            raise ValueError(f"{folder} is not empty and no cache: capture into another folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+        if tokenizer is not None:
+            in_a_class_of_both_versions(tokenizer).save_pretrained(folder)
+        os.replace(partial, folder / MANIFEST)
+    for left_behind in folder.glob("partial-*"):
+        left_behind.unlink()
+
+
+def _manifest(
+    teacher: LiveTeacher, tokenizer, recorded: dict[str, Any], prompt_template: str | None, prompt_date: str | None
+) -> dict[str, Any]:
+    name = teacher.model.config._name_or_path
+    return {
+        "format": FORMAT,
+        **recorded,
+        "vocab_size": teacher.vocab_size,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "prompt_template": prompt_template,
+        **({} if prompt_date is None else {"prompt_date": prompt_date}),
+        # Where it lies on this machine is nobody's business on the Hub.
+        "teacher": Path(name).name if os.path.isdir(name) else name,
+        "teacher_config": config_digest(teacher.model),
+        "teacher_dtype": str(teacher.model.dtype).removeprefix("torch."),
+        "teacher_adapter": adapter_digest(teacher.model),
+        "teacher_weights": weights_digest(teacher.model),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
+    }

@@ -1,0 +1,91 @@
+"""What a cache is known by: the key of each row, and hashes of the teacher that it was captured from."""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def row_keys(input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> list[bytes | None]:
+    """The key of each row of a batch `[B, L]`: a hash of the tokens that the teacher reads and of the columns, counted
+    from the first of them, that it is asked about. None for a row that it is not asked about."""
+    asked = np.zeros(input_ids.shape, dtype=bool)
+    asked[rows.cpu().numpy(), columns.cpu().numpy()] = True
+    read = attention_mask.bool().cpu().numpy()
+    keys: list[bytes | None] = []
+    for ids, is_read, is_asked in zip(input_ids.cpu().numpy(), read, asked, strict=True):
+        if not is_asked.any():
+            keys.append(None)
+            continue
+        digest = hashlib.blake2b(ids[is_read].astype("<i4").tobytes(), digest_size=16)
+        digest.update(np.flatnonzero(is_asked[is_read]).astype("<i4").tobytes())
+        keys.append(digest.digest())
+    return keys
+
+
+# Where a teacher came from, in which dtype it was loaded and by which version does not make it another one.
+_NO_PART_OF_A_TEACHER = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "_attn_implementation_autoset",
+}
+
+
+_NO_PART_OF_AN_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
+
+
+def adapter_digest(model: torch.nn.Module) -> str | None:
+    """SHA-256 over the configurations of PEFT's active adapters and their weights; None for a model without."""
+    if not getattr(model, "peft_config", None):
+        return None
+    from peft import get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    # Asked of the layers: models that transformers put an adapter into answer only with PEFT's very newest version.
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    described = []
+    for name in sorted({name for layer in layers for name in layer.active_adapters}):
+        config = {
+            key: value for key, value in model.peft_config[name].to_dict().items() if key not in _NO_PART_OF_AN_ADAPTER
+        }
+        described.append([_digest_of(config), _digest_of_tensors(get_peft_model_state_dict(model, adapter_name=name))])
+    return _digest_of(described)
+
+
+def config_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over a model's configuration, without what says only where it came from."""
+    config = model.config.to_dict().items()
+    return _digest_of({name: value for name, value in config if name not in _NO_PART_OF_A_TEACHER})
+
+
+def tokenizer_digest(tokenizer) -> str | None:
+    """SHA-256 over the tokens and their ids; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over names and bytes of all weights, those of an adapter among them."""
+    return _digest_of_tensors(model.state_dict())
+
+
+def _digest_of(described: Any) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=_jsonable).encode()).hexdigest()
+
+
+def _jsonable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def _digest_of_tensors(tensors: "dict[str, Tensor]") -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

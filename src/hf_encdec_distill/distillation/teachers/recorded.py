@@ -1,0 +1,225 @@
+"""A teacher's distributions that `capture` recorded, in place of the teacher.
+
+A cache is a folder:
+
+- `manifest.json`: what made it and the kind of record;
+- `shard-*.parquet` (see `shards`): rows, each with its key and one record for each of its target tokens;
+- `generated-<split>-*.parquet`: where the teacher wrote the targets itself (`targets`), sources and targets;
+- the teacher's tokenizer, and `README.md`, the card of a data set on the Hub (`cache_hub`).
+
+A row's key is a hash of what the teacher read and of the columns it was asked about, so rows may be shuffled, left
+out or added. A capture that was killed goes on after its last shard.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...files import check_fields, inside, read_json
+from ..alignment.vocabularies import SharedVocabulary
+from .cache_hub import fetch, is_on_hub, push
+from .fingerprints import row_keys
+from .recorded_losses import SampledScores, TopKScores
+from .shards import read_shards, shard_files
+from .signal import DenseScores
+
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+SHARD = "shard"
+# What has to agree for two captures to be one, what explains the most first. Names and versions are kept for people.
+IDENTITY = (
+    "format",
+    "kind",
+    "k",
+    "rounds",
+    "proposal_power",
+    "temperature",
+    "generation",
+    "vocab_size",
+    "tokenizer",
+    "prompt_template",
+    "prompt_date",
+    "teacher_config",
+    "teacher_dtype",
+    "teacher_adapter",
+    "teacher_weights",
+)
+COLUMNS = {
+    "top_k": {"ids": "int32", "log_probs": "float32", "tail": "float32"},
+    "sampled": {"ids": "int32", "log_probs": "float32", "weights": "float32", "distinct": "int32", "top": "int32"},
+    "dense": {"log_probs": "float16"},
+}
+KINDS = tuple(COLUMNS)
+
+
+class CachedTeacher:
+    """A `TeacherSignal` that reads what `capture` wrote; no teacher is in memory, records are memory-mapped.
+
+    Args:
+        folder: of a cache, or `hf://datasets/user/name`, with `@revision` if need be, for one on the Hub.
+
+    Raises:
+        ValueError: it is no cache, or a shard is not what was written.
+        OSError: it is not on the Hub, or the Hub cannot be reached.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = _local(folder)
+        self.manifest = read_manifest(self.folder)
+        self.vocab_size = self.manifest["vocab_size"]
+        self.prompt_date = self.manifest.get("prompt_date")
+        if not shard_files(self.folder, SHARD):
+            raise ValueError(
+                f"the cache {self.folder} holds no shard: the capture was stopped before it wrote one; go on with it."
+            )
+        self._rows = read_shards(self.folder, SHARD).with_format("numpy")
+        # 24 bytes a row; a dict of bytes takes six times as much, in each process.
+        keys = np.concatenate([np.array(part.to_pylist(), dtype="S16") for part in self._rows.data["key"].chunks])
+        self._keys, self._row_of_key = np.unique(keys, return_index=True)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def to(self, device: torch.device) -> "CachedTeacher":
+        return self
+
+    def check(
+        self, prompt_template: str | None, divergence: str, temperature: float, prompt_date: str | None = None
+    ) -> None:
+        """Raises ValueError, naming the field, where training wants what this cache cannot give."""
+        recorded = self.manifest["prompt_template"]
+        if prompt_template != recorded:
+            raise ValueError(
+                f"prompt_template={prompt_template!r}, but the cache {self.folder} was captured with {recorded!r}: "
+                "train with that one, or capture anew."
+            )
+        if self.prompt_date not in (None, prompt_date):
+            raise ValueError(
+                f"prompt_date={prompt_date!r}, but the prompts in the cache {self.folder} name the day "
+                f"{self.prompt_date!r}: make the student with that one, or capture with the student's."
+            )
+        if self.manifest["kind"] != "dense" and divergence == "universal_logit_distance":
+            raise ValueError(
+                f"vocab_policy='universal' compares all probabilities of a position, but the cache {self.folder} "
+                f"holds kind={self.manifest['kind']!r}: capture kind='dense', or give a live teacher."
+            )
+        if self.manifest["kind"] == "sampled" and divergence != "forward_kl":
+            raise ValueError(
+                f"divergence={divergence!r} cannot be estimated from samples, which the cache {self.folder} holds: "
+                "use forward_kl, or capture kind='top_k'."
+            )
+        if self.manifest["kind"] != "dense" and temperature != self.manifest["temperature"]:
+            raise ValueError(
+                f"distill_temperature={temperature}, but the cache {self.folder} was captured at "
+                f"{self.manifest['temperature']}: train at that temperature, or capture anew."
+            )
+
+    def scores(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        vocabulary: SharedVocabulary,
+        chunked: bool = False,
+    ) -> "TopKScores | SampledScores | DenseScores":
+        """See `TeacherSignal`; raises ValueError for a row that was not captured."""
+        keys = row_keys(input_ids, attention_mask, rows, columns)
+        asked = np.array([key for key in keys if key is not None], dtype="S16")
+        places = np.searchsorted(self._keys, asked).clip(max=len(self) - 1)
+        there = self._keys[places] == asked
+        if not there.all():
+            with_target = [row for row, key in enumerate(keys) if key is not None]
+            missing = [row for row, is_there in zip(with_target, there, strict=True) if not is_there]
+            ids = input_ids[missing[0]][attention_mask[missing[0]].bool()].tolist()
+            raise ValueError(
+                f"{len(missing)} of {len(keys)} rows of the batch are not in the cache {self.folder} ({len(self)} "
+                f"rows), the first of them {ids[:12]}...: capture this data set too, with the same template and "
+                "length limits and, for a merged student of a teacher without any template, with its start_token_id "
+                "(cache --student). Rows that are there already are not captured again."
+            )
+        found = self._rows[self._row_of_key[places].tolist()]
+        record = {
+            # A batch without any target still has columns, of their dtype.
+            name: torch.from_numpy(np.concatenate([np.empty(0, dtype), *found[name]])).to(input_ids.device)
+            for name, dtype in COLUMNS[self.manifest["kind"]].items()
+        }
+        if self.manifest["kind"] == "dense":
+            log_probs = record["log_probs"].view(-1, self.vocab_size)
+            return DenseScores(lambda chunk: log_probs[chunk].float(), vocabulary)
+        ids, log_probs = record["ids"].long(), record["log_probs"]
+        if self.manifest["kind"] == "top_k":
+            k = self.manifest["k"]
+            return TopKScores(ids.view(-1, k), log_probs.view(-1, k), record["tail"], vocabulary)
+        distinct = record["distinct"]
+        drawn = torch.arange(max(distinct.tolist(), default=0), device=ids.device) < distinct[:, None]
+        ids, log_probs, weights = (_fill(drawn, flat) for flat in (ids, log_probs, record["weights"]))
+        return SampledScores(ids, log_probs, weights, record["top"].long(), vocabulary)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload a cache of a teacher",
+    ) -> str:
+        """Uploads the cache as a dataset with its card; returns the address of the commit.
+
+        `CachedTeacher("hf://datasets/<repo_id>")` reads it, and `load_dataset("<repo_id>")` its rows.
+
+        Args:
+            repo_id: `user/name`; made if it is not there.
+            private: of a repository that is made; None leaves it to the user's or the organisation's default.
+            revision: branch; made if it is not there.
+            token: of the Hub; by default the one that `hf auth login` stored.
+
+        Raises:
+            OSError: the Hub refused, or cannot be reached.
+        """
+        return push(self.folder, repo_id, private, revision, token, commit_message)
+
+
+def _fill(where: Tensor, flat: Tensor) -> Tensor:
+    """`[N, R]` bool and as many values as are true -> `[N, R]`, 0 elsewhere."""
+    return flat.new_zeros(where.shape).masked_scatter(where, flat)
+
+
+def is_cache(folder: Any) -> bool:
+    """Whether this is a folder that `capture` made, or names one on the Hub."""
+    return is_on_hub(folder) or (isinstance(folder, str | os.PathLike) and (Path(folder) / MANIFEST).is_file())
+
+
+def _local(folder: str | os.PathLike) -> Path:
+    return fetch(folder) if is_on_hub(folder) else Path(folder)
+
+
+def recorded_prompt_date(folder: str | os.PathLike) -> str | None:
+    """The day that the prompts of a cache name, if they name one; raises what `CachedTeacher` raises."""
+    return read_manifest(_local(folder)).get("prompt_date")  # which older caches do not say
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = read_json(inside(folder, MANIFEST))
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"its format is {manifest.get('format')!r}, expected {FORMAT}: capture it again")
+        check_fields(manifest, {"kind": str, "vocab_size": int, "temperature": float}, str(folder / MANIFEST))
+        required = (name for name in (*IDENTITY, "teacher") if name != "prompt_date")  # which few prompts name
+        missing = [name for name in required if name not in manifest]
+        if missing or manifest["kind"] not in KINDS or (manifest["kind"] == "top_k" and not manifest["k"]):
+            raise ValueError(f"{folder / MANIFEST} lacks {', '.join(missing) or 'a kind of record'}: capture it again")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is no cache of a teacher: {error}") from error
+    return manifest
+
+
+def size_on_disk(folder: str | os.PathLike) -> int:
+    """Bytes of all that is in the folder of a cache."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.parquet"))

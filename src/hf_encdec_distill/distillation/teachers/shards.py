@@ -1,0 +1,99 @@
+"""Parquet files that are whole or not there.
+
+A shard is written under another name and appears in one rename, as `<prefix>-<process>-<number>-<hash>.parquet`, the
+hash being that of its own bytes: one that was cut or altered is found, and what a killed process left behind is never
+taken for one.
+"""
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet
+from huggingface_hub.utils.sha import sha_fileobj
+
+from ...files import inside
+
+
+class ShardWriter:
+    """Gathers rows and writes them shard by shard.
+
+    Args:
+        folder: where the shards go.
+        prefix: of their names.
+        process: its number; each process writes shards of its own.
+        features: the columns of a row.
+        rows_per_shard: rows from which on a shard is written; at most so many are lost in an interruption.
+    """
+
+    def __init__(self, folder: Path, prefix: str, process: int, features: datasets.Features, rows_per_shard: int):
+        self.folder, self.prefix, self.process = folder, prefix, process
+        self.features, self.rows_per_shard = features, rows_per_shard
+        self.rows = 0
+        self._number = len(shard_files(folder, f"{prefix}-{process:03}"))
+        self._buffer: list[Mapping[str, Any]] = []
+
+    def add(self, *rows: Mapping[str, Any]) -> None:
+        """Rows that belong together: all of them are in one shard."""
+        self._buffer += rows
+        if len(self._buffer) >= self.rows_per_shard:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._buffer:
+            return
+        columns = {name: [row[name] for row in self._buffer] for name in self.features}
+        partial = self.folder / f"partial-{self.process:03}"
+        try:
+            shard = datasets.Dataset.from_dict(columns, features=self.features)
+            with partial.open("wb") as stream:
+                pyarrow.parquet.write_table(shard.with_format("arrow")[:], stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            name = f"{self.prefix}-{self.process:03}-{self._number:05}-{_digest(partial)}.parquet"
+            os.replace(partial, self.folder / name)
+        finally:
+            partial.unlink(missing_ok=True)
+        self.rows += len(self._buffer)
+        self._number += 1
+        self._buffer = []
+
+
+def shard_files(folder: Path, prefix: str) -> list[Path]:
+    """The shards whose names begin with `prefix`, sorted; raises ValueError where one is a link out of the folder."""
+    return sorted(inside(folder, shard.name) for shard in folder.glob(f"{prefix}-*.parquet"))
+
+
+def check_shards(folder: Path, prefix: str) -> list[Path]:
+    """The same, each with the bytes that were written; raises ValueError, naming the shard, where that is not so."""
+    shards = shard_files(folder, prefix)
+    # Hashing leaves the interpreter alone: what limits a large cache is then its disk, not one core.
+    with ThreadPoolExecutor() as pool:
+        for shard, digest in zip(shards, pool.map(_digest, shards), strict=True):
+            if not shard.stem.endswith(f"-{digest}"):
+                raise ValueError(
+                    f"{shard} is not what was written, it was cut or altered: delete it and capture again; only its "
+                    "rows are captured anew."
+                )
+    return shards
+
+
+def read_shards(folder: Path, prefix: str) -> datasets.Dataset:
+    """All rows of the checked shards, memory-mapped."""
+    return datasets.Dataset.from_parquet([str(shard) for shard in check_shards(folder, prefix)])
+
+
+def read_keys(folder: Path, prefix: str) -> set[bytes]:
+    """The column `key` of the checked shards."""
+    keys: set[bytes] = set()
+    for shard in check_shards(folder, prefix):
+        keys.update(pyarrow.parquet.read_table(shard, columns=["key"]).column("key").to_pylist())
+    return keys
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return sha_fileobj(stream).hex()[:16]

@@ -1,0 +1,376 @@
+"""Sequence-level distillation: the teacher writes the targets that the student learns.
+
+Kim and Rush, arXiv 1606.07947: section 3.2 trains on the teacher's best beam in place of the reference; section 3.3 on
+that of its n best which is closest to the reference. What was written is kept in the folder of a cache
+(`cache.capture`), as data that `load_dataset` reads:
+
+- `generated-<split>-*.parquet`: one row for each answer that was kept, the source as it was, the answer in the place
+  of the target, and in `reference` the target that was there; `mean_log_prob`, nats a token, where the teacher wrote
+  several;
+- `refused-<split>-*.parquet`: the keys of rows without any answer worth keeping, and why.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.utils import logging
+
+from ...metrics.texts import rouge_l
+from ..alignment.positions import target_positions, teacher_columns
+from ..checks.limits import max_positions
+from ..collator import MESSAGES, DistillationCollator, split_conversation
+from ..losses import cross_entropy
+from .live import LiveTeacher
+from .shards import ShardWriter, read_keys, read_shards, shard_files
+
+
+logger = logging.get_logger(__name__)
+
+KEEP = ("likeliest", "closest", "all")
+_MOST_ANSWERS = 1000  # of a row; they are written side by side, in memory
+_TEXT = datasets.Value("string")
+_CONVERSATION = [{"role": _TEXT, "content": _TEXT}]
+
+
+@dataclass(frozen=True)
+class TargetGeneration:
+    """How a teacher writes targets.
+
+    Args:
+        max_new_tokens: most tokens of an answer, EOS among them; one that is not finished by then is dropped.
+        num_beams: of beam search; 1 is greedy.
+        sampling_temperature: above 0 the answers are sampled, at this temperature, in place of greedy or beam search.
+        num_return_sequences: answers for each row; without sampling at most `num_beams`.
+        keep: of the answers that are finished, not empty and differ: the one that is `likeliest` to the teacher itself
+            (mean log-probability of its tokens), the one `closest` to the reference (ROUGE-L), or `all`.
+        seed: of the sampling.
+
+    Raises:
+        ValueError: a value out of range, or values that do not go together.
+    """
+
+    max_new_tokens: int = 128
+    num_beams: int = 1
+    sampling_temperature: float = 0.0
+    num_return_sequences: int = 1
+    keep: str = "likeliest"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} is out of range; it has to be at least 1.")
+        for name in ("num_beams", "num_return_sequences"):
+            if not 1 <= getattr(self, name) <= _MOST_ANSWERS:
+                raise ValueError(f"{name}={getattr(self, name)} is out of range; give 1 to {_MOST_ANSWERS}.")
+        if not 0 <= self.sampling_temperature < float("inf"):
+            raise ValueError(
+                f"sampling_temperature={self.sampling_temperature} is out of range; it has to be a finite number, at "
+                "least 0."
+            )
+        if self.keep not in KEEP:
+            raise ValueError(f"keep={self.keep!r} is unknown; choose one of {', '.join(KEEP)}.")
+        if self.sampling_temperature > 0 and self.num_beams > 1:
+            raise ValueError(
+                f"num_beams={self.num_beams} with sampling_temperature={self.sampling_temperature}: answers come from "
+                "beam search or are sampled; set one of the two."
+            )
+        if self.sampling_temperature == 0 and self.num_return_sequences > self.num_beams:
+            raise ValueError(
+                f"num_return_sequences={self.num_return_sequences} with num_beams={self.num_beams}: give as many "
+                "beams, or a sampling_temperature above 0."
+            )
+
+
+def check_room(teacher: LiveTeacher, generation: TargetGeneration, prompt_tokens: int = 1) -> None:
+    """Raises ValueError where a prompt and an answer of `max_new_tokens` do not fit the teacher's positions."""
+    limit = max_positions(teacher.model.config)
+    if limit is not None and prompt_tokens + generation.max_new_tokens > limit:
+        raise ValueError(
+            f"a prompt of {prompt_tokens} tokens and an answer of up to max_new_tokens={generation.max_new_tokens} do "
+            f"not fit the {limit} positions of the teacher (max_position_embeddings): lower max_new_tokens (on the "
+            "command line --max-target-length), or cut prompts with max_source_length."
+        )
+
+
+def generate_targets(
+    teacher: LiveTeacher,
+    rows: "datasets.Dataset | list[dict]",
+    folder: Path,
+    collator: DistillationCollator,
+    generation: TargetGeneration,
+    *,
+    split: str = "train",
+    batch_size: int = 8,
+    rows_per_shard: int = 2048,
+    progress: bool = True,
+) -> datasets.Dataset:
+    """Lets the teacher answer all rows that it has not answered yet; returns all answers that are in the folder.
+
+    What is sampled for a row is seeded by the row alone: the same in whatever order, in whatever batches and on
+    however many processes, up to the rounding of the logits.
+
+    Args:
+        teacher: on the device where it is to run; its generation config is honoured but for what `generation` says.
+        rows: text rows, with `source` (and `target`) or `messages`.
+        folder: of a cache.
+        collator: with the teacher's tokenizer on both sides, and the template and length limits of the training.
+        generation: how answers are written and which are kept.
+        split: name of the data set's part that these rows are.
+        batch_size: rows that the teacher answers at once.
+        rows_per_shard: rows in a file; at most so many are lost in an interruption.
+        progress: show a bar.
+
+    Raises:
+        ValueError: rows are not text; `closest` and no reference; a prompt and an answer of `max_new_tokens` are
+            longer than the teacher has positions for; no answer at all was worth keeping.
+    """
+    state = PartialState(cpu=teacher.device.type == "cpu")
+    kept_prefix, refused_prefix = f"generated-{split}", f"refused-{split}"
+    known = read_keys(folder, kept_prefix) | read_keys(folder, refused_prefix)
+    options = (state.process_index, _features(rows[0], collator), rows_per_shard)
+    refused = datasets.Features({"key": datasets.Value("binary"), "reason": _TEXT})
+    writer = ShardWriter(folder, kept_prefix, *options)
+    refusals = ShardWriter(folder, refused_prefix, state.process_index, refused, rows_per_shard)
+    share = range(state.process_index, len(rows), state.num_processes)
+    counts: Counter[str] = Counter()
+    description = f"generate {split}"
+    with tqdm(
+        total=len(share), unit=" rows", desc=description, disable=not (progress and state.is_main_process)
+    ) as bar:
+        for first in range(0, len(share), batch_size):
+            numbers = share[first : first + batch_size]
+            requests = {}
+            for number in numbers:
+                request = _Request.of(rows[number], collator, generation)
+                check_room(teacher, generation, len(request.prompt))
+                if request.key not in known:
+                    requests.setdefault(request.key, request)
+            known.update(requests)
+            for request, answers, reason in _answer(teacher, list(requests.values()), collator, generation, counts):
+                if answers:
+                    writer.add(*answers)
+                else:
+                    refusals.add({"key": request.key, "reason": reason})
+            bar.update(len(numbers))
+    writer.flush()
+    refusals.flush()
+    state.wait_for_everyone()
+    counts = sum((Counter(part) for part in gather_object([dict(counts)])), Counter())
+    if state.is_main_process and counts["written"]:
+        dropped = ", ".join(f"{counts[reason]} {reason}" for reason in ("unfinished", "empty", "duplicate"))
+        logger.warning(f"{split}: {counts['kept']} of {counts['written']} answers kept; dropped: {dropped}.")
+    if not shard_files(folder, kept_prefix):
+        raise ValueError(
+            f"none of the teacher's answers to the rows of {split} is worth keeping ({dict(counts)}): raise "
+            f"max_new_tokens={generation.max_new_tokens} where they are unfinished, and see that prompt_template is "
+            "the one that the teacher knows."
+        )
+    return read_shards(folder, kept_prefix)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One row: what the teacher reads, what is kept of the row, and its key, which also seeds what is sampled."""
+
+    key: bytes
+    prompt: list[int]
+    source: "str | list[dict]"
+    reference: str | None
+    is_conversation: bool
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], collator: DistillationCollator, generation: TargetGeneration) -> "_Request":
+        is_conversation = row.get(MESSAGES) is not None
+        if is_conversation:
+            source, reference = split_conversation(row[MESSAGES])
+        else:
+            source, reference = row.get(collator.source_column), row.get(collator.target_column)
+        if source is None or "input_ids" in row:
+            raise ValueError(
+                f"a row has the columns {sorted(row)}: a teacher writes texts, so give {collator.source_column!r} or "
+                f"{MESSAGES!r}, and no 'input_ids'."
+            )
+        if generation.keep == "closest" and reference is None:
+            raise ValueError(
+                "keep='closest' compares with a reference, and a row has none: keep 'likeliest' or 'all'."
+            )
+        ready = collator.encode({collator.source_column: source, collator.target_column: ""})
+        prompt = ready["teacher_input_ids"][: ready["teacher_labels_start"]]
+        digest = hashlib.blake2b(torch.tensor(prompt, dtype=torch.int32).numpy().tobytes(), digest_size=16)
+        digest.update(b"" if reference is None else b"\0" + reference.encode(errors="surrogatepass"))
+        return cls(digest.digest(), prompt, source, reference, is_conversation)
+
+    def row_with(self, answer: str, collator: DistillationCollator) -> dict[str, Any]:
+        if self.is_conversation:
+            return {MESSAGES: [*self.source, {"role": "assistant", "content": answer}]}
+        return {collator.source_column: self.source, collator.target_column: answer}
+
+
+def _features(row: Mapping[str, Any], collator: DistillationCollator) -> datasets.Features:
+    if row.get(MESSAGES) is not None:
+        texts = {MESSAGES: _CONVERSATION}
+    else:
+        is_text = isinstance(row.get(collator.source_column), str)
+        texts = {collator.source_column: _TEXT if is_text else _CONVERSATION, collator.target_column: _TEXT}
+    return datasets.Features(
+        {"key": datasets.Value("binary"), **texts, "reference": _TEXT, "mean_log_prob": datasets.Value("float32")}
+    )
+
+
+def _answer(
+    teacher: LiveTeacher,
+    requests: Sequence[_Request],
+    collator: DistillationCollator,
+    generation: TargetGeneration,
+    counts: Counter,
+) -> Iterator[tuple[_Request, list[dict], str]]:
+    """Each request with the rows that are kept for it, and why the last answer was dropped if none is."""
+    if not requests:
+        return
+    tokenizer = collator.teacher_tokenizer
+    ends = _end_tokens(teacher.model, tokenizer)
+    written = iter(_write(teacher, requests, generation, ends, tokenizer).tolist())
+    candidates: list[list[dict]] = []
+    reasons = []
+    for request in requests:
+        texts: dict[str, None] = {}
+        reason = ""
+        for _ in range(generation.num_return_sequences):
+            tokens = next(written)
+            length = next((place for place, token in enumerate(tokens) if token in ends), None)
+            text = tokenizer.decode(tokens[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            if length is None:
+                reason = "unfinished"
+            elif not text.strip():
+                reason = "empty"
+            elif text in texts:
+                reason = "duplicate"
+            else:
+                texts[text] = None
+                continue
+            counts[reason] += 1
+        counts["written"] += generation.num_return_sequences
+        fixed = {"key": request.key, "reference": request.reference, "mean_log_prob": None}
+        candidates.append([{**request.row_with(text, collator), **fixed, "text": text} for text in texts])
+        reasons.append(reason)
+    if generation.num_return_sequences > 1 and generation.keep != "closest":
+        of_all = [row for rows in candidates for row in rows]
+        for first in range(0, len(of_all), len(requests)):
+            some = of_all[first : first + len(requests)]
+            for row, value in zip(some, _mean_log_probs(teacher, some, collator), strict=True):
+                row["mean_log_prob"] = value
+    for request, rows, reason in zip(requests, candidates, reasons, strict=True):
+        kept = _keep(rows, generation.keep)
+        counts["kept"] += len(kept)
+        yield request, kept, reason
+
+
+def _keep(rows: list[dict], keep: str) -> list[dict]:
+    if len(rows) < 2 or keep == "all":
+        return rows
+    if keep == "likeliest":
+        return [max(rows, key=lambda row: row["mean_log_prob"])]
+    return [max(rows, key=lambda row: rouge_l(row["text"], row["reference"]))]
+
+
+def _end_tokens(model: nn.Module, tokenizer) -> list[int]:
+    """What ends an answer: the model's own EOS tokens, of which chat models have several, and the tokenizer's."""
+    own = model.generation_config.eos_token_id
+    ends = [] if own is None else [own] if isinstance(own, int) else list(own)
+    return sorted({*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+
+
+def _write(
+    teacher: LiveTeacher, requests: Sequence[_Request], generation: TargetGeneration, ends: list[int], tokenizer
+) -> Tensor:
+    """`[requests * num_return_sequences, T]`, what the teacher wrote."""
+    prompts, count = [request.prompt for request in requests], generation.num_return_sequences
+    options: dict[str, Any] = {"num_beams": generation.num_beams, "num_return_sequences": count}
+    if generation.sampling_temperature > 0:
+        prompts = [prompt for prompt in prompts for _ in range(count)]
+        numbers = torch.cat(
+            [_numbers(request.key, generation.seed, count, generation.max_new_tokens) for request in requests]
+        )
+        options = {"logits_processor": LogitsProcessorList([_Draw(numbers, generation.sampling_temperature)])}
+    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return generate_tokens(
+        teacher.model,
+        prompts,
+        pad,
+        max_new_tokens=generation.max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=ends,
+        **options,
+    )
+
+
+def _numbers(key: bytes, seed: int, count: int, length: int) -> Tensor:
+    """`[count, length]` in [0, 1), from nothing but the row and the seed."""
+    digest = hashlib.blake2b(key + str(seed).encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.rand(count, length, generator=generator, dtype=torch.float64)
+
+
+class _Draw(LogitsProcessor):
+    """Makes greedy decoding sample: token t of row b is where the cumulative probability passes `numbers[b, t]`.
+
+    `generate` draws all rows of a batch from one stream, so what a row got would depend on its neighbours.
+    """
+
+    def __init__(self, numbers: Tensor, temperature: float):
+        self.numbers, self.temperature = numbers, temperature
+        self._step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cumulative = torch.softmax(scores.double() / self.temperature, dim=-1).cumsum(dim=-1)
+        number = self.numbers[:, self._step, None].to(scores.device) * cumulative[:, -1:]
+        self._step += 1
+        # The first that is above, so that a token without probability is never met.
+        token = torch.searchsorted(cumulative, number, right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+
+
+def generate_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], pad_token_id: int, **options: Any) -> Tensor:
+    """What a decoder-only model or an encoder-decoder writes after each prompt, `[B, T]`, padded on the right.
+
+    Args:
+        prompts: ragged ids; what an encoder reads where there is one.
+        options: of `generate`; with `num_return_sequences`, B is that many for each prompt.
+    """
+    encdec = model.config.is_encoder_decoder
+    ids = [torch.tensor(prompt) for prompt in prompts]
+    side = {"batch_first": True, "padding_side": "right" if encdec else "left"}
+    mask = pad_sequence([torch.ones_like(row) for row in ids], **side)
+    ids = pad_sequence(ids, padding_value=pad_token_id, **side)
+    device = model.get_input_embeddings().weight.device
+    with torch.inference_mode():
+        tokens = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), pad_token_id=pad_token_id, **options
+        )
+    # What comes back begins with the prompt, or with the token that the decoder started from.
+    return tokens[:, 1 if encdec else ids.shape[1] :]
+
+
+def _mean_log_probs(teacher: LiveTeacher, rows: list[dict], collator: DistillationCollator) -> list[float]:
+    """The teacher's mean log-probability of each row's target tokens, EOS among them, in nats."""
+    batch = collator(rows)
+    numbers, columns = target_positions(batch["labels"])
+    columns = teacher_columns(batch["teacher_labels_start"], numbers, columns)
+    ids, mask = (batch[f"teacher_{name}"].to(teacher.device) for name in ("input_ids", "attention_mask"))
+    logits = teacher.logits_at(ids, mask, numbers, columns)(slice(None)).cpu()
+    losses = cross_entropy(logits, batch["labels"][batch["labels"] != -100])
+    sums = losses.new_zeros(len(rows)).index_add_(0, numbers, losses)
+    return (-sums / torch.bincount(numbers, minlength=len(rows))).tolist()
