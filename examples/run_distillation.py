@@ -28,8 +28,8 @@ from hf_encdec_distill.data import (
     load_python_docstrings,
     save_pairs,
 )
-from hf_encdec_distill.distillation.teachers.recorded import is_cache
-from hf_encdec_distill.metrics.texts import bleu, chrf, decode_texts, generation_metrics, rouge, squad
+from hf_encdec_distill.distillation import is_cache
+from hf_encdec_distill.metrics import bleu, chrf, decode_texts, generation_metrics, rouge, squad
 
 
 logger = logging.getLogger(__name__)

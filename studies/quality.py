@@ -29,9 +29,9 @@ from hf_encdec_distill import DistillationTrainer, DistillationTrainingArguments
 from hf_encdec_distill.bench import best_cpu_dtype
 from hf_encdec_distill.data import load_plain_text
 from hf_encdec_distill.distillation import LiveTeacher, capture
-from hf_encdec_distill.evaluation.scoring import encode_rows, generate, score
+from hf_encdec_distill.evaluation import encode_rows, generate, score
 from hf_encdec_distill.files import write_json
-from hf_encdec_distill.metrics.texts import distinct_share, rouge_l
+from hf_encdec_distill.metrics import distinct_share, rouge_l
 
 
 @dataclass(frozen=True)

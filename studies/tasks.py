@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -16,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from hf_encdec_distill.cli.quickstart.timed_training import TimeShare, training_order
-from hf_encdec_distill.cli.quickstart.tuning import PEAK_LEARNING_RATE, adapt_teacher
+from hf_encdec_distill.bench import best_cpu_dtype
 from hf_encdec_distill.data import (
     PROMPT_TEMPLATE,
     fetch_builtin_teacher,
@@ -27,12 +26,12 @@ from hf_encdec_distill.data import (
     load_pairs,
     load_python_docstrings,
 )
-from hf_encdec_distill.evaluation.scoring import encode_rows
+from hf_encdec_distill.evaluation import encode_rows
 
 
 MAX_SOURCE, MAX_TARGET = 96, 24  # tokens; longer rows are left out, so that nothing is cut
 TRAIN_ROWS, TEST_ROWS = 2400, 200
-TEACHER_STEPS, TEACHER_BATCH = 150, 16
+TEACHER_STEPS, TEACHER_BATCH, TEACHER_LEARNING_RATE = 150, 16, 2e-4
 PROMPT_TEMPLATES = {"docstrings": PROMPT_TEMPLATE, "debian": "{source}\n\nIn one line:\n"}
 
 
@@ -59,8 +58,6 @@ def load_task(name: str, work: Path) -> Task:
         name: `docstrings` or `debian`.
         work: folder for rows and teacher; what is there already is taken as it is.
     """
-    from transformers import AutoTokenizer
-
     template = PROMPT_TEMPLATES[name]
     folder = work / name
     tokenizer = AutoTokenizer.from_pretrained(fetch_builtin_teacher())
@@ -84,17 +81,33 @@ def load_task(name: str, work: Path) -> Task:
 
 
 def _tune_teacher(folder: Path, rows: DatasetDict, template: str) -> None:
-    """All layers but the embedding, as the quickstart does it, on rows of its own."""
+    """All layers but the embedding, on rows of its own, with the loss on the targets alone."""
     model, tokenizer = load_builtin_teacher(torch.float32)
+    model.get_input_embeddings().requires_grad_(False)
     train, held_out = (
-        encode_rows(rows[split], tokenizer, template, MAX_SOURCE, MAX_TARGET) for split in ("teacher", "validation")
+        [
+            {"input_ids": row["prompt"] + row["labels"], "labels": [-100] * len(row["prompt"]) + row["labels"]}
+            for row in encode_rows(rows[split], tokenizer, template, MAX_SOURCE, MAX_TARGET)
+        ]
+        for split in ("teacher", "validation")
     )
-    steps = len(train) // TEACHER_BATCH
-    order = training_order([len(row["prompt"]) for row in train], TEACHER_BATCH, steps, seed=0)
-    share = TimeShare(math.inf, steps, PEAK_LEARNING_RATE, lambda _, detail: print(detail, flush=True))
-    train = [train[i] for i in order]
-    result = adapt_teacher(model, tokenizer, train, held_out, steps, folder / "training", share, TEACHER_BATCH, seed=0)
-    print(f"teacher: held-out loss {result['held_out_loss']:.3f} after {result['steps']} steps", flush=True)
+    args = TrainingArguments(
+        output_dir=str(folder / "training"),
+        per_device_train_batch_size=TEACHER_BATCH,
+        num_train_epochs=1,
+        learning_rate=TEACHER_LEARNING_RATE,
+        warmup_steps=20,
+        bf16=best_cpu_dtype() is torch.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="no",
+        report_to="none",
+        seed=0,
+    )
+    trainer = Trainer(
+        model, args, DataCollatorForSeq2Seq(tokenizer), Dataset.from_list(train), Dataset.from_list(held_out)
+    )
+    trainer.train()
+    print(f"teacher: held-out loss {trainer.evaluate()['eval_loss']:.3f} after {trainer.state.global_step} steps")
     partial = folder / "teacher.partial"
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
