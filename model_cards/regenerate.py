@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_encdec_distill.cards import write_model_card
 from hf_encdec_distill.data.builtin_teacher import FACTS
 from hf_encdec_distill.data.python_docstrings import ROWS_LICENSE
-from hf_encdec_distill.model_card import estimate, write_model_card
+from hf_encdec_distill.metrics.entries import estimate
 
 
 FOLDER = Path(__file__).resolve().parent

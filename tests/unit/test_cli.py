@@ -27,7 +27,7 @@ from hf_encdec_distill.cli.main import COMMANDS, build_parser, main
 from hf_encdec_distill.distillation import LiveTeacher
 from hf_encdec_distill.distillation.metrics import f1
 from hf_encdec_distill.distillation.positions import check_rows
-from hf_encdec_distill.model_card import METRICS
+from hf_encdec_distill.metrics.entries import METRICS
 
 
 TEMPLATE = "{source}\n#"

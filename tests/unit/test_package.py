@@ -14,13 +14,12 @@ ROOT = Path(hf_encdec_distill.__file__).parent
 # From what nobody of ours imports to what everybody may: a layer imports those after it.
 LAYERS = [
     "cli",
-    "model_card_callback",
+    "cards",
     "bench",
     "export",
-    "model_card",
-    "model_card_loading",
     "distillation",
     "data",
+    "metrics",
     "models",
     "pipelines",
     "registration",

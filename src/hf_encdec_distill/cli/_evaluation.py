@@ -18,7 +18,7 @@ from ..distillation.losses import cross_entropy
 from ..distillation.metrics import exact_match, f1, rouge_l, text_statistics
 from ..distillation.positions import check_rows
 from ..distillation.sequence_level import generate_tokens
-from ..model_card import OF_TEACHER
+from ..metrics.entries import OF_TEACHER
 from ..models.prompts import encode_prompt
 from ._significance import Sums, mean
 

@@ -19,13 +19,13 @@ import torch
 import transformers
 
 from ..bench import compare_cost, compare_latency, machine_description, plot_loss_curves, plot_quality
+from ..cards.model_card import teacher_entry, write_model_card
 from ..data import lead_sentence
 from ..data.builtin_teacher import FACTS
 from ..data.python_docstrings import ROWS_LICENSE
 from ..distillation import DistillationTrainer, DistillationTrainingArguments
 from ..distillation.metrics import distinct_share
 from ..files import write_json
-from ..model_card import teacher_entry, write_model_card
 from ..models.either_version import save_teacher
 from ..models.loading import load_config, load_student, load_teacher, load_tokenizer
 from ..models.prompts import PreTrainedTokenizerFast, encode_prompt, prompt_start_token_id
@@ -358,7 +358,7 @@ class Pipeline:
         return {"models": models, "differences": [difference], "samples": samples}
 
     def _entry(self, sums: Mapping[str, np.ndarray], texts: list[str] | None, rows: list[dict]) -> dict:
-        """One model of metrics.json, see `hf_encdec_distill.model_card`."""
+        """One model of metrics.json, see `hf_encdec_distill.cards.model_card`."""
         tokens = np.array([len(row["labels"]) for row in rows])
         entry: dict[str, Any] = {"n": len(rows)}
         entry |= {measure: interval(mean(values, tokens)) for measure, values in sums.items()}

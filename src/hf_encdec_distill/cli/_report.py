@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..model_card import METRICS, model_label, model_order
+from ..metrics.entries import METRICS, model_label, model_order
 from ._display import table
 
 

@@ -81,7 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from ..model_card import OF_TEACHER, update_model_card
+    from ..cards import update_model_card
+    from ..metrics.entries import OF_TEACHER
     from ..models.loading import load_teacher, load_tokenizer
     from ._judge import Judge
     from ._significance import mean
@@ -198,7 +199,7 @@ def _measure_answers(measures: list[str], texts: list[str], rows: Sequence[Mappi
 
 
 def _compare(measured: Mapping[str, Mapping], rows: int) -> dict[str, Any]:
-    """`models` and `differences` from the first of them, as `hf_encdec_distill.model_card` has them, with p-values."""
+    """`models` and `differences` from the first of them, as in `metrics.json`, with p-values."""
     from ._significance import interval, p_value
 
     base, *others = (name for name in measured if name != _BASELINE)
@@ -224,7 +225,7 @@ def _compare(measured: Mapping[str, Mapping], rows: int) -> dict[str, Any]:
 
 
 def _provenance(args: argparse.Namespace, rows: int) -> dict[str, Any]:
-    """What was measured on, and against what, in the words of `hf_encdec_distill.model_card`."""
+    """What was measured on, and against what, in the words of `hf_encdec_distill.cards.model_card`."""
     data = {"name": dataset_name(args.dataset), "test_rows": rows}
     if args.dataset != BUILT_IN and not Path(args.dataset).exists():
         data["hub_id"] = args.dataset
@@ -243,8 +244,8 @@ def _model_name(path: str) -> str:
 
 def _write(output: Path, result: Mapping, pairs, measured: Mapping[str, Mapping]) -> None:
     from ..bench import plot_quality
+    from ..cards import model_index
     from ..files import write_json, write_text
-    from ..model_card import model_index
 
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "metrics.json", result)
@@ -272,7 +273,7 @@ def _answer(entry: Mapping, index: int) -> dict[str, Any]:
 
 
 def _page(args: argparse.Namespace, result: Mapping) -> str:
-    from ..model_card import METRICS, model_label
+    from ..metrics.entries import METRICS, model_label
 
     models = result["models"]
     measures = [measure for measure in models[args.models[0]] if measure in METRICS]
@@ -286,7 +287,7 @@ def _page(args: argparse.Namespace, result: Mapping) -> str:
 
 def _heading(measure: str) -> str:
     """With its unit, or where there is none its scale."""
-    from ..model_card import METRICS
+    from ..metrics.entries import METRICS
 
     heading = METRICS[measure][0]
     return heading if "," in heading else f"{heading}, 0 to 100"
@@ -294,7 +295,7 @@ def _heading(measure: str) -> str:
 
 def _cell(value, measure: str) -> str:
     """An estimate, or a number, as the card shows it: shares times 100."""
-    from ..model_card import METRICS
+    from ..metrics.entries import METRICS
 
     _, factor, decimals, _ = METRICS[measure]
     if value is None:

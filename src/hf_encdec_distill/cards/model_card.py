@@ -47,90 +47,21 @@
     note        a line before the heading, for instance a comment
 """
 
-import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
-from .files import inside, read_json, write_text
-from .model_card_loading import loading_section, proven_exports, table
+from ..files import inside, read_json, write_text
+from ..metrics.entries import METRICS, bounds, model_label, model_order
+from .index import eval_results
+from .loading import loading_section, proven_exports, table
 
 
 PAPER = "https://arxiv.org/abs/2501.16273"
-
-MODEL_LABELS = {
-    "teacher_before": "teacher, before tuning",
-    "teacher": "teacher, tuned",
-    "student_start": "student, before training",
-    "student_ce": "student, cross-entropy alone",
-    "student_kd": "student, distilled",
-    "lead_baseline": "lead-sentence baseline",
-}
-# key -> (heading, factor for display, decimals, whether it is a share)
-METRICS = {
-    "rouge_l": ("ROUGE-L", 100, 1, True),
-    "exact_match": ("Exact match, %", 100, 1, True),
-    "f1": ("F1", 100, 1, True),
-    "chrf": ("chrF", 1, 1, False),
-    "bleu": ("BLEU", 1, 1, False),
-    "judge": ("Judge, 1 to 5", 1, 2, False),
-    "ce": ("CE, nats/token", 1, 3, False),
-    "kl": ("KL to teacher, nats/token", 1, 3, False),
-    "teacher_agreement": ("Agreement with teacher, %", 100, 1, True),
-    "ece": ("Calibration error, %", 100, 1, True),
-    "entropy_gap": ("Entropy minus teacher's, nats/token", 1, 3, False),
-    "distinct": ("Distinct outputs, %", 100, 1, True),
-}
-OF_TEACHER = ("kl", "teacher_agreement", "entropy_gap")
-
-
-def estimate(values: Sequence[float]) -> dict[str, float]:
-    """The mean of one value a seed, with the smallest and the largest as its spread.
-
-    Raises:
-        ValueError: without a value.
-    """
-    if not values:
-        raise ValueError("an estimate needs at least one value, got none")
-    return {"value": math.fsum(values) / len(values), "low": min(values), "high": max(values), "n": len(values)}
-
-
-def bounds(estimate: float | Mapping, name: str, share: bool = False) -> tuple[float, float, float]:
-    """`(value, low, high)` of an Estimate; a plain number is its own bounds.
-
-    Raises:
-        ValueError: if a number is missing or not finite, `low <= value <= high` does not hold, or a `share` lies
-            outside 0 ... 1.
-    """
-    if isinstance(estimate, Mapping):
-        numbers = tuple(estimate.get(key, estimate.get("value")) for key in ("value", "low", "high"))
-    else:
-        numbers = (estimate,) * 3
-    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
-        raise ValueError(
-            f"{name} is {estimate!r}: expected a finite number or {{'value', 'low', 'high'}}; leave out what is "
-            "not known"
-        )
-    value, low, high = numbers
-    if not low <= value <= high:
-        raise ValueError(f"{name} has value {value} outside its spread, {low} to {high}")
-    if share and not 0 <= low <= high <= 1:
-        raise ValueError(f"{name} is {estimate!r}: shares are given in 0 to 1; divide percentages by 100")
-    return value, low, high
-
-
-def model_label(key: str, models: Mapping) -> str:
-    """How an entry of `metrics["models"]` is called in the card and in plots."""
-    return models.get(key, {}).get("label") or MODEL_LABELS.get(key, key)
-
-
-def model_order(models: Mapping) -> list[str]:
-    """The keys of `metrics["models"]`, known ones first and in their order."""
-    return [key for key in MODEL_LABELS if key in models] + [key for key in models if key not in MODEL_LABELS]
 
 
 def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, repo_id: str | None = None) -> Path:
@@ -172,85 +103,6 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
     text = f"---\n{_card_data(metrics, title).to_yaml()}\n---\n\n{text}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
-    return path
-
-
-def eval_results(metrics: Mapping, key: str) -> list[EvalResult]:
-    """What `metrics` says of `models[key]`, for a model-index: the values as cards show them, and in `metric_args` the
-    number of rows, the spread, and the teacher or judge that a number depends on."""
-    task, data, entry = metrics.get("task", {}), metrics.get("data", {}), metrics["models"][key]
-
-    def args(name: str) -> dict:
-        _, factor, decimals, _ = METRICS[name]
-        value, low, high = bounds(entry[name], f"models[{key!r}][{name!r}]")
-        found = {"rows": entry[name].get("rows", entry["n"]) if isinstance(entry[name], Mapping) else entry["n"]}
-        if low < high:
-            found |= {"low": round(low * factor, decimals), "high": round(high * factor, decimals)}
-            found |= {"spread": metrics["spread"]}
-        other = "judge" if name == "judge" else "teacher" if name in OF_TEACHER else None
-        if other and metrics.get(other, {}).get("name"):
-            found[other] = metrics[other].get("hub_id") or metrics[other]["name"]
-        return found
-
-    of = {
-        "task_type": task.get("pipeline_tag") or "text-generation",
-        "task_name": task.get("name"),
-        "dataset_type": data.get("hub_id") or data.get("name") or "unnamed",
-        "dataset_name": data.get("name") or "unnamed",
-        "dataset_split": data.get("split", "test"),
-    }
-    results = [
-        EvalResult(
-            **of,
-            metric_type={"rouge_l": "rouge"}.get(name, name),
-            metric_name=heading,
-            metric_value=round(bounds(entry[name], name)[0] * factor, decimals),
-            metric_config=metrics.get("signatures", {}).get(name),
-            metric_args=args(name),
-        )
-        for name, (heading, factor, decimals, _) in METRICS.items()
-        if entry.get(name) is not None
-    ]
-    for name, value in entry.get("logged", {}).items():
-        results.append(
-            EvalResult(**of, metric_type=name, metric_name=name, metric_value=value, metric_args={"rows": entry["n"]})
-        )
-    return results
-
-
-def model_index(metrics: Mapping, key: str, name: str) -> str:
-    """`models[key]` as the `model-index` of a card's metadata, YAML; `name` is what the model is called there."""
-    return ModelCardData(model_name=name, eval_results=eval_results(metrics, key)).to_yaml() + "\n"
-
-
-def update_model_card(folder: str | Path, metrics: Mapping, key: str) -> Path:
-    """Writes `models[key]` into the model-index of the card in a folder; text and other metadata stay as they are.
-
-    A result of the same measure on the same dataset and split is replaced, others stay. Nothing is asked of the Hub.
-
-    Returns:
-        The path written.
-
-    Raises:
-        ValueError: there is no card, or its metadata are no metadata.
-    """
-    path = Path(folder) / "README.md"
-    if not path.is_file():  # the name of a folder that is not there would be looked for on the Hub
-        raise ValueError(f"there is no model card {path}: write one first (write_model_card)")
-    card = ModelCard.load(inside(path.parent, path.name))
-    task = {"pipeline_tag": card.data.get("pipeline_tag"), **metrics.get("task", {})}
-    measured = eval_results({**metrics, "task": task}, key)
-
-    def what(result: EvalResult) -> tuple:
-        return (result.dataset_type, result.dataset_split, result.metric_type, result.metric_name)
-
-    again = set(map(what, measured))
-    kept = [result for result in card.data.eval_results or [] if what(result) not in again]
-    card.data.eval_results = kept + measured
-    card.data.model_name = card.data.get("model_name") or path.resolve().parent.name
-    temporary = path.with_name(path.name + ".tmp")
-    card.save(temporary)  # keeps the newlines of the file
-    os.replace(temporary, path)
     return path
 
 

@@ -1,0 +1,78 @@
+"""The numbers in `metrics.json` as cards, plots and reports show them: names, scales, and what an estimate is.
+
+`hf_encdec_distill.cards.model_card` describes the whole file.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+
+MODEL_LABELS = {
+    "teacher_before": "teacher, before tuning",
+    "teacher": "teacher, tuned",
+    "student_start": "student, before training",
+    "student_ce": "student, cross-entropy alone",
+    "student_kd": "student, distilled",
+    "lead_baseline": "lead-sentence baseline",
+}
+# key -> (heading, factor for display, decimals, whether it is a share)
+METRICS = {
+    "rouge_l": ("ROUGE-L", 100, 1, True),
+    "exact_match": ("Exact match, %", 100, 1, True),
+    "f1": ("F1", 100, 1, True),
+    "chrf": ("chrF", 1, 1, False),
+    "bleu": ("BLEU", 1, 1, False),
+    "judge": ("Judge, 1 to 5", 1, 2, False),
+    "ce": ("CE, nats/token", 1, 3, False),
+    "kl": ("KL to teacher, nats/token", 1, 3, False),
+    "teacher_agreement": ("Agreement with teacher, %", 100, 1, True),
+    "ece": ("Calibration error, %", 100, 1, True),
+    "entropy_gap": ("Entropy minus teacher's, nats/token", 1, 3, False),
+    "distinct": ("Distinct outputs, %", 100, 1, True),
+}
+OF_TEACHER = ("kl", "teacher_agreement", "entropy_gap")
+
+
+def estimate(values: Sequence[float]) -> dict[str, float]:
+    """The mean of one value a seed, with the smallest and the largest as its spread.
+
+    Raises:
+        ValueError: without a value.
+    """
+    if not values:
+        raise ValueError("an estimate needs at least one value, got none")
+    return {"value": math.fsum(values) / len(values), "low": min(values), "high": max(values), "n": len(values)}
+
+
+def bounds(estimate: float | Mapping, name: str, share: bool = False) -> tuple[float, float, float]:
+    """`(value, low, high)` of an Estimate; a plain number is its own bounds.
+
+    Raises:
+        ValueError: if a number is missing or not finite, `low <= value <= high` does not hold, or a `share` lies
+            outside 0 ... 1.
+    """
+    if isinstance(estimate, Mapping):
+        numbers = tuple(estimate.get(key, estimate.get("value")) for key in ("value", "low", "high"))
+    else:
+        numbers = (estimate,) * 3
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
+        raise ValueError(
+            f"{name} is {estimate!r}: expected a finite number or {{'value', 'low', 'high'}}; leave out what is "
+            "not known"
+        )
+    value, low, high = numbers
+    if not low <= value <= high:
+        raise ValueError(f"{name} has value {value} outside its spread, {low} to {high}")
+    if share and not 0 <= low <= high <= 1:
+        raise ValueError(f"{name} is {estimate!r}: shares are given in 0 to 1; divide percentages by 100")
+    return value, low, high
+
+
+def model_label(key: str, models: Mapping) -> str:
+    """How an entry of `metrics["models"]` is called in the card and in plots."""
+    return models.get(key, {}).get("label") or MODEL_LABELS.get(key, key)
+
+
+def model_order(models: Mapping) -> list[str]:
+    """The keys of `metrics["models"]`, known ones first and in their order."""
+    return [key for key in MODEL_LABELS if key in models] + [key for key in models if key not in MODEL_LABELS]
