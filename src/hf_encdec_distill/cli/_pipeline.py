@@ -58,7 +58,7 @@ SHARES = {
     "teacher": 3,
     "data": 3,
     "before": 6,
-    "adapt": 16,
+    "teach": 16,
     "start": 2,
     "distill": 36,
     "twin": 20,
@@ -70,7 +70,7 @@ TITLES = {
     "teacher": "fetch the teacher",
     "data": "mine the data",
     "before": "evaluate the teacher as it is",
-    "adapt": "adapt the teacher to the task",
+    "teach": "teach the teacher the task",
     "start": "cut the student out of the teacher",
     "distill": "train the student on the teacher",
     "twin": "train its twin on the labels alone",
@@ -244,7 +244,7 @@ class Pipeline:
         note = f"{count} held-out rows: CE {entry['ce']['value']:.2f} a token, ROUGE-L {percent(entry['rouge_l'])}"
         return {"rows": count, "entry": entry, "note": note}
 
-    def adapt(self, update, share) -> dict:
+    def teach(self, update, share) -> dict:
         teacher = self.load_teacher(self.teacher_path, torch.float32)
         rows = self.rows["train"]
         steps_a_pass = max(len(rows) // BATCH_SIZE, 1)
@@ -407,7 +407,7 @@ class Pipeline:
             "task": self._task(),
             "teacher": {
                 **teacher,
-                "adaptation": f"all layers, {results['adapt']['steps']} steps of {BATCH_SIZE}",
+                "adaptation": f"all layers, {results['teach']['steps']} steps of {BATCH_SIZE}",
             },
             "student": {
                 "encoder_layers": settings.encoder_layers,
@@ -462,7 +462,7 @@ class Pipeline:
             "batch_size": BATCH_SIZE,
             "learning_rate": STUDENT_LEARNING_RATE,
             "schedule": "warm-up over 20 steps, then linear to zero",
-            "teacher_steps": results["adapt"]["steps"],
+            "teacher_steps": results["teach"]["steps"],
             "teacher_learning_rate": _teacher.PEAK_LEARNING_RATE,
             "max_prompt_tokens": MAX_PROMPT,
             "max_target_tokens": MAX_TARGET,
