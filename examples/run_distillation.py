@@ -4,7 +4,7 @@ r"""Distil a causal language model into an encoder-decoder: transformers' `run_s
         --max_source_length 256 --max_target_length 32 --output_dir runs/distillation
 
 Without further arguments the built-in teacher is distilled on the built-in task, Python functions to the first
-sentence of their docstring. The teacher should know the task; `hf-encdec-distill quickstart` adapts one first and
+sentence of their docstring. The teacher should know the task; `hf-encdec-distill quickstart` teaches one first and
 leaves it in work/teacher of its folder, for --teacher_name_or_path. Every field of DistillationTrainingArguments is an
 option: --divergence reverse_kl, --distill_weight 0.5, ...; on a CPU with bfloat16 add --use_cpu --bf16 --teacher_dtype
 bfloat16. A YAML or JSON file with the names of the options as keys will do in place of them. A run that was stopped

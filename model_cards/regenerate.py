@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_encdec_distill.cards import write_model_card
 from hf_encdec_distill.data.builtin_teacher import FACTS
 from hf_encdec_distill.data.python_docstrings import ROWS_LICENSE
 from hf_encdec_distill.metrics import estimate
-from hf_encdec_distill.model_card import write_model_card
 
 
 FOLDER = Path(__file__).resolve().parent

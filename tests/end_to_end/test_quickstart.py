@@ -81,7 +81,7 @@ def run(inputs, tmp_path_factory):
     assert len(checkpoints) == 1
     steps_before = int(checkpoints[0].name.rpartition("-")[2])
     state = json.loads((folder / "state.json").read_text())
-    assert "adapt" in state["results"] and "distill" not in state["results"]
+    assert "teach" in state["results"] and "distill" not in state["results"]
 
     resumed = subprocess.run([*COMMAND, "--resume", "--output", str(folder)], capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
@@ -100,11 +100,11 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(run):
     assert metrics["recipe"]["steps"] > run["steps_before"] > 0
     state = json.loads((run["folder"] / "state.json").read_text())
     assert state["seconds_used"] > run["state"]["seconds_used"]
-    assert state["results"]["adapt"] == run["state"]["results"]["adapt"]  # not done a second time
-    assert "adapt the teacher" not in run["resumed"].stderr
+    assert state["results"]["teach"] == run["state"]["results"]["teach"]  # not done a second time
+    assert "teach the teacher" not in run["resumed"].stderr
 
 
-def test_the_adapted_teacher_is_saved_for_both_versions_of_transformers(run):
+def test_the_taught_teacher_is_saved_for_both_versions_of_transformers(run):
     folder = run["folder"] / "work" / "teacher"  # model/test_teachers_of_either_version.py loads such ones
     assert json.loads((folder / "config.json").read_text())["rope_theta"] == 10000.0
     assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"

@@ -7,10 +7,10 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
+from hf_encdec_distill.cards import write_model_card
+from hf_encdec_distill.cards.loading import PARITY
 from hf_encdec_distill.export.exporting import export_model
 from hf_encdec_distill.export.parity import prove
-from hf_encdec_distill.model_card import write_model_card
-from hf_encdec_distill.model_card_loading import PARITY
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from hf_encdec_distill.cards import write_model_card
+from hf_encdec_distill.cards.loading import note_exports
 from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.export import mil_interpreter
 from hf_encdec_distill.export.exporting import export_model, write_manifest
 from hf_encdec_distill.export.parity import prove
 from hf_encdec_distill.export.recipe import BOUNDS, TARGETS, VARIANTS, Shapes
-from hf_encdec_distill.model_card import write_model_card
-from hf_encdec_distill.model_card_loading import note_exports
 
 
 CASES = [(target, variant) for variant, targets in VARIANTS.items() for target in targets]

@@ -11,10 +11,10 @@ import pytest
 from huggingface_hub import constants
 from server import TOKEN, LargeFile
 
+from hf_encdec_distill.cards import write_model_card
 from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.export.exporting import write_manifest
 from hf_encdec_distill.export.recipe import Shapes
-from hf_encdec_distill.model_card import write_model_card
 
 
 FROZEN = Path(__file__).parent / "frozen" / "0.1" / "merged"

@@ -9,9 +9,9 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
+from hf_encdec_distill.cards import ModelCardCallback
 from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.distillation import LiveTeacher, capture
-from hf_encdec_distill.model_card_callback import ModelCardCallback
 
 
 ROWS = [{"source": f"def f{i}(): return {i}", "target": f"Return {i}."} for i in range(4)]

@@ -55,13 +55,13 @@ OF_TEACHER = {
     "teach": "teach {teacher} --output new {data} --max-steps 1 --use_cpu True",
     "cache": "cache {teacher} --output new {data}",
     "distill": "distill {student} --teacher {teacher} --output new {data} --max-steps 1 --use_cpu True",
-    "adapt": "adapt {student} --teacher {teacher} --text text.md --eval-rows 0 --output new --max-steps 1",
+    "heal": "heal {student} --teacher {teacher} --text text.md --eval-rows 0 --output new --max-steps 1",
     "evaluate": "evaluate {student} --teacher {teacher} {data} --rows 2",
     "quickstart": "quickstart --teacher {teacher} --output new {data} --encoder-layers 2 --decoder-layers 1",
 }
 OF_STUDENT = {
     "distill": OF_TEACHER["distill"],
-    "adapt": OF_TEACHER["adapt"],
+    "heal": OF_TEACHER["heal"],
     "evaluate": "evaluate {student} {data} --rows 2",
     "export": "export {student} new --target onnx {data}",
     "generate": "generate {student} hello",

@@ -133,7 +133,7 @@ def command(folder, name, output):
     if name == "teach":
         return [name, folder / "teacher", *data(folder), "--prompt-template", TEMPLATE, *options]
     models = [name, folder / "student", "--teacher", folder / "teacher"]
-    if name == "adapt":
+    if name == "heal":
         text = ["--text", folder / "text.txt", "--window", 16, "--eval-rows", 0]
         return [*models, *text, *options]
     return [*models, *data(folder), "--prompt-template", TEMPLATE, *options]
@@ -184,7 +184,7 @@ def test_distill_begins_again_where_it_ended_before_its_first_checkpoint(
     assert (output / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["adapt", "teach"])
+@pytest.mark.parametrize("name", ["heal", "teach"])
 def test_other_trainings_begin_again_too(folder, tmp_path, monkeypatch, name):
     output = tmp_path / "run"
     words = command(folder, name, output)

@@ -80,7 +80,7 @@ def test_the_commands_are_those_that_work():
         "quickstart",
         "init",
         "teach",
-        "adapt",
+        "heal",
         "cache",
         "distill",
         "evaluate",
@@ -134,13 +134,32 @@ def test_errors_are_one_line_with_exit_code_2(capsys, tmp_path, teacher_folder):
 
 
 @pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("distil", "distill"),
+        ("Evaluate", "evaluate"),
+        ("convert_mu", "convert-mu"),
+        ("info ", "info"),
+        ("adapt", "heal"),
+    ],
+)
+def test_a_misspelt_command_suggests_the_right_one(capsys, said, meant):
+    error = one_line_error(capsys, "--debug", said, "student")
+    assert f"invalid choice: {said!r}, maybe you meant {meant!r}? (choose from quickstart, init, " in error
+
+
+def test_a_word_that_is_like_no_command_gets_the_list_alone(capsys):
+    assert "invalid choice: 'zzz' (choose from quickstart, init, " in one_line_error(capsys, "zzz")
+
+
+@pytest.mark.parametrize(
     "command",
     [
         ["cache", "teacher", "--output"],
         ["teach", "teacher", "--output"],
         ["evaluate", "student", "--output"],
         ["distill", "student", "--teacher", "teacher", "--output"],
-        ["adapt", "student", "--teacher", "teacher", "--max-steps", "1", "--output"],
+        ["heal", "student", "--teacher", "teacher", "--max-steps", "1", "--output"],
     ],
     ids=lambda words: words[0],
 )
@@ -503,15 +522,15 @@ def test_distill_on_targets_that_the_teacher_wrote(student_folder, teacher_folde
     assert "eval_teacher_agreement" in capsys.readouterr().out
 
 
-def test_adapt_reads_text(student_folder, teacher_folder, tmp_path, capsys):
+def test_heal_reads_text(student_folder, teacher_folder, tmp_path, capsys):
     """Two steps on a folder of text: the student is another one, is measured on held-out text, and loads."""
-    corpus, output = tmp_path / "corpus", tmp_path / "adapted"
+    corpus, output = tmp_path / "corpus", tmp_path / "healed"
     corpus.mkdir()
     for number in range(60):
         (corpus / f"{number}.txt").write_text(f"Number {number} is followed by {number + 1}, as everybody knows. " * 6)
     options = ["--teacher", str(teacher_folder), "--text", str(corpus), "--output", str(output), "--window", "24"]
     options += ["--max-steps", "2", "--learning-rate", "1e-2", "--eval-rows", "4", "--use-cpu", "--report-to", "none"]
-    assert main(["adapt", str(student_folder), *options, "--json"]) == 0
+    assert main(["heal", str(student_folder), *options, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["output"], said["steps"]) == (str(output), 2) and said["metrics"]["eval_loss"] > 0
     before, after = (AutoModelForSeq2SeqLM.from_pretrained(folder) for folder in (student_folder, output))
@@ -540,10 +559,10 @@ def test_a_resumed_run_knows_what_was_done_and_asked_for(tmp_path):
     assert not folder.exists()
     assert state.begin("data", 12.0) == 12.0
     state.finish("data", {"rows": 7})
-    assert state.begin("adapt", 40.0) == 40.0
+    assert state.begin("teach", 40.0) == 40.0
     again = open_run(folder, {"seed": 5}, resume=True)
     assert (again.settings.minutes, again.settings.seed, again.results) == (3.0, 5, {"data": {"rows": 7}})
-    assert again.begin("adapt", 99.0) == 40.0
+    assert again.begin("teach", 99.0) == 40.0
     assert 0 < again.seconds_used < 180 and again.seconds_left == pytest.approx(180 - again.seconds_used, abs=1)
     with pytest.raises(ValueError, match="seed=5, not 6"):
         open_run(folder, {"seed": 6}, resume=True)

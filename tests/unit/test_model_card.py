@@ -15,14 +15,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
 from hf_encdec_distill.bench import LatencyComparison, compare_cost
-from hf_encdec_distill.model_card import (
-    bounds,
-    estimate,
-    model_index,
-    teacher_entry,
-    update_model_card,
-    write_model_card,
-)
+from hf_encdec_distill.cards import model_index, update_model_card, write_model_card
+from hf_encdec_distill.cards.model_card import teacher_entry
+from hf_encdec_distill.metrics.measures import bounds, estimate
 
 
 SIZES = {

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_encdec_distill import DistillationTrainer
 from hf_encdec_distill.bench import EnergyMeter
+from hf_encdec_distill.cards.callback import MARK, ModelCardCallback
 from hf_encdec_distill.distillation import LiveTeacher, capture
-from hf_encdec_distill.model_card_callback import MARK, ModelCardCallback
 
 
 @pytest.fixture

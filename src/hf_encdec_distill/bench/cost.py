@@ -271,7 +271,7 @@ class CostComparison:
         return {"parameters": self.student.parameters["total"] / self.teacher.parameters["total"], **ratios}
 
     def to_dict(self) -> dict:
-        """The `cost` entry of `metrics.json` (see `hf_encdec_distill.model_card`)."""
+        """The `cost` entry of `metrics.json` (see `hf_encdec_distill.cards.model_card`)."""
         return {**dataclasses.asdict(self), "ratio": self.ratio}
 
 

@@ -137,7 +137,7 @@ class LatencyComparison:
         }
 
     def to_dict(self) -> dict:
-        """The `latency` entry of `metrics.json` (see `hf_encdec_distill.model_card`)."""
+        """The `latency` entry of `metrics.json` (see `hf_encdec_distill.cards.model_card`)."""
         return {
             "dtype": self.dtype,
             "dtype_reason": self.dtype_reason,

@@ -167,7 +167,7 @@ def plot_quality(models: Mapping[str, Mapping], path: str | Path, spread: str | 
     """`metrics["models"]` as bars: a panel a metric, a row a model; models without a metric have no bar there.
 
     Args:
-        models: see `hf_encdec_distill.model_card`.
+        models: see `hf_encdec_distill.cards.model_card`.
         path: ends in `.png` or `.svg`; both are written, and `-dark` versions of both beside them.
         spread: what the error bars are; printed below.
 

@@ -103,9 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from transformers import set_seed
 
+    from ..cards import ModelCardCallback
     from ..distillation import DistillationTrainer, DistillationTrainingArguments
     from ..files import write_json
-    from ..model_card_callback import ModelCardCallback
     from ..models.loading import find
     from ._provenance import check_inputs, compare_results, describe, describe_result, read_provenance, warn_of_changes
     from ._recipe import read_recipe, training_part, write_recipe

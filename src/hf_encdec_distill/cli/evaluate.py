@@ -82,11 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import numpy as np
 
+    from ..cards import update_model_card
     from ..devices import device, working_dtype
     from ..evaluation.judge import Judge
     from ..metrics.measures import OF_TEACHER
     from ..metrics.significance import mean
-    from ..model_card import update_model_card
     from ..models.loading import load_teacher, load_tokenizer
 
     check_at_least_one(args, "rows", "max_source_length", "max_target_length")
@@ -201,7 +201,7 @@ def _measure_answers(measures: list[str], texts: list[str], rows: Sequence[Mappi
 
 
 def _compare(measured: Mapping[str, Mapping], rows: int) -> dict[str, Any]:
-    """`models` and `differences` from the first of them, as `hf_encdec_distill.model_card` has them, with p-values."""
+    """`models` and `differences` from the first of them, as in `metrics.json`, with p-values."""
     from ..metrics.significance import interval, p_value
 
     base, *others = (name for name in measured if name != _BASELINE)
@@ -227,7 +227,7 @@ def _compare(measured: Mapping[str, Mapping], rows: int) -> dict[str, Any]:
 
 
 def _provenance(args: argparse.Namespace, rows: int) -> dict[str, Any]:
-    """What was measured on, and against what, in the words of `hf_encdec_distill.model_card`."""
+    """What was measured on, and against what, in the words of `metrics.json`."""
     data = {"name": dataset_name(args.dataset), "test_rows": rows}
     if args.dataset != BUILT_IN and not Path(args.dataset).exists():
         data["hub_id"] = args.dataset
@@ -246,8 +246,8 @@ def _model_name(path: str) -> str:
 
 def _write(output: Path, result: Mapping, pairs, measured: Mapping[str, Mapping]) -> None:
     from ..bench import plot_quality
+    from ..cards import model_index
     from ..files import write_json, write_text
-    from ..model_card import model_index
 
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "metrics.json", result)

@@ -138,12 +138,12 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
     """Write, prove, and only then give the folder its name."""
     import shutil
 
+    from ..cards.loading import PARITY, note_exports
+    from ..cards.model_card import license_of
     from ..export.exporting import export_model
     from ..export.parity import prove
     from ..files import write_json
     from ..metrics.texts import rouge_l
-    from ..model_card import license_of
-    from ..model_card_loading import PARITY, note_exports
 
     rows = _rows("test", args.rows or _ROWS[target], model, tokenizer, args, shapes)
     calibration = None

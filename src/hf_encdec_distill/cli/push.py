@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from ..cards.loading import PARITY, proven_exports, why_not_proven, with_loading
 from ..files import inside, read_json
-from ..model_card_loading import PARITY, proven_exports, why_not_proven, with_loading
 from ._display import say_result
 
 
@@ -237,7 +237,7 @@ def _page(result: dict[str, Any]) -> str:
     rows.append([f"{len(files)} files", f"{sum(file['bytes'] for file in files) / 1e6:.3f}"])
     parts = [table([result["repo_id"], "MB"], rows)]
     if _CARD not in (file["path"] for file in files):
-        parts.append(f"There is no model card: write_model_card of hf_encdec_distill.model_card makes {_CARD}.")
+        parts.append(f"There is no model card: write_model_card of hf_encdec_distill.cards makes {_CARD}.")
     if result["left_out"]:
         parts.append(f"Left out: {', '.join(result['left_out'])}")
     parts.append(result.get("url", "Nothing was sent."))

@@ -1,6 +1,6 @@
 """Distil the built-in task end to end within a budget of wall-clock time, and measure what came out.
 
-A decoder-only teacher (SmolLM2-135M-Instruct if none is named) is adapted to the task, cut down to an encoder-decoder
+A decoder-only teacher (SmolLM2-135M-Instruct if none is named) learns the task, is cut down to an encoder-decoder
 and distilled into it; a twin trained without the teacher, the teacher before and after and a one-line baseline are
 measured on the same held-out rows. The output folder gets the student (loads anywhere), its model card, metrics.json,
 plots and samples. Ctrl-C leaves a run that --resume goes on with. On a machine that does other work too, set

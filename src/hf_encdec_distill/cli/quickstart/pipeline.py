@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from ...bench import compare_cost, compare_latency, machine_description, plot_loss_curves, plot_quality
+from ...cards.model_card import teacher_entry, write_model_card
 from ...data import lead_sentence
 from ...data.builtin_teacher import FACTS
 from ...data.python_docstrings import ROWS_LICENSE
@@ -29,7 +30,6 @@ from ...files import write_json
 from ...metrics.measures import measure_texts
 from ...metrics.significance import interval, mean
 from ...metrics.texts import distinct_share
-from ...model_card import teacher_entry, write_model_card
 from ...models.either_version import save_teacher
 from ...models.loading import load_config, load_student, load_teacher, load_tokenizer
 from ...models.prompts import PreTrainedTokenizerFast, encode_prompt, prompt_start_token_id
@@ -60,7 +60,7 @@ SHARES = {
     "teacher": 3,
     "data": 3,
     "before": 6,
-    "adapt": 16,
+    "teach": 16,
     "start": 2,
     "distill": 36,
     "twin": 20,
@@ -72,7 +72,7 @@ TITLES = {
     "teacher": "fetch the teacher",
     "data": "mine the data",
     "before": "evaluate the teacher as it is",
-    "adapt": "adapt the teacher to the task",
+    "teach": "teach the teacher the task",
     "start": "cut the student out of the teacher",
     "distill": "train the student on the teacher",
     "twin": "train its twin on the labels alone",
@@ -246,7 +246,7 @@ class Pipeline:
         note = f"{count} held-out rows: CE {entry['ce']['value']:.2f} a token, ROUGE-L {percent(entry['rouge_l'])}"
         return {"rows": count, "entry": entry, "note": note}
 
-    def adapt(self, update, share) -> dict:
+    def teach(self, update, share) -> dict:
         teacher = self.load_teacher(self.teacher_path, torch.float32)
         rows = self.rows["train"]
         steps_a_pass = max(len(rows) // BATCH_SIZE, 1)
@@ -360,7 +360,7 @@ class Pipeline:
         return {"models": models, "differences": [difference], "samples": samples}
 
     def _entry(self, sums: Mapping[str, np.ndarray], texts: list[str] | None, rows: list[dict]) -> dict:
-        """One model of metrics.json, see `hf_encdec_distill.model_card`."""
+        """One model of metrics.json, see `hf_encdec_distill.cards.model_card`."""
         tokens = np.array([len(row["labels"]) for row in rows])
         entry: dict[str, Any] = {"n": len(rows)}
         entry |= {measure: interval(mean(values, tokens)) for measure, values in sums.items()}
@@ -409,7 +409,7 @@ class Pipeline:
             "task": self._task(),
             "teacher": {
                 **teacher,
-                "adaptation": f"all layers, {results['adapt']['steps']} steps of {BATCH_SIZE}",
+                "adaptation": f"all layers, {results['teach']['steps']} steps of {BATCH_SIZE}",
             },
             "student": {
                 "encoder_layers": settings.encoder_layers,
@@ -464,7 +464,7 @@ class Pipeline:
             "batch_size": BATCH_SIZE,
             "learning_rate": STUDENT_LEARNING_RATE,
             "schedule": "warm-up over 20 steps, then linear to zero",
-            "teacher_steps": results["adapt"]["steps"],
+            "teacher_steps": results["teach"]["steps"],
             "teacher_learning_rate": PEAK_LEARNING_RATE,
             "max_prompt_tokens": MAX_PROMPT,
             "max_target_tokens": MAX_TARGET,

@@ -53,11 +53,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
-from .files import inside, read_json, write_text
-from .metrics.measures import METRICS, OF_TEACHER, bounds, model_label, model_order
-from .model_card_loading import loading_section, proven_exports, table
+from ..files import inside, read_json, write_text
+from ..metrics.measures import METRICS, bounds, model_label, model_order
+from .index import eval_results
+from .loading import loading_section, proven_exports, table
 
 
 PAPER = "https://arxiv.org/abs/2501.16273"
@@ -102,85 +103,6 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
     text = f"---\n{_card_data(metrics, title).to_yaml()}\n---\n\n{text}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
-    return path
-
-
-def eval_results(metrics: Mapping, key: str) -> list[EvalResult]:
-    """What `metrics` says of `models[key]`, for a model-index: the values as cards show them, and in `metric_args` the
-    number of rows, the spread, and the teacher or judge that a number depends on."""
-    task, data, entry = metrics.get("task", {}), metrics.get("data", {}), metrics["models"][key]
-
-    def args(name: str) -> dict:
-        _, factor, decimals, _ = METRICS[name]
-        value, low, high = bounds(entry[name], f"models[{key!r}][{name!r}]")
-        found = {"rows": entry[name].get("rows", entry["n"]) if isinstance(entry[name], Mapping) else entry["n"]}
-        if low < high:
-            found |= {"low": round(low * factor, decimals), "high": round(high * factor, decimals)}
-            found |= {"spread": metrics["spread"]}
-        other = "judge" if name == "judge" else "teacher" if name in OF_TEACHER else None
-        if other and metrics.get(other, {}).get("name"):
-            found[other] = metrics[other].get("hub_id") or metrics[other]["name"]
-        return found
-
-    of = {
-        "task_type": task.get("pipeline_tag") or "text-generation",
-        "task_name": task.get("name"),
-        "dataset_type": data.get("hub_id") or data.get("name") or "unnamed",
-        "dataset_name": data.get("name") or "unnamed",
-        "dataset_split": data.get("split", "test"),
-    }
-    results = [
-        EvalResult(
-            **of,
-            metric_type={"rouge_l": "rouge"}.get(name, name),
-            metric_name=heading,
-            metric_value=round(bounds(entry[name], name)[0] * factor, decimals),
-            metric_config=metrics.get("signatures", {}).get(name),
-            metric_args=args(name),
-        )
-        for name, (heading, factor, decimals, _) in METRICS.items()
-        if entry.get(name) is not None
-    ]
-    for name, value in entry.get("logged", {}).items():
-        results.append(
-            EvalResult(**of, metric_type=name, metric_name=name, metric_value=value, metric_args={"rows": entry["n"]})
-        )
-    return results
-
-
-def model_index(metrics: Mapping, key: str, name: str) -> str:
-    """`models[key]` as the `model-index` of a card's metadata, YAML; `name` is what the model is called there."""
-    return ModelCardData(model_name=name, eval_results=eval_results(metrics, key)).to_yaml() + "\n"
-
-
-def update_model_card(folder: str | Path, metrics: Mapping, key: str) -> Path:
-    """Writes `models[key]` into the model-index of the card in a folder; text and other metadata stay as they are.
-
-    A result of the same measure on the same dataset and split is replaced, others stay. Nothing is asked of the Hub.
-
-    Returns:
-        The path written.
-
-    Raises:
-        ValueError: there is no card, or its metadata are no metadata.
-    """
-    path = Path(folder) / "README.md"
-    if not path.is_file():  # the name of a folder that is not there would be looked for on the Hub
-        raise ValueError(f"there is no model card {path}: write one first (write_model_card)")
-    card = ModelCard.load(inside(path.parent, path.name))
-    task = {"pipeline_tag": card.data.get("pipeline_tag"), **metrics.get("task", {})}
-    measured = eval_results({**metrics, "task": task}, key)
-
-    def what(result: EvalResult) -> tuple:
-        return (result.dataset_type, result.dataset_split, result.metric_type, result.metric_name)
-
-    again = set(map(what, measured))
-    kept = [result for result in card.data.eval_results or [] if what(result) not in again]
-    card.data.eval_results = kept + measured
-    card.data.model_name = card.data.get("model_name") or path.resolve().parent.name
-    temporary = path.with_name(path.name + ".tmp")
-    card.save(temporary)  # keeps the newlines of the file
-    os.replace(temporary, path)
     return path
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .files import inside, read_json, write_text
+from ..files import inside, read_json, write_text
 
 
 PARITY = "parity.json"

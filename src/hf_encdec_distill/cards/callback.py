@@ -12,9 +12,9 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments, TrainerCallback
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
-from . import __version__
-from .bench import EnergyMeter, compare_cost, machine_description
-from .distillation import CachedTeacher, DistillationTrainer, DistillationTrainingArguments
+from .. import __version__
+from ..bench import EnergyMeter, compare_cost, machine_description
+from ..distillation import CachedTeacher, DistillationTrainer, DistillationTrainingArguments
 from .model_card import check, teacher_entry, write_model_card
 
 
@@ -45,7 +45,7 @@ class ModelCardCallback(TrainerCallback):
 
     Args:
         trainer: its teacher, student, data, arguments and last evaluation are described.
-        known: what a trainer does not know, in the structure of `hf_encdec_distill.model_card`, for instance
+        known: what a trainer does not know, in the structure of `hf_encdec_distill.cards.model_card`, for instance
             `task={"name": "...", "language": "en"}` or `data={"name": "...", "license": "..."}`; it counts for more
             than what was found.
 

@@ -1,8 +1,9 @@
-"""Adapt a student to reading and going on with plain text, as its teacher would, before it is distilled on a task.
+"""Heal a student on plain text before it is distilled on a task: it learns again to continue text as its teacher does.
 
-With prefix_lm the encoder reads the first part of a piece of text and the decoder writes the rest; with span_denoising
-it fills in what was taken out; ul2 does both. What comes out is a STUDENT for `distill`. Every field of
-DistillationTrainingArguments is an option too. An interrupted run goes on with --resume and reads what it would have.
+With prefix_lm the encoder reads the first part of a window of text and the decoder writes the rest. With
+span_denoising the student restores spans that were removed. ul2 mixes the two. The result is a STUDENT for `distill`.
+Every field of DistillationTrainingArguments is an option, too. --resume continues an interrupted run with the same
+rows in the same order.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from ._inputs import BUILT_IN, add_training_arguments, teacher_path, training_ar
 from .distill import TRAINING, student_and_tokenizer, train_and_save
 
 
-SUMMARY = "adapt a student to plain text before its task"
+SUMMARY = "heal a student on plain text before its task"
 EXAMPLE = (
-    "hf-encdec-distill adapt student --teacher HuggingFaceTB/SmolLM2-135M-Instruct --text corpus --output adapted "
+    "hf-encdec-distill heal student --teacher HuggingFaceTB/SmolLM2-135M-Instruct --text corpus --output healed "
     "--max-steps 2000 --learning-rate 5e-4"
 )
 PASSES_ARGUMENTS_ON = True
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
     metrics = {} if held_out is None else trainer.evaluate()
     if trainer.is_world_process_zero():
         steps = trainer.state.global_step
-        lines = [f"{output}: adapted for {steps} steps", *(f"{name}: {value}" for name, value in metrics.items())]
+        lines = [f"{output}: healed for {steps} steps", *(f"{name}: {value}" for name, value in metrics.items())]
         say_result(args, {"output": str(output), "steps": steps, "metrics": metrics}, "\n".join(lines))
 
 
