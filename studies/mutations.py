@@ -55,8 +55,10 @@ class Mutation:
 
 
 _LOSS, _RESUME = "invariants/test_trainer_loss.py", "invariants/test_trainer_resume.py"
-_TRAINER, _LOSSES, _CACHE = "distillation/trainer.py", "distillation/losses.py", "distillation/cache.py"
-_ALIGNMENT, _ROLLOUTS = "distillation/alignment.py", "distillation/rollouts.py"
+_TRAINER, _LOSSES = "distillation/trainer.py", "distillation/losses.py"
+_POSITIONS, _VOCABULARIES = "distillation/alignment/positions.py", "distillation/alignment/vocabularies.py"
+_CAPTURE, _RECORDED = "distillation/teachers/capture.py", "distillation/teachers/recorded.py"
+_FINGERPRINTS, _ROLLOUTS = "distillation/teachers/fingerprints.py", "distillation/options/rollouts.py"
 _MODELING = "models/rope_encdec/modeling_rope_encdec.py"
 
 MUTATIONS = [
@@ -95,7 +97,7 @@ MUTATIONS = [
     Mutation(
         2,
         "the teacher is read one column late",
-        _ALIGNMENT,
+        _POSITIONS,
         "return labels_start[rows] - 1 + columns",
         "return labels_start[rows] + columns",
         f"{_LOSS}::test_loss_and_gradient_of_a_padded_batch",
@@ -103,7 +105,7 @@ MUTATIONS = [
     Mutation(
         2,
         "the teacher counts columns, not tokens",
-        "distillation/teachers.py",
+        "distillation/teachers/live.py",
         "(attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)",
         "torch.arange(attention_mask.shape[1]).expand_as(attention_mask)",
         "unit/test_alignment.py::test_live_teacher_equals_each_row_alone",
@@ -111,7 +113,7 @@ MUTATIONS = [
     Mutation(
         2,
         "padding inside the teacher's sequence stays there",
-        _ALIGNMENT,
+        _POSITIONS,
         "order = (~mask).int().argsort(dim=1, stable=True)",
         "order = torch.arange(mask.shape[1]).expand_as(mask)",
         "unit/test_alignment.py::test_derived_inputs_are_prompt_then_target",
@@ -167,7 +169,7 @@ MUTATIONS = [
     Mutation(
         5,
         "ids of one tokenizer keep their mass",
-        _ALIGNMENT,
+        _VOCABULARIES,
         "logits = logits.index_fill(-1, torch.tensor(self.one_sided, device=logits.device), -torch.inf)",
         "pass",
         "unit/test_alignment.py::test_tokens_of_one_tokenizer_get_probability_zero",
@@ -175,7 +177,7 @@ MUTATIONS = [
     Mutation(
         5,
         "padded rows of the vocabulary keep their mass",
-        _ALIGNMENT,
+        _VOCABULARIES,
         "logits = logits[..., : self.size]",
         "pass",
         f"{_LOSS}::test_loss_is_the_same_for_a_padded_vocabulary",
@@ -183,7 +185,7 @@ MUTATIONS = [
     Mutation(
         5,
         "`strict` looks at sizes alone",
-        _ALIGNMENT,
+        _VOCABULARIES,
         'if policy == "strict" and (student_size != teacher_size or one_sided):',
         'if policy == "strict" and student_size != teacher_size:',
         "unit/test_alignment.py::test_tokens_of_one_tokenizer_get_probability_zero",
@@ -215,7 +217,7 @@ MUTATIONS = [
     Mutation(
         7,
         "the tail has no mass",
-        _CACHE,
+        _CAPTURE,
         "tail = log_probs.scatter(-1, ids, -torch.inf).logsumexp(dim=-1)",
         "tail = torch.full(ids.shape[:-1], -torch.inf)",
         "unit/test_cache.py::test_part_of_the_distribution_gives_the_loss_by_hand",
@@ -223,7 +225,7 @@ MUTATIONS = [
     Mutation(
         7,
         "importance weights forget from what was drawn",
-        _CACHE,
+        _CAPTURE,
         'weights = counts / recorded["rounds"] * (log_probs - log_proposal).exp()',
         'weights = counts / recorded["rounds"]',
         "unit/test_cache.py::test_samples_are_drawn_from_the_teacher",
@@ -231,7 +233,7 @@ MUTATIONS = [
     Mutation(
         7,
         "a token that came up twice counts once",
-        _CACHE,
+        _CAPTURE,
         "counts = torch.zeros_like(log_probs).scatter_add_(",
         "counts = torch.zeros_like(log_probs).scatter_(",
         "unit/test_cache.py::test_samples_are_drawn_from_the_teacher",
@@ -239,7 +241,7 @@ MUTATIONS = [
     Mutation(
         8,
         "the weights of the teacher are no part of what a cache is",
-        _CACHE,
+        _RECORDED,
         '    "teacher_weights",\n)',
         ")",
         "unit/test_cache.py::test_another_teacher_tokenizer_template_or_kind_is_refused",
@@ -247,7 +249,7 @@ MUTATIONS = [
     Mutation(
         8,
         "a row is known by its tokens alone, not by where it was asked",
-        _CACHE,
+        _FINGERPRINTS,
         "digest.update(np.flatnonzero(is_asked[is_read])",
         "digest.update(np.flatnonzero(is_asked[is_read][:0])",
         "invariants/test_trainer_positions.py::test_a_cache_holds_what_was_asked",
@@ -255,7 +257,7 @@ MUTATIONS = [
     Mutation(
         8,
         "a shard's hash is not looked at",
-        "distillation/shards.py",
+        "distillation/teachers/shards.py",
         'if not shard.stem.endswith(f"-{digest}"):',
         "if not digest:",
         "unit/test_cache.py::test_a_damaged_shard_is_found_and_captured_again",
@@ -263,7 +265,7 @@ MUTATIONS = [
     Mutation(
         8,
         "a shard is written under its own name",
-        "distillation/shards.py",
+        "distillation/teachers/shards.py",
         'partial = self.folder / f"partial-{self.process:03}"',
         'partial = self.folder / f"{self.prefix}-{self.process:03}-{self._number:05}-new.parquet"',
         "unit/test_cache.py::test_killed_at_any_file_operation_it_goes_on",
@@ -271,7 +273,7 @@ MUTATIONS = [
     Mutation(
         8,
         "rows that are there are captured again",
-        _CACHE,
+        _CAPTURE,
         "fresh = [row for row, key in enumerate(keys) if key is not None and key not in known]",
         "fresh = [row for row, key in enumerate(keys) if key is not None]",
         "unit/test_cache.py::test_a_capture_goes_on_where_it_was_stopped",

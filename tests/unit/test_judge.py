@@ -134,7 +134,7 @@ def test_templates(tmp_path):
     assert load_template(str(file)) == "{prediction}\nRating: "
     assert load_template("rate {prediction}") == "rate {prediction}"
     default = load_template(None)
-    assert f"```\n{default}\n```" in (Path(__file__).parents[2] / "docs" / "distillation.md").read_text()
+    assert f"```\n{default}\n```" in (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     assert all(f"{{{name}}}" in default for name in ("source", "reference", "prediction"))
     file.write_text("rate it")
     with pytest.raises(ValueError, match=r"has no \{prediction\}"):

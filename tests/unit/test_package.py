@@ -105,7 +105,7 @@ def test_the_model_loads_little_more_than_transformers():
     assert not {name.split(".")[0] for name in added} & heavy
     assert not {name for name in added if name.startswith("transformers.trainer")}
     ours = {name for name in added if name.startswith("hf_encdec_distill")}
-    assert len(ours) == 7, ours
+    assert len(ours) == 8, ours
     # What any model that generates loads of transformers itself is upstream's choice, and differs by version.
     assert len([name for name in added if not name.startswith("transformers.")]) < 40
 

@@ -2,8 +2,8 @@
 
 MODEL may be an encoder-decoder or a decoder-only model. In brackets: 95 % interval, bootstrap over the rows. Several
 models are measured on the same rows, and each is compared with the first: difference, its interval, and p of a paired
-permutation test. The baseline answers with the first sentence of the source. What the measures are and what --output
-gets is in docs/distillation.md, "What came of it".
+permutation test. The baseline answers with the first sentence of the source. docs/evaluation.md describes the measures
+and what --output gets.
 """
 
 from __future__ import annotations
