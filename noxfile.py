@@ -69,6 +69,12 @@ def lowest(session):
         "tests/model/test_cache_and_generation.py::test_a_compiled_decode_step_on_a_static_cache",
         "tests/unit/test_cli_shell.py::test_doctor_finds_what_is_there",
         "tests/unit/test_demo.py::test_an_export_of_fixed_shapes_is_given_what_it_takes",
+        # transformers 4.57.0 itself takes no lr_scheduler_kwargs on a command line.
+        *(
+            f"tests/unit/test_bad_folders.py::test_training_arguments_that_transformers_stumbles_over[{command}-"
+            "kwargs-of-another-scheduler]"
+            for command in ("distill", "teach")
+        ),
     )
     deselected = [f"--deselect={test}" for test in beyond]
     session.run("pytest", *(session.posargs or ("tests/unit", "tests/model", *deselected)))

@@ -136,9 +136,10 @@ def test_a_chat_template_that_fails(refused, whole, tmp_path, command, template)
         ("--num-train-epochs inf", "num_train_epochs=inf is out of range; it has to be a finite number"),
         ("--label_smoothing_factor 2", "label_smoothing_factor=2.0 is out of range"),
         ("--lr_scheduler_kwargs 3", "lr_scheduler_kwargs"),
-        (
+        pytest.param(
             '--lr_scheduler_type polynomial --lr_scheduler_kwargs {{"x":1}}',
             "lr_scheduler_kwargs={'x': 1} do not go with",
+            id="kwargs-of-another-scheduler",
         ),
         ("--neftune_noise_alpha nan", "neftune_noise_alpha=nan is out of range"),
     ],

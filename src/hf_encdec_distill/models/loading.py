@@ -26,10 +26,10 @@ from .either_version import check_rope_is_read, tokenizer_mend
 
 
 _CONFIG, _ADAPTER, _TOKENIZER_CONFIG = "config.json", "adapter_config.json", "tokenizer_config.json"
-_INDEX = "model.safetensors.index.json"
+_INDEX, _FAST_TOKENIZER = "model.safetensors.index.json", "tokenizer.json"
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 # One of these is in every folder with a tokenizer.
-_TOKENIZERS = (_TOKENIZER_CONFIG, "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_TOKENIZERS = (_TOKENIZER_CONFIG, _FAST_TOKENIZER, "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _OF_FILES = (".json", ".jsonl", ".yaml", ".yml", ".csv", ".txt", ".safetensors", ".bin", ".pt", ".gguf", ".onnx")
 _SECONDS_TO_ANSWER = 10.0
 
@@ -254,9 +254,12 @@ def _reading(
     check_folder(folder)
     try:
         yield
-    except ImportError:
-        raise
     except Exception as error:
+        if isinstance(error, ImportError):
+            # transformers 4.57 asks for protobuf in order to say what is wrong with a tokenizer.json.
+            if not isinstance(error.__context__, Exception) or not (folder / _FAST_TOKENIZER).is_file():
+                raise
+            error = error.__context__
         check(find(name))
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{name} does not load as {what}: {one_line(error)}") from error
