@@ -154,8 +154,8 @@ MUTATIONS = [
         4,
         "no temperature squared",
         _TRAINER,
-        'terms["distill_loss"] = of_teacher * temperature**2',
-        'terms["distill_loss"] = of_teacher',
+        'terms["distill_loss"] = divergence * temperature**2',
+        'terms["distill_loss"] = divergence',
         f"{_LOSS}::test_loss_and_gradient_of_a_padded_batch",
     ),
     Mutation(

@@ -101,7 +101,7 @@ def test_a_shared_prompt_pass_is_the_ordinary_one(tmp_path, tokenizer, monkeypat
     trainer.model.get_encoder().register_forward_hook(lambda *_: runs.append(1))
     shared = gradients_of(trainer, batch)
     assert not runs
-    trainer._shared = []
+    trainer._shared_prompt = SharedPrompt(None)
     alone = gradients_of(trainer, batch)
     assert runs and set(shared) == set(alone)
     for name, gradient in alone.items():
@@ -114,7 +114,7 @@ def test_what_is_not_the_teachers_is_not_shared(tmp_path, tokenizer):
     def exact(student, teacher=teacher, frozen=True):
         if frozen:
             student.get_encoder().requires_grad_(False)
-        return SharedPrompt.is_exact(student, teacher)
+        return SharedPrompt(teacher).is_exact_for(student)
 
     assert exact(make_student(teacher))
     assert not exact(make_student(teacher), frozen=False)
@@ -153,7 +153,7 @@ def test_a_teacher_with_a_prompt_of_its_own_is_not_listened_to(tmp_path, tokeniz
     batch = trainer.data_collator(rows)
     shared = gradients_of(trainer, batch)
     assert runs
-    trainer._shared = []
+    trainer._shared_prompt = SharedPrompt(None)
     for name, gradient in gradients_of(trainer, batch).items():
         assert torch.equal(shared[name], gradient), name
 
@@ -165,7 +165,7 @@ def test_resumed_equals_never_stopped(tmp_path, tokenizer):
     whole.train()
     resumed = make_trainer(tmp_path, make_student(teacher), teacher, tokenizer, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert whole._shared and resumed._shared and resumed.state.global_step == 2
+    assert whole._shared_prompt._exact and resumed._shared_prompt._exact and resumed.state.global_step == 2
     for (name, one), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other), name
 

@@ -5,9 +5,11 @@ from 1) hands on, and the last one has the final norm applied. States are compar
 the student's decoder position that predicts a target token, and the teacher's position that predicts the same token.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +109,81 @@ class HiddenStateMatching(nn.Module):
                 f"the projections in {file} are not those of this run ({error}); resume with the same "
                 "hidden_state_layers, student and teacher."
             ) from error
+
+
+class HiddenStateTraining:
+    """Mix-in for a distilling `Trainer`: what is done for the student is done for the projections of hidden states.
+
+    They get a group in the optimizer, an average over processes once a step, the same clipping, a check for what is
+    not finite, and a file in each checkpoint.
+    """
+
+    _matching: HiddenStateMatching
+
+    def _match_hidden_states(self) -> None:
+        """Makes the projections that `args` ask for, none with `hidden_state_weight=0`."""
+        self._matching = HiddenStateMatching({})
+        if self.args.hidden_state_weight == 0:
+            return
+        refuse_hidden_states(self)
+        student, teacher = self.accelerator.unwrap_model(self.model), self.teacher.model
+        layers = layer_pairs(student, teacher, self.args.hidden_state_layers)
+        loss, dtype = self.args.hidden_state_loss, student.dtype
+        self._matching = HiddenStateMatching(layers, *widths(student, teacher), loss, dtype).to(self.args.device)
+        if self.optimizer is not None:
+            self.optimizer.add_param_group(self._projection_group())
+
+    def _projection_group(self) -> dict[str, Any]:
+        return {"params": list(self._matching.parameters()), "weight_decay": self.args.weight_decay}
+
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        return chain(super().named_weights(), self._matching.named_parameters())
+
+    def create_optimizer(self, *args, **kwargs):
+        """As the base class, with a group for the projections."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self._matching.student_layers:
+            self._matching.reset()  # `model_init` has made a new student too
+            self.optimizer.add_param_group(self._projection_group())
+        return optimizer
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.hidden_state_weight == 0:
+            return
+        clip = self.accelerator.clip_grad_norm_
+
+        # The base class clips what it finds in the student; the norm is that of all that is trained.
+        def clip_with_projections(parameters, *args, **kwargs):
+            return clip([*parameters, *self._matching.parameters()], *args, **kwargs)
+
+        self.accelerator.clip_grad_norm_ = clip_with_projections
+
+    def get_batch_samples(self, *args, **kwargs):
+        self._matching.zero_grad()  # a step begins
+        return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._matching.average_gradients(self.accelerator)
+        return loss
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self._matching.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._matching.load(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if not self.args.save_only_model:
+            self._matching.load(self.state.best_model_checkpoint)
 
 
 def layer_pairs(student: nn.Module, teacher: nn.Module, layers: Mapping[int, int] | None) -> dict[int, int]:

@@ -19,25 +19,38 @@ from ...models.rope_encdec.initialization import encoder_is_first_layers_of
 
 
 class SharedPrompt:
-    """What a student's encoder would say, out of the teacher's forward.
+    """What a student's encoder would say, from the teacher's forward.
 
     Args:
-        student: a `merged` student of which `SharedPrompt.is_exact` holds.
-        teacher: its teacher, which is about to run on the same prompts.
+        teacher: a causal language model; None where nothing can be shared.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module):
-        self._encoder = student.get_encoder()
+    def __init__(self, teacher: nn.Module | None):
         self._teacher = teacher
-        blocks = [*teacher.model.layers, teacher.model.norm]
-        # State i enters block i; state 0, the embedded tokens, shows whether both read the same prompt.
-        self._blocks = {index: blocks[index] for index in (0, *self._encoder.states_read)}
+        self.forget()
+
+    def forget(self) -> None:
+        """Weights or layers of the student have changed: whether it can share is found out again."""
+        self._exact: bool | None = None
         self._states: dict[int, Tensor] = {}
         self._mask: Tensor | None = None
 
+    def is_exact_for(self, student: nn.Module) -> bool:
+        """Whether a student's frozen, causal encoder is the teacher's first layers, weight by weight, without dropout.
+
+        Weights are compared once, until `forget`.
+        """
+        if self._exact is None:
+            self._exact = self._teacher is not None and self._is_exact(student, self._teacher)
+            if self._exact:
+                self._encoder = student.get_encoder()
+                blocks = [*self._teacher.model.layers, self._teacher.model.norm]
+                # State i enters block i; state 0, the embedded tokens, shows whether both read the same prompt.
+                self._blocks = {index: blocks[index] for index in (0, *self._encoder.states_read)}
+        return self._exact
+
     @staticmethod
-    def is_exact(student: nn.Module, teacher: nn.Module) -> bool:
-        """Whether the encoder is frozen, causal and the teacher's first layers, weight by weight, without dropout."""
+    def _is_exact(student: nn.Module, teacher: nn.Module) -> bool:
         config = student.config
         return (
             getattr(config, "cross_attention", None) == "merged"
@@ -49,7 +62,7 @@ class SharedPrompt:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Keeps what the teacher computes while the block runs."""
+        """Keeps what the teacher computes while the block runs, for a student that `is_exact_for` was asked about."""
         self._states, self._mask = {}, None
 
         def note_mask(_module: nn.Module, _args: tuple, kwargs: dict) -> None:

@@ -149,7 +149,7 @@ def capture(
                 name, number = names[0]
                 raise ValueError(f"row {number} of {name} has no target; a teacher is asked at targets.")
             begin = time.monotonic()
-            batch = with_teacher_inputs(batch, collate.start_token_id, vocabulary)
+            batch = {**batch, **with_teacher_inputs(batch, collate.start_token_id, vocabulary)}
             count = _capture_batch(teacher, batch, names, recorded, known, writer)
             if count:
                 tokens, seconds = tokens + count, seconds + time.monotonic() - begin
