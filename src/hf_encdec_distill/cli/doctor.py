@@ -13,7 +13,7 @@ import warnings
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from ._display import progress, say_result
+from ._display import progress, say_result, wrap
 
 
 if TYPE_CHECKING:
@@ -218,13 +218,16 @@ def _page(content: dict[str, Any]) -> str:
     runtimes = {name: x if isinstance(x, str) else ", ".join(x) for name, x in content["runtimes"].items()}
     parts = [content["lane"], _lines(content["versions"]), _lines(runtimes), _lines(machine)]
     if missing:
-        lines = [f"{name}: {adds}\n    lacks {lacks}\n    {install}" for name, adds, lacks, install in missing]
+        lines = [
+            f"{wrap(f'{name}: {adds}', 4)}\n{wrap(f'    missing: {lacks}', 6)}\n    {install}"
+            for name, adds, lacks, install in missing
+        ]
         parts.append("not installed\n" + "\n".join(lines))
-    parts += [f"trap: {trap}" for trap in content["traps"]]
-    parts += [f"broken: {name}: {error}" for name, error in content["broken"].items()]
+    parts += [wrap(f"trap: {trap}") for trap in content["traps"]]
+    parts += [wrap(f"broken: {name}: {error}") for name, error in content["broken"].items()]
     return "\n\n".join(part for part in parts if part)
 
 
 def _lines(entries: dict[str, Any]) -> str:
     width = max(map(len, entries), default=0)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in entries.items())
+    return "\n".join(wrap(f"{name.ljust(width)}  {value}", width + 2) for name, value in entries.items())

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._display import progress, say_result, table
+from ._display import progress, say_result, table, wrap
 from ._inputs import (
     BUILT_IN,
     add_data_arguments,
@@ -281,7 +281,8 @@ def _page(args: argparse.Namespace, result: Mapping) -> str:
     parts = [table(header, [[_heading(m), *(_cell(entry.get(m), m) for entry in models.values())] for m in measures])]
     for difference in result["differences"]:
         rows = [[_heading(m), _cell(d, m), f"{d['p']:.4f}"] for m, d in difference.items() if m in measures]
-        parts.append(f"{difference['of']} minus {difference['minus']}\n{table(['', '', 'p'], rows)}")
+        title = wrap(f"{difference['of']} minus {difference['minus']}")
+        parts.append(f"{title}\n{table(['', '', 'p'], rows)}")
     return "\n\n".join(parts)
 
 

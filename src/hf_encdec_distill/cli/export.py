@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ._display import Display, say_result, table
+from ._display import Display, say_result, table, wrap
 from ._inputs import add_data_arguments, check_at_least_one, load_splits
 
 
@@ -219,18 +219,18 @@ def _page(reports: dict[str, dict]) -> str:
         return f"{1e3 * seconds['exported'][name]:.1f} / {1e3 * seconds['pytorch'][name]:.1f}"
 
     lines = {
-        "largest difference of logits, share of scale": lambda r: f"{r['logits']:.1e}",
+        "largest logit difference": lambda r: f"{r['logits']:.1e}",
         "greedy answers equal": lambda r: f"{r['tokens']['greedy']:.0%}",
         "beam answers equal": lambda r: f"{r['tokens']['beam']:.0%}",
-        "cross-entropy, exported / PyTorch": lambda r: both(r, "ce"),
-        "same token first": lambda r: f"{r['agreement']:.1%}",
-        "ROUGE-L, exported / PyTorch": lambda r: both(r, "rouge_l"),
-        "first token, ms, exported / PyTorch": lambda r: times(r, "first_token"),
-        "each further token, ms, exported / PyTorch": lambda r: times(r, "token"),
-        "size, MB, exported / PyTorch in fp32": lambda r: (
-            f"{r['megabytes']['exported']:.1f} / {r['megabytes']['pytorch_fp32']:.1f}"
-        ),
+        "same most likely token": lambda r: f"{r['agreement']:.1%}",
+        "CE, nats/token *": lambda r: both(r, "ce"),
+        "ROUGE-L, 0 to 1 *": lambda r: both(r, "rouge_l"),
+        "first token, ms *": lambda r: times(r, "first_token"),
+        "later token, ms *": lambda r: times(r, "token"),
+        "size, MB *": lambda r: f"{r['megabytes']['exported']:.1f} / {r['megabytes']['pytorch_fp32']:.1f}",
         "within bounds": lambda r: "no" if r["failures"] else "yes",
     }
     header = ["", *(f"{target} {report['variant']}" for target, report in reports.items())]
-    return table(header, [[title, *(of(report) for report in reports.values())] for title, of in lines.items()])
+    rows = [[title, *(of(report) for report in reports.values())] for title, of in lines.items()]
+    note = "* exported / PyTorch in fp32. Logit differences are a share of the largest logit."
+    return f"{table(header, rows)}\n\n{wrap(note)}"

@@ -41,9 +41,10 @@ class Shape:
 _HELP = {
     "encoder_layers": "encoder layers to keep (default: all)",
     "decoder_layers": "decoder layers to keep (default: all)",
-    "cross_attention": "how the decoder reads the encoder (default: merged)",
-    "encoder_attention": "what an encoder token reads (default: causal)",
-    "layer_selection": "which layers stay (default: influence, those that change their input most)",
+    "cross_attention": "how the decoder reads the encoder: merged (the default) or separate",
+    "encoder_attention": "what an encoder token attends to: causal (the default) or bidirectional",
+    "layer_selection": "which layers to keep: influence (the default: those that change their input most), greedy, "
+    "even or first",
 }
 
 
@@ -59,7 +60,7 @@ def add_shape_arguments(parser: argparse._ActionsContainer, prefix: str = "") ->
             type=str if choices else int,
             choices=choices,
             default=argparse.SUPPRESS,
-            metavar=None if choices else "N",
+            metavar=name.split("_")[-1].upper() if choices else "N",
             help=text,
         )
 

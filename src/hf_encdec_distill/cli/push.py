@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 from ..cards.loading import PARITY, proven_exports, why_not_proven, with_loading
 from ..files import inside, read_json
-from ._display import say_result
+from ._display import say_result, table, wrap
 
 
 SUMMARY = "push a student, its card and its exports to the Hub"
@@ -230,15 +230,13 @@ def _push(files: dict[str, Path | bytes], args: argparse.Namespace) -> dict[str,
 
 
 def _page(result: dict[str, Any]) -> str:
-    from ._display import table
-
     files = result["files"]
     rows = [[file["path"], f"{file['bytes'] / 1e6:.3f}"] for file in files]
     rows.append([f"{len(files)} files", f"{sum(file['bytes'] for file in files) / 1e6:.3f}"])
     parts = [table([result["repo_id"], "MB"], rows)]
     if _CARD not in (file["path"] for file in files):
-        parts.append(f"There is no model card: write_model_card of hf_encdec_distill.cards makes {_CARD}.")
+        parts.append("There is no model card: hf_encdec_distill.cards.write_model_card writes one.")
     if result["left_out"]:
-        parts.append(f"Left out: {', '.join(result['left_out'])}")
+        parts.append(wrap(f"Left out: {', '.join(result['left_out'])}"))
     parts.append(result.get("url", "Nothing was sent."))
     return "\n\n".join(parts)
