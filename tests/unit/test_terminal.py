@@ -46,13 +46,14 @@ def page_of_evaluate(models):
         for name in names[1:]
     ]
     result = {"models": entries, "differences": differences, "data": {"test_rows": 200}}
-    return names, evaluate._page(Namespace(models=names), result)
+    return evaluate._page(Namespace(models=names), result)
 
 
 @pytest.mark.parametrize("models", [1, 2, 3, 7])
 def test_evaluate_fits_a_terminal(models):
-    names, text = page_of_evaluate(models)
-    check(text, *names[1:], *(METRICS[name][0] for name in METRICS))
+    text = page_of_evaluate(models)
+    titles = (f"the student of run {index} minus the student of run 0" for index in range(1, models))
+    check(text, *titles, *(METRICS[name][0] for name in METRICS))
     assert text.count("98.8 [97.7, 99.9]") >= 5 * (2 * models - 1) and text.count("0.0123") == 12 * (models - 1)
     for index in range(models):
         check(text, f"the student of run {index}"[-16:])
@@ -67,7 +68,7 @@ def test_info_fits_a_terminal():
         side["parameters"]["total"] = 70e9
     args = Namespace(model=LONG, prompt_length=100_000, new_tokens=1_000, dtype="bfloat16")
     text = info._page(args, costs, {**ratio, "total": 1.0})
-    check(text, "70000.00", "model / teacher", LONG, "each later token, GFLOP", "100000 tokens in, 1000 out")
+    check(text, "70000.00", "model / teacher", LONG, "each further token, GFLOP", "100000 tokens in, 1000 out")
 
 
 def test_the_report_of_the_quickstart_fits_a_terminal():

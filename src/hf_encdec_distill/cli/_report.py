@@ -72,7 +72,7 @@ def summary(metrics: Mapping, folder: Path) -> str:
 {wrap(f"In brackets: {metrics['spread']}.")}
 Steps: teacher {recipe["teacher_steps"]}, each student {recipe["steps"]}, batch size {recipe["batch_size"]}.
 
-{table(["", "parameters", "first token, ms", "later token, ms", "tokens/s"], speed)}
+{table(["", "parameters", "first token, ms", "further token, ms", "tokens/s"], speed)}
 
 {wrap(f"Batch 1, {request}, PyTorch, both with key/value caches.")}
 

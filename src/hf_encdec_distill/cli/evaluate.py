@@ -281,7 +281,7 @@ def _page(args: argparse.Namespace, result: Mapping) -> str:
     parts = [table(header, [[_heading(m), *(_cell(entry.get(m), m) for entry in models.values())] for m in measures])]
     for difference in result["differences"]:
         rows = [[_heading(m), _cell(d, m), f"{d['p']:.4f}"] for m, d in difference.items() if m in measures]
-        title = wrap(f"{difference['of']} minus {difference['minus']}")
+        title = wrap(" minus ".join(model_label(difference[side], models) for side in ("of", "minus")))
         parts.append(f"{title}\n{table(['', '', 'p'], rows)}")
     return "\n\n".join(parts)
 

@@ -226,7 +226,7 @@ def _page(reports: dict[str, dict]) -> str:
         "CE, nats/token *": lambda r: both(r, "ce"),
         "ROUGE-L, 0 to 1 *": lambda r: both(r, "rouge_l"),
         "first token, ms *": lambda r: times(r, "first_token"),
-        "later token, ms *": lambda r: times(r, "token"),
+        "further token, ms *": lambda r: times(r, "token"),
         "size, MB *": lambda r: f"{r['megabytes']['exported']:.1f} / {r['megabytes']['pytorch_fp32']:.1f}",
         "within bounds": lambda r: "no" if r["failures"] else "yes",
     }

@@ -58,7 +58,7 @@ def _page(args: argparse.Namespace, costs: dict[str, dict], ratio: dict[str, flo
         (title, unit, suffix, lambda cost, name=name: cost[name], name)
         for title, unit, suffix, name in (
             ("first token", 1e9, "GFLOP", "first_token_flops"),
-            ("each later token", 1e9, "GFLOP", "flops_per_token"),
+            ("each further token", 1e9, "GFLOP", "flops_per_token"),
             ("read per token", 1e6, "MB", "bytes_per_token"),
             ("cache at the end", 1e6, "MB", "kv_cache_bytes"),
         )
