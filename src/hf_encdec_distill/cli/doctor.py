@@ -1,6 +1,6 @@
-"""Look at what is installed and at the machine: versions, runtimes, CPU features, what each missing extra would add.
+"""Show what is installed and what the machine has: versions, runtimes, CPU features, and what each missing extra adds.
 
-Exit code 2 if something that the package needs is missing, of a version that does not work, or cannot be imported.
+Exit code 2 if a required package is missing, of a wrong version, or cannot be imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ._display import progress, say_result, wrap
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-SUMMARY = "look at versions, runtimes and the machine"
+SUMMARY = "show versions, runtimes and the machine"
 EXAMPLE = "hf-encdec-distill doctor --json"
 
 DISTRIBUTION = "hf-encdec-distill"

@@ -1,9 +1,9 @@
-"""Measure models on held-out rows: texts against references, closeness to a teacher, calibration, a judge's opinion.
+"""Measure models on held-out rows: ROUGE-L and other text measures, closeness to a teacher, calibration, a judge.
 
-MODEL may be an encoder-decoder or a decoder-only model. In brackets: 95 % interval, bootstrap over the rows. Several
-models are measured on the same rows, and each is compared with the first: difference, its interval, and p of a paired
-permutation test. The baseline answers with the first sentence of the source. What the measures are and what --output
-gets is in docs/distillation.md, "What came of it".
+MODEL is an encoder-decoder or a decoder-only model. In brackets: 95 % interval, bootstrap over the rows. All models
+are measured on the same rows, and each is compared with the first: difference, its interval, and p of a paired
+permutation test. The baseline answers with the first sentence of the source. docs/evaluation.md explains the measures
+and what --output writes.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-template",
         metavar="TEXT",
-        help="what a decoder-only model reads, with {source} in it (default: its chat template); a merged student has "
-        "it built in",
+        help="prompt of a decoder-only model, with {source} in it (default: its chat template); a merged student has "
+        "its own",
     )
     parser.add_argument(
         "--metrics",
@@ -66,15 +66,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judge-template",
         metavar="TEXT",
-        help="what the judge reads, or a file with it: {source}, {reference} and {prediction} are filled in",
+        help="prompt of the judge, or a file with it; {source}, {reference} and {prediction} are filled in",
     )
     parser.add_argument(
         "--output",
         metavar="FOLDER",
-        help="new folder for metrics.json, quality.png and .svg, answers.jsonl and a model-index for each model",
+        help="new folder for metrics.json, quality.png and .svg, answers.jsonl and a model-index per model",
     )
     parser.add_argument(
-        "--update-card", action="store_true", help="write the results into README.md of each MODEL that is a folder"
+        "--update-card",
+        action="store_true",
+        help="write the results into the README.md of each MODEL that is a folder",
     )
 
 

@@ -1,7 +1,7 @@
-"""Export a student to ONNX, OpenVINO or Core ML, and prove that what was written answers as PyTorch does.
+"""Export a student to ONNX, OpenVINO or Core ML, and prove that the export answers as PyTorch does.
 
-With several targets each has a folder of its own in OUT. What is out of bounds keeps the name OUT.rejected, and the
-command fails. parity.json in the folder has what was compared; docs/export.md explains it.
+With several targets, each has a folder of its own in OUT. An export that is out of bounds is kept as OUT.rejected, and
+the command fails. parity.json in the folder has the comparison; docs/export.md explains it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hub id of a student")
     parser.add_argument("output", metavar="OUT", help="new folder")
     parser.add_argument(
-        "--target", required=True, metavar="NAME[,NAME]", help="any of onnx, openvino and coreml, with commas between"
+        "--target", required=True, metavar="NAME[,NAME]", help="any of onnx, openvino and coreml, separated by commas"
     )
     parser.add_argument(
         "--variant",
@@ -40,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes",
         default="dynamic",
         metavar="SHAPES",
-        help="dynamic, or fixed:SRC,TGT in tokens, as NPUs want it; for coreml also ranged:SRC,TGT and "
+        help="dynamic, or fixed:SRC,TGT in tokens, which NPUs need; for coreml also ranged:SRC,TGT and "
         "enumerated:SRC,...,TGT (default: %(default)s)",
     )
     parser.add_argument(
         "--stateless",
         action="store_true",
-        help="keys and values as inputs and outputs of the decoder: for iOS 16 and 17, or several answers at once",
+        help="make keys and values inputs and outputs of the decoder: for iOS 16 and 17, or several answers at once",
     )
     parser.add_argument(
         "--calibration-rows",

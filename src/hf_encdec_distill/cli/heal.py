@@ -2,8 +2,7 @@
 
 With prefix_lm the encoder reads the first part of a window of text and the decoder writes the rest. With
 span_denoising the student restores spans that were removed. ul2 mixes the two. The result is a STUDENT for `distill`.
-Every field of DistillationTrainingArguments is an option, too. --resume continues an interrupted run with the same
-rows in the same order.
+--resume continues an interrupted run with the same rows in the same order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Make an untrained student out of a decoder-only model's own layers.
+"""Make an untrained student from a decoder-only model's own layers.
 
-The folder loads with AutoModelForSeq2SeqLM and is what `distill` starts from. With all layers kept the student
-computes what the teacher does; every layer taken out costs some of that, and distillation heals it.
+AutoModelForSeq2SeqLM loads the folder, and `distill` starts from it. With all layers kept, the student computes what
+the teacher does. Each layer removed costs quality, and distillation recovers it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..models.rope_encdec import RopeEncDecForConditionalGeneration
 
 
-SUMMARY = "make an untrained student out of a decoder-only model"
+SUMMARY = "make an untrained student from a decoder-only model"
 EXAMPLE = "hf-encdec-distill init built-in --encoder-layers 11 --decoder-layers 4 --output student"
 
 _CALIBRATION_ROWS = 32
@@ -72,12 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-template",
         metavar="TEXT",
-        help="what the teacher reads, with {source} in it (default: its chat template)",
+        help="the teacher's prompt, with {source} in it (default: its chat template)",
     )
     parser.add_argument(
         "--prompt-date",
         metavar="YYYY-MM-DD",
-        help="the day that a chat template is told it is, where it names the day (default: today)",
+        help="the date for a chat template that contains one (default: today)",
     )
     add_data_arguments(parser)
 
