@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
+from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration, cards
 from hf_encdec_distill.bench import LatencyComparison, compare_cost
 from hf_encdec_distill.cards import model_index, update_model_card, write_model_card
 from hf_encdec_distill.cards.loading import with_loading
@@ -403,6 +403,19 @@ def test_items_of_a_number_that_was_measured_on_fewer(tmp_path):
     part = {"models": {"student_kd": {"n": 90, "ce": 3.0, "rouge_l": {"value": 0.5, "rows": 40}}}}
     results = ModelCard.load(write_model_card(tmp_path, changed(differences=[], **part))).data.eval_results
     assert {result.metric_type: result.metric_args["rows"] for result in results} == {"rouge": 40, "ce": 90}
+
+
+def test_public_names_are_there_on_first_use():
+    code = (
+        "import sys, hf_encdec_distill.cards as cards; print(*sys.modules); print(*dir(cards)); print(*cards.__all__)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded, listed, public = (line.split() for line in run.stdout.splitlines())
+    assert not {"torch", "transformers", "huggingface_hub"} & set(loaded) and set(public) <= set(listed)
+    for name in public:
+        assert getattr(cards, name).__module__.startswith("hf_encdec_distill.cards.")
+    with pytest.raises(AttributeError, match="no_such_name"):
+        cards.no_such_name  # noqa: B018
 
 
 def test_estimates():

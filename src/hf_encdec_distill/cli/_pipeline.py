@@ -241,7 +241,9 @@ class Pipeline:
             count += len(chunk)
             update((self.state.seconds_used - start) / share, f"{count} rows")
         entry = self._entry({"ce": np.concatenate(sums)}, texts, rows[:count])
-        note = f"{count} held-out rows: CE {entry['ce']['value']:.2f} a token, ROUGE-L {percent(entry['rouge_l'])}"
+        note = (
+            f"{count} held-out rows: CE {entry['ce']['value']:.2f} nats per token, ROUGE-L {percent(entry['rouge_l'])}"
+        )
         return {"rows": count, "entry": entry, "note": note}
 
     def teach(self, update, share) -> dict:
