@@ -1,4 +1,7 @@
-"""Writes the cards in this folder from what runs and studies left in docs/: `python model_cards/regenerate.py`."""
+"""Writes the cards in this folder and in docs/runs from the records of runs and studies in docs/.
+
+python model_cards/regenerate.py
+"""
 
 import json
 import statistics
@@ -15,6 +18,7 @@ from hf_encdec_distill.metrics import estimate
 
 FOLDER = Path(__file__).resolve().parent
 DOCS = FOLDER.parent / "docs"
+RUN = Path("runs") / "quickstart-120-minutes"
 sys.path.append(str(FOLDER.parent / "studies"))
 
 from quality import ARMS, CACHES, LEARNING_RATE, MEASURES  # noqa: E402
@@ -24,20 +28,26 @@ from tasks import MAX_SOURCE, MAX_TARGET, PROMPT_TEMPLATES, TEACHER_BATCH, TEACH
 TASKS = {
     "docstrings": {
         "name": "Python docstrings",
-        "description": "A short Python function, its docstring taken out, to the first sentence of that docstring.",
+        "description": "Reads a short Python function without its docstring and writes the first sentence of the "
+        "docstring.",
         "license": ROWS_LICENSE,
     },
     "debian": {
         "name": "Debian package synopses",
-        "description": "The long description of a Debian package to its synopsis of one line.",
+        "description": "Reads the long description of a Debian package and writes its one-line synopsis.",
         "license": "that of the package that each description is of",
     },
 }
 
 
-def regenerate(folder: Path = FOLDER) -> list[Path]:
+def regenerate(folder: Path = FOLDER, docs: Path = DOCS) -> list[Path]:
     """Returns the paths written."""
-    cards = [write_model_card(folder / "quickstart-120-minutes.md", quickstart(), "runs/quickstart/student")]
+    run, name = quickstart(), "runs/quickstart/student"
+    figures = {caption: f"../docs/{RUN}/{file}" for caption, file in run["figures"].items()}
+    cards = [
+        write_model_card(docs / RUN / "model_card.md", run, name),
+        write_model_card(folder / "quickstart-120-minutes.md", {**run, "figures": figures}, name),
+    ]
     for file in sorted((DOCS / "studies" / "quality").glob("*.json")):
         metrics = study(json.loads(file.read_text(encoding="utf-8")))
         cards.append(write_model_card(folder / f"study-{file.stem}.md", metrics, f"study-{file.stem}"))
@@ -45,10 +55,8 @@ def regenerate(folder: Path = FOLDER) -> list[Path]:
 
 
 def quickstart() -> dict[str, Any]:
-    run = DOCS / "runs" / "quickstart-120-minutes"
-    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    figures = {caption: f"../docs/runs/{run.name}/{file}" for caption, file in metrics["figures"].items()}
-    return {**metrics, "figures": figures, "data": {"license": ROWS_LICENSE, **metrics["data"]}}
+    metrics = json.loads((DOCS / RUN / "metrics.json").read_text(encoding="utf-8"))
+    return {**metrics, "data": {"license": ROWS_LICENSE, **metrics["data"]}}
 
 
 def study(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,11 +116,11 @@ def study(results: Mapping[str, Any]) -> dict[str, Any]:
             }
         ],
         "seeds": [int(seed) for seed in seeds],
-        "spread": f"least and largest of {len(seeds)} seeds; ROUGE-L and distinct outputs are of the first "
+        "spread": f"minimum and maximum of {len(seeds)} seeds; ROUGE-L and distinct outputs are of the first "
         f"{setting['generated_rows']} rows",
         "models": models,
         "differences": [{"of": "student_kd", "minus": "student_ce", **differences}],
-        "limits": [f"{setting['steps']} steps compare recipes; they do not make a student that is good at its task."],
+        "limits": [f"{setting['steps']} steps are enough to compare recipes, not to make a good student."],
     }
 
 

@@ -143,10 +143,10 @@ def test_a_person_gets_a_table_and_the_lines_that_load_the_student(run):
         assert words in out
     folder = run["folder"]
     lines = re.findall(r"^    (\S.*)$", out, re.MULTILINE)
-    assert len(lines) == 3
+    assert len(lines) == 4
     names = {}
-    exec("\n".join(lines), names)  # the three lines work as they are printed
-    assert names["student"].config.model_type == "rope_encdec"
+    exec("\n".join(lines), names)  # the lines work as they are printed
+    assert names["model"].config.model_type == "rope_encdec"
     for picture in ("loss.png", "quality.png", "student/loss.png", "student/quality.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     samples = (folder / "samples.md").read_text()

@@ -27,7 +27,13 @@ def folder(trained, trained_folder, rows, tmp_path_factory):
 
 
 def section(text, heading):
-    return re.search(rf"^### {heading}\n\n```(\w+)\n(.*?)```", text, re.MULTILINE | re.DOTALL)
+    """The language of its code, behind the line that installs what it needs, and the code."""
+    install = r"(?:```bash\npip install .*\n```\n\n)?"
+    return re.search(rf"^### {heading}\n\n{install}```(\w+)\n(.*?)```", text, re.MULTILINE | re.DOTALL)
+
+
+def with_source(code):
+    return re.sub("^source = .*$", 'source = "w4 w7 w1"', code, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("heading", ["ONNX Runtime", "OpenVINO"])
@@ -35,9 +41,9 @@ def test_the_lines_answer_as_pytorch(folder, trained, heading, monkeypatch):
     text = write_model_card(folder, {}).read_text()
     assert section(text, "Swift") is None  # no such export
     language, code = section(text, heading).groups()
-    names = {"source": "w4 w7 w1", "printed": []}
+    names = {"printed": []}
     monkeypatch.chdir(folder.parent)
-    exec(code.replace("print(", "printed.append("), names)
+    exec(with_source(code).replace("print(", "printed.append("), names)
     ids = AutoTokenizer.from_pretrained(folder)(names["source"], return_tensors="pt")
     expected = AutoTokenizer.from_pretrained(folder).decode(
         trained.generate(**ids, max_new_tokens=48)[0], skip_special_tokens=True
@@ -51,8 +57,7 @@ def test_of_a_repository_the_folder_is_fetched(folder, tmp_path, monkeypatch):
     text = write_model_card(tmp_path / "card.md", {"exports": exports}, "me/tiny").read_text()
     asked = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: asked.append((a, k)) or str(folder))
-    names = {"source": "w4 w7 w1", "print": asked.append}
-    exec(section(text, "ONNX Runtime")[2], names)
+    exec(with_source(section(text, "ONNX Runtime")[2]), {"print": asked.append})
     assert asked == [(("me/tiny",), {"allow_patterns": "onnx/*"}), "w1 w7 w4"]
 
 

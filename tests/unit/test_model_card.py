@@ -13,9 +13,10 @@ from huggingface_hub import EvalResult, ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
+from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration, cards
 from hf_encdec_distill.bench import LatencyComparison, compare_cost
 from hf_encdec_distill.cards import model_index, update_model_card, write_model_card
+from hf_encdec_distill.cards.loading import with_loading
 from hf_encdec_distill.cards.model_card import teacher_entry
 from hf_encdec_distill.metrics.measures import bounds, estimate
 
@@ -94,6 +95,19 @@ def metrics():
     }
 
 
+PARITY = {
+    "target": "onnx",
+    "variant": "int8",
+    "shapes_taken": "dynamic",
+    "megabytes": {"exported": 91.26, "pytorch_fp32": 325.6},
+    "logits": 0.0512,
+    "tokens": {"greedy": 0.875, "beam": 0.75},
+    "ce": {"exported": 3.7123, "pytorch": 3.7},
+    "rouge_l": {"exported": 0.2961, "pytorch": 0.297},
+    "rows": 24,
+}
+
+
 def rows_of(text):
     """Cells of every table line."""
     return [
@@ -106,7 +120,7 @@ def rows_of(text):
     [
         (None, "merged", "so give it the bare source"),
         (True, "merged", "so give it the bare source"),
-        (False, "merged", "the tokenizer does not put around a source: make the input with"),
+        (False, "merged", "The tokenizer does not add this prompt: make the input with"),
         (False, "separate", "The teacher's prompt:"),
     ],
 )
@@ -137,7 +151,10 @@ def test_huggingface_hub_reads_the_card_back(tmp_path):
     spread = {"low": 28.0, "high": 32.0, "spread": "95 % interval, bootstrap over items"}
     assert args["ROUGE-L"] == {"rows": 56, **spread}
     assert args["CE, nats/token"] == {"rows": 56}
-    assert args["Agreement with teacher, %"] == {"rows": 56, "teacher": "someone/big-one"}
+    assert args["Agreement with teacher, %"] == {
+        "rows": 56,
+        "teacher": "someone/big-one, fine-tuned on the task: 40 steps",
+    }
 
 
 def test_the_metadata_survive_a_round_trip(tmp_path):
@@ -222,7 +239,7 @@ def test_the_tables_hold_the_measured_numbers(tmp_path):
     assert total[2] == f"{student / 1e6:.1f}"
     assert ["pipe", "a \\| b"] in rows and ["student", "7", "12", ""] in rows
     assert ["evaluation", "–", "–", ""] in rows
-    assert "- ROUGE-L: +1.9 (−1.0 to +4.0), not told apart from zero\n" in text
+    assert "- ROUGE-L: +1.9 (−1.0 to +4.0), not distinguishable from zero\n" in text
     assert "- CE, nats/token: −0.150 (−0.200 to −0.100)\n" in text
     assert "Seed 11. In brackets: 95 % interval, bootstrap over items." in text
     assert "96 tokens in, 5 out, greedy, float32 (asked for)" in text and "A|B" in text
@@ -231,17 +248,7 @@ def test_the_tables_hold_the_measured_numbers(tmp_path):
 
 
 def test_exports_beside_the_card_are_in_it(tmp_path):
-    report = {
-        "target": "onnx",
-        "variant": "int8",
-        "shapes_taken": "dynamic",
-        "megabytes": {"exported": 91.26, "pytorch_fp32": 325.6},
-        "logits": 0.0512,
-        "tokens": {"greedy": 0.875, "beam": 0.75},
-        "ce": {"exported": 3.7123, "pytorch": 3.7},
-        "rouge_l": {"exported": 0.2961, "pytorch": 0.297},
-        "rows": 24,
-    }
+    report = dict(PARITY)
     assert "### Exports" not in write_model_card(tmp_path, metrics()).read_text()
     for folder, failures in (("onnx", []), ("onnx_int4", ["cross-entropy rises"]), ("coreml.rejected", [])):
         (tmp_path / folder).mkdir()
@@ -259,16 +266,68 @@ def test_samples_cannot_break_out_of_their_fences(tmp_path):
     assert "- teacher, tuned: `` Is `it`. ``" in text and "- student, distilled: *(empty)*" in text
 
 
+def test_ten_samples_are_folded_and_the_shortest_is_the_widget(tmp_path):
+    """The Hub's widget, and the lines that load the model, have a source that the model was made for."""
+    sources = [f'source {"é" * (20 - index)}\n"{index}"' for index in range(12)]
+    samples = [{"source": source, "reference": "r", "student_kd": f"answer {source[-2]}"} for source in sources]
+    card = ModelCard.load(write_model_card(tmp_path, changed(samples=samples)))
+    assert card.data.widget == [{"text": sources[-1], "output": {"text": "answer 1"}}]
+    before, folded, after = re.split("<details.*?>|</details>", card.text)
+    assert re.findall("### Sample (.*)", folded) == [str(number) for number in range(1, 11)]
+    assert "<summary>10 held-out inputs" in folded and "### Sample" not in before + after
+    source = re.search("^source = .*$", card.text, re.MULTILINE)[0]
+    names = {}
+    exec(source, names)
+    assert names["source"] == sources[-1]
+    # `push` and `export` write the section again, from the card alone
+    exports = {"onnx": {**PARITY, "target": "onnx"}}
+    again = with_loading(card.text, "rope_encdec", exports, "me/other")
+    assert again.count(source) == 2 and 'from_pretrained("me/other")' in again and "[onnx]" in again
+    by_hand = with_loading(card.text.replace(source, "source = my_text"), "rope_encdec", {})
+    assert 'source = "The text that the model is to read."' in by_hand
+
+
+def test_an_empty_answer_is_no_output_of_a_widget(tmp_path):
+    card = ModelCard.load(write_model_card(tmp_path, metrics()))
+    assert card.data.widget == [{"text": "x = '```'"}]
+
+
+def test_a_student_below_a_baseline_says_so(tmp_path):
+    models = metrics()["models"]
+    models["lead_baseline"] = {"n": 56, "rouge_l": {"value": 0.3111, "low": 0.3, "high": 0.32}, "distinct": 1.0}
+    models["echo_baseline"] = {"n": 56, "label": "the source itself", "rouge_l": 0.2993}
+    text = write_model_card(tmp_path, changed(models=models)).read_text()
+    sentence = (
+        "These weights score lower than the *lead-sentence baseline*, which needs no model: ROUGE-L 29.9 against 31.1."
+    )
+    assert text.count("**Below a trivial baseline.**") == 1 and sentence in text
+    models["lead_baseline"]["rouge_l"] = 0.29
+    assert "Below a trivial" not in write_model_card(tmp_path, changed(models=models)).read_text()
+
+
+@pytest.mark.parametrize(
+    ("adaptation", "named"),
+    [("40 steps", "the tuned teacher, Big one after fine-tuning"), (None, "the teacher, Big one")],
+)
+def test_the_teacher_that_agreement_refers_to_is_named(tmp_path, adaptation, named):
+    teacher = {"name": "Big one", "hub_id": "someone/big-one", "adaptation": adaptation}
+    card = ModelCard.load(write_model_card(tmp_path, changed(teacher=teacher)))
+    assert f"*Agreement with teacher* is measured against {named}.\n" in card.text
+    (args,) = (r.metric_args for r in card.data.eval_results if r.metric_type == "teacher_agreement")
+    assert args["teacher"] == "someone/big-one" + (", fine-tuned on the task: 40 steps" if adaptation else "")
+
+
 def test_what_is_not_given_is_not_there(tmp_path):
     path = write_model_card(tmp_path / "bare", {})
     card = ModelCard.load(path)
     assert set(card.data.to_dict()) == {"library_name", "tags"}
     assert card.text.lstrip().startswith("# bare\n")
     headings = re.findall("^## (.*)", card.text, re.MULTILINE)
-    assert headings == ["Intended use", "How to load", "Limits", "Licence", "Citation"]
+    assert headings == ["Intended use", "How to load", "Limits", "License", "Citation"]
     assert not rows_of(card.text) and "None" not in card.text
     # no figure at all, besides those of the citation and of the call that loads the model
     body = card.text.split("## Citation")[0].replace("max_new_tokens=48)[0]", "").replace("Seq2Seq", "")
+    body = body.replace("transformers>=4.57", "")
     assert not re.search(r"\d", body)
 
 
@@ -297,17 +356,18 @@ def test_the_lines_that_load_the_model_load_it(tmp_path, monkeypatch):
     model = RopeEncDecForConditionalGeneration(student_config()).eval()
     model.save_pretrained(tmp_path / "student")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "student")
-    text = write_model_card(tmp_path / "student", metrics()).read_text()
-    blocks = re.findall("```python\n(.*?)```", text, re.DOTALL)
+    known = changed(samples=[{"source": "a long one"}, {"source": "a b a"}])
+    text = write_model_card(tmp_path / "student", known).read_text()
+    blocks = re.findall("^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     assert len(blocks) == 3 and blocks[0].count("\n") == 3
     monkeypatch.chdir(tmp_path)
-    names = {"source": "a b a", "printed": []}
+    names = {"printed": []}
     exec(blocks[1] + blocks[2].replace("print(", "printed.append("), names)
     ids = model.generate(torch.tensor([[3, 4, 3]]), attention_mask=torch.ones(1, 3), max_new_tokens=48)[0]
     expected = names["tokenizer"].decode(ids, skip_special_tokens=True)
     assert names["printed"] == [expected]
     # A process of its own: it cannot import the package, and what it loads from the folder registers itself.
-    alone = 'import sys; sys.modules["hf_encdec_distill"] = None; source = "a b a"\n' + blocks[0] + blocks[2]
+    alone = 'import sys; sys.modules["hf_encdec_distill"] = None\n' + blocks[0] + blocks[2]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     found = subprocess.run(
         [sys.executable, "-c", alone], capture_output=True, text=True, env=environment, cwd=tmp_path
@@ -328,7 +388,7 @@ def test_the_lines_that_load_the_model_load_it(tmp_path, monkeypatch):
         ("---\nlicense: [mit\n---\n", None),  # no YAML
     ],
 )
-def test_a_teachers_licence_is_what_its_own_card_says(card, license, tmp_path):
+def test_a_teachers_license_is_what_its_own_card_says(card, license, tmp_path):
     (tmp_path / "big").mkdir()
     if card is not None:
         (tmp_path / "big" / "README.md").write_text(card)
@@ -343,6 +403,19 @@ def test_items_of_a_number_that_was_measured_on_fewer(tmp_path):
     part = {"models": {"student_kd": {"n": 90, "ce": 3.0, "rouge_l": {"value": 0.5, "rows": 40}}}}
     results = ModelCard.load(write_model_card(tmp_path, changed(differences=[], **part))).data.eval_results
     assert {result.metric_type: result.metric_args["rows"] for result in results} == {"rouge": 40, "ce": 90}
+
+
+def test_public_names_are_there_on_first_use():
+    code = (
+        "import sys, hf_encdec_distill.cards as cards; print(*sys.modules); print(*dir(cards)); print(*cards.__all__)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded, listed, public = (line.split() for line in run.stdout.splitlines())
+    assert not {"torch", "transformers", "huggingface_hub"} & set(loaded) and set(public) <= set(listed)
+    for name in public:
+        assert getattr(cards, name).__module__.startswith("hf_encdec_distill.cards.")
+    with pytest.raises(AttributeError, match="no_such_name"):
+        cards.no_such_name  # noqa: B018
 
 
 def test_estimates():

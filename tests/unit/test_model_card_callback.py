@@ -22,7 +22,16 @@ from hf_encdec_distill.distillation import LiveTeacher, capture
 def train(tmp_path, make_bpe_tokenizer):
     """Two steps on toys with the callback; returns the trainer."""
 
-    def run(student=None, teacher=None, known=None, resume=None, compute_metrics=None, rows=None, **changed):
+    def run(
+        student=None,
+        teacher=None,
+        known=None,
+        resume=None,
+        compute_metrics=None,
+        rows=None,
+        optimizers=(None, None),
+        **changed,
+    ):
         rows = Dataset.from_list(ragged_rows(8)) if rows is None else rows
         trainer = DistillationTrainer(
             make_rope("merged") if student is None else student,
@@ -31,6 +40,7 @@ def train(tmp_path, make_bpe_tokenizer):
             eval_dataset=rows.select(range(6)),
             processing_class=make_bpe_tokenizer(),
             compute_metrics=compute_metrics,
+            optimizers=optimizers,
             teacher=make_teacher() if teacher is None else teacher,
         )
         trainer.add_callback(ModelCardCallback(trainer, **known or {}))
@@ -82,6 +92,16 @@ def test_it_tells_what_the_trainer_knows(train, tmp_path, make_bpe_tokenizer):
     assert sizes in card.text and "First token, ms" not in card.text  # counted; no time was measured
 
 
+def test_the_learning_rate_is_that_of_the_optimizer(train):
+    """A script may bring its own; that of the arguments is not used then."""
+    student = make_rope("merged")
+    halves = list(student.parameters())[::2], list(student.parameters())[1::2]
+    optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in zip(halves, (3e-3, 1e-3), strict=True)])
+    trainer = train(student=student, optimizers=(optimizer, None), learning_rate=7e-5)
+    assert optimizer.param_groups[0]["lr"] < 3e-3  # has fallen; the card has the peak
+    assert "| learning_rate | 0.003 |" in card_of(trainer).text
+
+
 def test_a_card_that_it_did_not_write_stays(train):
     trainer = train()
     path = Path(trainer.args.output_dir) / "README.md"
@@ -127,9 +147,9 @@ def test_numbers_of_other_scales_are_given_as_they_were_logged(train):
 def test_a_resumed_run_says_which_part_its_time_is_of(train):
     trainer = train(max_steps=1, save_strategy="steps", save_steps=1)
     resumed = train(max_steps=3, resume=f"{trainer.args.output_dir}/checkpoint-1")
-    assert "went on from step 1, whose time is not in this" in card_of(resumed).text
+    assert "continued from step 1; earlier time not included" in card_of(resumed).text
     seconds = next(row["train_runtime"] for row in resumed.state.log_history if "train_runtime" in row)
-    assert f"| training | 2 | {seconds:.0f} | went on" in card_of(resumed).text
+    assert f"| training | 2 | {seconds:.0f} | continued" in card_of(resumed).text
 
 
 def test_data_of_the_hub_are_named_with_their_commit(train):
@@ -147,7 +167,7 @@ def test_a_cache_names_the_teacher_that_it_was_made_of(train, tmp_path, make_bpe
     rows = Dataset.from_list(ragged_rows(8))
     capture(LiveTeacher.load(folder), rows, tmp_path / "cache", make_bpe_tokenizer(), k=4)
     card = card_of(train(make_rope("separate"), tmp_path / "cache", rows=rows, eval_strategy="steps", eval_steps=2))
-    assert "**Teacher.** big, licence not stated." in card.text
+    assert "**Teacher.** big, license not stated." in card.text
     # of 4 tokens and a tail the divergence is an estimate
     assert {result.metric_type for result in card.data.eval_results} == {"ce", "teacher_agreement"}
 

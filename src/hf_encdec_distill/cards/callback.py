@@ -1,4 +1,4 @@
-"""A model card that a training writes by itself: `trainer.add_callback(ModelCardCallback(trainer))`."""
+"""A model card written during training: `trainer.add_callback(ModelCardCallback(trainer))`."""
 
 import dataclasses
 import importlib.metadata
@@ -18,8 +18,8 @@ from ..distillation import CachedTeacher, DistillationTrainer, DistillationTrain
 from .model_card import check, teacher_entry, write_model_card
 
 
-MARK = "<!-- Written by ModelCardCallback, which writes it anew until you take this line out. -->"
-# Named in every card, since nobody knows the defaults by heart; other fields where they are not at theirs.
+MARK = "<!-- Written by ModelCardCallback, which rewrites it until you delete this line. -->"
+# In every card, since few know these defaults; other fields only where they are not at theirs.
 _ALWAYS = ("divergence", "distill_weight", "distill_temperature")
 _ELSEWHERE = {"prompt_template", "source_column", "target_column"}  # in the card, or about this copy of the data
 # As RopeEncDec, BART and T5 call them.
@@ -38,16 +38,16 @@ _SOURCE, _TARGET = 128, 32  # tokens of the request whose cost is counted, where
 
 
 class ModelCardCallback(TrainerCallback):
-    """Writes `README.md` into `output_dir` at each save and evaluation after the first step and at the end.
+    """Writes `README.md` into `output_dir` at each save and evaluation after the first step, and at the end.
 
-    A card that it did not write stays as it is. Energy is in it where counters can be read (`bench.EnergyMeter`), and
-    CO2 where `energy={"grid_g_per_kwh": ..., "location": "..."}` says what a kilowatt hour stands for.
+    It never overwrites a card that it did not write. The card has the energy if counters can be read
+    (`bench.EnergyMeter`), and CO2 if `energy={"grid_g_per_kwh": ..., "location": "..."}` gives the source.
 
     Args:
-        trainer: its teacher, student, data, arguments and last evaluation are described.
-        known: what a trainer does not know, in the structure of `hf_encdec_distill.cards.model_card`, for instance
-            `task={"name": "...", "language": "en"}` or `data={"name": "...", "license": "..."}`; it counts for more
-            than what was found.
+        trainer: the card describes its teacher, student, data, arguments and last evaluation.
+        known: what a trainer cannot know, in the structure of `hf_encdec_distill.cards.model_card`, for instance
+            `task={"name": "...", "language": "en"}` or `data={"name": "...", "license": "..."}`; it takes
+            precedence.
 
     Raises:
         ValueError: when training begins, if `known` contradicts the structure.
@@ -58,7 +58,7 @@ class ModelCardCallback(TrainerCallback):
         self._begun_at, self._meter, self._energy = 0, None, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        check(self.metrics())  # what is wrong with `known` is said now, not after the training
+        check(self.metrics())  # an error in `known` is raised now, not after the training
         self._begun_at, self._meter, self._energy = state.global_step, EnergyMeter(), None
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -136,7 +136,7 @@ class ModelCardCallback(TrainerCallback):
         data = {"split": "validation", "train_rows": _length(rows), "validation_rows": _length(held_out)}
         info, fingerprint = getattr(rows, "info", None), getattr(rows, "_fingerprint", None)
         if fingerprint is not None:
-            data["description"] = f"Fingerprint of the training rows, as datasets has it: `{fingerprint}`"
+            data["description"] = f"Fingerprint of the training rows in datasets: `{fingerprint}`"
         # Files of a data set on the Hub are recorded as hf://datasets/user/name@commit/path.
         for file in getattr(info, "download_checksums", None) or ():
             found = re.match(r"hf://datasets/([^@]+)@([^/]+)/", file)
@@ -155,10 +155,16 @@ class ModelCardCallback(TrainerCallback):
         recipe = {name: value for name, value in recipe.items() if name in _ALWAYS or value != ours[name]}
         versions = {"hf-encdec-distill": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
         said = ", ".join(f"{name} {version}" for name, version in versions.items())
-        return {**recipe, **extract_hyperparameters_from_trainer(self.trainer), "versions": said}
+        given = extract_hyperparameters_from_trainer(self.trainer)
+        return {**recipe, **given, "learning_rate": self._learning_rate(), "versions": said}
+
+    def _learning_rate(self) -> float:
+        """The peak in the optimizer: a script may have made that itself, and then the argument was not used."""
+        groups = getattr(self.trainer.optimizer, "param_groups", None) or [{"lr": self.trainer.args.learning_rate}]
+        return max(float(group.get("initial_lr", group["lr"])) for group in groups)
 
     def _cost(self) -> dict[str, Any] | None:
-        """Sizes and counted operations against the teacher; None where the formulas do not know one of the two."""
+        """Sizes and counted operations against the teacher; None if the formulas do not cover one of the two."""
         args, teacher = self.trainer.args, self.trainer.teacher
         if isinstance(teacher, CachedTeacher):
             return None
@@ -174,7 +180,7 @@ class ModelCardCallback(TrainerCallback):
         seconds = [row["train_runtime"] for row in state.log_history if "train_runtime" in row]
         if not seconds:
             return []
-        note = f"went on from step {self._begun_at}, whose time is not in this" if self._begun_at else ""
+        note = f"continued from step {self._begun_at}; earlier time not included" if self._begun_at else ""
         steps = state.global_step - self._begun_at
         return [{"name": "training", "steps": steps, "seconds": seconds[-1], "note": note}]
 
@@ -202,5 +208,5 @@ class ModelCardCallback(TrainerCallback):
 
 
 def _length(rows) -> int | None:
-    """Rows of a data set; None for a stream, for several data sets, or for none at all."""
+    """Rows of a dataset; None for a stream, for several datasets, and for none."""
     return len(rows) if rows is not None and hasattr(rows, "__len__") and not isinstance(rows, Mapping) else None

@@ -14,8 +14,8 @@ from ..metrics.measures import METRICS, OF_TEACHER, bounds
 
 
 def eval_results(metrics: Mapping, key: str) -> list[EvalResult]:
-    """What `metrics` says of `models[key]`, for a model-index: the values as cards show them, and in `metric_args` the
-    number of rows, the spread, and the teacher or judge that a number depends on."""
+    """`models[key]` for a model-index: the values as cards show them, and in `metric_args` the number of rows, the
+    spread, and the teacher or judge that a number depends on."""
     task, data, entry = metrics.get("task", {}), metrics.get("data", {}), metrics["models"][key]
 
     def args(name: str) -> dict:
@@ -28,6 +28,8 @@ def eval_results(metrics: Mapping, key: str) -> list[EvalResult]:
         other = "judge" if name == "judge" else "teacher" if name in OF_TEACHER else None
         if other and metrics.get(other, {}).get("name"):
             found[other] = metrics[other].get("hub_id") or metrics[other]["name"]
+            tuned = metrics[other].get("adaptation")
+            found[other] += f", fine-tuned on the task: {tuned}" if tuned else ""
         return found
 
     of = {
@@ -57,20 +59,20 @@ def eval_results(metrics: Mapping, key: str) -> list[EvalResult]:
 
 
 def model_index(metrics: Mapping, key: str, name: str) -> str:
-    """`models[key]` as the `model-index` of a card's metadata, YAML; `name` is what the model is called there."""
+    """`models[key]` as the `model-index` of a card's metadata, YAML; `name` is the model's name there."""
     return ModelCardData(model_name=name, eval_results=eval_results(metrics, key)).to_yaml() + "\n"
 
 
 def update_model_card(folder: str | Path, metrics: Mapping, key: str) -> Path:
-    """Writes `models[key]` into the model-index of the card in a folder; text and other metadata stay as they are.
+    """Writes `models[key]` into the model-index of the card in a folder; text and other metadata do not change.
 
-    A result of the same measure on the same dataset and split is replaced, others stay. Nothing is asked of the Hub.
+    A result of the same measure on the same dataset and split is replaced; others stay. It never contacts the Hub.
 
     Returns:
         The path written.
 
     Raises:
-        ValueError: there is no card, or its metadata are no metadata.
+        ValueError: there is no card, or its metadata cannot be read.
     """
     path = Path(folder) / "README.md"
     if not path.is_file():  # the name of a folder that is not there would be looked for on the Hub

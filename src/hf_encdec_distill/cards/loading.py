@@ -1,5 +1,6 @@
 """How to load a student and its exports: the section of a card that changes when the student moves or is exported."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,14 +9,16 @@ from ..files import inside, read_json, write_text
 
 
 PARITY = "parity.json"
-_BEGIN = "<!-- How to load {name}: export and push write this section anew until you take this line out. -->"
+_BEGIN = "<!-- How to load {name}: export and push rewrite this section; delete this line to keep yours. -->"
 _END = "<!-- End of how to load. -->"
 _SECTION = re.compile(re.escape(_BEGIN).replace(r"\{name\}", "(?P<name>.+?)") + ".*?" + re.escape(_END), re.DOTALL)
+_SOURCE = re.compile("^source = (.+)$", re.MULTILINE)
+_PLACEHOLDER = "The text that the model is to read."
 _UNFINISHED = (".rejected", ".unproven", ".partial")
 
 
 def why_not_proven(export: Path) -> str | None:
-    """Of a folder that an export left; None if all that was compared with PyTorch is within bounds."""
+    """Says why an export is not proven equal to PyTorch; None if everything that was compared is within bounds."""
     if export.suffix in _UNFINISHED or not (export / PARITY).is_file():
         return f"there is no {PARITY} that proves it equal to PyTorch"
     failures = read_parity(export)["failures"]
@@ -23,12 +26,12 @@ def why_not_proven(export: Path) -> str | None:
 
 
 def read_parity(export: Path) -> dict:
-    """What was compared; raises ValueError where the file does not say it."""
+    """What was compared with PyTorch; raises ValueError where the file does not say it."""
     return read_json(export / PARITY, fields={"failures": list})
 
 
 def proven_exports(folder: Path) -> dict[str, dict]:
-    """Name of a subfolder -> what `parity.json` says of the export in it; those that are not proven are not there.
+    """Name of a subfolder -> the `parity.json` of the export in it, for exports that are proven.
 
     Raises:
         ValueError: a link leads out of the folder.
@@ -38,18 +41,19 @@ def proven_exports(folder: Path) -> dict[str, dict]:
     return {export.name: read_parity(export) for export in proven}
 
 
-def loading_section(name: str, model_type: str, exports: Mapping[str, Mapping]) -> str:
+def loading_section(name: str, model_type: str, exports: Mapping[str, Mapping], source: str = _PLACEHOLDER) -> str:
     """PyTorch always, a runtime for each target that has an export, and what each export was proven to be.
 
     Args:
         name: what `from_pretrained` is given, a folder or `user/name`.
-        exports: as `proven_exports` has them.
+        exports: as `proven_exports` returns them.
+        source: the text that the lines answer.
     """
-    parts = [_BEGIN.format(name=name), "## How to load", _in_pytorch(name, model_type)]
+    parts = [_BEGIN.format(name=name), "## How to load", _in_pytorch(name, model_type, source)]
     for target, heading in (("onnx", "ONNX Runtime"), ("openvino", "OpenVINO"), ("coreml", "Swift")):
         export = next((folder for folder, report in exports.items() if report["target"] == target), None)
         if export is not None:
-            lines = _in_swift(export) if target == "coreml" else _in_runtime(name, export)
+            lines = _in_swift(export) if target == "coreml" else _in_runtime(name, export, target, source)
             parts.append(f"### {heading}\n\n{lines}")
     if exports:
         parts.append(_exports(exports))
@@ -57,16 +61,25 @@ def loading_section(name: str, model_type: str, exports: Mapping[str, Mapping]) 
 
 
 def with_loading(text: str, model_type: str, exports: Mapping[str, Mapping], name: str | None = None) -> str:
-    """The text of a card with its section on loading written anew; without such a section, as it is.
+    """The text of a card with a new section on loading; without such a section, the text as it is.
 
     Args:
-        name: by default the one that the section has.
+        name: by default the one in the section.
     """
-    return _SECTION.sub(lambda found: loading_section(name or found["name"], model_type, exports), text, count=1)
+
+    def section(found: re.Match) -> str:
+        source = _SOURCE.search(found[0])
+        try:
+            source = json.loads(source[1]) if source else _PLACEHOLDER
+        except ValueError:  # edited by hand
+            source = _PLACEHOLDER
+        return loading_section(name or found["name"], model_type, exports, source)
+
+    return _SECTION.sub(section, text, count=1)
 
 
 def note_exports(folder: Path, model_type: str) -> None:
-    """Writes the proven exports in a student's folder into its card, where it has one of ours."""
+    """Lists the proven exports of a student's folder in its card, if the card is ours."""
     card = inside(folder, "README.md")
     if not card.is_file():
         return
@@ -76,49 +89,60 @@ def note_exports(folder: Path, model_type: str) -> None:
         write_text(card, after)
 
 
-_ANSWER = """inputs = tokenizer(source, return_tensors="pt")
+def _answer(source: str) -> str:
+    return f"""source = {json.dumps(source, ensure_ascii=False)}
+inputs = tokenizer(source, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=48)[0], skip_special_tokens=True))
 """
 
 
-def _in_pytorch(name: str, model_type: str) -> str:
+def _in_pytorch(name: str, model_type: str, source: str) -> str:
     def lines(option: str = "") -> str:
         return f"""from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{name}"{option})
 model = AutoModelForSeq2SeqLM.from_pretrained("{name}"{option})
 """
 
+    install = """```bash
+pip install torch "transformers>=4.57"
+```"""
     if model_type != "rope_encdec":  # transformers itself has it
-        return f"```python\n{lines()}{_ANSWER}```"
-    return f"""```python
+        return f"{install}\n\n```python\n{lines()}{_answer(source)}```"
+    return f"""{install}
+
+```python
 {lines(", trust_remote_code=True")}```
 
-`trust_remote_code=True` is your decision: it runs the Python files that lie beside the weights. Read them first and
-pin `revision=` to the commit that you read. With the package installed nothing has to be trusted:
+`trust_remote_code=True` is your decision: it runs the Python files beside the weights. Read them first, and pin
+`revision=` to the commit that you read. With `pip install hf-encdec-distill` no remote code is needed:
 
 ```python
 import hf_encdec_distill  # registers the architecture with transformers
 {lines()}```
 
-Either way:
+Then, in either case:
 
 ```python
-{_ANSWER}```"""
+{_answer(source)}```"""
 
 
-def _in_runtime(name: str, export: str) -> str:
+def _in_runtime(name: str, export: str, target: str, source: str) -> str:
     if "/" in name:  # of the Hub
         folder = f"""from huggingface_hub import snapshot_download
 folder = snapshot_download("{name}", allow_patterns="{export}/*") + "/{export}"
 """
     else:
         folder = f'folder = "{name}/{export}"\n'
-    return f"""```python
+    return f"""```bash
+pip install "hf-encdec-distill[{target}]"
+```
+
+```python
 from transformers import AutoTokenizer
 from hf_encdec_distill.export.runtime import ExportedForConditionalGeneration
 {folder}tokenizer = AutoTokenizer.from_pretrained(folder)
 model = ExportedForConditionalGeneration.from_pretrained(folder)
-{_ANSWER}```"""
+{_answer(source)}```"""
 
 
 def _in_swift(export: str) -> str:
@@ -129,11 +153,11 @@ let encoder = try await MLModel(contentsOf: MLModel.compileModel(at: folder.appe
 let decoder = try await MLModel(contentsOf: MLModel.compileModel(at: folder.appending(path: "decoder.mlpackage")))
 ```
 
-The encoder runs once for a prompt, the decoder once for a token; `docs/export.md` of the package has the loop."""
+The encoder runs once per prompt, the decoder once per token; `docs/export.md` of the package has the loop."""
 
 
 def _exports(exports: Mapping[str, Mapping]) -> str:
-    header = ["folder", "", "size, MB", "largest difference of logits", "greedy answers equal", "CE", "ROUGE-L"]
+    header = ["folder", "", "size, MB", "largest logit difference", "greedy answers equal", "CE", "ROUGE-L"]
     rows = []
     for folder, report in exports.items():
         rouge = report.get("rouge_l")
@@ -150,8 +174,8 @@ def _exports(exports: Mapping[str, Mapping]) -> str:
         )
     count = ", ".join(sorted({str(report["rows"]) for report in exports.values()}))
     note = (
-        f"Each compared with this model in PyTorch, fp32, whose numbers are in brackets, on {count} held-out rows; "
-        "differences of logits as a share of the largest logit."
+        f"Each export was compared with this model in PyTorch (fp32, numbers in brackets) on {count} held-out rows. "
+        "Logit differences are a share of the largest logit."
     )
     return f"### Exports\n\n{table(header, rows)}\n\n{note}"
 

@@ -1,47 +1,49 @@
-"""The model card of a distilled student, written from `metrics.json` alone: what is not there is not in the card.
+"""The model card of a distilled student, written from `metrics.json`: what is not in the file is not in the card.
 
-`hf-encdec-distill evaluate` writes the same structure, without what concerns training; `model_index` and
-`update_model_card` take its numbers to a card that is there already.
+`hf-encdec-distill evaluate` writes the same structure without the keys about training; `cards.index` adds its numbers
+to an existing card.
 
-`metrics.json` is one JSON object. Every key is optional unless marked (required); extra keys are ignored.
+`metrics.json` is one JSON object. Every key is optional unless marked (required); unknown keys are ignored.
 
-    Estimate    a number, or {"value": x, "low": lo, "high": hi} with lo <= x <= hi; what lo and hi are is said once,
-                in "spread". `estimate([...])` makes one out of one value a seed. "rows" in it is the number of
+    Estimate    a number, or {"value": x, "low": lo, "high": hi} with lo <= x <= hi; "spread" says once what lo and hi
+                are. `metrics.measures.estimate([...])` combines one value per seed. "rows" in it is the number of
                 held-out items that it was measured on, where that is not the entry's n.
     shares      rouge_l, exact_match, f1, teacher_agreement, ece and distinct lie in 0 ... 1 (cards and plots multiply
                 by 100); chrf and bleu keep sacrebleu's scale, 0 ... 100; judge lies in 1 ... 5
     nats        ce, kl and entropy_gap (the model's entropy minus the teacher's), per target token
 
-    title       heading, optional; default student["name"], then the folder's name
-    task        {"name", "description", "pipeline_tag", "language", "prompt_template", "built_in"}; built_in is whether
-                the student's tokenizer puts a source into the prompt, by default that it is merged
-    teacher     {"name", "hub_id", "license", "adaptation"}; hub_id becomes base_model, adaptation is free text
+    title       heading; default student["name"], then the folder's name
+    task        {"name", "description", "pipeline_tag", "language", "prompt_template", "built_in"}; built_in: whether
+                the student's tokenizer adds the prompt itself, by default that it is merged
+    teacher     {"name", "hub_id", "license", "adaptation"}; hub_id becomes base_model; adaptation, free text, says how
+                the teacher was fine-tuned on the task
     student     {"name", "model_type", "encoder_layers", "decoder_layers", "cross_attention", "encoder_attention",
-                "parameters", "license"}; the licence defaults to the teacher's, model_type to "rope_encdec"
+                "parameters", "license"}; license defaults to the teacher's, model_type to "rope_encdec"
     data        {"name", "hub_id", "description", "license", "train_rows", "validation_rows", "test_rows", "split"};
-                split is the one that the numbers of models are of, default "test"
+                split is the one that the models were measured on, default "test"
     judge       {"name", "template", "probability_of_a_digit"}, the model whose scores are "judge"
     signatures  {"bleu" or "chrf": sacrebleu's signature}
     recipe      {setting: value, ...}, printed in this order
     stages      [{"name", "steps", "seconds", "note"}, ...]
     seeds       [0, 1, ...] (required with models)
-    spread      what low and high of the models and differences are (required if any has them), for instance
+    spread      what low and high of the models and differences are (required if any of them has these), for instance
                 "95 % interval, bootstrap over 229 held-out functions"
-    models      {key: {"n" (required, held-out items), "label", "parameters", and any Estimates that METRICS names
-                ("kl" is to the tuned teacher), and "logged", {name: number}, numbers of other names and scales}};
+    models      {key: {"n" (required, held-out items), "label", "parameters", any Estimates named in METRICS ("kl" is
+                to the tuned teacher), and "logged", {name: number} for numbers of other names and scales}};
                 known keys, in the order shown: teacher_before, teacher, student_start, student_ce, student_kd,
-                lead_baseline; others follow
+                lead_baseline; others follow. A key that ends in "_baseline" is a baseline without a model
     differences [{"of": key, "minus": key, and the same Estimates as models, paired}, ...]
-    published   the entry of models that the saved weights are, default "student_kd"; it becomes the model-index
+    published   the entry of models that describes the saved weights, default "student_kd"; it becomes the model-index
     latency     `hf_encdec_distill.bench.compare_latency(...).to_dict()`
     cost        `hf_encdec_distill.bench.compare_cost(...).to_dict()`
     exports     {folder: `hf_encdec_distill.export.parity.prove(...)`}; default `proven_exports` of the card's folder
     machine     `hf_encdec_distill.bench.machine_description()`, of the training
-    energy      of the training, {"kwh", "counters"} as `hf_encdec_distill.bench.EnergyMeter` reads them, and
+    energy      of the training, {"kwh", "counters"} from `hf_encdec_distill.bench.EnergyMeter`, and
                 {"grid_g_per_kwh", "location"}, grams of CO2 equivalent and where; both together give the metadata
                 co2_eq_emissions
     curves      {key of models: [Trainer log_history rows]}, for the plots
-    samples     [{"source", "reference", and one text for any key of models}, ...]
+    samples     [{"source", "reference", and one text for any key of models}, ...]; the card shows ten, and has the
+                shortest source in its widget and its code
     figures     {caption: path of a picture, relative to the card's folder}
     limits      [sentence, ...], added to those that hold for every such model
     note        a line before the heading, for instance a comment
@@ -56,20 +58,22 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..files import inside, read_json, write_text
-from ..metrics.measures import METRICS, bounds, model_label, model_order
+from ..metrics.measures import METRICS, OF_TEACHER, bounds, model_label, model_order
 from .index import eval_results
 from .loading import loading_section, proven_exports, table
 
 
 PAPER = "https://arxiv.org/abs/2501.16273"
+_SAMPLES = 10
+_HIGHER_IS_BETTER = ("rouge_l", "exact_match", "f1", "chrf", "bleu", "judge")
 
 
 def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, repo_id: str | None = None) -> Path:
-    """Writes the card to a folder's `README.md`, or to a path that ends in `.md`.
+    """Writes a card to a folder's `README.md`, or to a path that ends in `.md`.
 
     Args:
-        metrics: the structure that the module docstring describes, or the path of its JSON file.
-        repo_id: what the loading lines name, `"user/name"`; default the folder's name.
+        metrics: the structure in the module docstring, or the path of its JSON file.
+        repo_id: the name in the lines that load the model, `"user/name"`; default the folder's name.
 
     Returns:
         The path written.
@@ -85,10 +89,12 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
     metrics = {"exports": proven_exports(path.parent), **metrics}
     folder = path.resolve().parent.name
     title = metrics.get("title") or metrics.get("student", {}).get("name") or folder
+    example = _example(metrics)
+    loading = {"source": example["source"]} if example else {}
     sections = (
         f"# {title}\n\n{_summary(metrics)}",
         _use(metrics),
-        loading_section(repo_id or folder, _model_type(metrics), metrics["exports"] or {}),
+        loading_section(repo_id or folder, _model_type(metrics), metrics["exports"] or {}, **loading),
         _results(metrics),
         _figures(metrics),
         _speed(metrics),
@@ -96,7 +102,7 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
         _training(metrics),
         _environment(metrics),
         _limits(metrics),
-        _licence(metrics),
+        _license_section(metrics),
         _citation(),
     )
     text = "\n\n".join(filter(None, (metrics.get("note"), *sections)))
@@ -142,12 +148,13 @@ def check(metrics: Mapping) -> None:
 def _card_data(metrics: Mapping, title: str) -> ModelCardData:
     task, teacher, data = (metrics.get(key, {}) for key in ("task", "teacher", "data"))
     known = {
-        # base_model, datasets and the licence are links on the Hub: only ids that the caller gave, never a guess
+        # base_model, datasets and the license are links on the Hub: only what the caller gave, never a guess
         "base_model": teacher.get("hub_id"),
         "datasets": [data["hub_id"]] if data.get("hub_id") else None,
         "language": task.get("language"),
         "license": _license(metrics),
         "pipeline_tag": task.get("pipeline_tag"),
+        "widget": _widget(metrics),
     }
     if _emissions(metrics) is not None:  # https://huggingface.co/docs/hub/model-cards-co2
         energy = metrics["energy"]
@@ -168,12 +175,27 @@ def _card_data(metrics: Mapping, title: str) -> ModelCardData:
     )
 
 
+def _example(metrics: Mapping) -> Mapping | None:
+    """The sample with the shortest source."""
+    samples = [sample for sample in metrics.get("samples", []) if sample.get("source")]
+    return min(samples, key=lambda sample: len(sample["source"]), default=None)
+
+
+def _widget(metrics: Mapping) -> list[dict] | None:
+    """An example for the Hub to show: https://huggingface.co/docs/hub/models-widgets."""
+    example = _example(metrics)
+    if example is None:
+        return None
+    answer = example.get(metrics.get("published", "student_kd"))
+    return [{"text": example["source"], **({"output": {"text": answer}} if answer else {})}]
+
+
 def _license(metrics: Mapping) -> str | None:
     return metrics.get("student", {}).get("license") or metrics.get("teacher", {}).get("license")
 
 
 def license_of(name: str | Path) -> str | None:
-    """What the card of a model says, in its folder or on the Hub; None where there is none to be read."""
+    """The license in the card of a model, in its folder or on the Hub; None if no card can be read."""
     try:
         path = inside(Path(name), "README.md") if Path(name).exists() else name
         return ModelCard.load(path, ignore_metadata_errors=True).data.get("license")
@@ -182,7 +204,7 @@ def license_of(name: str | Path) -> str | None:
 
 
 def teacher_entry(name: str | Path) -> dict[str, str | None]:
-    """`teacher` of a metrics structure, from a folder or a Hub id and the card that is there."""
+    """`teacher` of a metrics structure, from a folder or a Hub id and the card there."""
     is_folder = os.path.isdir(name)
     on_hub = not is_folder and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))
     license = license_of(name) if is_folder or on_hub else None
@@ -204,11 +226,11 @@ def _summary(metrics: Mapping) -> str:
     kind = _model_type(metrics)
     text = "A RoPE encoder-decoder" if kind == "rope_encdec" else f"An encoder-decoder of type `{kind}`"
     text += f" ({', '.join(size)})" if size else ""
-    text += f" whose teacher is the decoder-only model {_link(teacher)}" if teacher.get("name") else ""
-    text += f", for one task: {task['name']}." if task.get("name") else "."
+    text += f" for one task, {task['name']}" if task.get("name") else ""
+    text += f", distilled from the decoder-only model {_link(teacher)}." if teacher.get("name") else "."
     attention = {
-        "merged": "The decoder reads the encoder in one softmax over prompt and own tokens, layer by layer (`merged`)",
-        "separate": "The decoder reads the encoder through a cross-attention block of its own (`separate`)",
+        "merged": "Each decoder layer attends to the prompt and to its own tokens in one softmax (`merged`)",
+        "separate": "The decoder reads the encoder through cross-attention blocks of its own (`separate`)",
     }.get(student.get("cross_attention"))
     if attention:
         text += f" {attention}"
@@ -227,15 +249,16 @@ def _link(entry: Mapping) -> str:
 def _use(metrics: Mapping) -> str:
     task = metrics.get("task", {})
     text = "## Intended use\n\n" + (
-        task.get("description") or f"The task named above{': ' + task['name'] if task.get('name') else ''}."
+        task.get("description")
+        or f"The task{' above: ' + task['name'] if task.get('name') else ' that it was trained on'}."
     )
     if task.get("prompt_template"):
         merged = metrics.get("student", {}).get("cross_attention") == "merged"
         if task.get("built_in", merged):
-            whose = "The tokenizer puts the source into this prompt, so give it the bare source"
+            whose = "The tokenizer adds this prompt, so give it the bare source"
         elif merged:
             whose = (
-                "The prompt, which the tokenizer does not put around a source: make the input with "
+                "The tokenizer does not add this prompt: make the input with "
                 "`hf_encdec_distill.models.prompts.encode_prompt`, without its last token"
             )
         else:
@@ -246,7 +269,7 @@ def _use(metrics: Mapping) -> str:
 
 
 def _number(estimate, name: str, factor: float = 1, decimals: int = 1, signed: bool = False) -> str:
-    """An Estimate for a reader: `29.9`, or `29.9 (28.1 to 31.6)` where it has a spread; a dash where there is none."""
+    """An Estimate for a reader: `29.9`, or with a spread `29.9 (28.1 to 31.6)`; without an estimate a dash."""
     if estimate is None:
         return "–"
     value, low, high = (f"{factor * x:{'+' if signed else ''}.{decimals}f}" for x in bounds(estimate, name))
@@ -271,22 +294,52 @@ def _results(metrics: Mapping) -> str:
     text += f"\n\n{'Seed' if len(seeds) == 1 else 'Seeds'} {', '.join(map(str, seeds))}."
     text += f" In brackets: {metrics['spread']}." if metrics.get("spread") else " No spread was measured."
     if "rouge_l" in shown:
-        text += " Text that is always the same can score well in ROUGE-L: read it together with the share of distinct "
-        text += "outputs."
+        text += " A constant text can score well in ROUGE-L; read it together with the share of distinct outputs."
+    text += _reference(metrics, shown) + _below_baselines(models, published)
     for key in model_order(models):
         if models[key].get("logged"):
             logged = "\n".join(f"- {name}: {value:.5g}" for name, value in models[key]["logged"].items())
-            text += f"\n\nAs it was logged, *{model_label(key, models)}*:\n\n{logged}"
+            text += f"\n\nLogged values, *{model_label(key, models)}*:\n\n{logged}"
     for row in metrics.get("differences", []):
         parts = []
         for name, (heading, factor, decimals, _) in METRICS.items():
             if row.get(name) is not None:
                 _, low, high = bounds(row[name], name)
-                tie = ", not told apart from zero" if low < high and low <= 0 <= high else ""
+                tie = ", not distinguishable from zero" if low < high and low <= 0 <= high else ""
                 parts.append(f"- {heading}: {_number(row[name], name, factor, decimals, signed=True)}{tie}")
         if parts:
             of, minus = (model_label(row[side], models) for side in ("of", "minus"))
             text += f"\n\nDifference, *{of}* minus *{minus}*:\n\n" + "\n".join(parts)
+    return text
+
+
+def _reference(metrics: Mapping, shown: Mapping) -> str:
+    """Which teacher the measures of closeness refer to: seldom the one on the Hub."""
+    names = [f"*{METRICS[name][0].split(',')[0]}*" for name in shown if name in OF_TEACHER]
+    teacher = metrics.get("teacher", {})
+    if not names or not teacher.get("name"):
+        return ""
+    tuned = teacher.get("adaptation")
+    named = f"tuned teacher, {teacher['name']} after fine-tuning" if tuned else f"teacher, {teacher['name']}"
+    return f"\n\n{' and '.join(names)} {'is' if len(names) == 1 else 'are'} measured against the {named}."
+
+
+def _below_baselines(models: Mapping, published: str) -> str:
+    """A sentence for each baseline that scores higher than the published weights in a measure of both."""
+    text, ours = "", models[published]
+    for key in (key for key in model_order(models) if key.endswith("_baseline")):
+        below = []
+        for name in _HIGHER_IS_BETTER:
+            if ours.get(name) is None or models[key].get(name) is None:
+                continue
+            heading, factor, decimals, _ = METRICS[name]
+            student, baseline = (bounds(entry[name], name)[0] for entry in (ours, models[key]))
+            if student < baseline:
+                values = " against ".join(f"{factor * value:.{decimals}f}" for value in (student, baseline))
+                below.append(f"{heading.split(',')[0]} {values}")
+        if below:
+            text += "\n\n**Below a trivial baseline.** These weights score lower than the "
+            text += f"*{model_label(key, models)}*, which needs no model: {', '.join(below)}."
     return text
 
 
@@ -308,14 +361,14 @@ def _speed(metrics: Mapping) -> str:
             rows.append([label, *sides, _number(latency["ratio"].get(ratio), key, 1, 2)])
         notes.append(
             f"Times: batch {latency['batch_size']}, {latency['prompt_length']:g} tokens in, {latency['new_tokens']} "
-            f"out, greedy, {latency['dtype']} ({latency['dtype_reason']}), PyTorch, both through the same loop and "
-            f"with their key/value caches; {latency['spread']}, ratios within a round. {_machine(latency['machine'])}"
+            f"out, greedy, {latency['dtype']} ({latency['dtype_reason']}), PyTorch, both in the same generation loop "
+            f"with key/value caches; {latency['spread']}, ratios within a round. {_machine(latency['machine'])}"
         )
     if cost:
         for label, key, unit in (
             ("First token, GFLOPs (counted)", "first_token_flops", 1e9),
             ("Each further token, MFLOPs (counted)", "flops_per_token", 1e6),
-            ("Read for each further token, MB (counted)", "bytes_per_token", 1e6),
+            ("Read per further token, MB (counted)", "bytes_per_token", 1e6),
             ("Key/value cache, MB (counted)", "kv_cache_bytes", 1e6),
         ):
             sides = [f"{cost[side][key] / unit:.4g}" for side in ("teacher", "student")]
@@ -328,8 +381,8 @@ def _speed(metrics: Mapping) -> str:
             ratio = f"{cost['ratio']['parameters']:.2f}" if part == "total" else "–"
             rows.append([label, *(f"{side[part] / 1e6:.1f}" for side in parameters), ratio])
         notes.append(
-            f"Counted: from the two configs, {cost['prompt_length']} tokens in, {cost['new_tokens']} out, "
-            f"{cost['dtype']}, the head at one position; a head of 0 is tied to the embedding."
+            f"Counted from the two configs for {cost['prompt_length']} tokens in and {cost['new_tokens']} out in "
+            f"{cost['dtype']}, with the head at one position. A head of 0 is tied to the embedding."
         )
     if not rows:
         return ""
@@ -344,7 +397,7 @@ def _machine(machine: Mapping) -> str:
         ("usable_cores", "{} usable cores"),
         ("threads", "{} threads"),
         ("memory_gib", "{} GiB"),
-        ("load", "load {} when it began"),
+        ("load", "load {} at the start"),
         ("python", "Python {}"),
         ("torch", "torch {}"),
         ("transformers", "transformers {}"),
@@ -357,8 +410,13 @@ def _samples(metrics: Mapping) -> str:
     samples, models = metrics.get("samples", []), metrics.get("models", {})
     if not samples:
         return ""
-    parts = ["## Samples\n\nHeld-out inputs, outputs side by side."]
-    for index, sample in enumerate(samples, 1):
+    shown = samples[:_SAMPLES]
+    parts = [
+        "## Samples",
+        # Markdown inside of HTML: the attribute is MkDocs', the Hub and GitHub need none.
+        f'<details markdown="1">\n<summary>{len(shown)} held-out inputs with their outputs</summary>',
+    ]
+    for index, sample in enumerate(shown, 1):
         lines = [f"- reference: {_code(sample['reference'])}"] if sample.get("reference") is not None else []
         outputs = model_order({key: text for key, text in sample.items() if key not in ("source", "reference")})
         lines += [
@@ -366,15 +424,15 @@ def _samples(metrics: Mapping) -> str:
         ]
         source = f"\n\n{_fence(sample['source'])}" if sample.get("source") is not None else ""
         parts.append(f"### Sample {index}{source}\n\n" + "\n".join(lines))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, "</details>"])
 
 
 def _training(metrics: Mapping) -> str:
     teacher, data = metrics.get("teacher", {}), metrics.get("data", {})
     parts = []
     if teacher.get("name"):
-        adapted = f" Adapted to the task first: {teacher['adaptation']}." if teacher.get("adaptation") else ""
-        parts.append(f"**Teacher.** {_link(teacher)}, {teacher.get('license') or 'licence not stated'}.{adapted}")
+        tuned = f" Fine-tuned on the task first: {teacher['adaptation']}." if teacher.get("adaptation") else ""
+        parts.append(f"**Teacher.** {_link(teacher)}, {teacher.get('license') or 'license not stated'}.{tuned}")
     if data:
         rows = [
             f"{data[f'{split}_rows']:,} {split}"
@@ -382,7 +440,7 @@ def _training(metrics: Mapping) -> str:
             if data.get(f"{split}_rows") is not None
         ]
         described = [data.get("name"), data.get("description"), f"Rows: {', '.join(rows)}" if rows else None]
-        described.append(f"Licence: {data['license']}" if data.get("license") else None)
+        described.append(f"License: {data['license']}" if data.get("license") else None)
         parts.append("**Data.** " + " ".join(f"{text.rstrip('.')}." for text in described if text))
     if metrics.get("recipe"):
         parts.append("**Recipe.**\n\n" + table(["Setting", "Value"], metrics["recipe"].items()))
@@ -396,14 +454,14 @@ def _training(metrics: Mapping) -> str:
             ]
             for stage in metrics["stages"]
         ]
-        parts.append("**Stages, as they ran.**\n\n" + table(["Stage", "Steps", "Seconds", ""], stages))
+        parts.append("**Stages.**\n\n" + table(["Stage", "Steps", "Seconds", ""], stages))
     if metrics.get("machine"):
         parts.append(_machine(metrics["machine"]))
     return "## Training\n\n" + "\n\n".join(filter(None, parts)) if parts else ""
 
 
 def _hardware(metrics: Mapping) -> str:
-    """What a training ran on, in a few words; empty if that is not known."""
+    """The hardware of the training in a few words; empty if it is not known."""
     machine = metrics.get("machine", {})
     cores = f"{machine['usable_cores']} cores" if machine.get("usable_cores") else None
     return machine.get("gpus") or ", ".join(filter(None, (machine.get("cpu"), cores)))
@@ -415,12 +473,12 @@ def _environment(metrics: Mapping) -> str:
         return ""
     hardware = _hardware(metrics)
     text = "## Environmental cost\n\n"
-    text += f"{_duration(seconds)} on {hardware or 'hardware that was not recorded'}. "
+    text += f"{_duration(seconds)} on {hardware or 'unrecorded hardware'}. "
     energy, emissions = metrics.get("energy") or {}, _emissions(metrics)
     if "kwh" not in energy:
         return text + "Energy was not measured."
     text += (
-        f"{energy['kwh']:.3g} kWh by the counters of {energy['counters']}; what else the machine used is not in it."
+        f"{energy['kwh']:.3g} kWh by the counters of {energy['counters']}; the rest of the machine is not included."
     )
     if emissions is not None:
         text += (
@@ -431,7 +489,7 @@ def _environment(metrics: Mapping) -> str:
 
 
 def _emissions(metrics: Mapping) -> float | None:
-    """Grams of CO2 equivalent, where both the energy and its source are known."""
+    """Grams of CO2 equivalent, if both the energy and its source are known."""
     energy = metrics.get("energy") or {}
     known = "kwh" in energy and "grid_g_per_kwh" in energy
     return energy["kwh"] * energy["grid_g_per_kwh"] if known else None
@@ -442,33 +500,35 @@ def _duration(seconds: float) -> str:
 
 
 def _limits(metrics: Mapping) -> str:
-    limits = ["Trained and measured for the task above only; nothing here says how it does on another."]
+    limits = ["Trained and evaluated on the task above only. It may fail on any other."]
     if metrics.get("models") and len(metrics["seeds"]) == 1:
-        limits.append("One training seed: the numbers above do not show how much another seed would change them.")
+        limits.append("Trained with one seed: the numbers above do not include the variation between seeds.")
     if metrics.get("latency"):
-        limits.append("Times hold for the machine, dtype and lengths named with them; measure on yours.")
-    limits.append("What it writes can be wrong, and it inherits the biases of its teacher and of its data.")
+        limits.append(
+            "Latencies hold for the machine, dtype and lengths given with them; measure on your own hardware."
+        )
+    limits.append("Its outputs can be wrong, and it inherits the biases of its teacher and of its training data.")
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in [*limits, *metrics.get("limits", [])])
 
 
-def _licence(metrics: Mapping) -> str:
-    """The licence of the weights, and those of what they were made of."""
+def _license_section(metrics: Mapping) -> str:
+    """The license of the weights, and those of the teacher and the data."""
     license, teacher, data = _license(metrics), metrics.get("teacher", {}), metrics.get("data", {})
     text = f"{license}." if license else "Not stated."
     text += " The weights derive from the teacher's"
     if teacher.get("license") and teacher.get("name"):
         text += f", {teacher['name']} ({teacher['license']})."
     else:
-        text += ": its licence applies to them."
+        text += ": its license applies to them."
     if data.get("name"):
-        text += f" The data, {data['name']}: {data.get('license') or 'licence not stated'}."
-    return f"## Licence\n\n{text}"
+        text += f" The data, {data['name']}: {data.get('license') or 'license not stated'}."
+    return f"## License\n\n{text}"
 
 
 def _citation() -> str:
     return f"""## Citation
 
-The split into a deep encoder and a shallow decoder, and its distillation, follow
+A deep encoder with a shallow decoder, distilled from a decoder-only model, is the idea of
 [Return of the Encoder: Maximizing Parameter Efficiency for SLMs]({PAPER}):
 
 ```bibtex
@@ -486,13 +546,13 @@ def _longest_ticks(text: str) -> int:
 
 
 def _fence(text: str) -> str:
-    """A code block that no run of backticks inside the text can end."""
+    """A code block that no backticks inside the text can end."""
     ticks = "`" * max(3, _longest_ticks(text) + 1)
     return f"{ticks}\n{text}\n{ticks}"
 
 
 def _code(text: str) -> str:
-    """One line of code text, in backticks enough for whatever it holds."""
+    """One line of code, in enough backticks for any text."""
     text = " ".join(text.split())
     if not text:
         return "*(empty)*"

@@ -4,19 +4,60 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+WIDTH = 80  # of a terminal that nobody has made wider
+_NAME, _FIRST = 14, 30  # what the name of a column, and the first column, may take where space is short
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns under their names: the first to the left, the others to the right."""
-    widths = [max(len(str(row[column])) for row in [header, *rows]) for column in range(len(header))]
+    """Columns under their names: the first to the left, the others to the right.
 
-    def line(cells: Sequence[str]) -> str:
-        first, *others = (str(cell) for cell in cells)
-        return "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))])
+    No line is longer than `WIDTH`: names are wrapped where needed, and columns that still do not fit go into another
+    table below, under the same first column.
+    """
+    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    if _length(widths) > WIDTH:
+        numbers = zip(*([row[1:] for row in cells[1:]]), strict=True)
+        names = (min(max(map(len, name.split()), default=1), _NAME) for name in cells[0][1:])
+        widths[1:] = [max(name, *map(len, column)) for name, column in zip(names, numbers, strict=True)]
+        widths[0] = min(widths[0], max(WIDTH + 2 - _length([*widths[1:], 0, 0]), _FIRST))
+    blocks: list[list[int]] = [[]]
+    for column in range(1, len(widths)):
+        if blocks[-1] and _length([widths[index] for index in (0, *blocks[-1], column)]) > WIDTH:
+            blocks.append([])
+        blocks[-1].append(column)
+    return "\n\n".join(_block(cells, widths, [0, *block]) for block in blocks)
 
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+def _length(widths: Sequence[int]) -> int:
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _block(cells: Sequence[Sequence[str]], widths: Sequence[int], columns: Sequence[int]) -> str:
+    def lines(row: Sequence[str], is_header: bool = False) -> list[str]:
+        wrapped = [
+            textwrap.wrap(row[column], widths[column], subsequent_indent="" if column else "  ") for column in columns
+        ]
+        height = max(1, *map(len, wrapped))
+        columns_of_lines = []
+        for column, texts in zip(columns, wrapped, strict=True):
+            empty = [""] * (height - len(texts))
+            texts = [*empty, *texts] if is_header else [*texts, *empty]
+            columns_of_lines.append([t.rjust(widths[column]) if column else t.ljust(widths[0]) for t in texts])
+        return ["  ".join(line).rstrip() for line in zip(*columns_of_lines, strict=True)]
+
+    rule = "  ".join("-" * widths[column] for column in columns)
+    return "\n".join([*lines(cells[0], is_header=True), rule, *(line for row in cells[1:] for line in lines(row))])
+
+
+def wrap(text: str, indent: int = 0) -> str:
+    """A sentence, or a list of names, in lines that fit `WIDTH`; those after the first are indented."""
+    return textwrap.fill(text, WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def say_result(args: argparse.Namespace, content: Mapping[str, Any], text: str) -> None:

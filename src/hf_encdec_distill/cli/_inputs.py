@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,22 +17,24 @@ if TYPE_CHECKING:
 BUILT_IN = "built-in"
 DATA = {"dataset": BUILT_IN, "source_column": "source", "target_column": "target"}
 T = TypeVar("T")
+_DOCUMENTED = "https://huggingface.co/docs/transformers/main_classes/trainer"
 # Training arguments that any run may want to set, with their help.
 SCHEDULE = {
     "max_steps": "optimizer steps",
-    "num_train_epochs": "passes over the data, where max-steps is not given",
+    "num_train_epochs": "passes over the data, if --max-steps is not given",
     "learning_rate": "peak learning rate",
-    "per_device_train_batch_size": "rows a step and device",
-    "gradient_accumulation_steps": "batches a step",
+    "per_device_train_batch_size": "rows per device and batch",
+    "gradient_accumulation_steps": "batches per optimizer step",
 }
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, only_said: bool = False) -> None:
     """`--dataset`, `--source-column` and `--target-column`, as in `DATA` or, if `only_said`, not in the namespace."""
     texts = {
-        "dataset": "a CSV, JSON or Parquet file or a datasets name; default: Python functions and their docstrings",
-        "source_column": "column that the student reads",
-        "target_column": "column that it shall write",
+        "dataset": "a CSV, JSON or Parquet file, a folder with one file per split, or the name of a dataset on the "
+        "Hub (default: Python functions and their docstrings)",
+        "source_column": "column that the student reads (default: source)",
+        "target_column": "column that it learns to write (default: target)",
     }
     for name, text in texts.items():
         # With underscores too: those would otherwise be taken for the training argument of the same name.
@@ -44,10 +48,10 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-template",
         metavar="TEXT",
-        help="what the teacher reads, with {source} in it (default: its chat template)",
+        help="the teacher's prompt, with {source} in it (default: its chat template)",
     )
-    parser.add_argument("--max-source-length", type=int, metavar="TOKENS", help="cut prompts to so many tokens")
-    parser.add_argument("--max-target-length", type=int, metavar="TOKENS", help="cut targets to so many tokens")
+    parser.add_argument("--max-source-length", type=int, metavar="TOKENS", help="truncate prompts to this many tokens")
+    parser.add_argument("--max-target-length", type=int, metavar="TOKENS", help="truncate targets to this many tokens")
 
 
 def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
@@ -58,12 +62,38 @@ def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give at least 1")
 
 
-def add_training_arguments(parser: argparse.ArgumentParser, fields: Mapping[str, str]) -> None:
-    """Options for the training arguments that nearly every run sets; `training_arguments` takes all others too."""
-    group = parser.add_argument_group("training arguments")
+@functools.cache
+def distillation_fields() -> dict[str, tuple[Any, str]]:
+    """Name -> (default, help) of the fields that `DistillationTrainingArguments` adds to those of transformers.
+
+    Read from the source of the class: importing it takes seconds, which `--help` and completion should not.
+    """
+    source = Path(__file__).parents[1] / "distillation" / "arguments.py"
+    fields = {}
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
+            said = {keyword.arg: keyword.value for keyword in node.value.keywords}
+            metadata = dict(zip(map(ast.literal_eval, said["metadata"].keys), said["metadata"].values, strict=True))
+            fields[node.target.id] = ast.literal_eval(said["default"]), ast.literal_eval(metadata["help"])
+    return fields
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, fields: Mapping[str, str], others: str) -> None:
+    """Options for training arguments; `training_arguments` takes all others too.
+
+    Args:
+        fields: name -> help.
+        others: where the other fields are from.
+    """
+    description = f"Every other field of {others} is an option, too:\n{_DOCUMENTED}"
+    group = parser.add_argument_group("training arguments", description)
+    flags = {name for name, (default, _) in distillation_fields().items() if default is False}
     for name, text in fields.items():
-        option = f"--{name.replace('_', '-')}"
-        group.add_argument(option, default=argparse.SUPPRESS, metavar=name.split("_")[-1].upper(), help=text)
+        value: dict[str, Any] = {"metavar": name.split("_")[-1].upper()}
+        if name in flags:  # as HfArgumentParser takes one
+            value = {"metavar": "BOOL", "nargs": "?", "const": "true"}
+        text = text.replace("%", "%%")
+        group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **value)
 
 
 def said_training_arguments(cls: type, args: argparse.Namespace, fields: Mapping[str, str]) -> dict[str, Any]:

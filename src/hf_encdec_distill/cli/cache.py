@@ -1,10 +1,10 @@
-"""Record a teacher's distribution at every target of a data set; `distill --teacher FOLDER` then needs no teacher.
+"""Record a teacher's distribution at each target of a dataset; `distill --teacher FOLDER` then needs no teacher.
 
-Rows that are in the folder already are not captured again: the same command goes on after an interruption, and adds
-the rows of another data set. Template and length limits have to be those of the training. Under `accelerate launch`
+Rows that are already in the folder are not captured again: the same command continues after an interruption, and adds
+the rows of another dataset. Template and length limits have to match those of the training. Under `accelerate launch`
 the processes share the rows.
 
-With --generate the teacher writes the targets itself. They are kept in the folder too:
+With --generate the teacher writes the targets itself. The folder keeps them too:
 `distill --teacher FOLDER --dataset FOLDER` trains on them.
 """
 
@@ -28,16 +28,16 @@ from ._inputs import (
 if TYPE_CHECKING:
     from ..distillation import TargetGeneration
 
-SUMMARY = "record a teacher once, to train from it without it"
+SUMMARY = "record a teacher once, then train without it"
 EXAMPLE = "hf-encdec-distill cache built-in --output teacher-cache --kind top_k --k 32"
 
 # The fields of `TargetGeneration`, which has their defaults, but for the limit: that is the targets'.
 _GENERATION = {
-    "num_beams": (int, "beams of the search (default: 1, greedy)"),
+    "num_beams": (int, "number of beams (default: 1, greedy)"),
     "sampling_temperature": (float, "sample the answers at this temperature instead"),
-    "num_return_sequences": (int, "answers a row to choose from (default: 1)"),
-    "keep": (str, "likeliest to the teacher itself, closest to the reference (ROUGE-L), or all (default: likeliest)"),
-    "seed": (int, "of the sampling (default: 0)"),
+    "num_return_sequences": (int, "answers per row to choose from (default: 1)"),
+    "keep": (str, "likeliest under the teacher, closest to the reference (ROUGE-L), or all (default: likeliest)"),
+    "seed": (int, "seed of the sampling (default: 0)"),
 }
 
 
@@ -46,28 +46,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"causal language model or PEFT adapter: folder, Hub id, or {BUILT_IN!r}"
     teacher.add_argument("teacher", nargs="?", help=text)
     teacher.add_argument("--teacher", dest="teacher_option", metavar="TEACHER", help="the same, as an option")
-    parser.add_argument(
-        "--output", "--out", required=True, metavar="FOLDER", help="new folder, or a cache to go on with"
-    )
+    parser.add_argument("--output", "--out", required=True, metavar="FOLDER", help="new folder, or a cache to extend")
     parser.add_argument(
         "--kind",
         choices=("top_k", "sampled", "dense"),
         default="top_k",
-        help="the likeliest tokens and the mass of all others; tokens drawn from the distribution (unbiased, forward "
-        "KL only); or all of it (default: %(default)s)",
+        help="the most likely tokens and the mass of all others; tokens drawn from the distribution (unbiased, "
+        "forward KL only); or the whole distribution (default: %(default)s)",
     )
     parser.add_argument(
-        "--k", type=int, default=32, metavar="N", help="tokens that top_k keeps a target (default: 32)"
+        "--k", type=int, default=32, metavar="N", help="tokens that top_k keeps per target (default: 32)"
     )
     parser.add_argument(
-        "--rounds", type=int, default=50, metavar="N", help="tokens that sampled draws a target (default: 50)"
+        "--rounds", type=int, default=50, metavar="N", help="tokens that sampled draws per target (default: 50)"
     )
     parser.add_argument(
         "--proposal-power",
         type=float,
         default=1.0,
         metavar="T",
-        help="sampled draws from the probabilities to this power, below 1 more of the rare tokens (default: 1)",
+        help="sampled draws from the probabilities raised to this power; below 1, rare tokens come more often "
+        "(default: 1)",
     )
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="T", help="distill_temperature of the training (default: 1)"
@@ -81,15 +80,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--student",
         metavar="FOLDER",
-        help="the student, whose tokenizer cuts the targets; a merged one says what it starts from where there is "
-        "no template, not of the chat either",
+        help="the student, whose tokenizer splits the targets; a merged student also gives its start token if there "
+        "is no prompt template and no chat template",
     )
     parser.add_argument(
         "--teacher-dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="default: bfloat16 where the hardware multiplies it, else float32",
+        help="default: bfloat16 if the hardware supports it, else float32",
     )
-    parser.add_argument("--teacher-quantization", choices=("8bit", "4bit"), help="load it so, with bitsandbytes")
+    parser.add_argument(
+        "--teacher-quantization", choices=("8bit", "4bit"), help="load the teacher quantized, with bitsandbytes"
+    )
     add_data_arguments(parser)
     parser.add_argument(
         "--splits", nargs="+", default=["train", "validation"], metavar="NAME", help="default: train validation"
@@ -98,17 +99,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-date",
         metavar="YYYY-MM-DD",
-        help="the day that a chat template is told it is, where it names the day (default: that of --student, that of "
-        "a cache to go on with, today)",
+        help="the date for a chat template that contains one (default: that of --student, that of the cache to "
+        "extend, today)",
     )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at once (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows per batch (default: %(default)s)")
     parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the cache as a dataset")
-    parser.add_argument("--private", action="store_true", help="make that a private one")
+    parser.add_argument("--private", action="store_true", help="create a private dataset")
     generation = parser.add_argument_group("sequence-level distillation")
     generation.add_argument(
         "--generate",
         action="store_true",
-        help="let the teacher write the targets, of at most --max-target-length tokens (default: 128)",
+        help="let the teacher write the targets, up to --max-target-length tokens (default: 128)",
     )
     for name, (kind, text) in _GENERATION.items():
         option = f"--{name.replace('_', '-')}"

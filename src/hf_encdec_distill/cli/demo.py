@@ -1,8 +1,8 @@
 """Open a page in the browser: type a text, and student and teacher answer side by side.
 
-Each answer comes with the time of its first token and its tokens per second; the student's tokens are marked by
-whether the teacher, having read the answer up to there, would put the same one first. MODEL and every --exported can
-be chosen on the page. Nothing is loaded from elsewhere and nothing is sent: all that the page needs is served by it.
+Each answer has the time of its first token and its tokens per second. Each token of the student is marked by whether
+the teacher, given the answer so far, would choose the same one. The page lets you switch between MODEL and each
+--exported. It loads nothing from elsewhere and sends nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "coreml": "Core ML"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a student, or an exported folder")
-    parser.add_argument("--teacher", help=f"decoder-only model beside it: folder, Hub id, or {BUILT_IN!r}")
+    parser.add_argument("--teacher", help=f"decoder-only model to show beside it: folder, Hub id, or {BUILT_IN!r}")
     parser.add_argument(
         "--exported", action="append", default=[], metavar="DIR", help="an exported folder of the student; repeatable"
     )
@@ -39,13 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-template",
         metavar="TEXT",
-        help="what the teacher reads, with {source} in it (default: its chat template); a merged student has it "
-        "built in",
+        help="the teacher's prompt, with {source} in it (default: its chat template); a merged student has its own",
     )
     parser.add_argument("--max-source-length", type=int, default=256, metavar="TOKENS", help="default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="TOKENS", help="default: %(default)s")
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine alone)"
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)"
     )
     parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
 

@@ -1,13 +1,13 @@
 """Distil a teacher into a student on rows of text.
 
-What to do is said in options, or in a recipe: a YAML file whose keys are the options with underscores, any of which an
-option overrides. Every field of DistillationTrainingArguments (and so of Seq2SeqTrainingArguments) is a key and an
-option, beyond those listed: --lr-scheduler-type, --bf16, --use-cpu, --eval-strategy, ... An interrupted run whose
-checkpoints are in the output folder goes on with --resume.
+What to do comes from options, or from a recipe: a YAML file whose keys are the options, with underscores.
+Command-line options override the recipe. --resume continues an interrupted run from the checkpoints in its output
+folder.
 
-Beside the student are written its model card with the numbers in it (metrics.json), the whole recipe and
-provenance.json: seeds, versions, commit, fingerprints of data and models, and the final numbers. --reproduce FOLDER
-runs that again and compares the numbers; it publishes and reports nothing, whatever the recipe says.
+The output folder gets the student, its model card, the numbers in it (metrics.json), the complete recipe, and
+provenance.json: seeds, versions, commit, fingerprints of the data and the models, and the final numbers.
+--reproduce FOLDER repeats the run in FOLDER and compares the numbers. It never pushes or reports anything, whatever
+the recipe says.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ._inputs import (
     add_data_arguments,
     add_training_arguments,
     dataset_name,
+    distillation_fields,
     load_splits,
     prompt_template,
     said_training_arguments,
@@ -47,17 +48,17 @@ EXAMPLE = (
 )
 PASSES_ARGUMENTS_ON = True
 
-# The training arguments that nearly every run sets; the others are passed on as they come.
+# The training arguments that --help lists; the others are passed on as they come.
 TRAINING = {
     **SCHEDULE,
-    "divergence": "forward_kl, reverse_kl, generalized_jsd, skew_kl, skew_reverse_kl or total_variation",
-    "distill_weight": "share of the divergence in the loss; the rest is cross-entropy",
-    "distill_temperature": "divides the logits in the divergence",
-    "max_source_length": "cut prompts to so many tokens",
-    "max_target_length": "cut targets to so many tokens",
-    "prompt_template": "what the teacher reads, with {source} in it (default: its chat template)",
+    **{
+        name: text if default is None else f"{text} (default: {default})"
+        for name, (default, text) in distillation_fields().items()
+        if name not in DATA
+    },
+    "divergence": "forward_kl (the default), reverse_kl, generalized_jsd, skew_kl, skew_reverse_kl or total_variation",
     "save_steps": "steps between checkpoints",
-    "seed": "of the data order",
+    "seed": "seed of the data order",
 }
 
 
@@ -72,31 +73,36 @@ class _InPlaceOfAStudent(argparse.Action):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = """%(prog)s STUDENT --teacher TEACHER --output FOLDER ...
+       %(prog)s RECIPE ...
+       %(prog)s --reproduce FOLDER --output FOLDER"""
     parser.add_argument(
         "begin",
         metavar="STUDENT|RECIPE",
-        help="folder or Hub id of an encoder-decoder, as `init` makes it; or a .yaml file",
+        help="folder or Hub id of an encoder-decoder, for instance from `init`; or a .yaml file",
     )
     parser.add_argument(
         "--teacher",
         default=argparse.SUPPRESS,
-        help=f"causal language model: folder, Hub id, or {BUILT_IN!r}; or a folder that `cache` made",
+        help=f"causal language model: folder, Hub id, or {BUILT_IN!r}; or a folder from `cache`",
     )
     parser.add_argument(
-        "--output", default=argparse.SUPPRESS, metavar="FOLDER", help="folder for checkpoints and the student"
+        "--output", default=argparse.SUPPRESS, metavar="FOLDER", help="folder for the checkpoints and the student"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --output")
     parser.add_argument(
         "--reproduce",
         action=_InPlaceOfAStudent,
         metavar="FOLDER",
-        help="do again what made the student in FOLDER, and fail if its numbers do not come out",
+        help="repeat the run that made the student in FOLDER; fail if its numbers differ",
     )
-    parser.add_argument("--student", default=argparse.SUPPRESS, help="in place of the recipe's")
+    parser.add_argument("--student", default=argparse.SUPPRESS, help="overrides the student of the recipe")
     add_data_arguments(parser, only_said=True)
-    add_training_arguments(parser, TRAINING)
-    section = parser.add_argument_group("init, where a student is to be made of the teacher first")
-    section.add_argument("--init.teacher", default=argparse.SUPPRESS, metavar="TEACHER", help="where that is a cache")
+    add_training_arguments(parser, TRAINING, "transformers' Seq2SeqTrainingArguments")
+    section = parser.add_argument_group("init, to make the student from the teacher first")
+    section.add_argument(
+        "--init.teacher", default=argparse.SUPPRESS, metavar="TEACHER", help="needed if --teacher is a cache"
+    )
     add_shape_arguments(section, "init.")
 
 

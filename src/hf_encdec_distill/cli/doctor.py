@@ -1,6 +1,6 @@
-"""Look at what is installed and at the machine: versions, runtimes, CPU features, what each missing extra would add.
+"""Show what is installed and what the machine has: versions, runtimes, CPU features, and what each missing extra adds.
 
-Exit code 2 if something that the package needs is missing, of a version that does not work, or cannot be imported.
+Exit code 2 if a required package is missing, of a wrong version, or cannot be imported.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from ..progress import progress
-from ._display import say_result
+from ._display import say_result, wrap
 
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-SUMMARY = "look at versions, runtimes and the machine"
+SUMMARY = "show versions, runtimes and the machine"
 EXAMPLE = "hf-encdec-distill doctor --json"
 
 DISTRIBUTION = "hf-encdec-distill"
@@ -219,13 +219,16 @@ def _page(content: dict[str, Any]) -> str:
     runtimes = {name: x if isinstance(x, str) else ", ".join(x) for name, x in content["runtimes"].items()}
     parts = [content["lane"], _lines(content["versions"]), _lines(runtimes), _lines(machine)]
     if missing:
-        lines = [f"{name}: {adds}\n    lacks {lacks}\n    {install}" for name, adds, lacks, install in missing]
+        lines = [
+            f"{wrap(f'{name}: {adds}', 4)}\n{wrap(f'    missing: {lacks}', 6)}\n    {install}"
+            for name, adds, lacks, install in missing
+        ]
         parts.append("not installed\n" + "\n".join(lines))
-    parts += [f"trap: {trap}" for trap in content["traps"]]
-    parts += [f"broken: {name}: {error}" for name, error in content["broken"].items()]
+    parts += [wrap(f"trap: {trap}") for trap in content["traps"]]
+    parts += [wrap(f"broken: {name}: {error}") for name, error in content["broken"].items()]
     return "\n\n".join(part for part in parts if part)
 
 
 def _lines(entries: dict[str, Any]) -> str:
     width = max(map(len, entries), default=0)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in entries.items())
+    return "\n".join(wrap(f"{name.ljust(width)}  {value}", width + 2) for name, value in entries.items())

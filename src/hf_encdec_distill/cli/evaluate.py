@@ -1,9 +1,9 @@
-"""Measure models on held-out rows: texts against references, closeness to a teacher, calibration, a judge's opinion.
+"""Measure models on held-out rows: ROUGE-L and other text measures, closeness to a teacher, calibration, a judge.
 
-MODEL may be an encoder-decoder or a decoder-only model. In brackets: 95 % interval, bootstrap over the rows. Several
-models are measured on the same rows, and each is compared with the first: difference, its interval, and p of a paired
-permutation test. The baseline answers with the first sentence of the source. docs/evaluation.md describes the measures
-and what --output gets.
+MODEL is an encoder-decoder or a decoder-only model. In brackets: 95 % interval, bootstrap over the rows. All models
+are measured on the same rows, and each is compared with the first: difference, its interval, and p of a paired
+permutation test. The baseline answers with the first sentence of the source. docs/evaluation.md explains the measures
+and what --output writes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..progress import progress
-from ._display import say_result, table
+from ._display import say_result, table, wrap
 from ._inputs import (
     BUILT_IN,
     add_data_arguments,
@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-template",
         metavar="TEXT",
-        help="what a decoder-only model reads, with {source} in it (default: its chat template); a merged student has "
-        "it built in",
+        help="prompt of a decoder-only model, with {source} in it (default: its chat template); a merged student has "
+        "its own",
     )
     parser.add_argument(
         "--metrics",
@@ -67,15 +67,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judge-template",
         metavar="TEXT",
-        help="what the judge reads, or a file with it: {source}, {reference} and {prediction} are filled in",
+        help="prompt of the judge, or a file with it; {source}, {reference} and {prediction} are filled in",
     )
     parser.add_argument(
         "--output",
         metavar="FOLDER",
-        help="new folder for metrics.json, quality.png and .svg, answers.jsonl and a model-index for each model",
+        help="new folder for metrics.json, quality.png and .svg, answers.jsonl and a model-index per model",
     )
     parser.add_argument(
-        "--update-card", action="store_true", help="write the results into README.md of each MODEL that is a folder"
+        "--update-card",
+        action="store_true",
+        help="write the results into the README.md of each MODEL that is a folder",
     )
 
 
@@ -283,7 +285,8 @@ def _page(args: argparse.Namespace, result: Mapping) -> str:
     parts = [table(header, [[_heading(m), *(_cell(entry.get(m), m) for entry in models.values())] for m in measures])]
     for difference in result["differences"]:
         rows = [[_heading(m), _cell(d, m), f"{d['p']:.4f}"] for m, d in difference.items() if m in measures]
-        parts.append(f"{difference['of']} minus {difference['minus']}\n{table(['', '', 'p'], rows)}")
+        title = wrap(" minus ".join(model_label(difference[side], models) for side in ("of", "minus")))
+        parts.append(f"{title}\n{table(['', '', 'p'], rows)}")
     return "\n\n".join(parts)
 
 

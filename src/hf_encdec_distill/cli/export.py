@@ -1,7 +1,7 @@
-"""Export a student to ONNX, OpenVINO or Core ML, and prove that what was written answers as PyTorch does.
+"""Export a student to ONNX, OpenVINO or Core ML, and prove that the export answers as PyTorch does.
 
-With several targets each has a folder of its own in OUT. What is out of bounds keeps the name OUT.rejected, and the
-command fails. parity.json in the folder has what was compared; docs/export.md explains it.
+With several targets, each has a folder of its own in OUT. An export that is out of bounds is kept as OUT.rejected, and
+the command fails. parity.json in the folder has the comparison; docs/export.md explains it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..progress import Display
-from ._display import say_result, table
+from ._display import say_result, table, wrap
 from ._inputs import add_data_arguments, check_at_least_one, load_splits
 
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hub id of a student")
     parser.add_argument("output", metavar="OUT", help="new folder")
     parser.add_argument(
-        "--target", required=True, metavar="NAME[,NAME]", help="any of onnx, openvino and coreml, with commas between"
+        "--target", required=True, metavar="NAME[,NAME]", help="any of onnx, openvino and coreml, separated by commas"
     )
     parser.add_argument(
         "--variant",
@@ -41,13 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes",
         default="dynamic",
         metavar="SHAPES",
-        help="dynamic, or fixed:SRC,TGT in tokens, as NPUs want it; for coreml also ranged:SRC,TGT and "
+        help="dynamic, or fixed:SRC,TGT in tokens, which NPUs need; for coreml also ranged:SRC,TGT and "
         "enumerated:SRC,...,TGT (default: %(default)s)",
     )
     parser.add_argument(
         "--stateless",
         action="store_true",
-        help="keys and values as inputs and outputs of the decoder: for iOS 16 and 17, or several answers at once",
+        help="make keys and values inputs and outputs of the decoder: for iOS 16 and 17, or several answers at once",
     )
     parser.add_argument(
         "--calibration-rows",
@@ -220,18 +220,18 @@ def _page(reports: dict[str, dict]) -> str:
         return f"{1e3 * seconds['exported'][name]:.1f} / {1e3 * seconds['pytorch'][name]:.1f}"
 
     lines = {
-        "largest difference of logits, share of scale": lambda r: f"{r['logits']:.1e}",
+        "largest logit difference": lambda r: f"{r['logits']:.1e}",
         "greedy answers equal": lambda r: f"{r['tokens']['greedy']:.0%}",
         "beam answers equal": lambda r: f"{r['tokens']['beam']:.0%}",
-        "cross-entropy, exported / PyTorch": lambda r: both(r, "ce"),
-        "same token first": lambda r: f"{r['agreement']:.1%}",
-        "ROUGE-L, exported / PyTorch": lambda r: both(r, "rouge_l"),
-        "first token, ms, exported / PyTorch": lambda r: times(r, "first_token"),
-        "each further token, ms, exported / PyTorch": lambda r: times(r, "token"),
-        "size, MB, exported / PyTorch in fp32": lambda r: (
-            f"{r['megabytes']['exported']:.1f} / {r['megabytes']['pytorch_fp32']:.1f}"
-        ),
+        "same most likely token": lambda r: f"{r['agreement']:.1%}",
+        "CE, nats/token *": lambda r: both(r, "ce"),
+        "ROUGE-L, 0 to 1 *": lambda r: both(r, "rouge_l"),
+        "first token, ms *": lambda r: times(r, "first_token"),
+        "further token, ms *": lambda r: times(r, "token"),
+        "size, MB *": lambda r: f"{r['megabytes']['exported']:.1f} / {r['megabytes']['pytorch_fp32']:.1f}",
         "within bounds": lambda r: "no" if r["failures"] else "yes",
     }
     header = ["", *(f"{target} {report['variant']}" for target, report in reports.items())]
-    return table(header, [[title, *(of(report) for report in reports.values())] for title, of in lines.items()])
+    rows = [[title, *(of(report) for report in reports.values())] for title, of in lines.items()]
+    note = "* exported / PyTorch in fp32. Logit differences are a share of the largest logit."
+    return f"{table(header, rows)}\n\n{wrap(note)}"

@@ -1,4 +1,4 @@
-"""Answer texts with an exported folder, on the runtime of its target, or with a student in PyTorch."""
+"""Answer texts with an exported folder, in its own runtime, or with a student in PyTorch."""
 
 from __future__ import annotations
 

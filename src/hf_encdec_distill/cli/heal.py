@@ -2,8 +2,7 @@
 
 With prefix_lm the encoder reads the first part of a window of text and the decoder writes the rest. With
 span_denoising the student restores spans that were removed. ul2 mixes the two. The result is a STUDENT for `distill`.
-Every field of DistillationTrainingArguments is an option, too. --resume continues an interrupted run with the same
-rows in the same order.
+--resume continues an interrupted run with the same rows in the same order.
 """
 
 from __future__ import annotations
@@ -30,28 +29,28 @@ _TRAINING = {name: TRAINING[name] for name in _NAMES}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("student", help="folder or Hub id of an encoder-decoder, as `init` makes it")
+    parser.add_argument("student", help="folder or Hub id of an encoder-decoder, for instance from `init`")
     parser.add_argument("--teacher", required=True, help=f"causal language model: folder, Hub id, or {BUILT_IN!r}")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder for checkpoints and the student")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder for the checkpoints and the student")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --output")
     parser.add_argument(
         "--text",
         default=BUILT_IN,
         metavar="DATA",
-        help="a text file or a folder of them (.txt, .md, .rst, .py), a CSV, JSON or Parquet file or folder, or a "
-        "datasets name; default: the source and documentation of this Python and its packages",
+        help="a text file or a folder of them (.txt, .md, .rst, .py), a CSV, JSON or Parquet file or folder, or the "
+        "name of a dataset on the Hub (default: source and documentation of this Python and its packages)",
     )
     parser.add_argument(
-        "--text-column", default="text", metavar="NAME", help="where a table has the text (default: %(default)s)"
+        "--text-column", default="text", metavar="NAME", help="column of a table with the text (default: %(default)s)"
     )
     parser.add_argument(
         "--objective",
         choices=("prefix_lm", "span_denoising", "ul2"),
         default="prefix_lm",
-        help="what the student learns to do with it (default: %(default)s)",
+        help="what the student learns from it (default: %(default)s)",
     )
     parser.add_argument(
-        "--window", type=int, default=512, metavar="TOKENS", help="length of a piece (default: %(default)s)"
+        "--window", type=int, default=512, metavar="TOKENS", help="length of a window of text (default: %(default)s)"
     )
     parser.add_argument(
         "--prefix-share",
@@ -59,22 +58,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         default=(0.5, 0.5),
         metavar=("LEAST", "MOST"),
-        help="share of a piece that the encoder reads (default: half)",
+        help="share of a window that the encoder reads (default: half)",
     )
     parser.add_argument(
         "--sentinels",
         nargs="+",
         metavar="TOKEN",
-        help="tokens that stand for spans (default: special tokens of the teacher that have no other use)",
+        help="tokens that mark removed spans (default: unused special tokens of the teacher)",
     )
     parser.add_argument(
         "--eval-rows",
         type=int,
         default=200,
         metavar="N",
-        help="held-out pieces that the student is measured on in the end; 0: none (default: %(default)s)",
+        help="held-out windows that the student is measured on at the end; 0 for none (default: %(default)s)",
     )
-    add_training_arguments(parser, _TRAINING)
+    add_training_arguments(
+        parser,
+        _TRAINING,
+        "DistillationTrainingArguments (`distill --help`)\nand of transformers' Seq2SeqTrainingArguments",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,13 +1,13 @@
-"""Say what a model costs: parameters a side, FLOPs and bytes a token, and the first token against its teacher.
+"""Count what a model costs: parameters per side, FLOPs and bytes per token, and the first token against its teacher.
 
-Counted from the config alone; no weights are loaded.
+All of it is counted from the config; no weights are loaded.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from ._display import say_result, table
+from ._display import say_result, table, wrap
 from ._inputs import BUILT_IN, teacher_path
 
 
@@ -59,7 +59,7 @@ def _page(args: argparse.Namespace, costs: dict[str, dict], ratio: dict[str, flo
         for title, unit, suffix, name in (
             ("first token", 1e9, "GFLOP", "first_token_flops"),
             ("each further token", 1e9, "GFLOP", "flops_per_token"),
-            ("read for a token", 1e6, "MB", "bytes_per_token"),
+            ("read per token", 1e6, "MB", "bytes_per_token"),
             ("cache at the end", 1e6, "MB", "kv_cache_bytes"),
         )
     ]
@@ -73,4 +73,4 @@ def _page(args: argparse.Namespace, costs: dict[str, dict], ratio: dict[str, flo
     ]
     header = [costs["model"]["kind"], *(["model", "teacher", "model / teacher"] if ratio else ["model"])]
     request = f"{args.prompt_length} tokens in, {args.new_tokens} out, batch 1, {args.dtype}"
-    return f"{args.model}: {request}\n\n{table(header, body)}"
+    return f"{wrap(f'{args.model}: {request}')}\n\n{table(header, body)}"

@@ -1,7 +1,7 @@
-"""Make an untrained student out of a decoder-only model's own layers.
+"""Make an untrained student from a decoder-only model's own layers.
 
-The folder loads with AutoModelForSeq2SeqLM and is what `distill` starts from. With all layers kept the student
-computes what the teacher does; every layer taken out costs some of that, and distillation heals it.
+AutoModelForSeq2SeqLM loads the folder, and `distill` starts from it. With all layers kept, the student computes what
+the teacher does. Each layer removed costs quality, and distillation recovers it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..models.rope_encdec import RopeEncDecForConditionalGeneration
 
 
-SUMMARY = "make an untrained student out of a decoder-only model"
+SUMMARY = "make an untrained student from a decoder-only model"
 EXAMPLE = "hf-encdec-distill init built-in --encoder-layers 11 --decoder-layers 4 --output student"
 
 _CALIBRATION_ROWS = 32
@@ -41,9 +41,10 @@ class Shape:
 _HELP = {
     "encoder_layers": "encoder layers to keep (default: all)",
     "decoder_layers": "decoder layers to keep (default: all)",
-    "cross_attention": "how the decoder reads the encoder (default: merged)",
-    "encoder_attention": "what an encoder token reads (default: causal)",
-    "layer_selection": "which layers stay (default: influence, those that change their input most)",
+    "cross_attention": "how the decoder reads the encoder: merged (the default) or separate",
+    "encoder_attention": "what an encoder token attends to: causal (the default) or bidirectional",
+    "layer_selection": "which layers to keep: influence (the default: those that change their input most), greedy, "
+    "even or first",
 }
 
 
@@ -59,7 +60,7 @@ def add_shape_arguments(parser: argparse._ActionsContainer, prefix: str = "") ->
             type=str if choices else int,
             choices=choices,
             default=argparse.SUPPRESS,
-            metavar=None if choices else "N",
+            metavar=name.split("_")[-1].upper() if choices else "N",
             help=text,
         )
 
@@ -71,12 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-template",
         metavar="TEXT",
-        help="what the teacher reads, with {source} in it (default: its chat template)",
+        help="the teacher's prompt, with {source} in it (default: its chat template)",
     )
     parser.add_argument(
         "--prompt-date",
         metavar="YYYY-MM-DD",
-        help="the day that a chat template is told it is, where it names the day (default: today)",
+        help="the date for a chat template that contains one (default: today)",
     )
     add_data_arguments(parser)
 

@@ -30,6 +30,7 @@ from . import (
     push,
     teach,
 )
+from ._display import wrap
 from .quickstart import command as quickstart
 
 
@@ -76,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=module.SUMMARY,
-            description=module.__doc__,
+            description="\n\n".join(wrap(" ".join(part.split())) for part in module.__doc__.split("\n\n")),
             epilog=f"example:\n  {module.EXAMPLE}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             parents=[shared],

@@ -1,10 +1,9 @@
-"""Push a finished student to the Hub, in one commit: all of it, or nothing.
+"""Push a finished student to the Hub in one commit: everything is uploaded, or nothing is.
 
-What goes up is the weights (safetensors), the config, the files of the model that it names, generation config and
-tokenizer, the card with its figures, the recipe, and the proven exports in the folder's subfolders. The card's section
-on loading names the repository and the exports that go. All else stays here: checkpoints, the trainer's state,
-pickles. A file that lies outside of the folder never goes up, whatever names it or links to it. Weights and exports
-that an earlier push left are replaced.
+It uploads the weights (safetensors), the config, the model files named in it, the generation config, the tokenizer,
+the card with its figures, the recipe, and the proven exports in subfolders. The card's section on loading names the
+repository and these exports. Everything else stays: checkpoints, the trainer's state, pickles. A file outside the
+folder is never uploaded, whatever names it or links to it. Weights and exports of an earlier push are replaced.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from urllib.parse import unquote
 
 from ..cards.loading import PARITY, proven_exports, why_not_proven, with_loading
 from ..files import inside, read_json
-from ._display import say_result
+from ._display import say_result, table, wrap
 
 
 SUMMARY = "push a student, its card and its exports to the Hub"
@@ -44,19 +43,23 @@ _FIGURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="of the student, as quickstart, distill or export left it")
-    parser.add_argument("repo_id", metavar="REPO_ID", help="user/name; made if it is not there")
-    parser.add_argument("--private", action="store_true", help="make that a private one")
-    parser.add_argument("--revision", metavar="BRANCH", help="made if it is not there (default: main)")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request in place of a commit")
+    parser.add_argument("folder", metavar="FOLDER", help="folder of the student, from quickstart, distill or export")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="user/name; created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument(
+        "--revision", metavar="BRANCH", help="branch to push to; created if it does not exist (default: main)"
+    )
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of a commit")
     parser.add_argument("--commit-message", default="Upload a student", metavar="TEXT", help="default: %(default)s")
     parser.add_argument(
         "--include",
         nargs="*",
         metavar="EXPORT",
-        help="subfolders with exports to push, none if none is named (default: all that are proven)",
+        help="subfolders with exports to push; without a name, none (default: all that are proven)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="list what would go up, and ask nothing of the network")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list what would be uploaded, without using the network"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -230,15 +233,13 @@ def _push(files: dict[str, Path | bytes], args: argparse.Namespace) -> dict[str,
 
 
 def _page(result: dict[str, Any]) -> str:
-    from ._display import table
-
     files = result["files"]
     rows = [[file["path"], f"{file['bytes'] / 1e6:.3f}"] for file in files]
     rows.append([f"{len(files)} files", f"{sum(file['bytes'] for file in files) / 1e6:.3f}"])
     parts = [table([result["repo_id"], "MB"], rows)]
     if _CARD not in (file["path"] for file in files):
-        parts.append(f"There is no model card: write_model_card of hf_encdec_distill.cards makes {_CARD}.")
+        parts.append("There is no model card: hf_encdec_distill.cards.write_model_card writes one.")
     if result["left_out"]:
-        parts.append(f"Left out: {', '.join(result['left_out'])}")
+        parts.append(wrap(f"Left out: {', '.join(result['left_out'])}"))
     parts.append(result.get("url", "Nothing was sent."))
     return "\n\n".join(parts)

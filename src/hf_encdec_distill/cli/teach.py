@@ -1,7 +1,7 @@
-"""Adapt a teacher to a task with LoRA, on the targets alone, before a student learns from it.
+"""Fine-tune a teacher on a task with LoRA before a student learns from it. The loss is on the targets alone.
 
-What comes out is a whole model, or with --adapter the adapter beside the name of its base; either is a TEACHER for
-the other commands. Every field of transformers' TrainingArguments is an option too.
+The result is a merged model, or with --adapter the adapter alone, which names its base model. Either is a TEACHER for
+the other commands.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ._inputs import (
 from .init import new_folder
 
 
-SUMMARY = "adapt a teacher to a task with LoRA"
+SUMMARY = "fine-tune a teacher on a task with LoRA"
 EXAMPLE = (
     "hf-encdec-distill teach HuggingFaceTB/SmolLM2-135M-Instruct --dataset pairs.csv --output taught --max-steps 300 "
     "--learning-rate 1e-3"
@@ -35,7 +35,7 @@ PASSES_ARGUMENTS_ON = True
 
 _TRAINING = {
     **SCHEDULE,
-    "seed": "of the adapter and the data order",
+    "seed": "seed of the adapter's initial weights and the data order",
 }
 _TRAINING_FOLDER = "training"  # in the output
 
@@ -43,13 +43,13 @@ _TRAINING_FOLDER = "training"  # in the output
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("teacher", help=f"causal language model: folder, Hub id, or {BUILT_IN!r}")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="new folder for the taught teacher")
-    parser.add_argument("--rank", type=int, default=16, metavar="N", help="of the adapter (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=16, metavar="N", help="rank of the adapter (default: %(default)s)")
     parser.add_argument(
         "--adapter", action="store_true", help="save the adapter alone (default: merged into the model)"
     )
     add_prompt_arguments(parser)
     add_data_arguments(parser)
-    add_training_arguments(parser, _TRAINING)
+    add_training_arguments(parser, _TRAINING, "transformers' TrainingArguments")
 
 
 def run(args: argparse.Namespace) -> None:

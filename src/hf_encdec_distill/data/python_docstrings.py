@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # teacher this one is the best, 3.97 nats a token against 4.12 for "Summary:" and 4.25 without the last newline. The
 # newline is also what the student starts from, so that a decoded answer has nothing but white space in front.
 PROMPT_TEMPLATE = '{source}\n"""\n'
-ROWS_LICENSE = "that of the package that each function is from"
+ROWS_LICENSE = "that of the package each function comes from"
 
 # Part of the cache key: raise it whenever the rows change.
 _MINER = 3

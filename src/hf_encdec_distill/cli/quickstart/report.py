@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...metrics.measures import METRICS, model_label, model_order
-from .._display import table
+from .._display import table, wrap
 
 
 def percent(estimate: Any) -> str:
@@ -39,7 +39,7 @@ def summary(metrics: Mapping, folder: Path) -> str:
         for key in model_order(models)
     ]
     difference = metrics["differences"][0]
-    body.append(["distilled minus CE alone", *(_spread(difference.get(name), *METRICS[name][1:3]) for name in shown)])
+    differences = [[METRICS[name][0], *_spread(difference.get(name), *METRICS[name][1:3])] for name in shown]
     ratio, cost = metrics["latency"]["ratio"], metrics["cost"]
     speed = [
         [
@@ -66,17 +66,21 @@ def summary(metrics: Mapping, folder: Path) -> str:
     return f"""
 {table(header, body)}
 
-{rows} held-out rows, seed {metrics["seeds"][0]}; in brackets: {metrics["spread"]}.
-Steps: teacher {recipe["teacher_steps"]}, each student {recipe["steps"]}, of {recipe["batch_size"]} rows.
+{table(["distilled minus cross-entropy alone", "", ""], differences)}
 
-{table(["", "parameters", "first token, ms", "a token, ms", "tokens/s"], speed)}
+{rows} held-out rows, seed {metrics["seeds"][0]}.
+{wrap(f"In brackets: {metrics['spread']}.")}
+Steps: teacher {recipe["teacher_steps"]}, each student {recipe["steps"]}, batch size {recipe["batch_size"]}.
 
-Batch 1, {request}, PyTorch, both with their caches.
+{table(["", "parameters", "first token, ms", "further token, ms", "tokens/s"], speed)}
 
-Model card, metrics, plots and samples are in {folder}. Load the student with
+{wrap(f"Batch 1, {request}, PyTorch, both with key/value caches.")}
+
+{wrap(f"Model card, metrics, plots and samples are in {folder}. Load the student with")}
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained({str(folder / "student")!r}, trust_remote_code=True)
-    student = AutoModelForSeq2SeqLM.from_pretrained({str(folder / "student")!r}, trust_remote_code=True)
+    path = {str(folder / "student")!r}
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+    model = AutoModelForSeq2SeqLM.from_pretrained(path, trust_remote_code=True)
 """
 
 
@@ -87,8 +91,8 @@ def _cell(estimate: Any, factor: float, decimals: int) -> str:
     return f"{factor * value:.{decimals}f}"
 
 
-def _spread(estimate: Any, factor: float, decimals: int) -> str:
+def _spread(estimate: Any, factor: float, decimals: int) -> tuple[str, str]:
     if not isinstance(estimate, Mapping):
-        return "-"
+        return "-", ""
     value, low, high = (f"{factor * estimate[key]:+.{decimals}f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    return value, f"[{low}, {high}]"
