@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .export.backends import backend_of, targets
 from .files import inside, read_json, write_text
 
 
@@ -46,10 +47,11 @@ def loading_section(name: str, model_type: str, exports: Mapping[str, Mapping]) 
         exports: as `proven_exports` has them.
     """
     parts = [_BEGIN.format(name=name), "## How to load", _in_pytorch(name, model_type)]
-    for target, heading in (("onnx", "ONNX Runtime"), ("openvino", "OpenVINO"), ("coreml", "Swift")):
+    for target in targets():
         export = next((folder for folder, report in exports.items() if report["target"] == target), None)
         if export is not None:
-            lines = _in_swift(export) if target == "coreml" else _in_runtime(name, export)
+            backend = backend_of(target)
+            heading, lines = backend.card_lines(export) or (backend.runtime, _in_runtime(name, export))
             parts.append(f"### {heading}\n\n{lines}")
     if exports:
         parts.append(_exports(exports))
@@ -119,17 +121,6 @@ from hf_encdec_distill.export.runtime import ExportedForConditionalGeneration
 {folder}tokenizer = AutoTokenizer.from_pretrained(folder)
 model = ExportedForConditionalGeneration.from_pretrained(folder)
 {_ANSWER}```"""
-
-
-def _in_swift(export: str) -> str:
-    return f"""```swift
-import CoreML
-let folder = URL(fileURLWithPath: "{export}")
-let encoder = try await MLModel(contentsOf: MLModel.compileModel(at: folder.appending(path: "encoder.mlpackage")))
-let decoder = try await MLModel(contentsOf: MLModel.compileModel(at: folder.appending(path: "decoder.mlpackage")))
-```
-
-The encoder runs once for a prompt, the decoder once for a token; `docs/export.md` of the package has the loop."""
 
 
 def _exports(exports: Mapping[str, Mapping]) -> str:
