@@ -68,15 +68,11 @@ def run(args: argparse.Namespace) -> None:
                 importlib.import_module(name)
             except Exception as error:  # a broken package may raise anything
                 broken.setdefault(name, _first_line(error))
-        backends = {}
-        for target in targets():
-            try:
-                backends[target] = backend_of(target)
-            except Exception as error:
-                broken.setdefault(target, _first_line(error))
+        backends = _backends()
         runtimes = _runtimes(backends.values())
         logging.disable(logging.NOTSET)
-    of_targets = {target: f"export to {backend.label}" for target, backend in backends.items()}
+    labels = {target: backends[target].label if target in backends else target for target in targets()}
+    of_targets = {target: f"export to {label}" for target, label in labels.items()}
     adds = {"demo": _ADDS["demo"], **of_targets, **_ADDS}
     content = {
         "healthy": not broken,
@@ -140,6 +136,14 @@ def _first_line(error: Exception) -> str:
 def _lane() -> str:
     transformers, optimum = _version("transformers") or "", _version("optimum")
     return f"transformers {transformers} {f'with Optimum {optimum}' if optimum else 'without Optimum'}"
+
+
+def _backends() -> dict[str, Backend]:
+    """The targets of an export; none where torch or transformers is broken, which has been found by then."""
+    try:
+        return {target: backend_of(target) for target in targets()}
+    except Exception:
+        return {}
 
 
 def _runtimes(backends: Iterable[Backend]) -> dict[str, list[str] | str]:
