@@ -27,6 +27,7 @@ import torch
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
 from hf_encdec_distill.export import modules
 from hf_encdec_distill.export import onnx as target
+from hf_encdec_distill.export.backends import backend_of
 from hf_encdec_distill.export.recipe import Shapes, graphs
 from hf_encdec_distill.files import write_json
 
@@ -86,7 +87,8 @@ def export(student: Path, form: str, variant: str, work: Path) -> Path:
 
             patches.enter_context(patch.object(modules.ExportedEncoder, "forward", causal_forward))
         shapes = Shapes()
-        target.export(model, graphs(model.config, shapes), shapes, variant, False, partial, "unknown")
+        recipe = graphs(model.config, shapes)
+        backend_of("onnx").export(model, recipe, shapes, variant, False, partial, "unknown", {})
     return partial.rename(folder)
 
 

@@ -10,8 +10,9 @@ import torch
 from architectures import OPTIONS, TOGETHER
 from toys import make_model, ragged, random_ids
 
+from hf_encdec_distill.export.backends import backend_of, targets
 from hf_encdec_distill.export.exporting import export_model
-from hf_encdec_distill.export.recipe import TARGETS, Shapes
+from hf_encdec_distill.export.recipe import Shapes
 from hf_encdec_distill.export.runtime import ExportedForConditionalGeneration
 
 
@@ -73,7 +74,7 @@ def assert_answers_equal(exported, model, tokens=6, **options):
 
 
 @pytest.mark.parametrize("options", TOGETHER.values(), ids=TOGETHER)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", targets())
 def test_every_architecture(target, options, tmp_path):
     """A grid of shapes, then greedy and beam answers, then the first again: nothing is left over from a call."""
     model = toy(**options)
@@ -315,7 +316,7 @@ def test_what_xcode_shows(tmp_path):
         assert all(port.shortDescription for port in (*described.input, *described.output))
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", targets())
 def test_a_changed_file_is_found(target, exported_once, tmp_path):
     _, whole, _ = exported_once("merged", target, "fixed:9,8" if target == "coreml" else "dynamic")
     folder = shutil.copytree(whole, tmp_path / "exported")
@@ -398,8 +399,6 @@ def test_nothing_half_done_is_left(tmp_path, monkeypatch):
 
 
 def test_a_missing_backend_is_named(tmp_path, monkeypatch):
-    from hf_encdec_distill.export import graphs
-
-    monkeypatch.setitem(graphs.PACKAGES, "onnx", ("onnxruntime", "no_such_package"))
+    monkeypatch.setattr(backend_of("onnx"), "packages", ("onnxruntime", "no_such_package"))
     with pytest.raises(ImportError, match=r'onnx needs no_such_package: pip install "hf-encdec-distill\[onnx\]"'):
         export(toy(kind="merged"), tmp_path / "exported", "onnx")

@@ -16,7 +16,7 @@ PACKAGES = {path.stem for path in ROOT.iterdir()} - {"__init__"}
 # Which package imports which; CONTRIBUTING prints the same list. What is named nowhere imports nothing of ours.
 ARROWS = {
     "cli": "cards bench evaluation export distillation data metrics models hub files devices progress",
-    "cards": "bench distillation metrics files",
+    "cards": "bench export distillation metrics files",
     "bench": "metrics models devices",
     "evaluation": "distillation metrics models devices progress",
     "export": "models files",

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..export.backends import backend_of, targets
 from ..files import inside, read_json, write_text
 
 
@@ -50,10 +51,11 @@ def loading_section(name: str, model_type: str, exports: Mapping[str, Mapping], 
         source: the text that the lines answer.
     """
     parts = [_BEGIN.format(name=name), "## How to load", _in_pytorch(name, model_type, source)]
-    for target, heading in (("onnx", "ONNX Runtime"), ("openvino", "OpenVINO"), ("coreml", "Swift")):
+    for target in targets():
         export = next((folder for folder, report in exports.items() if report["target"] == target), None)
         if export is not None:
-            lines = _in_swift(export) if target == "coreml" else _in_runtime(name, export, target, source)
+            backend = backend_of(target)
+            heading, lines = backend.card_lines(export) or (backend.runtime, _in_runtime(name, export, target, source))
             parts.append(f"### {heading}\n\n{lines}")
     if exports:
         parts.append(_exports(exports))
@@ -143,17 +145,6 @@ from hf_encdec_distill.export.runtime import ExportedForConditionalGeneration
 {folder}tokenizer = AutoTokenizer.from_pretrained(folder)
 model = ExportedForConditionalGeneration.from_pretrained(folder)
 {_answer(source)}```"""
-
-
-def _in_swift(export: str) -> str:
-    return f"""```swift
-import CoreML
-let folder = URL(fileURLWithPath: "{export}")
-let encoder = try await MLModel(contentsOf: MLModel.compileModel(at: folder.appending(path: "encoder.mlpackage")))
-let decoder = try await MLModel(contentsOf: MLModel.compileModel(at: folder.appending(path: "decoder.mlpackage")))
-```
-
-The encoder runs once per prompt, the decoder once per token; `docs/export.md` of the package has the loop."""
 
 
 def _exports(exports: Mapping[str, Mapping]) -> str:

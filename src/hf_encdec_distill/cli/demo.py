@@ -26,7 +26,6 @@ from ._inputs import (
 SUMMARY = "a page to try a student beside its teacher"
 EXAMPLE = "hf-encdec-distill demo runs/quickstart/student --teacher runs/quickstart/work/teacher"
 _EXAMPLES = 6
-_RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "coreml": "Core ML"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,6 +105,7 @@ def load_page(args: argparse.Namespace):
 def _student(name: str):
     """What runs it, and its `Side` of the page."""
     from ..devices import device, working_dtype
+    from ..export.backends import backend_of
     from ..models.loading import load_tokenizer
     from ._page import Side
     from .generate import load_answering
@@ -115,7 +115,7 @@ def _student(name: str):
     manifest = getattr(model, "manifest", None)
     if manifest is None:
         return _in_pytorch(model), Side(model.to(device()), tokenizer, _size(model))
-    backend = f"{_RUNTIMES[manifest['target']]} {manifest['variant']}"
+    backend = f"{backend_of(manifest['target']).runtime} {manifest['variant']}"
     if manifest["shapes"] != "dynamic":
         backend += f" {manifest['shapes']}"
     shapes = model.graphs.shapes

@@ -10,9 +10,11 @@ import importlib
 import logging
 import platform
 import warnings
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from ..export.backends import Backend, backend_of, targets
 from ..progress import progress
 from ._display import say_result, wrap
 
@@ -24,12 +26,10 @@ SUMMARY = "show versions, runtimes and the machine"
 EXAMPLE = "hf-encdec-distill doctor --json"
 
 DISTRIBUTION = "hf-encdec-distill"
+# What the extras add, but for those of one target.
 _ADDS = {
     "demo": "the quickstart, plots, BLEU and chrF",
-    "onnx": "export to ONNX",
-    "openvino": "export to OpenVINO",
-    "coreml": "export to Core ML",
-    "exporters": "export to all three",
+    "exporters": "export to all targets",
     "optimum": "Optimum's own models and command line, for ONNX Runtime and OpenVINO (holds transformers at 4.57)",
     "demo-ui": "the page that `demo` opens",
     "peft": "teach, and teachers that are LoRA adapters",
@@ -37,7 +37,6 @@ _ADDS = {
 }
 _MODULES = {"huggingface-hub": "huggingface_hub", "pyyaml": "yaml"}  # the others are named as their distributions
 _OURS = ("hf_encdec_distill.models.rope_encdec", "hf_encdec_distill.distillation.trainer")
-_RUNTIMES = ("onnxruntime", "openvino", "coremltools")
 # What fast products of float32, bfloat16 and 8 bits need, as torch's cpuinfo and Linux' /proc/cpuinfo name it.
 _CPU_FEATURES = {
     "AVX2": {"avx2"},
@@ -57,11 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     requirements = _requirements()
-    names = {requirement.name for extra in ("", *_ADDS) for requirement in requirements.get(extra, ())}
+    names = {requirement.name for extra in ("", *targets(), *_ADDS) for requirement in requirements.get(extra, ())}
     versions = {name: version for name in sorted(names) if (version := _version(name))}
     broken = {requirement.name: f"needs {requirement}" for requirement in _unmet(requirements[""])}
     modules = [_MODULES.get(requirement.name, requirement.name) for requirement in requirements[""]]
-    runtimes: dict[str, Any] = {}
     with progress("import") as update, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.ERROR)  # remarks of converters on versions and on what they lack
@@ -71,13 +69,12 @@ def run(args: argparse.Namespace) -> None:
                 importlib.import_module(name)
             except Exception as error:  # a broken package may raise anything
                 broken.setdefault(name, _first_line(error))
-        for name in ("torch", *_RUNTIMES):
-            if _version(name):
-                try:
-                    runtimes[name] = _devices(name)
-                except Exception as error:
-                    runtimes[name] = _first_line(error)
+        backends = _backends()
+        runtimes = _runtimes(backends.values())
         logging.disable(logging.NOTSET)
+    labels = {target: backends[target].label if target in backends else target for target in targets()}
+    of_targets = {target: f"export to {label}" for target, label in labels.items()}
+    adds = {"demo": _ADDS["demo"], **of_targets, **_ADDS}
     content = {
         "healthy": not broken,
         "broken": broken,
@@ -87,11 +84,11 @@ def run(args: argparse.Namespace) -> None:
         "machine": {} if broken else _machine(),
         "extras": {
             name: {
-                "adds": _ADDS[name],
+                "adds": adds[name],
                 "missing": [f"{lacks.name}{lacks.specifier}" for lacks in _unmet(requirements[name])],
                 "install": f'pip install "{DISTRIBUTION}[{name}]"',
             }
-            for name in _ADDS
+            for name in adds
             if name in requirements
         },
     }
@@ -142,25 +139,34 @@ def _lane() -> str:
     return f"transformers {transformers} {f'with Optimum {optimum}' if optimum else 'without Optimum'}"
 
 
-def _devices(name: str) -> list[str]:
-    """What a runtime can compute on here."""
-    if name == "torch":
-        import torch
+def _backends() -> dict[str, Backend]:
+    """The targets of an export; none where torch or transformers is broken, which has been found by then."""
+    try:
+        return {target: backend_of(target) for target in targets()}
+    except Exception:
+        return {}
 
-        cuda = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
-        return ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
-    if name == "onnxruntime":
-        import onnxruntime
 
-        return onnxruntime.get_available_providers()
-    if name == "openvino":
-        import openvino
+def _runtimes(backends: Iterable[Backend]) -> dict[str, list[str] | str]:
+    """What PyTorch and the runtimes of exports can compute on here, or why they cannot be asked."""
+    devices: dict[str, Callable[[], list[str]]] = {"torch": _torch_devices}
+    for backend in backends:
+        devices.setdefault(backend.packages[0], backend.devices)
+    runtimes: dict[str, list[str] | str] = {}
+    for name, ask in devices.items():
+        if _version(name):
+            try:
+                runtimes[name] = ask()
+            except Exception as error:
+                runtimes[name] = _first_line(error)
+    return runtimes
 
-        core = openvino.Core()
-        return [f"{device} {core.get_property(device, 'FULL_DEVICE_NAME')}" for device in core.available_devices]
-    import coremltools
 
-    return ["converts and runs"] if coremltools.utils._is_macos() else ["converts; runs on macOS alone"]
+def _torch_devices() -> list[str]:
+    import torch
+
+    cuda = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    return ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def _machine() -> dict[str, Any]:
@@ -185,9 +191,9 @@ def _traps(content: dict[str, Any]) -> list[str]:
     machine, versions = content["machine"], content["versions"]
     if versions[DISTRIBUTION] is None:
         traps.append(f"{DISTRIBUTION} is not installed here, so that what it needs is not known: pip install -e .")
-    for name in _RUNTIMES:
-        if isinstance(content["runtimes"].get(name), str):
-            traps.append(f"{name} is installed and cannot be imported: {content['runtimes'][name]}")
+    for name, found in content["runtimes"].items():
+        if name != "torch" and isinstance(found, str):
+            traps.append(f"{name} is installed and cannot be imported: {found}")
     if machine:
         features = machine["cpu_features"]
         if "x86_64" in machine["system"] and "VNNI" not in features:

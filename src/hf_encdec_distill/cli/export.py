@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..export.backends import Backend, backend_of, check_installed, targets
 from ..progress import Display
 from ._display import say_result, table, wrap
 from ._inputs import add_data_arguments, check_at_least_one, load_splits
@@ -19,8 +20,6 @@ from ._inputs import add_data_arguments, check_at_least_one, load_splits
 SUMMARY = "export to ONNX, OpenVINO or Core ML, proven equal"
 EXAMPLE = "hf-encdec-distill export runs/quickstart/student --target onnx,openvino --variant int8 exported"
 
-# Answers of an interpreter that runs a program operation by operation take their time.
-_ROWS = {"onnx": 24, "openvino": 24, "coreml": 6}
 _MAX_SOURCE, _MAX_TARGET = 256, 32
 _GUESS, _SHARE_OF_EXPORT = 90.0, 0.2  # seconds of a target before anything is known, and how much of them writes it
 
@@ -28,8 +27,12 @@ _GUESS, _SHARE_OF_EXPORT = 90.0, 0.2  # seconds of a target before anything is k
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hub id of a student")
     parser.add_argument("output", metavar="OUT", help="new folder")
+    *names, last = targets()
     parser.add_argument(
-        "--target", required=True, metavar="NAME[,NAME]", help="any of onnx, openvino and coreml, separated by commas"
+        "--target",
+        required=True,
+        metavar="NAME[,NAME]",
+        help=f"any of {', '.join(names)} and {last}, separated by commas",
     )
     parser.add_argument(
         "--variant",
@@ -66,23 +69,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows",
         type=int,
         metavar="N",
-        help=f"test rows to compare on (default: {_ROWS['onnx']}, or {_ROWS['coreml']} for coreml)",
+        help=f"test rows to compare on (default: {Backend.rows}, or 6 for coreml)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     from ..export.recipe import Shapes
 
-    targets = list(dict.fromkeys(part.strip() for part in args.target.split(",")))
+    chosen = list(dict.fromkeys(part.strip() for part in args.target.split(",")))
     check_at_least_one(args, "rows", "calibration_rows")
     output = Path(args.output)
-    folders = {target: output if len(targets) == 1 else output / target for target in targets}
+    folders = {target: output if len(chosen) == 1 else output / target for target in chosen}
     for folder in folders.values():
         _refuse_used(folder)
     shapes = Shapes.parse(args.shapes)
     model, tokenizer = _load(args.model)
-    _check(model, targets, args, shapes)
-    reports = {target: _export(target, folders[target], model, tokenizer, args, shapes) for target in targets}
+    for target in chosen:
+        _check(target, model, args, shapes)
+    reports = {target: _export(target, folders[target], model, tokenizer, args, shapes) for target in chosen}
     say_result(args, reports, _page(reports))
     failed = {target: report["failures"] for target, report in reports.items() if report["failures"]}
     if failed:
@@ -118,20 +122,16 @@ def _load(name: str) -> tuple[Any, Any]:
     return load_student(name, dtype=torch.float32), load_tokenizer(name)
 
 
-def _check(model, targets: list[str], args: argparse.Namespace, shapes) -> None:
-    """All that can be wrong with any of the targets, before the first is exported."""
-    from ..export.exporting import backend_of
-    from ..export.graphs import check_installed
-    from ..export.recipe import check_exportable, check_openvino_options
+def _check(target: str, model, args: argparse.Namespace, shapes) -> None:
+    """All that can be wrong with a target, before the first is exported."""
+    from ..export.recipe import check_exportable, check_options
 
-    stateful, calibrated = False if args.stateless else None, args.calibration_rows is not None
-    for target in targets:
-        check_exportable(model, target, args.variant, shapes)
-        check_openvino_options(
-            model.config, target, args.variant, shapes, stateful, calibrated, args.kv_cache_precision
-        )
-        backend_of(target).settle(model.config, args.variant, shapes, stateful)
-        check_installed(target)
+    options = {"calibration": args.calibration_rows, "kv_cache_precision": args.kv_cache_precision}
+    options = {name: value for name, value in options.items() if value is not None}
+    check_exportable(model, target, args.variant, shapes)
+    check_options(target, args.variant, options)
+    backend_of(target).settle(model.config, args.variant, shapes, False if args.stateless else None, options)
+    check_installed(target)
 
 
 def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespace, shapes) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
     from ..files import write_json
     from ..metrics.texts import rouge_l
 
-    rows = _rows("test", args.rows or _ROWS[target], model, tokenizer, args, shapes)
+    rows = _rows("test", args.rows or backend_of(target).rows, model, tokenizer, args, shapes)
     calibration = None
     if args.calibration_rows is not None:
         calibration = _rows("train", args.calibration_rows, model, tokenizer, args, shapes)

@@ -10,14 +10,16 @@ import contextlib
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from .backends import Backend, register_backend
 from .graphs import GraphCache, Graphs, quiet
-from .modules import ExportedDecoder, ExportedEncoder, RotaryTable, with_scaled_norms
+from .modules import RULED_BY_LENGTH, ExportedDecoder, ExportedEncoder, RotaryTable, with_scaled_norms
 from .recipe import Graph, Port, Shapes, stacked, stacked_name
 
 
@@ -38,71 +40,121 @@ _DESCRIPTIONS = {
     "new_values": "self_values with those of this token",
     "logits": "Score of each token of the vocabulary to come next",
 }
+_SWIFT = """```swift
+import CoreML
+let folder = URL(fileURLWithPath: "{folder}")
+let encoder = try await MLModel(contentsOf: MLModel.compileModel(at: folder.appending(path: "encoder.mlpackage")))
+let decoder = try await MLModel(contentsOf: MLModel.compileModel(at: folder.appending(path: "decoder.mlpackage")))
+```
+
+The encoder runs once per prompt, the decoder once per token; `docs/export.md` of the package has the loop."""
 
 
-def settle(config, variant: str, shapes: Shapes, stateful: bool | None) -> tuple[Shapes, bool]:
-    """Shapes and statefulness where the user has left them open.
+@register_backend
+class CoreMlBackend(Backend):
+    name = "coreml"
+    label = "Core ML"
+    runtime = "Core ML"
+    packages = ("coremltools",)
+    variants = ("fp32", "fp16", "int8", "int4", "palette4")
+    files = ("*.mlpackage/**/*",)
+    flexible_prompts = True
+    rows = 6  # an interpreter that runs a program operation by operation takes its time
 
-    Raises:
-        ValueError: states in fp32, which Core ML does not have.
-    """
-    if stateful and variant == "fp32":
-        raise ValueError("Core ML keeps states in fp16: export variant fp32 stateless, or choose fp16, int8 or int4")
-    if shapes.targets is None:
-        answer = min(_LONGEST_ANSWER, config.max_position_embeddings // 2)
-        shapes = Shapes(range(1, min(_LONGEST_PROMPT, config.max_position_embeddings - answer) + 1), answer)
-    return shapes, variant != "fp32" if stateful is None else stateful
-
-
-def cache_dtype(variant: str) -> str:
-    return "float32" if variant == "fp32" else "float16"
-
-
-def export(
-    model, graphs: dict[str, Graph], shapes: Shapes, variant: str, stateful: bool, folder: Path, license: str
-) -> None:
-    """Write the packages of `model` into `folder`."""
-    with quiet():
-        import coremltools as ct
-    model = model.float() if variant == "fp32" else with_scaled_norms(model.float())
-    rotary = RotaryTable(model.model.encoder.rotary_emb, max(shapes.prompts) + shapes.targets)
-    modules = {
-        "encoder": _StackedEncoder(ExportedEncoder(model, rotary)),
-        "decoder": _StackedDecoder(ExportedDecoder(model, fixed=True, rotary=rotary)),
-    }
-    recipe = stacked(graphs)
-    if stateful:
-        modules["decoder"] = _WithState(modules["decoder"], recipe["decoder"])
-    new = (
-        stateful
-        or variant in ("int4", "palette4")
-        or (len(shapes.prompts) > 1 and not isinstance(shapes.prompts, range))
-    )
-    for name, graph in recipe.items():
-        states = set(graph.cache) if stateful else set()
-        inputs = [port for port in graph.inputs if port.name not in states]
-        outputs = [port for port in graph.outputs if port.name not in {graph.cache[state] for state in states}]
-        examples = [_example(port, shapes) for port in inputs]
-        with quiet(), mended():
-            traced = torch.jit.trace(modules[name].eval(), tuple(examples), check_trace=False)
-            package = ct.convert(
-                traced,
-                inputs=[_tensor_type(port, shapes, variant) for port in inputs],
-                outputs=[ct.TensorType(name=port.name, dtype=np.dtype(cache_dtype(variant))) for port in outputs],
-                states=[
-                    ct.StateType(ct.TensorType(shape=port.axes, dtype=np.float16), name=port.name)
-                    for port in graph.inputs
-                    if port.name in states
-                ]
-                or None,
-                minimum_deployment_target=ct.target.iOS18 if new else ct.target.iOS16,
-                compute_precision=ct.precision.FLOAT32 if variant == "fp32" else ct.precision.FLOAT16,
-                convert_to="mlprogram",
-                skip_model_load=True,
+    def settle(
+        self, config, variant: str, shapes: Shapes, stateful: bool | None, options: Mapping[str, Any]
+    ) -> tuple[Shapes, bool]:
+        """
+        Raises:
+            ValueError: states in fp32, which Core ML does not have, or RoPE that no table can hold.
+        """
+        rope = config.rope_parameters["rope_type"]
+        if rope in RULED_BY_LENGTH:
+            raise ValueError(
+                f"rope_type={rope!r} chooses its frequencies by the longest sequence of a call, which the table of "
+                "the coreml target cannot: export to onnx or openvino, or train with another rope_type"
             )
-            package = _compressed(package, variant)
-        _describe(package, name, model.config, shapes, variant, license)
-        package.save(str(folder / _FILES[name]))
+        if stateful and variant == "fp32":
+            raise ValueError(
+                "Core ML keeps states in fp16: export variant fp32 stateless, or choose fp16, int8 or int4"
+            )
+        if shapes.targets is None:
+            answer = min(_LONGEST_ANSWER, config.max_position_embeddings // 2)
+            shapes = Shapes(range(1, min(_LONGEST_PROMPT, config.max_position_embeddings - answer) + 1), answer)
+        return shapes, variant != "fp32" if stateful is None else stateful
+
+    def cache_dtype(self, variant: str) -> str:
+        return _working_dtype(variant)
+
+    def export(
+        self,
+        model,
+        graphs: Mapping[str, Graph],
+        shapes: Shapes,
+        variant: str,
+        stateful: bool,
+        folder: Path,
+        license: str,
+        options: Mapping[str, Any],
+    ) -> None:
+        with quiet():
+            import coremltools as ct
+        model = model.float() if variant == "fp32" else with_scaled_norms(model.float())
+        rotary = RotaryTable(model.model.encoder.rotary_emb, max(shapes.prompts) + shapes.targets)
+        modules = {
+            "encoder": _StackedEncoder(ExportedEncoder(model, rotary)),
+            "decoder": _StackedDecoder(ExportedDecoder(model, fixed=True, rotary=rotary)),
+        }
+        recipe = stacked(graphs)
+        if stateful:
+            modules["decoder"] = _WithState(modules["decoder"], recipe["decoder"])
+        new = (
+            stateful
+            or variant in ("int4", "palette4")
+            or (len(shapes.prompts) > 1 and not isinstance(shapes.prompts, range))
+        )
+        for name, graph in recipe.items():
+            states = set(graph.cache) if stateful else set()
+            inputs = [port for port in graph.inputs if port.name not in states]
+            outputs = [port for port in graph.outputs if port.name not in {graph.cache[state] for state in states}]
+            examples = [_example(port, shapes) for port in inputs]
+            with quiet(), mended():
+                traced = torch.jit.trace(modules[name].eval(), tuple(examples), check_trace=False)
+                package = ct.convert(
+                    traced,
+                    inputs=[_tensor_type(port, shapes, variant) for port in inputs],
+                    outputs=[
+                        ct.TensorType(name=port.name, dtype=np.dtype(_working_dtype(variant))) for port in outputs
+                    ],
+                    states=[
+                        ct.StateType(ct.TensorType(shape=port.axes, dtype=np.float16), name=port.name)
+                        for port in graph.inputs
+                        if port.name in states
+                    ]
+                    or None,
+                    minimum_deployment_target=ct.target.iOS18 if new else ct.target.iOS16,
+                    compute_precision=ct.precision.FLOAT32 if variant == "fp32" else ct.precision.FLOAT16,
+                    convert_to="mlprogram",
+                    skip_model_load=True,
+                )
+                package = _compressed(package, variant)
+            _describe(package, name, model.config, shapes, variant, license)
+            package.save(str(folder / _FILES[name]))
+
+    def load(self, folder: Path, graphs: Mapping[str, Graph], shapes: Shapes, dtype, stateful: bool) -> CoreMlGraphs:
+        return CoreMlGraphs(folder, graphs, shapes, dtype, stateful)
+
+    def devices(self) -> list[str]:
+        import coremltools
+
+        return ["converts and runs"] if coremltools.utils._is_macos() else ["converts; runs on macOS alone"]
+
+    def card_lines(self, folder: str) -> tuple[str, str]:
+        return "Swift", _SWIFT.format(folder=folder)
+
+
+def _working_dtype(variant: str) -> str:
+    return "float32" if variant == "fp32" else "float16"
 
 
 class _StackedEncoder(nn.Module):
@@ -157,7 +209,7 @@ def _tensor_type(port: Port, shapes: Shapes, variant: str):
     """A new one for each conversion, since the converter changes what it is given."""
     import coremltools as ct
 
-    dtype = np.int32 if port.dtype is torch.int64 else np.dtype(cache_dtype(variant))
+    dtype = np.int32 if port.dtype is torch.int64 else np.dtype(_working_dtype(variant))
     if "prompt" not in port.axes:
         return ct.TensorType(name=port.name, shape=port.axes, dtype=dtype)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,8 @@ import torch
 
 from .. import __version__
 from ..models.prompts import in_a_class_of_both_versions
-from .graphs import check_installed
-from .recipe import Shapes, check_exportable, check_openvino_options, graphs, that_fit
+from .backends import backend_of, check_installed
+from .recipe import Shapes, check_exportable, check_options, graphs, that_fit
 from .runtime import MANIFEST, MANIFEST_VERSION, sha256
 
 
@@ -41,40 +40,38 @@ def export_model(
         license: of the weights, as an identifier that the Hub knows; written into the files.
         calibration: for OpenVINO's int4, rows of training data, `inputs` (prompt token ids) and `labels` (target token
             ids with EOS), whose activations say which weights matter.
-        kv_cache_precision: of a stateful OpenVINO decoder, one of [`recipe.KV_CACHE_PRECISIONS`], written into the
+        kv_cache_precision: of a stateful OpenVINO decoder, one of [`openvino.KV_CACHE_PRECISIONS`], written into the
             file. `None` leaves it to whoever runs the file.
 
     Raises:
-        ValueError: the folder is in use, no row of `calibration` fits the shapes, or see [`recipe.check_exportable`]
-            and [`recipe.check_openvino_options`].
+        ValueError: the folder is in use, no row of `calibration` fits the shapes, the target cannot do what is asked
+            for, or see [`recipe.check_exportable`].
         ImportError: the target's package is missing; the message has the line that installs it.
     """
     shapes = shapes or Shapes()
     check_exportable(model, target, variant, shapes)
-    calibrated = calibration is not None
-    check_openvino_options(model.config, target, variant, shapes, stateful, calibrated, kv_cache_precision)
-    options: dict[str, Any] = {}
-    if calibrated:
+    options: dict[str, Any] = {"calibration": calibration, "kv_cache_precision": kv_cache_precision}
+    options = {name: value for name, value in options.items() if value is not None}
+    check_options(target, variant, options)
+    if calibration is not None:
         options["calibration"] = that_fit(calibration, shapes)
-    if kv_cache_precision is not None:
-        options["kv_cache_precision"] = kv_cache_precision
+    backend = backend_of(target)
+    shapes, stateful = backend.settle(model.config, variant, shapes, stateful, options)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty: choose a folder that is not there yet")
-    backend = backend_of(target)
     check_installed(target)
-    shapes, stateful = backend.settle(model.config, variant, shapes, stateful)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         with torch.no_grad():
             recipe = graphs(model.config, shapes)
-            backend.export(model.eval(), recipe, shapes, variant, stateful, partial, license, **options)
+            backend.export(model.eval(), recipe, shapes, variant, stateful, partial, license, options)
         model.config.save_pretrained(partial)
         model.generation_config.save_pretrained(partial)
         if tokenizer is not None:
             in_a_class_of_both_versions(tokenizer).save_pretrained(partial)
-        if calibrated:
+        if calibration is not None:
             options["calibration"] = len(options["calibration"])
         write_manifest(partial, target, variant, shapes, stateful, backend.cache_dtype(variant), options)
         if folder.exists():
@@ -84,11 +81,6 @@ def export_model(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return folder
-
-
-def backend_of(target: str):
-    """The module of a target, with `settle`, `cache_dtype` and `export`."""
-    return importlib.import_module(f".{target}", __package__)
 
 
 def write_manifest(
@@ -105,7 +97,7 @@ def write_manifest(
     Args:
         options: what else was asked for.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and _is_of_graphs(path.relative_to(folder)))
+    files = sorted({path for glob in backend_of(target).files for path in folder.glob(glob) if path.is_file()})
     content = {
         "version": MANIFEST_VERSION,
         "package": __version__,
@@ -118,7 +110,3 @@ def write_manifest(
         "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
     }
     (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _is_of_graphs(path: Path) -> bool:
-    return path.suffix in (".onnx", ".onnx_data", ".xml", ".bin") or ".mlpackage" in path.parts[0]

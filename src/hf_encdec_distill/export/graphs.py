@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 from abc import ABC, abstractmethod
@@ -12,14 +11,6 @@ from contextlib import contextmanager
 import numpy as np
 
 from .recipe import Graph, Shapes
-
-
-# What a target needs, its runtime first.
-PACKAGES = {
-    "onnx": ("onnxruntime", "onnx", "onnxscript"),
-    "openvino": ("openvino", "nncf"),
-    "coreml": ("coremltools",),
-}
 
 
 class GraphCache:
@@ -152,17 +143,3 @@ def quiet():
             yield
     finally:
         logging.disable(level)
-
-
-def check_installed(target: str, to_run: bool = False) -> None:
-    """
-    Args:
-        to_run: whether an export is to be run only.
-
-    Raises:
-        ImportError: a package is missing; the message has the line that installs it.
-    """
-    needed = PACKAGES[target][:1] if to_run else PACKAGES[target]
-    missing = [package for package in needed if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ImportError(f'{target} needs {" and ".join(missing)}: pip install "hf-encdec-distill[{target}]"')

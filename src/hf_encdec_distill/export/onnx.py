@@ -11,10 +11,12 @@ import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from .backends import Backend, register_backend
 from .graphs import Graphs, quiet
 from .recipe import Graph, Shapes
 from .tracing import export_programs
@@ -27,47 +29,70 @@ _STORED_INSIDE = 1024  # bytes; what is smaller stays in the graph, where shape 
 _BLOCK = 32  # weights of int4 that share a scale
 
 
-def settle(config, variant: str, shapes: Shapes, stateful: bool | None) -> tuple[Shapes, bool]:
-    """Shapes and statefulness where the user has left them open.
+@register_backend
+class OnnxBackend(Backend):
+    name = "onnx"
+    label = "ONNX"
+    runtime = "ONNX Runtime"
+    packages = ("onnxruntime", "onnx", "onnxscript")
+    variants = ("fp32", "fp16", "int8", "int4")
+    files = ("*.onnx", "*.onnx_data")
 
-    Raises:
-        ValueError: a stateful decoder is asked for, which ONNX does not have.
-    """
-    if stateful:
-        raise ValueError("ONNX graphs have no states: leave stateful out, or choose openvino or coreml")
-    return shapes, False
+    def settle(
+        self, config, variant: str, shapes: Shapes, stateful: bool | None, options: Mapping[str, Any]
+    ) -> tuple[Shapes, bool]:
+        """
+        Raises:
+            ValueError: a stateful decoder is asked for, which ONNX does not have.
+        """
+        if stateful:
+            raise ValueError("ONNX graphs have no states: leave stateful out, or choose openvino or coreml")
+        return shapes, False
 
+    def cache_dtype(self, variant: str) -> str:
+        return "float16" if variant == "fp16" else "float32"
 
-def cache_dtype(variant: str) -> str:
-    return "float16" if variant == "fp16" else "float32"
+    def export(
+        self,
+        model,
+        graphs: Mapping[str, Graph],
+        shapes: Shapes,
+        variant: str,
+        stateful: bool,
+        folder: Path,
+        license: str,
+        options: Mapping[str, Any],
+    ) -> None:
+        import onnx
+        import onnx_ir
 
-
-def export(
-    model, graphs: dict[str, Graph], shapes: Shapes, variant: str, stateful: bool, folder: Path, license: str
-) -> None:
-    """Write the graphs of `model` into `folder`."""
-    import onnx
-    import onnx_ir
-
-    if variant == "fp16":
-        model = copy.deepcopy(model).half()
-    programs = export_programs(model, graphs)
-    store: dict[str, tuple[int, int]] = {}
-    with open(folder / WEIGHTS, "wb") as weights:
-        for name, graph in graphs.items():
-            with quiet():
-                program = torch.onnx.export(programs[name], (), opset_version=OPSET, verbose=False)
-            _name_ports(program.model.graph, graph)
-            proto = program.model_proto
-            if variant in ("int8", "int4"):
+        if variant == "fp16":
+            model = copy.deepcopy(model).half()
+        programs = export_programs(model, graphs)
+        store: dict[str, tuple[int, int]] = {}
+        with open(folder / WEIGHTS, "wb") as weights:
+            for name, graph in graphs.items():
                 with quiet():
-                    proto = _quantized(proto, variant)
-            written = onnx_ir.from_proto(proto)
-            written.metadata_props["license"] = license
-            _store_weights(written, weights, store, folder)
-            onnx_ir.save(written, folder / _FILES[name])
-    for file in _FILES.values():
-        onnx.checker.check_model(str(folder / file))
+                    program = torch.onnx.export(programs[name], (), opset_version=OPSET, verbose=False)
+                _name_ports(program.model.graph, graph)
+                proto = program.model_proto
+                if variant in ("int8", "int4"):
+                    with quiet():
+                        proto = _quantized(proto, variant)
+                written = onnx_ir.from_proto(proto)
+                written.metadata_props["license"] = license
+                _store_weights(written, weights, store, folder)
+                onnx_ir.save(written, folder / _FILES[name])
+        for file in _FILES.values():
+            onnx.checker.check_model(str(folder / file))
+
+    def load(self, folder: Path, graphs: Mapping[str, Graph], shapes: Shapes, dtype, stateful: bool) -> OnnxGraphs:
+        return OnnxGraphs(folder, graphs, shapes, dtype)
+
+    def devices(self) -> list[str]:
+        import onnxruntime
+
+        return onnxruntime.get_available_providers()
 
 
 def _name_ports(graph, recipe: Graph) -> None:
@@ -151,9 +176,7 @@ class OnnxGraphs(Graphs):
         providers: execution providers, the preferred one first.
     """
 
-    files = (*_FILES.values(), WEIGHTS)
-
-    def __init__(self, folder: Path, graphs: dict[str, Graph], shapes: Shapes, dtype, providers=None):
+    def __init__(self, folder: Path, graphs: Mapping[str, Graph], shapes: Shapes, dtype, providers=None):
         super().__init__(graphs, shapes, dtype)
         import onnxruntime
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .backends import Backend, register_backend
 from .graphs import GraphCache, Graphs, quiet
 from .modules import ExportedDecoder, ExportedEncoder
 from .recipe import Graph, Shapes
@@ -22,62 +23,105 @@ from .tracing import export_programs
 _FILES = {"encoder": "openvino_encoder_model", "decoder": "openvino_decoder_model"}
 _BEAM = "beam_idx"
 _BLOCK = 32  # weights of int4 that share a scale
+# Types of a stateful decoder's keys and values: those of the CPU plug-in that lose no more than 8 bits do.
+KV_CACHE_PRECISIONS = ("f32", "f16", "bf16", "u8")
 _KV_CACHE_PRECISION = ["runtime_options", "KV_CACHE_PRECISION"]  # where OpenVINO and optimum-intel look for it
 
 
-def settle(config, variant: str, shapes: Shapes, stateful: bool | None) -> tuple[Shapes, bool]:
-    """Shapes and statefulness where the user has left them open.
+@register_backend
+class OpenVinoBackend(Backend):
+    name = "openvino"
+    label = "OpenVINO"
+    runtime = "OpenVINO"
+    packages = ("openvino", "nncf")
+    variants = ("fp32", "fp16", "int8", "int4")
+    files = ("*.xml", "*.bin")
+    own_options = {
+        "calibration": "calibration rows are for target openvino with variant int4, not for {target} with {variant}: "
+        "leave them out, or export int4 to openvino",
+        "kv_cache_precision": "a KV-cache precision is for target openvino, not for {target}: leave it out",
+    }
 
-    Raises:
-        ValueError: rows of weights that do not divide into blocks of int4.
-    """
-    if variant == "int4" and shapes.targets is None:
-        widths = {name: getattr(config, name) for name in ("hidden_size", "intermediate_size")}
-        widths["num_attention_heads * head_dim"] = config.num_attention_heads * config.head_dim
-        odd = [f"{name}={width}" for name, width in widths.items() if width % _BLOCK]
-        if odd:
-            raise ValueError(
-                f"int4 for openvino has a scale for each {_BLOCK} weights of a row, and {', '.join(odd)} does not "
-                "divide into so many: export int8, or int4 with fixed shapes, which has one for each row"
+    def settle(
+        self, config, variant: str, shapes: Shapes, stateful: bool | None, options: Mapping[str, Any]
+    ) -> tuple[Shapes, bool]:
+        """
+        Raises:
+            ValueError: rows of weights that do not divide into blocks of int4, calibration without int4, or a
+                precision of states that no plug-in would heed.
+        """
+        if "calibration" in options and variant != "int4":
+            raise ValueError(self.own_options["calibration"].format(target=self.name, variant=variant))
+        if "kv_cache_precision" in options:
+            _check_kv_cache_precision(options["kv_cache_precision"], config, shapes, stateful)
+        if variant == "int4" and shapes.targets is None:
+            widths = {name: getattr(config, name) for name in ("hidden_size", "intermediate_size")}
+            widths["num_attention_heads * head_dim"] = config.num_attention_heads * config.head_dim
+            odd = [f"{name}={width}" for name, width in widths.items() if width % _BLOCK]
+            if odd:
+                raise ValueError(
+                    f"int4 for openvino has a scale for each {_BLOCK} weights of a row, and {', '.join(odd)} does not "
+                    "divide into so many: export int8, or int4 with fixed shapes, which has one for each row"
+                )
+        return shapes, True if stateful is None else stateful
+
+    def cache_dtype(self, variant: str) -> str:
+        return "float32"  # `fp16` is how weights are stored; the device chooses what it computes in
+
+    def export(
+        self,
+        model,
+        graphs: Mapping[str, Graph],
+        shapes: Shapes,
+        variant: str,
+        stateful: bool,
+        folder: Path,
+        license: str,
+        options: Mapping[str, Any],
+    ) -> None:
+        import openvino
+
+        calibration, kv_cache_precision = options.get("calibration"), options.get("kv_cache_precision")
+        programs = export_programs(model.float(), graphs, repeat=stateful and shapes.targets is None)
+        for name, graph in graphs.items():
+            with quiet():
+                converted = openvino.convert_model(programs[name])
+            for ports, recipe in ((converted.inputs, graph.inputs), (converted.outputs, graph.outputs)):
+                for port, of_recipe in zip(ports, recipe, strict=True):
+                    port.get_tensor().set_names({of_recipe.name})
+            converted.reshape(
+                {port.name: [-1 if isinstance(a, str) else a for a in port.axes] for port in graph.inputs}
             )
-    return shapes, True if stateful is None else stateful
+            if variant in ("int8", "int4"):
+                calls = None if calibration is None else _Calls(name, model, graphs, shapes, calibration)
+                converted = _compressed(converted, variant, shapes.targets is not None, calls)
+            if name == "decoder" and stateful:  # after compression, which feeds keys and values as inputs
+                _make_stateful(converted, graph, batched=shapes.targets is None)
+                if kv_cache_precision is not None:
+                    converted.set_rt_info(kv_cache_precision, _KV_CACHE_PRECISION)
+            converted.set_rt_info(license, ["license"])
+            openvino.save_model(converted, folder / f"{_FILES[name]}.xml", compress_to_fp16=variant == "fp16")
+
+    def load(self, folder: Path, graphs: Mapping[str, Graph], shapes: Shapes, dtype, stateful: bool) -> OpenVinoGraphs:
+        return OpenVinoGraphs(folder, graphs, shapes, dtype, stateful)
+
+    def devices(self) -> list[str]:
+        import openvino
+
+        core = openvino.Core()
+        return [f"{device} {core.get_property(device, 'FULL_DEVICE_NAME')}" for device in core.available_devices]
 
 
-def cache_dtype(variant: str) -> str:
-    return "float32"  # `fp16` is how weights are stored; the device chooses what it computes in
-
-
-def export(
-    model,
-    graphs: dict[str, Graph],
-    shapes: Shapes,
-    variant: str,
-    stateful: bool,
-    folder: Path,
-    license: str,
-    calibration: Sequence[Mapping[str, Any]] | None = None,
-    kv_cache_precision: str | None = None,
-) -> None:
-    """Write the graphs of `model` into `folder`; see [`export_model`] for the last two."""
-    import openvino
-
-    programs = export_programs(model.float(), graphs, repeat=stateful and shapes.targets is None)
-    for name, graph in graphs.items():
-        with quiet():
-            converted = openvino.convert_model(programs[name])
-        for ports, recipe in ((converted.inputs, graph.inputs), (converted.outputs, graph.outputs)):
-            for port, of_recipe in zip(ports, recipe, strict=True):
-                port.get_tensor().set_names({of_recipe.name})
-        converted.reshape({port.name: [-1 if isinstance(a, str) else a for a in port.axes] for port in graph.inputs})
-        if variant in ("int8", "int4"):
-            calls = None if calibration is None else _Calls(name, model, graphs, shapes, calibration)
-            converted = _compressed(converted, variant, shapes.targets is not None, calls)
-        if name == "decoder" and stateful:  # after compression, which feeds keys and values as inputs
-            _make_stateful(converted, graph, batched=shapes.targets is None)
-            if kv_cache_precision is not None:
-                converted.set_rt_info(kv_cache_precision, _KV_CACHE_PRECISION)
-        converted.set_rt_info(license, ["license"])
-        openvino.save_model(converted, folder / f"{_FILES[name]}.xml", compress_to_fp16=variant == "fp16")
+def _check_kv_cache_precision(precision: str, config, shapes: Shapes, stateful: bool | None) -> None:
+    if precision not in KV_CACHE_PRECISIONS:
+        raise ValueError(f"KV-cache precision {precision!r}: choose of {', '.join(KV_CACHE_PRECISIONS)}")
+    if stateful is False or shapes.targets is not None or config.cross_attention == "merged":
+        raise ValueError(
+            f"KV-cache precision {precision!r} is heeded for a stateful decoder of "
+            "cross_attention='separate' and dynamic shapes only, "
+            f"this one is {'stateless' if stateful is False else 'stateful'}, "
+            f"{config.cross_attention!r} and {shapes}: leave it out"
+        )
 
 
 def _compressed(model, variant: str, fixed: bool, calls: _Calls | None):

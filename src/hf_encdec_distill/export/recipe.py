@@ -7,27 +7,14 @@ those that Optimum and transformers.js give to the same tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from ..models.finite import check_finite
 from ..models.rope_encdec import RopeEncDecConfig
-from .modules import RULED_BY_LENGTH
-
-
-TARGETS = ("onnx", "openvino", "coreml")
-# What is stored of a weight; `palette4` (16 values for each group of channels) is Core ML's own.
-VARIANTS = {
-    "fp32": TARGETS,
-    "fp16": TARGETS,
-    "int8": TARGETS,
-    "int4": TARGETS,
-    "palette4": ("coreml",),
-}
-# Types of a stateful OpenVINO decoder's keys and values: those of its CPU plug-in that lose no more than 8 bits do.
-KV_CACHE_PRECISIONS = ("f32", "f16", "bf16", "u8")
+from .backends import backend_of, targets
 
 
 @dataclass(frozen=True)
@@ -46,6 +33,7 @@ class Bounds:
     tokens: float
 
 
+# For each way to store a weight, a variant; `palette4` is 16 values for each group of channels.
 BOUNDS = {
     "fp32": Bounds(logits=1e-4, ce=1e-4, agreement=0.999, tokens=1.0),
     "fp16": Bounds(logits=None, ce=0.01, agreement=0.98, tokens=0.8),
@@ -232,16 +220,16 @@ def check_exportable(model: torch.nn.Module, target: str, variant: str, shapes: 
     """
     Raises:
         ValueError: there is no such target or variant, the target has no such variant or shapes, the model is none of
-            ours, it has an option that a graph cannot express (the message names both), or a weight is not finite.
+            ours, its positions are too few for the shapes, or a weight is not finite.
     """
-    if target not in TARGETS:
-        raise ValueError(f"target {target!r}: choose of {', '.join(TARGETS)}")
-    if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r}: choose of {', '.join(VARIANTS)}")
-    if target not in VARIANTS[variant]:
+    backend = backend_of(target)
+    if variant not in BOUNDS:
+        raise ValueError(f"variant {variant!r}: choose of {', '.join(BOUNDS)}")
+    if variant not in backend.variants:
+        having = [other for other in targets() if variant in backend_of(other).variants]
         raise ValueError(
-            f"variant {variant!r} is for {' and '.join(VARIANTS[variant])}, not for {target}: choose of "
-            f"{', '.join(name for name, targets in VARIANTS.items() if target in targets)}"
+            f"variant {variant!r} is for {' and '.join(having)}, not for {target}: choose of "
+            f"{', '.join(backend.variants)}"
         )
     config = model.config
     if config.model_type != "rope_encdec" or not hasattr(model, "lm_head"):
@@ -249,15 +237,11 @@ def check_exportable(model: torch.nn.Module, target: str, variant: str, shapes: 
             f"{type(model).__name__} of model type {config.model_type!r} cannot be exported: it has to be a "
             "RopeEncDecForConditionalGeneration (hf-encdec-distill init makes one out of a decoder-only model)"
         )
-    rope = config.rope_parameters["rope_type"]
-    if target == "coreml" and rope in RULED_BY_LENGTH:
+    if shapes.prompts is not None and len(shapes.prompts) > 1 and not backend.flexible_prompts:
+        having = [other for other in targets() if backend_of(other).flexible_prompts]
         raise ValueError(
-            f"rope_type={rope!r} chooses its frequencies by the longest sequence of a call, which the table of the "
-            "coreml target cannot: export to onnx or openvino, or train with another rope_type"
+            f"shapes {shapes}: {target} takes dynamic and fixed:SRC,TGT; the others are for {' and '.join(having)}"
         )
-    several = shapes.prompts is not None and len(shapes.prompts) > 1
-    if target == "onnx" and shapes.targets is not None and several or target == "openvino" and several:
-        raise ValueError(f"shapes {shapes}: {target} takes dynamic and fixed:SRC,TGT; the others are for coreml")
     if shapes.prompts is not None and _positions(config, shapes) > config.max_position_embeddings:
         raise ValueError(
             f"shapes {shapes} need {_positions(config, shapes)} positions, the model has max_position_embeddings="
@@ -266,37 +250,16 @@ def check_exportable(model: torch.nn.Module, target: str, variant: str, shapes: 
     check_finite(model)
 
 
-def check_openvino_options(
-    config: RopeEncDecConfig,
-    target: str,
-    variant: str,
-    shapes: Shapes,
-    stateful: bool | None,
-    calibrated: bool,
-    kv_cache_precision: str | None,
-) -> None:
+def check_options(target: str, variant: str, options: Iterable[str]) -> None:
     """
     Raises:
-        ValueError: calibration without int4 weights of OpenVINO, or a precision of states that no plug-in would heed.
+        ValueError: an option that other targets have.
     """
-    if calibrated and (target, variant) != ("openvino", "int4"):
-        raise ValueError(
-            f"calibration rows are for target openvino with variant int4, not for {target} with {variant}: leave them "
-            "out, or export int4 to openvino"
-        )
-    if kv_cache_precision is None:
-        return
-    if kv_cache_precision not in KV_CACHE_PRECISIONS:
-        raise ValueError(f"KV-cache precision {kv_cache_precision!r}: choose of {', '.join(KV_CACHE_PRECISIONS)}")
-    if target != "openvino":
-        raise ValueError(f"a KV-cache precision is for target openvino, not for {target}: leave it out")
-    if stateful is False or shapes.targets is not None or config.cross_attention == "merged":
-        raise ValueError(
-            f"KV-cache precision {kv_cache_precision!r} is heeded for a stateful decoder of "
-            "cross_attention='separate' and dynamic shapes only, "
-            f"this one is {'stateless' if stateful is False else 'stateful'}, "
-            f"{config.cross_attention!r} and {shapes}: leave it out"
-        )
+    for option in options:
+        if option not in backend_of(target).own_options:
+            having = (backend_of(other).own_options for other in targets())
+            refusal = next(own[option] for own in having if option in own)
+            raise ValueError(refusal.format(target=target, variant=variant))
 
 
 def _positions(config: RopeEncDecConfig, shapes: Shapes) -> int:

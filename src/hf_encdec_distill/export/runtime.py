@@ -1,4 +1,4 @@
-"""An exported folder as a model: `generate` of transformers on ONNX Runtime, OpenVINO or Core ML."""
+"""An exported folder as a model: `generate` of transformers on the runtime of its target."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ..files import inside, read_json
 from ..models.loading import load_config, load_generation_config
 from ..models.rope_encdec import RopeEncDecConfig
 from ..models.rope_encdec.compat_rope_encdec import CACHE_FIELD
-from .graphs import Graphs, check_installed
+from .backends import backend_of, check_installed, targets
+from .graphs import Graphs
 from .recipe import Shapes, graphs
 
 
@@ -136,17 +137,7 @@ def load_graphs(folder: Path, manifest: dict, recipe, shapes: Shapes) -> Graphs:
     """The graphs of a folder on the runtime of their target."""
     check_installed(manifest["target"], to_run=True)
     dtype = np.dtype(manifest["cache_dtype"])
-    if manifest["target"] == "onnx":
-        from .onnx import OnnxGraphs
-
-        return OnnxGraphs(folder, recipe, shapes, dtype)
-    if manifest["target"] == "openvino":
-        from .openvino import OpenVinoGraphs
-
-        return OpenVinoGraphs(folder, recipe, shapes, dtype, manifest["stateful"])
-    from .coreml import CoreMlGraphs
-
-    return CoreMlGraphs(folder, recipe, shapes, dtype, manifest["stateful"])
+    return backend_of(manifest["target"]).load(folder, recipe, shapes, dtype, manifest["stateful"])
 
 
 def read_manifest(folder: Path) -> dict:
@@ -159,7 +150,7 @@ def read_manifest(folder: Path) -> dict:
         manifest = read_json(folder / MANIFEST, fields=_FIELDS)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder} holds no export: make one with hf-encdec-distill export MODEL {folder}") from None
-    if manifest["target"] not in ("onnx", "openvino", "coreml"):
+    if manifest["target"] not in targets():
         raise ValueError(f"{folder / MANIFEST} names the target {manifest['target']!r}: export it again")
     if manifest["cache_dtype"] not in ("float32", "float16"):
         raise ValueError(f"{folder / MANIFEST} stores keys and values as {manifest['cache_dtype']!r}: export it again")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from .modules import ExportedDecoder, ExportedEncoder
@@ -9,7 +11,9 @@ from .recipe import EXAMPLE_SIZES, Graph
 
 
 @torch.no_grad()
-def export_programs(model, graphs: dict[str, Graph], repeat: bool = False) -> dict[str, torch.export.ExportedProgram]:
+def export_programs(
+    model, graphs: Mapping[str, Graph], repeat: bool = False
+) -> dict[str, torch.export.ExportedProgram]:
     """One program for each graph, its named axes free, its inputs positional in the order of the recipe.
 
     Args:
