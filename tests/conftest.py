@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores; what they
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import traced_once  # noqa: E402, F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
