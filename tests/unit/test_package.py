@@ -110,6 +110,13 @@ def test_the_model_loads_little_more_than_transformers():
     assert len([name for name in added if not name.startswith("transformers.")]) < 40
 
 
+def test_the_trainer_loads_no_metrics():
+    """`evaluate` imports SciPy, which takes a third as long as all the rest."""
+    added = modules_after("from hf_encdec_distill import DistillationTrainer")
+    assert "transformers.trainer" in added
+    assert not {name.split(".")[0] for name in added} & {"evaluate", "matplotlib", "optimum", "rouge_score"}
+
+
 def test_names_are_there_on_first_use():
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 

@@ -30,7 +30,6 @@ from transformers.utils import logging
 from .alignment import target_positions, teacher_columns
 from .collator import MESSAGES, DistillationCollator, split_conversation
 from .losses import cross_entropy
-from .metrics import rouge_l
 from .positions import max_positions
 from .shards import ShardWriter, read_keys, read_shards, shard_files
 from .teachers import LiveTeacher
@@ -282,6 +281,8 @@ def _keep(rows: list[dict], keep: str) -> list[dict]:
         return rows
     if keep == "likeliest":
         return [max(rows, key=lambda row: row["mean_log_prob"])]
+    from .metrics import rouge_l  # `evaluate` brings SciPy along, a third of the time that the trainer takes to import
+
     return [max(rows, key=lambda row: rouge_l(row["text"], row["reference"]))]
 
 
