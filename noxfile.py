@@ -26,6 +26,13 @@ def lint(session):
     )
 
 
+@nox.session(default=False)
+def quick(session):
+    """Model, losses, alignment, trainer, config: an answer in minutes, while a change is being made."""
+    session.install("-e", ".[all,dev]")
+    session.run("pytest", "-m", "quick", *session.posargs)
+
+
 @nox.session
 def latest(session):
     """The newest transformers 5: what `pip install -e ".[all,dev]"` gives."""

@@ -1,26 +1,69 @@
-"""What all tests share: no Hub, few threads, one toy tokenizer."""
+"""What all tests share: no Hub, few threads, one toy tokenizer, and markers that say what a test is."""
 
 import datetime
 import gc
 import os
+import sys
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 gc.set_threshold(50_000, 20, 50)  # tracing makes millions of objects: a seventh of an export's time went into this
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# OpenVINO and NNCF report each call from a process that they fork for it; without this module they do not.
+sys.modules["openvino_telemetry"] = None
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores; what they start inherits it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import traced_once  # noqa: E402, F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
+
+TESTS = Path(__file__).parent
+QUICK = ("invariants", "model", "unit")  # folders; of what is in them, all that has no marker of another kind
+OTHER_KINDS = {"browser", "export", "process", "slow", "wheel"}
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder == "export":
+            item.add_marker("export")
+        if folder in QUICK and OTHER_KINDS.isdisjoint(mark.name for mark in item.iter_markers()):
+            item.add_marker("quick")
+
+
+started = []  # processes of Python, by the test that runs
+
+
+def note_process(event, details):
+    if event == "subprocess.Popen" and Path(os.fsdecode(details[0])).name.startswith("python"):
+        started.append(details[1])
+
+
+sys.addaudithook(note_process)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    started.clear()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    result = yield
+    if started and not any(item.get_closest_marker(kind) for kind in ("browser", "process", "wheel")):
+        pytest.fail(f"it starts {started[0]}: mark it with @pytest.mark.process")
+    return result
 
 
 @pytest.fixture(autouse=True)

@@ -116,6 +116,7 @@ def run_shell(code):
             subprocess.run(command, check=True, capture_output=True, text=True)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_run(page, world, tmp_path, monkeypatch):
     shutil.copytree(world, tmp_path / "world", symlinks=True)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 ROOT = Path(__file__).parents[2]
 # What a browser loads by itself; links that a person may follow are no part of it.
@@ -12,6 +14,7 @@ SHOWN = re.compile(r"""<(?:img|source)\b[^>]*?\b(?:src|srcset)=["']?([^"' >:#]+)
 LOADED = re.compile(r"""<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=["']?(https?:)?//[^"' >]+""")
 
 
+@pytest.mark.process
 def test_site_builds_strictly_and_loads_nothing_from_afar(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

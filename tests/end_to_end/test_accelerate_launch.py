@@ -71,6 +71,7 @@ def launch(tmp_path_factory, make_bpe_tokenizer):
     return run
 
 
+@pytest.mark.process
 def test_a_lost_process_costs_the_steps_since_the_last_checkpoint(launch):
     """FSDP2, killed while it writes a checkpoint and resumed, comes to the weights of an undisturbed run under DDP."""
     undisturbed, done = launch("ddp.yaml", "ddp")

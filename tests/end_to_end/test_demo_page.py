@@ -21,6 +21,8 @@ from hf_encdec_distill.cli.main import build_parser
 from hf_encdec_distill.export.exporting import export_model
 
 
+pytestmark = pytest.mark.browser
+
 SPACE = Path(__file__).parents[2] / "examples" / "space"
 TEMPLATE = "{source}\n#"
 TEXT = "black 15 red and <something> that is longer"

@@ -50,6 +50,7 @@ def metrics_of(output, split):
     return json.loads((output / f"{split}_results.json").read_text())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_runs_as_printed(script, teacher_folder, tmp_path):
     model, of_training, of_evaluation = SCRIPTS[script]

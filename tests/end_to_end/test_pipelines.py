@@ -138,6 +138,7 @@ if IS_4:
         assert our_ids.keys() == their_ids.keys()
         assert torch.equal(our_ids["generated_token_ids"], their_ids["generated_token_ids"])
 
+    @pytest.mark.process
     @pytest.mark.parametrize(
         ("task", "key"),
         [
@@ -178,6 +179,7 @@ else:
             with pytest.raises(KeyError, match="removed|Unknown task"):
                 check_task(task)
 
+    @pytest.mark.process
     def test_a_pipeline_that_was_there_before_stays():
         code = f"""
 from transformers import pipelines
@@ -190,6 +192,7 @@ print(pipelines.PIPELINE_REGISTRY.supported_tasks[{TASK!r}]["impl"].__name__)
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert run.stdout.strip() == "Other", run.stderr
 
+    @pytest.mark.process
     def test_a_saved_pipeline_carries_its_code(folder, tmp_path):
         pipeline(TASK, model=str(folder)).save_pretrained(tmp_path / "saved")
         expected = [{"generated_text": generated(folder, text, **GREEDY)[1][0]} for text in TEXTS]

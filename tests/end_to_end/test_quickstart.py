@@ -15,6 +15,8 @@ from distillation_toys import write_pairs, write_teacher
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 
+pytestmark = pytest.mark.process
+
 MODELS = {"teacher_before", "teacher", "student_start", "student_ce", "student_kd", "lead_baseline"}
 COMMAND = [sys.executable, "-m", "hf_encdec_distill.cli.main", "quickstart"]
 SOURCES = ["red 3 green", "blue 14 white", "black 15 red and something that is a good deal longer"]

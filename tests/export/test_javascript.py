@@ -10,6 +10,8 @@ from transformers import AutoTokenizer
 from hf_encdec_distill.export.exporting import export_model
 
 
+pytestmark = pytest.mark.process
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "javascript"
 
 

@@ -9,6 +9,7 @@ from optimum_toys import run
 from hf_encdec_distill import registration
 
 
+@pytest.mark.process
 def test_optimum_cli_does_not_pay_for_us():
     code = (
         "import sys\n"

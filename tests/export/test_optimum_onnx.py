@@ -108,6 +108,7 @@ def test_a_model_in_memory(kind, task, files, tmp_path):
     pickle.dumps(model)
 
 
+@pytest.mark.process
 def test_optimum_cli_export_onnx(tmp_path):
     model = make_model("merged")
     model.save_pretrained(tmp_path / "model")
@@ -115,6 +116,7 @@ def test_optimum_cli_export_onnx(tmp_path):
     assert_same(ORTModelForSeq2SeqLM.from_pretrained(tmp_path / "onnx"), model)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("ours_first", [True, False], ids=["ours first", "Optimum first"])
 def test_the_order_of_imports_does_not_matter(ours_first):
     imports = ["import hf_encdec_distill", "from optimum.onnxruntime import ORTModelForSeq2SeqLM"]

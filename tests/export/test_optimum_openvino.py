@@ -64,6 +64,7 @@ def test_openvino_with_compressed_weights(stateful, bits, bound):
     assert compressed.generate(prompt, attention_mask=mask, max_new_tokens=4).shape[0] == len(prompt)
 
 
+@pytest.mark.process
 def test_optimum_cli_export_openvino(tmp_path):
     model = make_model("separate", cross_attention_layers=[1, 2])
     model.save_pretrained(tmp_path / "model")
@@ -73,6 +74,7 @@ def test_optimum_cli_export_openvino(tmp_path):
     assert_same(exported, model)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("ours_first", [True, False], ids=["ours first", "Optimum first"])
 def test_the_order_of_imports_does_not_matter(ours_first):
     imports = ["import hf_encdec_distill", "from optimum.intel import OVModelForSeq2SeqLM"]

@@ -229,6 +229,7 @@ def test_a_model_of_another_type(make_bpe_tokenizer, tmp_path, capsys):
     assert "is a llama: only students of this package can be exported" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_commands_without_backends_say_what_to_install(trained_folder, tmp_path):
     """A process in which ONNX Runtime cannot be imported."""
     code = (

@@ -63,6 +63,7 @@ for use in (lambda: CachedTeacher(sys.argv[1]).push_to_hub("ann/more"), lambda: 
 """
 
 
+@pytest.mark.process
 def test_there_and_back(run_script, tmp_path, make_bpe_tokenizer):
     teacher = write_teacher(tmp_path / "teacher", make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>"))
     pairs = write_pairs(tmp_path / "pairs.csv", 40)
@@ -81,6 +82,7 @@ def test_there_and_back(run_script, tmp_path, make_bpe_tokenizer):
         assert {"README.md", "manifest.json", "tokenizer.json"} <= set(cut)
 
 
+@pytest.mark.process
 def test_a_hub_that_refuses_or_is_offline_is_named(run_script, tmp_path, make_bpe_tokenizer):
     tokenizer = make_bpe_tokenizer(pad_token="<|endoftext|>")
     capture(LiveTeacher(make_teacher()), ragged_rows(3), tmp_path / "cache", tokenizer, progress=False)

@@ -80,6 +80,7 @@ def model_files(folder):
     return {path.name for path in folder.glob("*.py")}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["separate", "merged"])
 def test_a_folder_loads_where_the_package_is_not(kind, tmp_path):
     from safetensors.torch import load_file, save_file

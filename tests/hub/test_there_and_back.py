@@ -192,6 +192,7 @@ def expected_of(folder, inputs):
         }
 
 
+@pytest.mark.process
 def test_each_way_to_the_hub_leads_back(run_script, student, tmp_path, make_bpe_tokenizer):
     teacher = write_teacher(tmp_path / "teacher", make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>"))
     save_file(inputs := make_inputs(), tmp_path / "inputs.safetensors")
@@ -231,6 +232,7 @@ def test_each_way_to_the_hub_leads_back(run_script, student, tmp_path, make_bpe_
     assert all("modeling_rope_encdec.py" in files for files in weights)
 
 
+@pytest.mark.process
 def test_a_download_that_is_cut_or_does_not_fit_is_taken_up_again(run_script, student):
     with Hub(TOKEN) as hub:
         push = (
@@ -253,6 +255,7 @@ def test_what_an_earlier_release_wrote_loads(release):
     assert torch.equal(got["input_ids"], expected["input_ids"])
 
 
+@pytest.mark.process
 def test_what_an_earlier_release_wrote_loads_with_its_own_code(run_script, tmp_path):
     folders = [FROZEN / release for release in RELEASES]
     outs = [tmp_path / f"{index}.out" for index in range(len(folders))]

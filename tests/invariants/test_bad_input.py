@@ -419,6 +419,7 @@ def train(folder: Path, checkpoint: str | None = None, dies: bool = False) -> Di
     return trainer
 
 
+@pytest.mark.process
 def test_one_of_two_processes_dies(tmp_path):
     """Nobody looks after them: the one that is left ends by itself, with an error, and the checkpoint before is whole.
 

@@ -370,6 +370,7 @@ def run(folder: Path) -> None:
     )
 
 
+@pytest.mark.process
 def test_two_processes(tmp_path):
     """Both take out the layers that one alone takes out, and hold the same weights afterwards."""
     here = Path(__file__)

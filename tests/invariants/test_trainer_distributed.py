@@ -16,6 +16,8 @@ from distillation_toys import InOrder, arguments, collate, make_t5, make_teacher
 from hf_encdec_distill.distillation.options.rollouts import draw
 
 
+pytestmark = pytest.mark.process
+
 ROWS = ragged_rows(8)
 EVAL_ROWS = ragged_rows(7, seed=5)
 

@@ -20,6 +20,8 @@ from transformers import AutoModelForSeq2SeqLM
 from hf_encdec_distill import DistillationTrainer
 
 
+pytestmark = pytest.mark.process
+
 STUDENTS = ("merged", "separate", "t5")
 LAYERS = {"RopeEncDecEncoderLayer", "RopeEncDecDecoderLayer"}
 WRAPPERS = ("DDP", "FSDP2")

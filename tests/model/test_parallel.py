@@ -14,6 +14,8 @@ from toys import KINDS, make_model, ragged, random_ids
 from hf_encdec_distill import RopeEncDecEncoderModel, RopeEncDecForConditionalGeneration, RopeEncDecModel
 
 
+pytestmark = pytest.mark.process
+
 BIG_ENCODER = {"encoder_num_hidden_layers": 4}  # a merged decoder of two layers leaves the last one unread
 
 

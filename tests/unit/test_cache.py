@@ -550,6 +550,7 @@ print(point, "points", expected)
 """
 
 
+@pytest.mark.process
 def test_killed_at_any_file_operation_it_goes_on(tmp_path, make_bpe_tokenizer, command):
     environment = command[0]
     teacher = write_teacher(tmp_path / "teacher", make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>"))
@@ -588,6 +589,7 @@ def command(tmp_path, tokenizer):
     return environment, [str(tmp_path / "capture.py"), str(tmp_path / "cache")], str(tmp_path / "tokenizer")
 
 
+@pytest.mark.process
 def test_killed_at_any_moment_it_goes_on(tmp_path, tokenizer, command):
     environment, words, where = command
     rows, cache = 400, tmp_path / "cache"
@@ -623,6 +625,7 @@ os.write(1, f"{captured}\\n".encode())  # at once: two processes write to one pi
 """
 
 
+@pytest.mark.process
 def test_two_processes_share_the_work(tmp_path, command, make_bpe_tokenizer):
     environment, _, _ = command
     teacher = write_teacher(tmp_path / "teacher", make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>"))

@@ -24,6 +24,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "commands.md"
 PROGRAM = [sys.executable, "-m", "hf_encdec_distill.cli.main"]
 
 
+@pytest.mark.process
 def test_help_of_every_command_imports_nothing_but_ours():
     code = """
 import contextlib, io, sys
@@ -60,6 +61,7 @@ def test_what_libraries_print_is_not_on_stdout(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out) == {"found": 1}
 
 
+@pytest.mark.process
 def test_exit_codes_are_those_of_the_page(tmp_path):
     """In processes, as a script meets them; `2` and `130` are tested command by command in test_cli.py."""
     documented = re.findall(r"^\| (\d+) \|", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -78,6 +80,7 @@ def test_exit_codes_are_those_of_the_page(tmp_path):
         assert run.stdout == ""
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -108,6 +111,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
     assert {word.strip() for word in run.stdout.split()} == expected, run.stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_page_says_how_each_shell_completes(shell):
     section = DOCS.read_text(encoding="utf-8").partition("## Completion")[2]
@@ -184,6 +188,7 @@ def test_doctor_knows_traps(monkeypatch, capsys):
     assert any("no VNNI" in trap for trap in said["traps"]) and any("bfloat16" in trap for trap in said["traps"])
 
 
+@pytest.mark.process
 def test_doctor_fails_where_something_needed_is_broken(tmp_path):
     (tmp_path / "evaluate.py").write_text("raise ImportError('half an installation')\n")
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -167,6 +167,7 @@ def test_a_long_text_is_cut_and_says_so(reader, student, teacher):
     assert f"first 63 of {len(student.tokenizer(TEXT * 20)['input_ids'])} tokens" in told
 
 
+@pytest.mark.export
 def test_an_export_of_fixed_shapes_is_given_what_it_takes(tmp_path, reader, student, teacher, tokenizer):
     folder = export_model(student, student.tokenizer, "onnx", tmp_path / "fixed", shapes=Shapes.parse("fixed:10,4"))
     backend, side = demo._student(str(folder))

@@ -346,6 +346,7 @@ def test_it_can_be_written_from_the_json_file_to_any_markdown_path(tmp_path):
     assert [child.name for child in path.parent.iterdir()] == ["tiny.md"]
 
 
+@pytest.mark.process
 def test_the_lines_that_load_the_model_load_it(tmp_path, monkeypatch):
     torch.manual_seed(0)
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}

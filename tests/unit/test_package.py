@@ -78,11 +78,13 @@ def modules_after(code):
     )
 
 
+@pytest.mark.process
 def test_importing_the_package_loads_neither_torch_nor_transformers():
     added = modules_after("import hf_encdec_distill") - modules_after("")
     assert {name.split(".")[0] for name in added} - sys.stdlib_module_names == {"hf_encdec_distill"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("ours_first", [True, False], ids=["ours first", "transformers first"])
 def test_the_model_is_registered_in_either_order_of_imports(ours_first):
     imports = ["import hf_encdec_distill", "from transformers import AutoConfig, AutoModelForSeq2SeqLM"]
@@ -98,6 +100,7 @@ def test_the_model_is_registered_in_either_order_of_imports(ours_first):
     assert run.stdout.strip() == "hf_encdec_distill.models.rope_encdec.modeling_rope_encdec", run.stderr
 
 
+@pytest.mark.process
 def test_the_model_loads_little_more_than_transformers():
     before = modules_after("from transformers import PreTrainedModel, AutoModelForSeq2SeqLM")
     added = modules_after("from hf_encdec_distill import RopeEncDecForConditionalGeneration") - before
@@ -108,6 +111,14 @@ def test_the_model_loads_little_more_than_transformers():
     assert len(ours) == 8, ours
     # What any model that generates loads of transformers itself is upstream's choice, and differs by version.
     assert len([name for name in added if not name.startswith("transformers.")]) < 40
+
+
+@pytest.mark.process
+def test_the_trainer_loads_no_metrics():
+    """`evaluate` imports SciPy, which takes a third as long as all the rest."""
+    added = modules_after("from hf_encdec_distill import DistillationTrainer")
+    assert "transformers.trainer" in added
+    assert not {name.split(".")[0] for name in added} & {"evaluate", "matplotlib", "optimum", "rouge_score"}
 
 
 def test_names_are_there_on_first_use():

@@ -340,6 +340,7 @@ def test_mined_source_still_computes():
     assert scope["indent"]("a\n\nb\n", "> ") == textwrap.indent("a\n\nb\n", "> ") == "> a\n\n> b\n"
 
 
+@pytest.mark.process
 def test_same_rows_in_another_process_folder_and_hash_seed(tmp_path):
     program = (
         "import json, sys, types; from pathlib import Path\n"

@@ -227,6 +227,7 @@ def test_the_fingerprint_of_rows_is_that_of_their_texts(tmp_path):
 # Doing it again ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_a_student_is_reproduced_bit_for_bit(distilled, tmp_path):
     """In another process, another folder, and with other threads than the run had."""
     paths = [str(Path(sys.modules["hf_encdec_distill"].__file__).parents[1]), os.environ.get("PYTHONPATH", "")]

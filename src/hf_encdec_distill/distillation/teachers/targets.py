@@ -27,7 +27,6 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.utils import logging
 
-from ...metrics.texts import rouge_l
 from ..alignment.positions import target_positions, teacher_columns
 from ..checks.limits import max_positions
 from ..collator import MESSAGES, DistillationCollator, split_conversation
@@ -282,6 +281,10 @@ def _keep(rows: list[dict], keep: str) -> list[dict]:
         return rows
     if keep == "likeliest":
         return [max(rows, key=lambda row: row["mean_log_prob"])]
+    from ...metrics.texts import (
+        rouge_l,  # `evaluate` brings SciPy along, a third of the time that the trainer takes to import
+    )
+
     return [max(rows, key=lambda row: rouge_l(row["text"], row["reference"]))]
 
 

@@ -1,0 +1,20 @@
+"""A test that starts Python says so by its marker, or `-m quick` would not be quick for long."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def start_python():
+    subprocess.run([sys.executable, "-S", "-c", ""], check=True)
+
+
+@pytest.mark.process
+def test_one_that_says_so_starts_python():
+    start_python()
+
+
+@pytest.mark.xfail(strict=True)  # conftest.py fails it
+def test_one_that_does_not_say_so_fails():
+    start_python()
