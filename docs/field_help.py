@@ -1,4 +1,4 @@
-"""A griffe extension: the fields of `DistillationTrainingArguments` are documented by the help that their options have."""
+"""A griffe extension: fields of `DistillationTrainingArguments` are documented by the help that their options have."""
 
 import ast
 import dataclasses
