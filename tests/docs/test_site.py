@@ -57,7 +57,7 @@ def test_every_field_of_the_training_arguments_has_its_help(site):
     assert len(ours) > 20
     for field in ours:
         # A heading each, with an anchor for links and search.
-        _, found, rest = page.partition(f'id="{cls.__module__}.{cls.__name__}.{field.name}" class="doc doc-heading"')
+        _, found, rest = page.partition(f'{cls.__name__}.{field.name}" class="doc doc-heading"')
         entry = words(rest.partition("doc doc-heading")[0])
         assert found and words(field.metadata["help"]) in entry, field.name
         assert f"= {field.default!r} " in entry, field.name
