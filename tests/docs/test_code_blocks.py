@@ -108,7 +108,7 @@ def run_shell(code):
         if words[:2] == ["hf-encdec-distill", "export"]:
             words += ["--rows", "2"]  # of a toy more of them would say nothing more
         if words[:2] == ["hf-encdec-distill", "quickstart"]:
-            words += ["--minutes", "0.3"]
+            words += ["--minutes", "0.1"]
         if words[:1] == ["hf-encdec-distill"]:
             assert main(words[1:]) == 0, line
         elif words[:1] == ["pip"]:
@@ -144,6 +144,7 @@ def test_readme_runs_in_an_empty_folder(world, tmp_path, monkeypatch, capsys):
             run_shell(block["code"])
             transformers.logging.set_verbosity(verbosity)  # which the command sets for its whole process
         elif runs(block):
+            block["code"] = block["code"].replace("max_steps=20", "max_steps=2")
             run_block("README.md", block, {"__name__": "README.md"})
             assert block["code"].splitlines()[-1].startswith("# ") and capsys.readouterr().out, "output as a comment"
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "distilled", "exported"}
