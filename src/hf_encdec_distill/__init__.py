@@ -7,10 +7,12 @@ Optimum, once those are imported (see `registration`). What is named here is imp
 from typing import TYPE_CHECKING
 
 from ._lazy import on_first_use
+from ._moved import find_moved_modules
 from .registration import register
 
 
 register()
+find_moved_modules()
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,5 @@
-"""Every code block of README and docs runs, page by page and in order, on toys that bear the names that the page uses.
+"""Every code block of README and docs runs: README's from an empty folder, each from what the one before it made, and
+those of a page in order, on toys that bear the names that the page uses.
 
 A block that cannot run here says why in a comment before it, `<!-- not run here: ... -->`; one that needs Optimum, no
 release of which admits transformers 5, `<!-- transformers 4.57 -->`, one of the other lane `<!-- transformers 5 -->`.
@@ -18,7 +19,7 @@ import transformers
 from distillation_toys import write_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_encdec_distill import RopeEncDecForConditionalGeneration
+from hf_encdec_distill import RopeEncDecForConditionalGeneration, data
 from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.models.prompts import encode_prompt
 
@@ -26,7 +27,7 @@ from hf_encdec_distill.models.prompts import encode_prompt
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     str(path.relative_to(ROOT))
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"))
+    for path in (ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"))
     if "runs" not in path.parts  # what a run wrote
 )
 TEACHER = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -106,14 +107,23 @@ def run_shell(code):
         words = shlex.split(line, comments=True)
         if words[:2] == ["hf-encdec-distill", "export"]:
             words += ["--rows", "2"]  # of a toy more of them would say nothing more
+        if words[:2] == ["hf-encdec-distill", "quickstart"]:
+            words += ["--minutes", "0.1"]
         if words[:1] == ["hf-encdec-distill"]:
             assert main(words[1:]) == 0, line
         elif words[:1] == ["pip"]:
             assert words[1] == "install", line  # what it installs is there: the tests need it too
-        elif words:
+        elif words and "venv" not in words:  # the tests run in one
             program = Path(sys.executable).with_name(words[0])
             command = [str(program) if program.exists() else words[0], *words[1:]]
             subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def run_block(page, block, namespace):
+    if block["language"] == "bash":
+        run_shell(block["code"])
+    else:
+        exec(compile(block["code"], f"{page}: {block['code'].splitlines()[0]}", "exec"), namespace)
 
 
 @pytest.mark.process
@@ -123,13 +133,25 @@ def test_blocks_run(page, world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "world")
     namespace = {"__name__": page}
     for block in filter(runs, blocks(page)):
-        if block["language"] == "bash":
+        run_block(page, block, namespace)
+
+
+def test_readme_runs_in_an_empty_folder(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "fetch_builtin_teacher", lambda: world / TEACHER, raising=False)
+    monkeypatch.chdir(tmp_path)
+    verbosity = transformers.logging.get_verbosity()
+    for block in blocks("README.md"):
+        if block["note"] == "quickstart":
             run_shell(block["code"])
-        else:
-            exec(compile(block["code"], f"{page}: {block['code'].splitlines()[0]}", "exec"), namespace)
+            transformers.logging.set_verbosity(verbosity)  # which the command sets for its whole process
+        elif runs(block):
+            block["code"] = block["code"].replace("max_steps=20", "max_steps=2")
+            run_block("README.md", block, {"__name__": "README.md"})
+            assert block["code"].splitlines()[-1].startswith("# ") and capsys.readouterr().out, "output as a comment"
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "distilled", "exported"}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
 def test_blocks_are_of_a_known_kind(page):
     for block in blocks(page):
         assert block["language"] in (*RUNS, *SHOWN), block["code"]

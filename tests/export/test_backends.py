@@ -8,6 +8,7 @@ import pytest
 import torch
 from toys import make_model, ragged
 
+from hf_encdec_distill.cards import write_model_card
 from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.export import backends
 from hf_encdec_distill.export.backends import Backend, backend_of, register_backend, targets
@@ -16,7 +17,6 @@ from hf_encdec_distill.export.graphs import Graphs
 from hf_encdec_distill.export.parity import prove
 from hf_encdec_distill.export.runtime import ExportedForConditionalGeneration
 from hf_encdec_distill.export.tracing import export_programs
-from hf_encdec_distill.model_card import write_model_card
 
 
 SMALLEST = {"encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1}

@@ -1,6 +1,7 @@
 """The package as a whole: which way imports point, what travels to the Hub, what an import costs."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ ARROWS = {
     "data": "models",
     "models": "files",
 }
-ANYWHERE = {"_lazy"}
+ANYWHERE = {"_lazy", "_moved"}
 TRAVELS = ["configuration_rope_encdec", "modeling_rope_encdec", "compat_rope_encdec"]
 
 
@@ -108,7 +109,7 @@ def test_the_model_loads_little_more_than_transformers():
     assert not {name.split(".")[0] for name in added} & heavy
     assert not {name for name in added if name.startswith("transformers.trainer")}
     ours = {name for name in added if name.startswith("hf_encdec_distill")}
-    assert len(ours) == 8, ours
+    assert len(ours) == 9, ours
     # What any model that generates loads of transformers itself is upstream's choice, and differs by version.
     assert len([name for name in added if not name.startswith("transformers.")]) < 40
 
@@ -129,3 +130,29 @@ def test_names_are_there_on_first_use():
     assert set(hf_encdec_distill.__all__) <= set(dir(hf_encdec_distill))
     with pytest.raises(AttributeError, match="no_such_name"):
         hf_encdec_distill.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("distillation.metrics.generation_metrics", "metrics.generation_metrics"),
+        ("distillation.metrics.rouge", "metrics.rouge"),
+        ("distillation.fidelity.Fidelity", "evaluation.Fidelity"),
+        ("distillation.cache.is_cache", "distillation.is_cache"),
+        ("distillation.cache.capture", "distillation.capture"),
+        ("model_card.write_model_card", "cards.write_model_card"),
+        ("model_card.model_index", "cards.model_index"),
+        ("model_card.estimate", "metrics.estimate"),
+        ("model_card_callback.ModelCardCallback", "cards.ModelCardCallback"),
+    ],
+)
+def test_a_name_is_found_where_documentation_had_it(old, new):
+    def imported(path):
+        module, _, name = path.rpartition(".")
+        return getattr(importlib.import_module(f"hf_encdec_distill.{module}"), name)
+
+    with pytest.warns(DeprecationWarning, match=f"{old} has moved to"):
+        found = imported(old)
+    assert found is imported(new)
+    with pytest.raises(ImportError):
+        exec(f"from hf_encdec_distill.{old.rpartition('.')[0]} import no_such_name")
