@@ -114,7 +114,7 @@ def test_the_card_says_whether_the_template_is_built_in(tmp_path, make_bpe_token
     trainer.train()
     reads = student.tokenizer.decode(student.tokenizer(SOURCE)["input_ids"])
     assert ("Say:" in reads) != prefix_space
-    said = "does not put around a source" if prefix_space else "so give it the bare source"
+    said = "does not add this prompt" if prefix_space else "so give it the bare source"
     assert said in (tmp_path / "run" / "README.md").read_text()
 
 

@@ -21,21 +21,27 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    if _length(widths) > WIDTH:
-        numbers = zip(*([row[1:] for row in cells[1:]]), strict=True)
-        names = (min(max(map(len, name.split()), default=1), _NAME) for name in cells[0][1:])
-        widths[1:] = [max(name, *map(len, column)) for name, column in zip(names, numbers, strict=True)]
-        widths[0] = min(widths[0], max(WIDTH + 2 - _length([*widths[1:], 0, 0]), _FIRST))
-    blocks: list[list[int]] = [[]]
+    narrow = _narrow(cells, widths)
+    blocks: list[list[int]] = [[0]]
     for column in range(1, len(widths)):
-        if blocks[-1] and _length([widths[index] for index in (0, *blocks[-1], column)]) > WIDTH:
-            blocks.append([])
+        if len(blocks[-1]) > 1 and _length(narrow, [*blocks[-1], column]) > WIDTH:
+            blocks.append([0])
         blocks[-1].append(column)
-    return "\n\n".join(_block(cells, widths, [0, *block]) for block in blocks)
+    return "\n\n".join(_block(cells, widths if _length(widths, block) <= WIDTH else narrow, block) for block in blocks)
 
 
-def _length(widths: Sequence[int]) -> int:
-    return sum(widths) + 2 * (len(widths) - 1)
+def _narrow(cells: Sequence[Sequence[str]], widths: Sequence[int]) -> list[int]:
+    """No wider than the cells need once names are wrapped; the first column gets what the others leave of a line."""
+    others = [
+        max([min(max(map(len, name.split()), default=1), _NAME), *map(len, column)])
+        for name, *column in zip(*(row[1:] for row in cells), strict=True)
+    ]
+    left = WIDTH - sum(width + 2 for width in others)
+    return [min(widths[0], max(left, _FIRST)), *others]
+
+
+def _length(widths: Sequence[int], columns: Sequence[int]) -> int:
+    return sum(widths[column] for column in columns) + 2 * (len(columns) - 1)
 
 
 def _block(cells: Sequence[Sequence[str]], widths: Sequence[int], columns: Sequence[int]) -> str:
