@@ -51,7 +51,7 @@ def optimum(session):
 def openvino(session):
     """OpenVINO through the newest optimum-intel, which admits transformers up to 5.5 and no optimum-onnx."""
     session.install(
-        "-e", ".[openvino]", "optimum-intel>=2.2,<3", "pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.6"
+        "-e", ".[openvino]", "optimum-intel>=2.2,<3", "pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.8"
     )
     session.run("pytest", "-n", "0", "tests/export/test_optimum.py", "tests/export/test_optimum_openvino.py")
 

@@ -32,7 +32,12 @@ CHAT_TEMPLATE = (
 )
 
 
+# Files that take a minute and more, longest first: one that begins last would keep a core waiting for it.
+LONGEST = ("test_targets", "test_code_blocks", "test_optimum_onnx", "test_parity", "test_quickstart", "test_examples")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder == "export":

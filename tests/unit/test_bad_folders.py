@@ -4,24 +4,9 @@ import json
 import shutil
 
 import pytest
-from distillation_toys import write_pairs, write_teacher
 from test_files import PAGE, POINTER
-from transformers import AutoModelForCausalLM
 
-from hf_encdec_distill import RopeEncDecForConditionalGeneration
 from hf_encdec_distill.cli.main import main
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, make_bpe_tokenizer):
-    folder = tmp_path_factory.mktemp("whole")
-    tokenizer = make_bpe_tokenizer(pad_token="<|endoftext|>")
-    write_teacher(folder / "teacher", tokenizer, layers=2)
-    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher")
-    student = RopeEncDecForConditionalGeneration.from_decoder_only(teacher, tokenizer=tokenizer)
-    student.save_pretrained(folder / "student")
-    write_pairs(folder / "pairs.csv", 120)
-    return folder
 
 
 @pytest.fixture

@@ -7,12 +7,10 @@ import shutil
 import peft
 import pytest
 import torch
-from distillation_toys import write_teacher
 from safetensors.torch import load_file, save_file
 from test_files import PAGE, POINTER
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from hf_encdec_distill import RopeEncDecForConditionalGeneration
 from hf_encdec_distill.models.loading import (
     load_config,
     load_generation_config,
@@ -20,18 +18,6 @@ from hf_encdec_distill.models.loading import (
     load_teacher,
     load_tokenizer,
 )
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, make_bpe_tokenizer):
-    """A teacher and a student with its tokenizer, as they should be."""
-    folder = tmp_path_factory.mktemp("whole")
-    tokenizer = make_bpe_tokenizer(pad_token="<|endoftext|>")
-    write_teacher(folder / "teacher", tokenizer, layers=2)
-    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher")
-    student = RopeEncDecForConditionalGeneration.from_decoder_only(teacher, tokenizer=tokenizer)
-    student.save_pretrained(folder / "student")
-    return folder
 
 
 @pytest.fixture
