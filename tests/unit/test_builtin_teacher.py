@@ -17,6 +17,8 @@ from hf_encdec_distill.data import builtin_teacher, cached_folder
 from hf_encdec_distill.data.builtin_teacher import HUB_ID, convert_gguf, fetch_builtin_teacher, load_builtin_teacher
 
 
+pytestmark = pytest.mark.process  # pip
+
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["Ġ Ġ", "r e", "t u", "tu r", "re tur", "1 2", "x 1"]
 CODE = "def f(x):\n    return x + 12345  # ünï\n\n\n\tpass  1 \n"

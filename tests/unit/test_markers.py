@@ -1,4 +1,4 @@
-"""A test that starts Python says so by its marker, or `-m quick` would not be quick for long."""
+"""A test of the quick ones that starts Python says so by its marker, and then is none of them."""
 
 import subprocess
 import sys
