@@ -20,7 +20,7 @@ ARROWS = {
     "cards": "bench export distillation metrics files",
     "bench": "metrics models devices",
     "evaluation": "distillation metrics models devices progress",
-    "export": "models files",
+    "export": "metrics models files",
     "distillation": "metrics models hub files",
     "data": "models",
     "models": "files",

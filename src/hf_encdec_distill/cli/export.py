@@ -143,7 +143,6 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
     from ..export.exporting import export_model
     from ..export.parity import prove
     from ..files import write_json
-    from ..metrics.texts import rouge_l
 
     rows = _rows("test", args.rows or backend_of(target).rows, model, tokenizer, args, shapes)
     calibration = None
@@ -182,7 +181,7 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
                 share = _SHARE_OF_EXPORT + (1 - _SHARE_OF_EXPORT) * done
                 show(done, detail)
 
-            report = prove(unproven, model, rows, tokenizer, rouge_l, _MAX_TARGET, update)
+            report = prove(unproven, model, rows, tokenizer, _MAX_TARGET, update)
         write_json(unproven / PARITY, report)
         final = folder.with_name(f"{folder.name}.rejected") if report["failures"] else folder
         if final.exists():

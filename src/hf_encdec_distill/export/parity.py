@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,6 @@ from .runtime import ExportedForConditionalGeneration
 
 BEAMS = 3
 _ROUNDS = 5
-Rouge = Callable[[str, str], float]
 
 
 def prove(
@@ -27,7 +27,6 @@ def prove(
     model,
     rows: Sequence[Mapping[str, Any]],
     tokenizer=None,
-    rouge: Rouge | None = None,
     max_new_tokens: int = 32,
     update: Callable[[float, str], None] = lambda *_: None,
 ) -> dict[str, Any]:
@@ -36,9 +35,9 @@ def prove(
     Args:
         model: the [`RopeEncDecForConditionalGeneration`], in fp32.
         rows: real rows, `inputs` (prompt token ids) and `labels` (target token ids with EOS), and `target` (text) for
-            `rouge`.
-        tokenizer: turns tokens into the texts that `rouge` compares; without it there is no ROUGE-L.
-        rouge: of an answer and a reference, 0 to 1.
+            ROUGE-L.
+        tokenizer: turns tokens into the texts that ROUGE-L compares. Without it, or without the package rouge-score,
+            there is no ROUGE-L.
 
     Returns:
         `shapes` (a row for each shape of the grid: `max` and `mean` difference of logits, as a share of the largest),
@@ -54,7 +53,7 @@ def prove(
     update(0.0, "logits over a grid of shapes")
     grid = compare_logits(exported, model, shapes)
     update(0.3, f"greedy and beam answers to {len(rows)} rows")
-    tokens, rouge_l = compare_answers(exported, model, rows, shapes, tokenizer, rouge, max_new_tokens)
+    tokens, rouge_l = compare_answers(exported, model, rows, shapes, tokenizer, max_new_tokens)
     update(0.7, "cross-entropy on the rows")
     ce, agreement = compare_on_rows(exported, model, rows)
     update(0.9, "time")
@@ -132,7 +131,7 @@ def compare_logits(exported, model, shapes: Shapes) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def compare_answers(
-    exported, model, rows: Sequence[Mapping], shapes: Shapes, tokenizer, rouge: Rouge | None, max_new_tokens: int
+    exported, model, rows: Sequence[Mapping], shapes: Shapes, tokenizer, max_new_tokens: int
 ) -> tuple[dict[str, float], dict[str, float] | None]:
     """Shares of rows whose greedy and beam answers are equal to the last token, and ROUGE-L of the greedy ones."""
     options = {"max_new_tokens": min(max_new_tokens, shapes.targets or max_new_tokens), "do_sample": False}
@@ -152,10 +151,12 @@ def compare_answers(
                 for name, answer in (("pytorch", expected), ("exported", found)):
                     texts[name].append(tokenizer.decode(answer, skip_special_tokens=True).strip())
     tokens = {way: float(np.mean(same)) for way, same in equal.items()}
-    if tokenizer is None or rouge is None:
+    if tokenizer is None or importlib.util.find_spec("rouge_score") is None:
         return tokens, None
+    from ..metrics.texts import rouge_l
+
     return tokens, {
-        name: float(np.mean([rouge(answer, row["target"]) for answer, row in zip(answers, rows, strict=True)]))
+        name: float(np.mean([rouge_l(answer, row["target"]) for answer, row in zip(answers, rows, strict=True)]))
         for name, answers in texts.items()
     }
 
