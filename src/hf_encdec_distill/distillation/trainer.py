@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_compiled_module
@@ -52,8 +52,11 @@ from .options.shared_prompt import SharedPrompt
 from .teachers.live import LiveTeacher
 from .teachers.lm_head import catch_head_input
 from .teachers.recorded import CachedTeacher, is_cache
-from .teachers.signal import PartialScores, TeacherSignal
+from .teachers.signal import PartialScores, TeacherScores
 
+
+if TYPE_CHECKING:
+    from ..models.loading import GenerativeModel
 
 logger = logging.get_logger(__name__)
 
@@ -107,6 +110,14 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         ValueError: no teacher, one that shares parameters with the student, tokenizers that disagree, or a
             `compute_loss_func` (this class computes the loss: override `compute_loss`).
     """
+
+    # What the base class leaves open. Arguments of another class have all fields of these; a wrapped model, such as
+    # PEFT's, passes on what it is asked.
+    args: DistillationTrainingArguments
+    model: "GenerativeModel"
+    data_collator: DistillationCollator
+    teacher: LiveTeacher | CachedTeacher
+    _signature_columns: list[str] | None
 
     def __init__(
         self,
@@ -164,7 +175,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         if isinstance(teacher, nn.Module):
             _check_nothing_shared(self.model, teacher)
         if is_cache(teacher):
-            self.teacher: TeacherSignal = CachedTeacher(teacher)
+            self.teacher = CachedTeacher(teacher)
             teacher = self.teacher.folder
         else:
             self.teacher = LiveTeacher.load(teacher, args.teacher_dtype, args.teacher_quantization)
@@ -235,9 +246,9 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             if schedule is not None:
                 self.add_callback(schedule)
         self._match_hidden_states()
-        runs_the_prompt = isinstance(self.teacher, LiveTeacher) and not self.is_sharded
-        can_share = runs_the_prompt and not args.bidirectional_warmup_steps
-        self._shared_prompt = SharedPrompt(self.teacher.model if can_share else None)
+        can_share = not self.is_sharded and not args.bidirectional_warmup_steps
+        runs_the_prompt = self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
+        self._shared_prompt = SharedPrompt(runs_the_prompt if can_share else None)
         self._replay = ReplayBuffer(args.replay_buffer_size)
 
     @property
@@ -253,7 +264,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         inputs: Mapping[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ):
+    ) -> Tensor | tuple[Tensor, Any]:
         """The distillation loss of one batch, and the student's outputs (with that loss) if `return_outputs`.
 
         Args:
@@ -336,7 +347,9 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         """
         evaluating = self._eval_sums is not None
         temperature, smoothing = self.args.distill_temperature, self.args.label_smoothing_factor
-        teacher, states, asked = None, [], None
+        teacher: TeacherScores | None = None
+        states: list[Tensor] = []
+        asked = None
         # Autocast is left: the teacher has a dtype of its own and the divergences are at least float32.
         without_autocast = torch.autocast(labels_N.device.type, enabled=False)
         compared = self.args.distill_weight > 0 or evaluating
@@ -346,8 +359,13 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             ids = inputs["teacher_input_ids"]
             rows, columns, asked = asked_positions(inputs, rows, columns)
             self._vocabulary.check(labels_N if asked is None else labels_N[asked], ids)
-            model = getattr(self.teacher, "model", None)
-            with without_autocast, catch_hidden_states(model, layers, rows, columns) as states:
+            # A cache has no states, and is not asked for any.
+            caught = (
+                catch_hidden_states(self.teacher.model, layers, rows, columns)
+                if isinstance(self.teacher, LiveTeacher)
+                else nullcontext(states)
+            )
+            with without_autocast, caught as states:
                 teacher = self.teacher.scores(
                     ids, inputs["teacher_attention_mask"], rows, columns, self._vocabulary, chunked or not compared
                 )

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
@@ -33,6 +33,11 @@ _TOKENIZERS = (_TOKENIZER_CONFIG, _FAST_TOKENIZER, "tokenizer.model", "spiece.mo
 _OF_FILES = (".json", ".jsonl", ".yaml", ".yml", ".csv", ".txt", ".safetensors", ".bin", ".pt", ".gguf", ".onnx")
 _SECONDS_TO_ANSWER = 10.0
 
+if TYPE_CHECKING:
+
+    class GenerativeModel(transformers.PreTrainedModel, GenerationMixin):
+        """A model that `generate` is called on, in annotations: transformers has no name for the two together."""
+
 
 def load_config(name: str | os.PathLike) -> transformers.PretrainedConfig:
     """
@@ -45,7 +50,9 @@ def load_config(name: str | os.PathLike) -> transformers.PretrainedConfig:
         return AutoConfig.from_pretrained(name)
 
 
-def load_tokenizer(name: str | os.PathLike, cls: type = AutoTokenizer):
+def load_tokenizer(
+    name: str | os.PathLike, cls: type[AutoTokenizer] | type[transformers.PreTrainedTokenizerBase] = AutoTokenizer
+):
     """
     Args:
         cls: an auto class or the class of a tokenizer.
@@ -174,7 +181,12 @@ def _find_on_hub(name: str) -> Path:
     raise ValueError(f"{name} on {api.endpoint} holds no model, there is no {_CONFIG}: name another")
 
 
-def _load(cls: type, name: str | os.PathLike, what: str, options: dict[str, Any]):
+def _load(
+    cls: type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM],
+    name: str | os.PathLike,
+    what: str,
+    options: dict[str, Any],
+):
     # With ZeRO-3 no parameter has its shape yet. Elsewhere all tensors that do not fit are wanted, not an error that
     # says of the first, or in transformers 5 of none, which it is.
     options = {"ignore_mismatched_sizes": not is_deepspeed_zero3_enabled(), **options}
@@ -198,11 +210,11 @@ def _without_code_of_strangers() -> Iterator[None]:
             raise OSError(f"the custom_generate of {name} is not trusted")  # as if there were none
         return load(self, name, trust_remote_code=trust_remote_code, **kwargs)
 
-    GenerationMixin.load_custom_generate = load_if_trusted
+    GenerationMixin.load_custom_generate = load_if_trusted  # type: ignore[method-assign, assignment]  # replaced on purpose
     try:
         yield
     finally:
-        GenerationMixin.load_custom_generate = load
+        GenerationMixin.load_custom_generate = load  # type: ignore[method-assign]  # put back
 
 
 def _check_complete(model, name: str | os.PathLike, loaded: dict[str, Any]) -> None:

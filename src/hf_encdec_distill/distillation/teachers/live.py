@@ -4,10 +4,11 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from ...models.either_version import check_rope_is_read
 from ...models.loading import load_teacher
@@ -16,6 +17,10 @@ from ..alignment.vocabularies import SharedVocabulary, vocab_size
 from ..checks.limits import check_length, max_positions
 from .lm_head import catch_head_input
 from .signal import DenseScores
+
+
+if TYPE_CHECKING:
+    from ...models.loading import GenerativeModel
 
 
 class LiveTeacher:
@@ -32,7 +37,9 @@ class LiveTeacher:
             transformers whose RoPE this one does not read.
     """
 
-    def __init__(self, model: nn.Module, dtype: str | None = None):
+    def __init__(self, model: "PreTrainedModel | nn.Module", dtype: str | None = None):
+        # What is no `PreTrainedModel` is a wrapper, such as PEFT's, that passes on what it is asked.
+        model = cast("GenerativeModel", model)
         config = model.config
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(
@@ -94,7 +101,7 @@ class LiveTeacher:
     @property
     def device(self) -> torch.device:
         """Where it takes its inputs."""
-        return self.model.get_input_embeddings().weight.device
+        return self.model.get_input_embeddings().weight.device  # type: ignore[return-value]  # torch's Module.__getattr__
 
     def check(
         self, prompt_template: str | None, divergence: str, temperature: float, prompt_date: str | None = None
