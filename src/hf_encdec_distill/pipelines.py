@@ -31,11 +31,8 @@ class Text2TextGenerationPipeline(pipelines.Pipeline):
     """
 
     _pipeline_calls_generate = True
-    # Without the types that the base class's None gives them.
-    _load_processor: bool | None = False  # type: ignore[assignment]  # base says None
-    _load_image_processor: bool | None = False
-    _load_feature_extractor: bool | None = False
-    _load_tokenizer: bool | None = True
+    _load_processor = _load_image_processor = _load_feature_extractor = False  # type: ignore[assignment]  # base: None
+    _load_tokenizer = True  # type: ignore[assignment]  # base: None
     _default_generation_config = GenerationConfig(max_new_tokens=256, num_beams=4)
 
     def _sanitize_parameters(

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
@@ -32,11 +32,6 @@ _WEIGHTS = (".safetensors", ".bin", ".gguf")
 _TOKENIZERS = (_TOKENIZER_CONFIG, _FAST_TOKENIZER, "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _OF_FILES = (".json", ".jsonl", ".yaml", ".yml", ".csv", ".txt", ".safetensors", ".bin", ".pt", ".gguf", ".onnx")
 _SECONDS_TO_ANSWER = 10.0
-
-if TYPE_CHECKING:
-
-    class GenerativeModel(transformers.PreTrainedModel, GenerationMixin):
-        """A model that `generate` is called on, in annotations: transformers has no name for the two together."""
 
 
 def load_config(name: str | os.PathLike) -> transformers.PretrainedConfig:
@@ -192,7 +187,8 @@ def _load(
     options = {"ignore_mismatched_sizes": not is_deepspeed_zero3_enabled(), **options}
     with _said_afterwards("transformers.modeling_utils"):
         with _reading(name, what, _check_weights), _without_code_of_strangers():
-            model, loaded = cls.from_pretrained(name, output_loading_info=True, **options)
+            pair = cls.from_pretrained(name, output_loading_info=True, **options)
+            model, loaded = pair  # type: ignore[misc]  # output_loading_info adds one
         _check_complete(model, name, loaded)
     return model
 

@@ -37,6 +37,7 @@ class FiniteTraining(_Trainer):
         ValueError: from `train`, `evaluate` and `save_model`.
     """
 
+    model: nn.Module
     _overflows = 0
 
     def compute_loss(
@@ -47,7 +48,7 @@ class FiniteTraining(_Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self.check_loss(result[0] if return_outputs else result)
+        self.check_loss(result[0] if isinstance(result, tuple) else result)
         return result
 
     def check_loss(self, loss: Tensor, explain: Callable[[], str] = lambda: "") -> None:

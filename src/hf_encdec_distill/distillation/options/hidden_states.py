@@ -144,7 +144,8 @@ class HiddenStateTraining(_Trainer):
             )
         refuse_hidden_states(self)
         student, teacher = self.accelerator.unwrap_model(self.model), self.teacher.model
-        layers = layer_pairs(student, teacher, self.args.hidden_state_layers)
+        asked = self.args.hidden_state_layers  # a mapping by now, if it was text
+        layers = layer_pairs(student, teacher, asked if isinstance(asked, dict) else None)
         loss, dtype = self.args.hidden_state_loss, student.dtype
         self._matching = HiddenStateMatching(layers, *widths(student, teacher), loss, dtype).to(self.args.device)
         if self.optimizer is not None:
@@ -199,8 +200,9 @@ class HiddenStateTraining(_Trainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if not self.args.save_only_model:
-            self._matching.load(self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint
+        if best is not None and not self.args.save_only_model:
+            self._matching.load(best)
 
 
 def layer_pairs(

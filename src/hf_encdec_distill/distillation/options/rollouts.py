@@ -20,7 +20,7 @@ from ..alignment.vocabularies import SharedVocabulary
 
 
 if TYPE_CHECKING:
-    from ...models.loading import GenerativeModel
+    from ..teachers.live import GenerativeModel
 
 _FILE = "replay_buffer-{process}.pt"
 # What the targets of a batch are, and what is made of them: a rollout replaces these.

@@ -40,7 +40,7 @@ class ProgressiveDepth(TrainerCallback):
         ValueError: what this cannot work with; the message says what to change.
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer) -> None:
         self._trainer = trainer
         self._removed: list[tuple[str, int]] = []
         self._last_step = 0
@@ -171,7 +171,7 @@ class EncoderAnnealing(TrainerCallback):
         ValueError: what this cannot work with; the message says what to change.
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer) -> None:
         what = f"bidirectional_warmup_steps={trainer.args.bidirectional_warmup_steps}"
         _check_student(trainer.model, what)
         attention = trainer.model.config._attn_implementation

@@ -51,9 +51,8 @@ def adapter_digest(model: PreTrainedModel) -> str | None:
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     described = []
     for name in sorted({name for layer in layers for name in layer.active_adapters}):
-        config = {
-            key: value for key, value in model.peft_config[name].to_dict().items() if key not in _NO_PART_OF_AN_ADAPTER
-        }
+        config = model.peft_config[name].to_dict()  # type: ignore[attr-defined]  # PEFT's has it
+        config = {key: value for key, value in config.items() if key not in _NO_PART_OF_AN_ADAPTER}
         described.append([_digest_of(config), _digest_of_tensors(get_peft_model_state_dict(model, adapter_name=name))])
     return _digest_of(described)
 

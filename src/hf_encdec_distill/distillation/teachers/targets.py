@@ -36,7 +36,7 @@ from .shards import ShardWriter, read_keys, read_shards, shard_files
 
 
 if TYPE_CHECKING:
-    from ...models.loading import GenerativeModel
+    from .live import GenerativeModel
 
 logger = logging.get_logger(__name__)
 
@@ -362,7 +362,7 @@ def generate_tokens(
     rows, side = [torch.tensor(prompt) for prompt in prompts], "right" if encdec else "left"
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side=side)
-    device = model.get_input_embeddings().weight.device
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]  # Module.__getattr__
     with torch.inference_mode():
         tokens = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), pad_token_id=pad_token_id, **options
