@@ -361,7 +361,7 @@ MUTATIONS = [
     Mutation(
         11,
         "the projections of the hidden states begin again",
-        _TRAINER,
+        "distillation/options/hidden_states.py",
         "self._matching.load(checkpoint)",
         "pass",
         "invariants/test_hidden_states.py::test_resumed_equals_never_stopped",

@@ -14,7 +14,7 @@ _DEEPEST_YAML = 20  # levels; a recipe has two or three
 _KINDS = {dict: "object", list: "list", str: "text", bool: "truth value", int: "integer", float: "number"}
 
 
-def read_json(file: Path, kind: type = dict, fields: Mapping[str, type] | None = None) -> Any:
+def read_json(file: Path, kind: type[dict] | type[list] = dict, fields: Mapping[str, type] | None = None) -> Any:
     """
     Args:
         kind: what the file holds, `dict` or `list`.
@@ -30,7 +30,8 @@ def read_json(file: Path, kind: type = dict, fields: Mapping[str, type] | None =
         raise ValueError(f"{file} is no JSON: {what_it_is(file) or error}") from error
     if not isinstance(content, kind):
         raise ValueError(f"{file} holds {_describe(content)}, expected a JSON {_KINDS[kind]}")
-    check_fields(content, fields or {}, str(file))
+    if isinstance(content, dict):
+        check_fields(content, fields or {}, str(file))
     return content
 
 

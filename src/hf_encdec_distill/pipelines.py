@@ -31,8 +31,8 @@ class Text2TextGenerationPipeline(pipelines.Pipeline):
     """
 
     _pipeline_calls_generate = True
-    _load_processor = _load_image_processor = _load_feature_extractor = False
-    _load_tokenizer = True
+    _load_processor = _load_image_processor = _load_feature_extractor = False  # type: ignore[assignment]  # base: None
+    _load_tokenizer = True  # type: ignore[assignment]  # base: None
     _default_generation_config = GenerationConfig(max_new_tokens=256, num_beams=4)
 
     def _sanitize_parameters(

@@ -132,7 +132,7 @@ def load_plain_text(
         prefix_rows=PREFIX_ROWS[objective],
         start_token_id=start_token_id,
         seams={} if start_token_id is None else find_seams(tokenizer, start_token_id),
-        prefix_share=tuple(prefix_share),
+        prefix_share=(prefix_share[0], prefix_share[1]),
         sentinels=tuple(sentinels),
         eos_token_id=tokenizer.eos_token_id,
         seed=seed,
@@ -232,8 +232,8 @@ def prefix_row(
         seams: what `find_seams` gives.
     """
     reach = len(tokens) // 4
-    near = range(max(1, point - reach), min(len(tokens) - 1, point + reach + 1))
-    near = [place for place in near if tokens[place] in seams]
+    window = range(max(1, point - reach), min(len(tokens) - 1, point + reach + 1))
+    near = [place for place in window if tokens[place] in seams]
     if not near:
         point = min(max(point, 1), len(tokens) - 1)
         row = {"input_ids": tokens[:point], "labels": tokens[point:]}
@@ -255,7 +255,7 @@ def find_seams(tokenizer, start_token_id: int) -> dict[int, tuple[list[int], lis
     Most lines of code end in a token that has the indentation of the next line in it. Taken apart, such a token is the
     same text, cut as it is where a prompt ends in the start token and a target begins.
     """
-    seams = {start_token_id: ([], [])}
+    seams: dict[int, tuple[list[int], list[int]]] = {start_token_id: ([], [])}
     start = tokenizer.decode([start_token_id])
     ids = range(len(tokenizer))
     for token, text in zip(ids, tokenizer.batch_decode([[token] for token in ids])):

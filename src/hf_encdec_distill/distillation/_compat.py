@@ -3,13 +3,15 @@
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.serialization import register_package
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 
 try:
     from transformers.integrations.neftune import neftune_post_forward_hook  # noqa: F401
 except ImportError:  # transformers 4.57, drop this with it
-    from transformers.trainer_utils import neftune_post_forward_hook  # noqa: F401
+    from transformers.trainer_utils import (  # type: ignore[attr-defined, no-redef]  # noqa: F401  # where 4.57 has it
+        neftune_post_forward_hook,
+    )
 
 
 def refuse_legacy_prediction_loop(args: TrainingArguments) -> None:
@@ -23,7 +25,7 @@ def refuse_legacy_prediction_loop(args: TrainingArguments) -> None:
         )
 
 
-def let_gradients_reach_adapters(model: nn.Module, args: TrainingArguments) -> None:
+def let_gradients_reach_adapters(model: PreTrainedModel, args: TrainingArguments) -> None:
     """A PEFT student with gradient checkpointing has only frozen parameters below its first adapter; drop with 4.57.
 
     transformers 4.57 checkpoints reentrantly, and then a block gets gradients only if its input has one. 5.0 does

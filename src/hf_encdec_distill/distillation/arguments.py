@@ -2,10 +2,13 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from .alignment.vocabularies import VOCAB_POLICIES, check_vocab_policy
@@ -312,7 +315,7 @@ def keep_tokens_out_of_pickles(cls: type[TrainingArguments]) -> None:
 
     No token of the Hub is in that file then; nor has a copy of the arguments one.
     """
-    cls.__getstate__ = _without_tokens
+    cls.__getstate__ = _without_tokens  # type: ignore[attr-defined]  # new before 3.11
 
 
 def _without_tokens(args: TrainingArguments) -> dict:
@@ -328,15 +331,17 @@ def check_training_arguments(args: TrainingArguments) -> None:
     _within("label_smoothing_factor", smoothing, 0 <= smoothing <= 1, "between 0 and 1")
     noise = args.neftune_noise_alpha
     _within("neftune_noise_alpha", noise, noise is None or 0 <= noise < float("inf"), "a finite number, at least 0")
-    if not isinstance(args.lr_scheduler_kwargs or {}, dict):
-        raise ValueError(f'lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} has to be a mapping, as {{"power": 2}}.')
     kind, kwargs = args.lr_scheduler_type, args.lr_scheduler_kwargs
+    if not (kwargs is None or isinstance(kwargs, dict)):
+        raise ValueError(f'lr_scheduler_kwargs={kwargs!r} has to be a mapping, as {{"power": 2}}.')
     try:
         get_scheduler(kind, torch.optim.SGD([torch.zeros(1)], lr=1.0), 0, 1, scheduler_specific_kwargs=kwargs)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"lr_scheduler_kwargs={kwargs!r} do not go with {kind.value!r}: {error}") from error
+        raise ValueError(
+            f"lr_scheduler_kwargs={kwargs!r} do not go with {SchedulerType(kind).value!r}: {error}"
+        ) from error
     available = get_available_reporting_integrations()
-    for name in args.report_to:
+    for name in args.report_to or ():
         if name not in available:
             raise ValueError(
                 f"report_to={name!r} is unknown or not installed here (there is {', '.join(available) or 'none'}): "
@@ -344,7 +349,7 @@ def check_training_arguments(args: TrainingArguments) -> None:
             )
 
 
-def with_distillation_defaults(args: TrainingArguments) -> TrainingArguments:
+def with_distillation_defaults(args: TrainingArguments) -> DistillationTrainingArguments:
     """Gives plain `Seq2SeqTrainingArguments` the fields of `DistillationTrainingArguments` at their defaults.
 
     In place, so that a script that swaps only the trainer class keeps its own object and its own subclass of it.
@@ -362,12 +367,12 @@ def with_distillation_defaults(args: TrainingArguments) -> TrainingArguments:
         f"{type(args).__name__} has no distillation fields; using the defaults of DistillationTrainingArguments: "
         + ", ".join(f"{name}={value!r}" for name, value in added.items())
     )
-    return args
+    return cast(DistillationTrainingArguments, args)  # all but the class of one
 
 
 def steps_in_backward(args: TrainingArguments) -> bool:
     """Whether the optimizer updates weights in their backward, so that nobody else ever sees their gradients."""
-    return any(kind in args.optim.value for kind in ("layerwise", "lomo"))
+    return any(kind in OptimizerNames(args.optim).value for kind in ("layerwise", "lomo"))
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

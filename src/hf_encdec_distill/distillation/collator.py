@@ -1,6 +1,6 @@
 """`DistillationCollator`: rows of a dataset -> one batch with the student's inputs and the teacher's side by side."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -99,24 +99,24 @@ class DistillationCollator:
             )
         self.student_collator = student_collator
 
-    def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Rows -> batch; raises ValueError where a row is none of the kinds above or contradicts itself."""
-        rows = [self.encode(row) for row in rows]
+        ready = [self.encode(row) for row in rows]
         columns = ("teacher_input_ids", "teacher_label_positions", "labels")
-        if len({tuple(row.get(name) is None for name in columns) for row in rows}) > 1:
+        if len({tuple(row.get(name) is None for name in columns) for row in ready}) > 1:
             raise ValueError(
                 "some rows of the batch have a target, teacher_input_ids or teacher_label_positions and some have "
                 "not; give all rows the same columns."
             )
-        teacher_rows = [{name: row.pop(name) for name in TEACHER_COLUMNS if name in row} for row in rows]
+        teacher_rows = [{name: row.pop(name) for name in TEACHER_COLUMNS if name in row} for row in ready]
         teacher_rows = [{name: value for name, value in row.items() if value is not None} for row in teacher_rows]
         if "teacher_label_positions" in teacher_rows[0] and "teacher_input_ids" not in teacher_rows[0]:
             raise ValueError("teacher_label_positions are columns of teacher_input_ids: give those too.")
-        batch = {name: value for name, value in self.student_collator(rows).items() if value is not None}
-        refuse_packed(batch, len(rows))
-        batch = _with_pads_behind_labels(batch, rows)
+        batch = {name: value for name, value in self.student_collator(ready).items() if value is not None}
+        refuse_packed(batch, len(ready))
+        batch = _with_pads_behind_labels(batch, ready)
         if "teacher_input_ids" in teacher_rows[0] and "labels" in batch:
-            batch.update(_pad_teacher_rows(teacher_rows, rows, batch["labels"], self.vocabulary))
+            batch.update(_pad_teacher_rows(teacher_rows, ready, batch["labels"], self.vocabulary))
         return batch
 
     def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -300,7 +300,8 @@ def _pad_teacher_rows(
     teacher_rows: list[dict], rows: list[dict], labels: torch.Tensor, vocabulary: SharedVocabulary
 ) -> dict[str, torch.Tensor]:
     """Right-padded `teacher_*`, for right-padded `labels` `[B, T]`; shapes in `alignment`."""
-    ids, masks, places = [], [], []
+    ids, masks = [], []
+    places: list[int | list[int]] = []
     positioned = "teacher_label_positions" in teacher_rows[0]
     for teacher_row, row in zip(teacher_rows, rows, strict=True):
         row_ids = _as_list(teacher_row["teacher_input_ids"])

@@ -89,11 +89,7 @@ class Judge:
         found = []
         for row, answer in zip(self.rows, answers, strict=True):
             fields = {"source": row["source"], "reference": row["target"], "prediction": answer}
-            # All at once: a source that has {reference} in it is a text like any other.
-            text = re.sub(
-                r"\{(source|reference|prediction)\}", lambda hit, fields=fields: fields[hit[1]], self.template
-            )
-            text = render_prompt(self.tokenizer, text)
+            text = render_prompt(self.tokenizer, _filled(self.template, fields))
             ids = [encode_rendered(self.tokenizer, text + digit) for digit in DIGITS]
             prompts, digits = {tuple(sequence[:-1]) for sequence in ids}, [sequence[-1] for sequence in ids]
             if len(prompts) > 1 or len(set(digits)) < len(DIGITS):
@@ -133,9 +129,14 @@ class Judge:
         return scores, of_digits
 
 
+def _filled(template: str, fields: Mapping[str, str]) -> str:
+    # All at once: a source that has {reference} in it is a text like any other.
+    return re.sub(r"\{(source|reference|prediction)\}", lambda hit: fields[hit[1]], template)
+
+
 @torch.inference_mode()
 def score_digits(
-    model, prompts: Sequence[Mapping[str, list[int]]], update: Update = lambda *_: None
+    model, prompts: Sequence[dict[str, list[int]]], update: Update = lambda *_: None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean of the digits that may follow each prompt, and the probability that one of them does, `[rows]` each."""
     scores, of_digits = np.zeros(len(prompts)), np.zeros(len(prompts))

@@ -159,7 +159,8 @@ def score(
             ours, labels = target_logits(model, batch)
             per_token = {"ce": cross_entropy(ours, labels)}
             if "ece" in measures:
-                per_token["ece"] = calibration_gaps(**token_calibration(ours, labels))
+                calibration = token_calibration(ours, labels)
+                per_token["ece"] = calibration_gaps(calibration["confidence"], calibration["correct"])
             if theirs is not None:
                 size = min(ours.shape[-1], theirs.shape[-1])  # padded vocabulary rows that only one side has
                 per_token |= token_fidelity(ours[:, :size], theirs[:, :size])

@@ -39,7 +39,7 @@ def fields_of_4_57(model_type: str, rope_parameters: dict | None) -> dict | None
     `rope_theta` and `rope_scaling`, read by `modeling_rope_utils` of 4.57, and `partial_rotary_factor`.
     """
     # Without a base of its own it is a dict for each kind of layer.
-    if model_type not in SUPPORTED_FAMILIES or "rope_theta" not in (rope_parameters or {}):
+    if model_type not in SUPPORTED_FAMILIES or rope_parameters is None or "rope_theta" not in rope_parameters:
         return None
     scaling = {k: v for k, v in rope_parameters.items() if k not in ("rope_theta", "partial_rotary_factor")}
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))

@@ -45,7 +45,9 @@ def load_config(name: str | os.PathLike) -> transformers.PretrainedConfig:
         return AutoConfig.from_pretrained(name)
 
 
-def load_tokenizer(name: str | os.PathLike, cls: type = AutoTokenizer):
+def load_tokenizer(
+    name: str | os.PathLike, cls: type[AutoTokenizer] | type[transformers.PreTrainedTokenizerBase] = AutoTokenizer
+):
     """
     Args:
         cls: an auto class or the class of a tokenizer.
@@ -174,13 +176,19 @@ def _find_on_hub(name: str) -> Path:
     raise ValueError(f"{name} on {api.endpoint} holds no model, there is no {_CONFIG}: name another")
 
 
-def _load(cls: type, name: str | os.PathLike, what: str, options: dict[str, Any]):
+def _load(
+    cls: type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM],
+    name: str | os.PathLike,
+    what: str,
+    options: dict[str, Any],
+):
     # With ZeRO-3 no parameter has its shape yet. Elsewhere all tensors that do not fit are wanted, not an error that
     # says of the first, or in transformers 5 of none, which it is.
     options = {"ignore_mismatched_sizes": not is_deepspeed_zero3_enabled(), **options}
     with _said_afterwards("transformers.modeling_utils"):
         with _reading(name, what, _check_weights), _without_code_of_strangers():
-            model, loaded = cls.from_pretrained(name, output_loading_info=True, **options)
+            pair = cls.from_pretrained(name, output_loading_info=True, **options)
+            model, loaded = pair  # type: ignore[misc]  # output_loading_info adds one
         _check_complete(model, name, loaded)
     return model
 
@@ -198,11 +206,11 @@ def _without_code_of_strangers() -> Iterator[None]:
             raise OSError(f"the custom_generate of {name} is not trusted")  # as if there were none
         return load(self, name, trust_remote_code=trust_remote_code, **kwargs)
 
-    GenerationMixin.load_custom_generate = load_if_trusted
+    GenerationMixin.load_custom_generate = load_if_trusted  # type: ignore[method-assign, assignment]  # replaced on purpose
     try:
         yield
     finally:
-        GenerationMixin.load_custom_generate = load
+        GenerationMixin.load_custom_generate = load  # type: ignore[method-assign]  # put back
 
 
 def _check_complete(model, name: str | os.PathLike, loaded: dict[str, Any]) -> None:

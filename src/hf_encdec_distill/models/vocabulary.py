@@ -25,8 +25,8 @@ def same_tokens(tokenizer, other) -> dict[int, int]:
         ValueError: the tokenizers decode in different ways ("the" of a WordPiece tokenizer begins a word, "the" of a
             byte-level one goes on with it), or have no token in common.
     """
-    kinds = [_decoder_kinds(one) for one in (tokenizer, other)]
-    if None not in kinds and kinds[0] != kinds[1]:
+    kinds = _decoder_kinds(tokenizer), _decoder_kinds(other)
+    if kinds[0] is not None and kinds[1] is not None and kinds[0] != kinds[1]:
         raise ValueError(
             f"tokens of the two tokenizers are not the same although some are written the same: one decodes with "
             f"{' + '.join(kinds[0]) or 'nothing'}, the other with {' + '.join(kinds[1]) or 'nothing'}."

@@ -39,7 +39,8 @@ IGNORED = -100
 
 def target_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column, `[N]` and `[N]`, of the N target tokens of `labels` `[B, T]`: those that are not -100."""
-    return (labels != IGNORED).nonzero(as_tuple=True)
+    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+    return rows, columns
 
 
 def teacher_columns(labels_start: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -121,11 +122,11 @@ def teacher_inputs(
             "token that is not there; give the column teacher_input_ids (the teacher's prompt and the whole target)."
         )
     read = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    ids, mask = [input_ids, labels], [read.bool(), is_target]
+    id_parts, mask_parts = [input_ids, labels], [read.bool(), is_target]
     if start_token_id is not None:
-        ids.insert(1, input_ids.new_full((len(input_ids), 1), start_token_id))
-        mask.insert(1, torch.ones_like(ids[1], dtype=torch.bool))
-    ids, mask = torch.cat(ids, dim=1), torch.cat(mask, dim=1)
+        id_parts.insert(1, input_ids.new_full((len(input_ids), 1), start_token_id))
+        mask_parts.insert(1, torch.ones_like(id_parts[1], dtype=torch.bool))
+    ids, mask = torch.cat(id_parts, dim=1), torch.cat(mask_parts, dim=1)
     # A stable sort moves the gaps to the right and keeps the order of all that is read.
     order = (~mask).int().argsort(dim=1, stable=True)[:, : int(mask.sum(dim=1).max())]
     ids, mask = ids.gather(1, order), mask.gather(1, order)

@@ -3,7 +3,7 @@
 import os
 
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from ...models.loading import load_tokenizer
@@ -26,7 +26,7 @@ def tokenizer_beside(model: "nn.Module | str | os.PathLike", otherwise: str, cls
 
 
 def tokenizer_with_prompt(
-    given, student: nn.Module, teacher_tokenizer, prompt_template: str | None, prompt_date: str | None
+    given, student: PreTrainedModel, teacher_tokenizer, prompt_template: str | None, prompt_date: str | None
 ):
     """The tokenizer of a merged student, for `given` without a prompt template, such as the teacher's.
 

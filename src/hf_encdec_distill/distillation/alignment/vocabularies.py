@@ -5,7 +5,7 @@ they stand for; a `UniversalVocabulary` compares no ids.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
@@ -45,8 +45,11 @@ class SharedVocabulary:
     one_sided: tuple[int, ...] = ()
 
     same_ids: ClassVar[bool] = True
-    # Whether a position counts by the mass that the teacher puts on the shared ids, instead of fully.
-    by_mass: ClassVar[bool] = False
+
+    @property
+    def by_mass(self) -> bool:
+        """Whether a position counts by the mass that the teacher puts on the shared ids, instead of fully."""
+        return False
 
     @classmethod
     def between(
@@ -172,7 +175,7 @@ class MappedVocabulary(SharedVocabulary):
     the divergence that of `SharedVocabulary`, if all of the teacher's ids are shared.
     """
 
-    teacher_ids: Tensor = None
+    teacher_ids: Tensor = field(kw_only=True)
 
     same_ids: ClassVar[bool] = False
 

@@ -53,7 +53,7 @@ class EmptyTargets:
                 counts = self._count(labels, is_ready)
                 self._counts = counts if self._counts is None else self._counts + counts
                 self._ready += len(labels) * is_ready
-        if self._ready >= _ENOUGH and not self._told:
+        if self._counts is not None and self._ready >= _ENOUGH and not self._told:
             self._tell_of_ends(self._counts.tolist())
 
     def _count(self, labels: Tensor, is_ready: bool) -> Tensor:

@@ -1,9 +1,10 @@
 """Training that ends where its loss or its weights are no longer finite, and never saves such weights."""
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...models.finite import not_finite
 
@@ -17,7 +18,13 @@ _MEND = (
 )
 
 
-class FiniteTraining:
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+
+class FiniteTraining(_Trainer):
     """Mix-in for a `Trainer`: it ends, with an error that says where it began, once loss or weights are not finite.
 
     `Trainer` leaves NaN out of its log (`logging_nan_inf_filter`), goes on, and saves over good checkpoints. Here the
@@ -30,11 +37,18 @@ class FiniteTraining:
         ValueError: from `train`, `evaluate` and `save_model`.
     """
 
+    model: nn.Module
     _overflows = 0
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        result = super().compute_loss(model, inputs, return_outputs, **kwargs)
-        self.check_loss(result[0] if return_outputs else result)
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.check_loss(result[0] if isinstance(result, tuple) else result)
         return result
 
     def check_loss(self, loss: Tensor, explain: Callable[[], str] = lambda: "") -> None:
@@ -118,5 +132,5 @@ def explain_loss(terms: Mapping[str, Tensor], rows: Tensor, step: int) -> str:
 
 
 def _listed(rows: Tensor) -> str:
-    rows = sorted(set(rows.tolist()))
-    return f"{rows[:8]}{'...' if rows[8:] else ''}"
+    numbers = sorted(set(rows.tolist()))
+    return f"{numbers[:8]}{'...' if numbers[8:] else ''}"

@@ -24,8 +24,10 @@ class _EncodedRows(Dataset):
         return self.encode(self.rows[index])
 
 
-def with_lengths(dataset, args: TrainingArguments, collator: DistillationCollator):
+def with_lengths(dataset: Any, args: TrainingArguments, collator: DistillationCollator):
     """`dataset` for a sampler; one that groups by length finds `input_ids` in it also if `collator` makes them."""
-    if not samples_by_length(args) or not has_length(dataset) or not len(dataset) or "input_ids" in dataset[0]:
+    if not samples_by_length(args) or not has_length(dataset) or not len(dataset):
+        return dataset
+    if "input_ids" in dataset[0]:  # type: ignore[index]  # has_length says Sized
         return dataset
     return _EncodedRows(dataset, collator.encode)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -34,7 +35,7 @@ def check_length(who: str, limit: int | None, what: str, *masks: Tensor) -> None
     # Mostly the shapes, which a device need not be asked for, say it already.
     if limit is None or sum(mask.shape[1] for mask in masks) <= limit:
         return
-    lengths = sum(mask.bool().sum(dim=1) for mask in masks)
+    lengths = torch.stack([mask.bool().sum(dim=1) for mask in masks]).sum(dim=0)
     row = int(lengths.argmax())
     if lengths[row] > limit:
         _refuse(f"row {row} of the batch", int(lengths[row]), what, f"the {who}", limit, _MEND)

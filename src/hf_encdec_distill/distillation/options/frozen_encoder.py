@@ -1,9 +1,9 @@
 """A student whose decoder alone is trained."""
 
-from torch import nn
+from transformers import PreTrainedModel
 
 
-def freeze_encoder(model: nn.Module) -> None:
+def freeze_encoder(model: PreTrainedModel) -> None:
     """Takes the gradient from all that the encoder reads, so that what it says of a prompt stays what it was.
 
     An embedding that the decoder shares is among it, and with it an LM head that is tied to that; an untied one is

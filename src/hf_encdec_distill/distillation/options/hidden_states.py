@@ -9,17 +9,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast, extract_model_from_parallel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..arguments import steps_in_backward
 from ..losses import HIDDEN_STATE_LOSSES, at_least_float32
+from ..teachers.recorded import CachedTeacher
 
+
+if TYPE_CHECKING:
+    from ..arguments import DistillationTrainingArguments
+    from ..checks.finite_training import FiniteTraining as _Trainer
+    from ..teachers.live import LiveTeacher
+else:
+    _Trainer = object
 
 FILE = "hidden_state_projections.pt"
 
@@ -111,13 +120,16 @@ class HiddenStateMatching(nn.Module):
             ) from error
 
 
-class HiddenStateTraining:
+class HiddenStateTraining(_Trainer):
     """Mix-in for a distilling `Trainer`: what is done for the student is done for the projections of hidden states.
 
     They get a group in the optimizer, an average over processes once a step, the same clipping, a check for what is
     not finite, and a file in each checkpoint.
     """
 
+    args: "DistillationTrainingArguments"
+    model: PreTrainedModel
+    teacher: "LiveTeacher | CachedTeacher"
     _matching: HiddenStateMatching
 
     def _match_hidden_states(self) -> None:
@@ -125,9 +137,15 @@ class HiddenStateTraining:
         self._matching = HiddenStateMatching({})
         if self.args.hidden_state_weight == 0:
             return
+        if isinstance(self.teacher, CachedTeacher):
+            raise ValueError(
+                f"hidden_state_weight={self.args.hidden_state_weight} with the cache {self.teacher.folder}, which "
+                "holds distributions and no hidden states. Give a live teacher."
+            )
         refuse_hidden_states(self)
         student, teacher = self.accelerator.unwrap_model(self.model), self.teacher.model
-        layers = layer_pairs(student, teacher, self.args.hidden_state_layers)
+        asked = self.args.hidden_state_layers  # a mapping by now, if it was text
+        layers = layer_pairs(student, teacher, asked if isinstance(asked, dict) else None)
         loss, dtype = self.args.hidden_state_loss, student.dtype
         self._matching = HiddenStateMatching(layers, *widths(student, teacher), loss, dtype).to(self.args.device)
         if self.optimizer is not None:
@@ -182,11 +200,14 @@ class HiddenStateTraining:
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if not self.args.save_only_model:
-            self._matching.load(self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint
+        if best is not None and not self.args.save_only_model:
+            self._matching.load(best)
 
 
-def layer_pairs(student: nn.Module, teacher: nn.Module, layers: Mapping[int, int] | None) -> dict[int, int]:
+def layer_pairs(
+    student: PreTrainedModel, teacher: PreTrainedModel, layers: Mapping[int, int] | None
+) -> dict[int, int]:
     """Layer of the student's decoder -> layer of the teacher: `layers` if they exist, or evenly spaced.
 
     Evenly: layer i of S goes with layer i T / S of the teacher's T, rounded (TinyBERT's uniform strategy, arXiv
@@ -211,7 +232,7 @@ def layer_pairs(student: nn.Module, teacher: nn.Module, layers: Mapping[int, int
     return dict(layers)
 
 
-def widths(student: nn.Module, teacher: nn.Module) -> tuple[int, int]:
+def widths(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[int, int]:
     """Hidden size of the student's decoder and of the teacher."""
     return student.get_decoder().config.hidden_size, teacher.config.get_text_config(decoder=True).hidden_size
 
@@ -220,11 +241,6 @@ def refuse_hidden_states(trainer) -> None:
     """Raises ValueError where a `DistillationTrainer` can't match hidden states, or can't train projections."""
     args = trainer.args
     weight = f"hidden_state_weight={args.hidden_state_weight}"
-    if not hasattr(trainer.teacher, "model"):
-        raise ValueError(
-            f"{weight} with the cache {trainer.teacher.folder}, which holds distributions and no hidden states. Give "
-            "a live teacher."
-        )
     sharded = trainer.is_sharded or trainer.get_tp_size() > 1
     if sharded or args.n_gpu > 1 or getattr(trainer, "is_distributed_loading_by_transformers", False):
         raise ValueError(

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .._compat import neftune_post_forward_hook
 
 
 @contextmanager
-def noise_on_tied_embeddings(model: nn.Module, alpha: float | None) -> Iterator[None]:
+def noise_on_tied_embeddings(model: PreTrainedModel, alpha: float | None) -> Iterator[None]:
     """While the block runs, `Trainer`'s noise also on embeddings that are tied to the one `Trainer` puts it on.
 
     `get_input_embeddings` of BART, and of T5 in transformers 5, is a table that no forward ever calls: encoder and
@@ -24,7 +25,7 @@ def noise_on_tied_embeddings(model: nn.Module, alpha: float | None) -> Iterator[
     tied = [m for m in model.modules() if isinstance(m, nn.Embedding) and m not in own and m.weight is table]
     handles = [module.register_forward_hook(neftune_post_forward_hook) for module in tied]
     for module in tied:
-        module.neftune_noise_alpha = alpha
+        module.neftune_noise_alpha = alpha  # type: ignore[assignment]  # torch's own annotation
     try:
         yield
     finally:

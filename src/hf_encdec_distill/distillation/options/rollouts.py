@@ -8,16 +8,19 @@ import contextlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..alignment.positions import IGNORED, TEACHER_COLUMNS, teacher_inputs
 from ..alignment.vocabularies import SharedVocabulary
 
+
+if TYPE_CHECKING:
+    from ..teachers.live import GenerativeModel
 
 _FILE = "replay_buffer-{process}.pt"
 # What the targets of a batch are, and what is made of them: a rollout replaces these.
@@ -35,7 +38,7 @@ def draw(seed: int, step: int, purpose: int) -> float:
 
 
 def roll_out(
-    model: nn.Module,
+    model: "GenerativeModel",
     batch: Mapping[str, Any],
     *,
     max_new_tokens: int,
@@ -102,7 +105,7 @@ def _until_eos(tokens: Tensor, eos: int | list[int] | None) -> Tensor:
 
 
 @contextlib.contextmanager
-def as_it_was(model: nn.Module, seed: int) -> Iterator[None]:
+def as_it_was(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Eval mode and random numbers of its own inside; module by module as before outside."""
     training = [module for module in model.modules() if module.training]
     devices = [model.device] if model.device.type == "cuda" else []

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
@@ -39,7 +40,7 @@ class ProgressiveDepth(TrainerCallback):
         ValueError: what this cannot work with; the message says what to change.
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer) -> None:
         self._trainer = trainer
         self._removed: list[tuple[str, int]] = []
         self._last_step = 0
@@ -144,7 +145,8 @@ class ProgressiveDepth(TrainerCallback):
         return getattr(self._trainer.args, f"final_{side}_layers")
 
     def _surplus(self, side: str) -> int:
-        return 0 if self._final(side) is None else max(0, self._count(side) - self._final(side))
+        final = self._final(side)
+        return 0 if final is None else max(0, self._count(side) - final)
 
     def _left(self) -> int:
         return sum(self._surplus(side) for side in SIDES)
@@ -169,7 +171,7 @@ class EncoderAnnealing(TrainerCallback):
         ValueError: what this cannot work with; the message says what to change.
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer) -> None:
         what = f"bidirectional_warmup_steps={trainer.args.bidirectional_warmup_steps}"
         _check_student(trainer.model, what)
         attention = trainer.model.config._attn_implementation
@@ -188,7 +190,7 @@ class EncoderAnnealing(TrainerCallback):
                 "computed in training. Leave it out, and compare the checkpoints after the warm-up."
             )
         self._steps = trainer.args.bidirectional_warmup_steps
-        self._hooks = []
+        self._hooks: list[RemovableHandle] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Raises ValueError where the encoder is bidirectional already, or still would not be at the end."""
@@ -208,7 +210,7 @@ class EncoderAnnealing(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self._set(model, state.global_step)
 
-    def _set(self, model: nn.Module, step: int) -> None:
+    def _set(self, model: PreTrainedModel, step: int) -> None:
         weight = min(1.0, step / self._steps)
         model.config.encoder_attention = "bidirectional" if weight > 0 else "causal"
         for hook in self._hooks:
@@ -269,7 +271,7 @@ def _check_whole(trainer, what: str) -> None:
 
 def _removals(state: TrainerState) -> list[tuple[str, int]]:
     names = {f"removed_{side}_layer": side for side in SIDES}
-    return [(names[name], log[name]) for log in state.log_history for name in names if name in log]
+    return [(names[name], int(log[name])) for log in state.log_history for name in names if name in log]
 
 
 def _forget(optimizer, gone: list[nn.Parameter]) -> None:
@@ -287,6 +289,8 @@ def _wrap_again(wrapper: DistributedDataParallel, settings) -> None:
     # Before the new reducer is made: each takes its hooks off the parameters when it goes.
     del wrapper.reducer, wrapper.logger
     # As `Accelerator.prepare_model` does it (accelerate/accelerator.py, v1.15.0).
-    wrapper.__init__(wrapper.module, device_ids=wrapper.device_ids, output_device=wrapper.output_device, **kwargs)
+    DistributedDataParallel.__init__(
+        wrapper, wrapper.module, device_ids=wrapper.device_ids, output_device=wrapper.output_device, **kwargs
+    )
     if settings is not None:
         settings.register_comm_hook(wrapper)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ...models.rope_encdec.initialization import encoder_is_first_layers_of
 
@@ -25,7 +26,7 @@ class SharedPrompt:
         teacher: a causal language model; None where nothing can be shared.
     """
 
-    def __init__(self, teacher: nn.Module | None):
+    def __init__(self, teacher: PreTrainedModel | None):
         self._teacher = teacher
         self.forget()
 
@@ -35,22 +36,24 @@ class SharedPrompt:
         self._states: dict[int, Tensor] = {}
         self._mask: Tensor | None = None
 
-    def is_exact_for(self, student: nn.Module) -> bool:
+    def is_exact_for(self, student: PreTrainedModel) -> bool:
         """Whether a student's frozen, causal encoder is the teacher's first layers, weight by weight, without dropout.
 
         Weights are compared once, until `forget`.
         """
         if self._exact is None:
-            self._exact = self._teacher is not None and self._is_exact(student, self._teacher)
-            if self._exact:
+            teacher = self._teacher
+            self._exact = teacher is not None and self._is_exact(student, teacher)
+            if teacher is not None and self._exact:
                 self._encoder = student.get_encoder()
-                blocks = [*self._teacher.model.layers, self._teacher.model.norm]
+                decoder: Any = teacher.model  # of one of the supported families, which have no class in common
+                blocks = [*decoder.layers, decoder.norm]
                 # State i enters block i; state 0, the embedded tokens, shows whether both read the same prompt.
                 self._blocks = {index: blocks[index] for index in (0, *self._encoder.states_read)}
         return self._exact
 
     @staticmethod
-    def _is_exact(student: nn.Module, teacher: nn.Module) -> bool:
+    def _is_exact(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
         config = student.config
         return (
             getattr(config, "cross_attention", None) == "merged"
@@ -75,7 +78,8 @@ class SharedPrompt:
             return note
 
         handles = [block.register_forward_pre_hook(note_state(index)) for index, block in self._blocks.items()]
-        handles.append(self._teacher.register_forward_pre_hook(note_mask, with_kwargs=True))
+        if self._teacher is not None:
+            handles.append(self._teacher.register_forward_pre_hook(note_mask, with_kwargs=True))
         try:
             yield
         finally:
@@ -90,7 +94,7 @@ class SharedPrompt:
         """
         states, teacher_mask, self._states, self._mask = self._states, self._mask, {}, None
         input_ids = student_inputs.get("input_ids")
-        if not states or input_ids is None or student_inputs.get("position_ids") is not None:
+        if not states or teacher_mask is None or input_ids is None or student_inputs.get("position_ids") is not None:
             return {}
         mask = student_inputs.get("attention_mask")
         mask = torch.ones_like(input_ids).bool() if mask is None else mask.bool()

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from huggingface_hub import DatasetCard, DatasetCardData, snapshot_download
 
@@ -23,7 +23,7 @@ _BY_KIND = {
 }
 
 
-def is_on_hub(teacher: Any) -> bool:
+def is_on_hub(teacher: Any) -> TypeGuard[str]:
     return isinstance(teacher, str) and teacher.startswith(_SCHEME)
 
 

@@ -128,9 +128,18 @@ def capture(
     state.wait_for_everyone()
     progress = progress and state.is_main_process
     if generation is not None:
-        options = {"batch_size": batch_size, "rows_per_shard": rows_per_shard, "progress": progress}
         splits = {
-            name: generate_targets(teacher, rows, folder, collate, generation, split=name, **options)
+            name: generate_targets(
+                teacher,
+                rows,
+                folder,
+                collate,
+                generation,
+                split=name,
+                batch_size=batch_size,
+                rows_per_shard=rows_per_shard,
+                progress=progress,
+            )
             for name, rows in splits.items()
         }
     # Numbered through all splits, so that processes get as much to do as each other.
@@ -173,9 +182,9 @@ def _check_options(
             raise ValueError(f"{name}={value} is out of range; it has to be at least 1.")
     if at_least_one["rounds"] > _MOST_ROUNDS:
         raise ValueError(f"rounds={at_least_one['rounds']} is out of range; give 1 to {_MOST_ROUNDS}.")
-    for name, value in above_zero.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name}={value} is out of range; it has to be a finite number above 0.")
+    for name, number in above_zero.items():
+        if not 0 < number < float("inf"):
+            raise ValueError(f"{name}={number} is out of range; it has to be a finite number above 0.")
     if vocab_policy == "universal" and kind != "dense":
         raise ValueError(
             f"kind={kind!r} with vocab_policy='universal', which compares all probabilities: capture kind='dense'."
@@ -223,11 +232,12 @@ def _capture_batch(
             "leave that row out. What was captured before is kept."
         )
     for row in fresh:
-        if keys[row] in known:  # twice in one batch
+        key = keys[row]
+        if key is None or key in known:  # twice in one batch
             continue
-        known.add(keys[row])
+        known.add(key)
         of_row = logits[(rows == row).to(logits.device)]
-        writer.add({"key": keys[row], **_record(of_row, recorded, keys[row])})
+        writer.add({"key": key, **_record(of_row, recorded, key)})
     return len(rows)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 
 def row_keys(input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> list[bytes | None]:
@@ -39,7 +40,7 @@ _NO_PART_OF_A_TEACHER = {
 _NO_PART_OF_AN_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
 
 
-def adapter_digest(model: torch.nn.Module) -> str | None:
+def adapter_digest(model: PreTrainedModel) -> str | None:
     """SHA-256 over the configurations of PEFT's active adapters and their weights; None for a model without."""
     if not getattr(model, "peft_config", None):
         return None
@@ -50,14 +51,13 @@ def adapter_digest(model: torch.nn.Module) -> str | None:
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     described = []
     for name in sorted({name for layer in layers for name in layer.active_adapters}):
-        config = {
-            key: value for key, value in model.peft_config[name].to_dict().items() if key not in _NO_PART_OF_AN_ADAPTER
-        }
+        config = model.peft_config[name].to_dict()  # type: ignore[attr-defined]  # PEFT's has it
+        config = {key: value for key, value in config.items() if key not in _NO_PART_OF_AN_ADAPTER}
         described.append([_digest_of(config), _digest_of_tensors(get_peft_model_state_dict(model, adapter_name=name))])
     return _digest_of(described)
 
 
-def config_digest(model: torch.nn.Module) -> str:
+def config_digest(model: PreTrainedModel) -> str:
     """SHA-256 over a model's configuration, without what says only where it came from."""
     config = model.config.to_dict().items()
     return _digest_of({name: value for name, value in config if name not in _NO_PART_OF_A_TEACHER})
@@ -87,5 +87,5 @@ def _digest_of_tensors(tensors: "dict[str, Tensor]") -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -4,10 +4,11 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from ...models.either_version import check_rope_is_read
 from ...models.loading import load_teacher
@@ -16,6 +17,11 @@ from ..alignment.vocabularies import SharedVocabulary, vocab_size
 from ..checks.limits import check_length, max_positions
 from .lm_head import catch_head_input
 from .signal import DenseScores
+
+
+if TYPE_CHECKING:
+    # A `PreTrainedModel` that is a `GenerationMixin` too.
+    from transformers.models.auto.modeling_auto import _BaseModelWithGenerate as GenerativeModel
 
 
 class LiveTeacher:
@@ -32,24 +38,27 @@ class LiveTeacher:
             transformers whose RoPE this one does not read.
     """
 
-    def __init__(self, model: nn.Module, dtype: str | None = None):
-        config = model.config
+    def __init__(self, model: "PreTrainedModel | nn.Module", dtype: str | None = None):
+        # What is no `PreTrainedModel` is a wrapper, such as PEFT's, that passes on what it is asked.
+        lm = cast("GenerativeModel", model)
+        config = lm.config
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(
                 f"the teacher is an encoder-decoder ({config.model_type}); it has to be a decoder-only model, one "
                 "that AutoModelForCausalLM loads."
             )
         check_rope_is_read(config)
-        if model.get_output_embeddings() is None:
+        if lm.get_output_embeddings() is None:
             raise ValueError(
                 f"the teacher {type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
             )
         if dtype not in (None, "auto"):
-            model = model.to(getattr(torch, dtype))
-        self.model = model.requires_grad_(False).eval()
+            lm = lm.to(getattr(torch, dtype))
+        self.model = lm.requires_grad_(False).eval()
         self.vocab_size = vocab_size(config)
         self.max_positions = max_positions(config)
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = getattr(lm, "get_base_model", None)  # of PEFT's
+        inner = lm if base is None else base()
         self._accepts = inspect.signature(inner.forward).parameters
         self._head_is_last = True  # until a forward shows that the model does something to its head's output
 
@@ -147,10 +156,11 @@ class LiveTeacher:
                 input_ids=input_ids.to(self.device), attention_mask=attention_mask.to(self.device), **options
             )
         if chunked:
+            hidden = caught.hidden
             self._head_is_last = caught.is_all_of(output.logits)
-            if not self._head_is_last:
+            if hidden is None or not self._head_is_last:
                 return self.logits_at(input_ids, attention_mask, rows, columns)
-            return torch.no_grad()(lambda chunk: head(caught.hidden[chunk]).to(input_ids.device))
+            return torch.no_grad()(lambda chunk: head(hidden[chunk]).to(input_ids.device))
         # A model that multiplies by the head's weight without calling it gives logits everywhere.
         logits = output.logits[0] if caught.hidden is not None else output.logits[rows, columns]
         logits = logits.to(input_ids.device)

@@ -13,7 +13,7 @@ out or added. A capture that was killed goes on after its last shard.
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -144,7 +144,7 @@ class CachedTeacher:
                 "(cache --student). Rows that are there already are not captured again."
             )
         found = self._rows[self._row_of_key[places].tolist()]
-        record = {
+        record: dict[str, Tensor] = {
             # A batch without any target still has columns, of their dtype.
             name: torch.from_numpy(np.concatenate([np.empty(0, dtype), *found[name]])).to(input_ids.device)
             for name, dtype in COLUMNS[self.manifest["kind"]].items()
@@ -152,14 +152,14 @@ class CachedTeacher:
         if self.manifest["kind"] == "dense":
             log_probs = record["log_probs"].view(-1, self.vocab_size)
             return DenseScores(lambda chunk: log_probs[chunk].float(), vocabulary)
-        ids, log_probs = record["ids"].long(), record["log_probs"]
+        token_ids, log_probs = record["ids"].long(), record["log_probs"]
         if self.manifest["kind"] == "top_k":
             k = self.manifest["k"]
-            return TopKScores(ids.view(-1, k), log_probs.view(-1, k), record["tail"], vocabulary)
+            return TopKScores(token_ids.view(-1, k), log_probs.view(-1, k), record["tail"], vocabulary)
         distinct = record["distinct"]
-        drawn = torch.arange(max(distinct.tolist(), default=0), device=ids.device) < distinct[:, None]
-        ids, log_probs, weights = (_fill(drawn, flat) for flat in (ids, log_probs, record["weights"]))
-        return SampledScores(ids, log_probs, weights, record["top"].long(), vocabulary)
+        drawn = torch.arange(max(distinct.tolist(), default=0), device=token_ids.device) < distinct[:, None]
+        token_ids, log_probs, weights = (_fill(drawn, flat) for flat in (token_ids, log_probs, record["weights"]))
+        return SampledScores(token_ids, log_probs, weights, record["top"].long(), vocabulary)
 
     def push_to_hub(
         self,
@@ -191,7 +191,7 @@ def _fill(where: Tensor, flat: Tensor) -> Tensor:
     return flat.new_zeros(where.shape).masked_scatter(where, flat)
 
 
-def is_cache(folder: Any) -> bool:
+def is_cache(folder: Any) -> TypeGuard[str | os.PathLike]:
     """Whether this is a folder that `capture` made, or names one on the Hub."""
     return is_on_hub(folder) or (isinstance(folder, str | os.PathLike) and (Path(folder) / MANIFEST).is_file())
 

@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -34,6 +34,9 @@ from ..losses import cross_entropy
 from .live import LiveTeacher
 from .shards import ShardWriter, read_keys, read_shards, shard_files
 
+
+if TYPE_CHECKING:
+    from .live import GenerativeModel
 
 logger = logging.get_logger(__name__)
 
@@ -150,7 +153,7 @@ def generate_targets(
     ) as bar:
         for first in range(0, len(share), batch_size):
             numbers = share[first : first + batch_size]
-            requests = {}
+            requests: dict[bytes, _Request] = {}
             for number in numbers:
                 request = _Request.of(rows[number], collator, generation)
                 check_room(teacher, generation, len(request.prompt))
@@ -192,6 +195,7 @@ class _Request:
     @classmethod
     def of(cls, row: Mapping[str, Any], collator: DistillationCollator, generation: TargetGeneration) -> "_Request":
         is_conversation = row.get(MESSAGES) is not None
+        source: str | list[dict] | None
         if is_conversation:
             source, reference = split_conversation(row[MESSAGES])
         else:
@@ -261,7 +265,7 @@ def _answer(
                 continue
             counts[reason] += 1
         counts["written"] += generation.num_return_sequences
-        fixed = {"key": request.key, "reference": request.reference, "mean_log_prob": None}
+        fixed: dict[str, Any] = {"key": request.key, "reference": request.reference, "mean_log_prob": None}
         candidates.append([{**request.row_with(text, collator), **fixed, "text": text} for text in texts])
         reasons.append(reason)
     if generation.num_return_sequences > 1 and generation.keep != "closest":
@@ -287,7 +291,7 @@ def _keep(rows: list[dict], keep: str) -> list[dict]:
     return [max(rows, key=lambda row: rouge_l(row["text"], row["reference"]))]
 
 
-def _end_tokens(model: nn.Module, tokenizer) -> list[int]:
+def _end_tokens(model: "GenerativeModel", tokenizer) -> list[int]:
     """What ends an answer: the model's own EOS tokens, of which chat models have several, and the tokenizer's."""
     own = model.generation_config.eos_token_id
     ends = [] if own is None else [own] if isinstance(own, int) else list(own)
@@ -345,7 +349,9 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 
 
-def generate_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], pad_token_id: int, **options: Any) -> Tensor:
+def generate_tokens(
+    model: "GenerativeModel", prompts: Sequence[Sequence[int]], pad_token_id: int, **options: Any
+) -> Tensor:
     """What a decoder-only model or an encoder-decoder writes after each prompt, `[B, T]`, padded on the right.
 
     Args:
@@ -353,11 +359,10 @@ def generate_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], pad_toke
         options: of `generate`; with `num_return_sequences`, B is that many for each prompt.
     """
     encdec = model.config.is_encoder_decoder
-    ids = [torch.tensor(prompt) for prompt in prompts]
-    side = {"batch_first": True, "padding_side": "right" if encdec else "left"}
-    mask = pad_sequence([torch.ones_like(row) for row in ids], **side)
-    ids = pad_sequence(ids, padding_value=pad_token_id, **side)
-    device = model.get_input_embeddings().weight.device
+    rows, side = [torch.tensor(prompt) for prompt in prompts], "right" if encdec else "left"
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side=side)
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]  # Module.__getattr__
     with torch.inference_mode():
         tokens = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), pad_token_id=pad_token_id, **options

@@ -20,6 +20,7 @@ Written against github.com/microsoft/encoder-decoder-slm at b306bae: `src/mu/mod
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,7 +46,10 @@ _MU_DEFAULTS = {
     "pad_token_id": 0,
     "vocab_size": 32128,
 }
-_MU_TYPES = {"is_interleaved": bool, **dict.fromkeys(("dropout", "rope_theta", "rope_factor"), (int, float))}
+_MU_TYPES: dict[str, type | tuple[type, ...]] = {
+    "is_interleaved": bool,
+    **dict.fromkeys(("dropout", "rope_theta", "rope_factor"), (int, float)),
+}
 
 # Ours on the left, Mu's on the right.
 _ENCODER_LAYER = {
@@ -133,7 +137,7 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
             "it is damaged, or holds Python objects besides tensors and plain values, which are not loaded"
         )
         raise ValueError(f"{path} can't be read as a PyTorch checkpoint: {mend}.") from error
-    recorded_fields = {}
+    recorded_fields: dict[str, Any] = {}
     if isinstance(checkpoint, dict) and "model_state_dict" in checkpoint:
         recorded_fields = checkpoint.get("model_config") or {}
         if not isinstance(recorded_fields, dict):

@@ -4,6 +4,7 @@ import copy
 import logging
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -329,7 +330,7 @@ def _student_state(teacher, config, encoder_layers, decoder_layers) -> dict:
         state["lm_head.weight"] = source["lm_head.weight"]
     query_width = config.num_attention_heads * config.head_dim
     key_value_width = config.num_key_value_heads * config.head_dim
-    blocks = {}
+    blocks: dict[int, dict[str, Tensor]] = {}
     for name, tensor in source.items():
         if not name.startswith("model.layers."):
             continue
