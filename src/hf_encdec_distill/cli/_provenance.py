@@ -187,7 +187,7 @@ def _differences(recorded: Any, now: Any, name: str = "") -> list[str]:
 
 
 def _numbers(nested: Mapping[str, Any], name: str = "") -> dict[str, float]:
-    flat = {}
+    flat: dict[str, float] = {}
     for key, value in nested.items():
         path = f"{name}.{key}" if name else key
         flat.update(_numbers(value, path) if isinstance(value, Mapping) else {path: value})
