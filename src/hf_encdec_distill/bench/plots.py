@@ -187,10 +187,10 @@ def _draw_quality(models: Mapping[str, Mapping], spread: str | None) -> Figure:
         heading, factor, decimals, share = METRICS[name]
         rows = []
         for key in keys:
-            numbers: tuple[float, ...] | None = None
+            numbers = None
             if models[key].get(name) is not None:
-                found = bounds(models[key][name], f"models[{key!r}][{name!r}]", share)
-                numbers = tuple(factor * x for x in found)
+                value, low, high = bounds(models[key][name], f"models[{key!r}][{name!r}]", share)
+                numbers = (factor * value, factor * low, factor * high)
             rows.append((model_label(key, models), numbers, _colour(key, keys)))
         _bars(axis, rows, decimals)
         axis.set_title(f"{heading}\n{_READING.get(name, 'higher is better')}", fontsize=9.5, loc="left")

@@ -137,11 +137,13 @@ def _unknown(command: str) -> str:
 def _no_empty_folder(args: argparse.Namespace) -> Iterator[None]:
     """Where a command ends before it has written anything, the folder goes that a trainer made at its beginning."""
     output = getattr(args, "output", None)
-    old = output is None or os.path.exists(output)
+    if output is None or os.path.exists(output):
+        yield
+        return
     try:
         yield
     finally:
-        if not old and os.path.isdir(output) and not any(path.is_file() for path in Path(output).rglob("*")):
+        if os.path.isdir(output) and not any(path.is_file() for path in Path(output).rglob("*")):
             shutil.rmtree(output)
 
 

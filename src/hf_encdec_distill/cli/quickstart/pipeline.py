@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -222,7 +222,7 @@ class Pipeline:
     def data(self, update, share) -> dict:
         settings = self.settings
         # Mining all packages takes most of a minute, and yields more than a short run can read.
-        packages = "all" if settings.minutes >= 30 else "stdlib"
+        packages: Literal["stdlib", "all"] = "all" if settings.minutes >= 30 else "stdlib"
         splits = load_splits(settings.dataset, settings.source_column, settings.target_column, packages)
         splits.save_to_disk(str(self.work / "data"))
         sizes = {name: len(split) for name, split in splits.items()}
