@@ -26,6 +26,13 @@ def lint(session):
     )
 
 
+@nox.session
+def types(session):
+    """The package's annotations, against the types of the newest packages."""
+    session.install("-e", ".[all,dev]")
+    session.run("mypy")
+
+
 @nox.session(default=False)
 def quick(session):
     """Model, losses, alignment, trainer, config: an answer in minutes, while a change is being made."""

@@ -221,6 +221,12 @@ def test_errors_before_anything_is_written(options, message, trained_folder, tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("given", [{"prompts": (5,)}, {"targets": 8}])
+def test_shapes_fix_both_lengths_or_neither(given):
+    with pytest.raises(ValueError, match="give both, or neither"):
+        Shapes(**given)
+
+
 def test_a_model_of_another_type(make_bpe_tokenizer, tmp_path, capsys):
     from toys import make_llama
 

@@ -50,7 +50,7 @@ _NOTE = {"textcoords": "offset points", "va": "center", "fontsize": 9}
 def _colour(key: str, keys: Sequence[str]) -> str:
     others = [other for other in keys if other not in _COLOURS]
     colour = _COLOURS.get(key) or _OTHER_COLOURS[others.index(key) % len(_OTHER_COLOURS)]
-    return matplotlib.rcParams.get(colour, colour)
+    return matplotlib.rcParams.get(colour, colour)  # type: ignore[call-overload]  # keys are literals
 
 
 def _save(draw: Callable[[], Figure], path: str | Path) -> Path:
@@ -107,7 +107,7 @@ def plot_loss_curves(
 
 
 def _draw_loss_curves(curves: Mapping[str, Sequence[Mapping]], labels: Mapping[str, str] | None) -> Figure:
-    panels = {name: {} for name in _LOSSES}
+    panels: dict[str, dict[str, list]] = {name: {} for name in _LOSSES}
     for run, rows in curves.items():
         split = any(name in row for row in rows for name in _LOSSES)
         for name, key in (("ce_loss", "ce_loss" if split else "loss"), ("distill_loss", "distill_loss")):
@@ -189,8 +189,8 @@ def _draw_quality(models: Mapping[str, Mapping], spread: str | None) -> Figure:
         for key in keys:
             numbers = None
             if models[key].get(name) is not None:
-                numbers = bounds(models[key][name], f"models[{key!r}][{name!r}]", share)
-                numbers = tuple(factor * x for x in numbers)
+                value, low, high = bounds(models[key][name], f"models[{key!r}][{name!r}]", share)
+                numbers = (factor * value, factor * low, factor * high)
             rows.append((model_label(key, models), numbers, _colour(key, keys)))
         _bars(axis, rows, decimals)
         axis.set_title(f"{heading}\n{_READING.get(name, 'higher is better')}", fontsize=9.5, loc="left")

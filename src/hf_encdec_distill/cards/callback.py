@@ -141,7 +141,7 @@ class ModelCardCallback(TrainerCallback):
         for file in getattr(info, "download_checksums", None) or ():
             found = re.match(r"hf://datasets/([^@]+)@([^/]+)/", file)
             if found:
-                data |= {"name": found[1], "hub_id": found[1], "license": info.license or None}
+                data |= {"name": found[1], "hub_id": found[1], "license": getattr(info, "license", None) or None}
                 data["description"] = f"Commit `{found[2]}`. {data['description']}"
                 break
         return data

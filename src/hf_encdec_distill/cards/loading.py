@@ -70,9 +70,9 @@ def with_loading(text: str, model_type: str, exports: Mapping[str, Mapping], nam
     """
 
     def section(found: re.Match) -> str:
-        source = _SOURCE.search(found[0])
+        written = _SOURCE.search(found[0])
         try:
-            source = json.loads(source[1]) if source else _PLACEHOLDER
+            source = json.loads(written[1]) if written else _PLACEHOLDER
         except ValueError:  # edited by hand
             source = _PLACEHOLDER
         return loading_section(name or found["name"], model_type, exports, source)

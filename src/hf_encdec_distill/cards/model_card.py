@@ -53,6 +53,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -83,10 +84,9 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
     """
     path = Path(path_or_dir)
     path = path if path.suffix == ".md" else path / "README.md"
-    if not isinstance(metrics, Mapping):
-        metrics = read_json(Path(metrics))
-    check(metrics)
-    metrics = {"exports": proven_exports(path.parent), **metrics}
+    given = metrics if isinstance(metrics, Mapping) else read_json(Path(metrics))
+    check(given)
+    metrics = {"exports": proven_exports(path.parent), **given}
     folder = path.resolve().parent.name
     title = metrics.get("title") or metrics.get("student", {}).get("name") or folder
     example = _example(metrics)
@@ -147,7 +147,7 @@ def check(metrics: Mapping) -> None:
 
 def _card_data(metrics: Mapping, title: str) -> ModelCardData:
     task, teacher, data = (metrics.get(key, {}) for key in ("task", "teacher", "data"))
-    known = {
+    known: dict[str, Any] = {
         # base_model, datasets and the license are links on the Hub: only what the caller gave, never a guess
         "base_model": teacher.get("hub_id"),
         "datasets": [data["hub_id"]] if data.get("hub_id") else None,
@@ -156,10 +156,11 @@ def _card_data(metrics: Mapping, title: str) -> ModelCardData:
         "pipeline_tag": task.get("pipeline_tag"),
         "widget": _widget(metrics),
     }
-    if _emissions(metrics) is not None:  # https://huggingface.co/docs/hub/model-cards-co2
+    emissions = _emissions(metrics)
+    if emissions is not None:  # https://huggingface.co/docs/hub/model-cards-co2
         energy = metrics["energy"]
         known["co2_eq_emissions"] = {
-            "emissions": round(_emissions(metrics), 3),
+            "emissions": round(emissions, 3),
             "source": f"counters of {energy['counters']}, {energy['grid_g_per_kwh']} g per kWh",
             "training_type": "fine-tuning",
             "geographical_location": energy["location"],
@@ -167,10 +168,11 @@ def _card_data(metrics: Mapping, title: str) -> ModelCardData:
         }
     key = metrics.get("published", "student_kd")
     results = eval_results(metrics, key) if key in metrics.get("models", {}) else []
+    if results:
+        known |= {"model_name": title, "eval_results": results}
     return ModelCardData(
         library_name="transformers",
         tags=["encoder-decoder", "knowledge-distillation", _model_type(metrics)],
-        **({"model_name": title, "eval_results": results} if results else {}),
         **{key: value for key, value in known.items() if value is not None},
     )
 

@@ -8,15 +8,16 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
+    from transformers import TrainingArguments
 
 BUILT_IN = "built-in"
 DATA = {"dataset": BUILT_IN, "source_column": "source", "target_column": "target"}
-T = TypeVar("T")
+T = TypeVar("T", bound="TrainingArguments")
 _DOCUMENTED = "https://huggingface.co/docs/transformers/main_classes/trainer"
 # Training arguments that any run may want to set, with their help.
 SCHEDULE = {
@@ -71,9 +72,11 @@ def distillation_fields() -> dict[str, tuple[Any, str]]:
     source = Path(__file__).parents[1] / "distillation" / "arguments.py"
     fields = {}
     for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Call):
             said = {keyword.arg: keyword.value for keyword in node.value.keywords}
-            metadata = dict(zip(map(ast.literal_eval, said["metadata"].keys), said["metadata"].values, strict=True))
+            written = said["metadata"]
+            assert isinstance(written, ast.Dict)  # we wrote it
+            metadata = {ast.literal_eval(key): value for key, value in zip(written.keys, written.values) if key}
             fields[node.target.id] = ast.literal_eval(said["default"]), ast.literal_eval(metadata["help"])
     return fields
 
@@ -96,7 +99,9 @@ def add_training_arguments(parser: argparse.ArgumentParser, fields: Mapping[str,
         group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **value)
 
 
-def said_training_arguments(cls: type, args: argparse.Namespace, fields: Mapping[str, str]) -> dict[str, Any]:
+def said_training_arguments(
+    cls: type[TrainingArguments], args: argparse.Namespace, fields: Mapping[str, str]
+) -> dict[str, Any]:
     """Fields of `cls`, a class of training arguments, from the options in `fields` and what was left over; only those
     that were said."""
     from transformers import HfArgumentParser
@@ -105,8 +110,11 @@ def said_training_arguments(cls: type, args: argparse.Namespace, fields: Mapping
     for name in fields:
         if hasattr(args, name):
             words += [f"--{name}", getattr(args, name)]
-    parser = HfArgumentParser(cls, prog=args.parser.prog)
-    parser.error = args.parser.error  # one line, without the usage of some two hundred options
+
+    class Parser(HfArgumentParser):
+        error = args.parser.error  # one line, without the usage of some two hundred options
+
+    parser = Parser(cls, prog=args.parser.prog)  # type: ignore[arg-type]  # DataClassType is opaque
     unsaid = argparse.Namespace(**{field.name: None for field in dataclasses.fields(cls)})  # in place of defaults
     parsed, unknown = parser.parse_known_args(words, unsaid)
     if unknown:
@@ -140,7 +148,9 @@ def teacher_path(teacher: str) -> str:
         raise OSError(str(error)) from error
 
 
-def load_splits(dataset: str, source_column: str, target_column: str, packages: str = "all") -> DatasetDict:
+def load_splits(
+    dataset: str, source_column: str, target_column: str, packages: Literal["stdlib", "all"] = "all"
+) -> DatasetDict:
     """Train, validation and test with the columns `source` and `target`; `packages` is for the built-in task."""
     from ..data import load_pairs, load_python_docstrings
 

@@ -138,7 +138,8 @@ def panel(
 
 def marked(tokenizer, ids: Sequence[int], choices: Sequence[Choice]) -> str:
     """HTML of an answer's tokens. Those that share a character stand together, and agree if all of them do."""
-    html, together = [], []
+    html: list[str] = []
+    together: list[Choice] = []
     for index, text in enumerate(token_texts(tokenizer, ids)):
         text = text.lstrip() if not html else text
         together.append(choices[index])

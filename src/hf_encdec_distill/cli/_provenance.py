@@ -48,7 +48,7 @@ def describe(trainer: DistillationTrainer) -> dict[str, Any]:
     else:
         of_teacher = {"weights": weights_digest(teacher.model)}
         teacher_dtype = str(teacher.model.dtype)
-    data = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
+    data: dict[str, Any] = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
     return {
         "fingerprints": {
             "dataset": {name: {"rows": len(rows), "sha256": rows_digest(rows)} for name, rows in data.items()},
@@ -187,7 +187,7 @@ def _differences(recorded: Any, now: Any, name: str = "") -> list[str]:
 
 
 def _numbers(nested: Mapping[str, Any], name: str = "") -> dict[str, float]:
-    flat = {}
+    flat: dict[str, float] = {}
     for key, value in nested.items():
         path = f"{name}.{key}" if name else key
         flat.update(_numbers(value, path) if isinstance(value, Mapping) else {path: value})

@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     dtype = args.teacher_dtype or str(working_dtype()).removeprefix("torch.")
     student = load_config(args.student) if args.student else None
     merged = getattr(student, "cross_attention", None) == "merged"
-    start = student.decoder_start_token_id if merged else None
+    start = student.decoder_start_token_id if student is not None and merged else None
     state = PartialState()  # gives each process a device of its own
     captured = capture(
         LiveTeacher.load(path, dtype, args.teacher_quantization).to(device()),

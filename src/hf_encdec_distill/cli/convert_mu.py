@@ -27,5 +27,6 @@ def run(args: argparse.Namespace) -> None:
     ids = {"bos_token_id": args.bos_token_id, "eos_token_id": args.eos_token_id}
     model = convert_mu_checkpoint(args.checkpoint, args.config, **ids)
     model.save_pretrained(output)
-    content = {"output": str(output), "parameters": model.num_parameters()}
-    say_result(args, content, f"{output}: {content['parameters'] / 1e6:.1f} M parameters")
+    parameters = model.num_parameters()
+    content = {"output": str(output), "parameters": parameters}
+    say_result(args, content, f"{output}: {parameters / 1e6:.1f} M parameters")

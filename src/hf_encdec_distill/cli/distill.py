@@ -149,8 +149,11 @@ def run(args: argparse.Namespace) -> None:
     if checkpoint is not None:
         warn_of_changes(output, provenance)
     if trainer.is_world_process_zero():
-        decided = {"prompt_template": training.prompt_template, "prompt_date": trainer.prompt_date}
-        decided["seed"] = training.seed
+        decided = {
+            "prompt_template": training.prompt_template,
+            "prompt_date": trainer.prompt_date,
+            "seed": training.seed,
+        }
         output.mkdir(parents=True, exist_ok=True)
         write_recipe(output / RECIPE, {**recipe, **decided})
         write_json(output / PROVENANCE, {**provenance, "result": None})

@@ -173,7 +173,8 @@ def _measure(
             scores = score({name: model}, rows, teacher, update, of_logits)[name]
         for measure, values in scores.items():
             found[measure] = (calibration_error if measure == "ece" else mean)(values, tokens)
-    texts, plain = None, {}
+    texts: list[str] | None = None
+    plain: dict[str, float] = {}
     if of_texts or args.judge is not None:
         with progress(name) as update:
             texts = generate(model, tokenizer, rows, args.max_target_length, update)
@@ -193,7 +194,7 @@ def _measure_baseline(measures: list[str], pairs) -> dict[str, Any]:
     return {"sums": sums, "plain": plain, "labels": None, "texts": texts}
 
 
-def _measure_answers(measures: list[str], texts: list[str], rows: Sequence[Mapping]) -> tuple[dict, dict]:
+def _measure_answers(measures: list[str], texts: list[str], rows: Sequence[dict]) -> tuple[dict, dict]:
     from ..metrics.measures import measure_texts
     from ..metrics.texts import distinct_share
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Literal
 
 from ._checkpoints import checkpoint_in
 from ._display import say_result
@@ -23,8 +24,17 @@ EXAMPLE = (
 )
 PASSES_ARGUMENTS_ON = True
 
-_NAMES = ("max_steps", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "divergence")
-_NAMES += ("distill_weight", "distill_temperature", "save_steps", "seed")
+_NAMES = (
+    "max_steps",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "divergence",
+    "distill_weight",
+    "distill_temperature",
+    "save_steps",
+    "seed",
+)
 _TRAINING = {name: TRAINING[name] for name in _NAMES}
 
 
@@ -82,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from datasets import Dataset
+    from transformers.trainer_pt_utils import AcceleratorConfig
 
     from ..data import load_plain_text
     from ..distillation import DistillationTrainer, DistillationTrainingArguments
@@ -92,14 +103,15 @@ def run(args: argparse.Namespace) -> None:
     training = training_arguments(DistillationTrainingArguments, args, _TRAINING, output)
     if training.max_steps < 1:
         raise ValueError("text is read without end: say with --max-steps how many steps to train for")
-    if training.accelerator_config.dispatch_batches is None:
+    processes = training.accelerator_config
+    if isinstance(processes, AcceleratorConfig) and processes.dispatch_batches is None:
         # Each process reads its own rows; batches that one reads for all have to be of one length.
-        training.accelerator_config.dispatch_batches = False
+        processes.dispatch_batches = False
 
     student, tokenizer = student_and_tokenizer(args.student)
     teacher = teacher_path(args.teacher)
 
-    def rows(split: str):
+    def rows(split: Literal["train", "validation"]):
         merged = getattr(student.config, "cross_attention", None) == "merged"
         return load_plain_text(
             None if args.text == BUILT_IN else args.text,

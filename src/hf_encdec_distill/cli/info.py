@@ -6,9 +6,14 @@ All of it is counted from the config; no weights are loaded.
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from ._display import say_result, table, wrap
 from ._inputs import BUILT_IN, teacher_path
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 SUMMARY = "parameters, FLOPs and bytes of a model"
@@ -35,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
 
     config = load_config(teacher_path(args.model))
     request = (args.prompt_length, args.new_tokens, getattr(torch, args.dtype))
+    teacher: PretrainedConfig | None
     if args.teacher is not None:
         teacher = load_config(teacher_path(args.teacher))
     else:

@@ -61,7 +61,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; the namespace it returns carries the command's module as `module`."""
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = _Parser(add_help=False)
     shared.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
     )
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=module.SUMMARY,
-            description="\n\n".join(wrap(" ".join(part.split())) for part in module.__doc__.split("\n\n")),
+            description="\n\n".join(wrap(" ".join(part.split())) for part in (module.__doc__ or "").split("\n\n")),
             epilog=f"example:\n  {module.EXAMPLE}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             parents=[shared],
@@ -137,11 +137,13 @@ def _unknown(command: str) -> str:
 def _no_empty_folder(args: argparse.Namespace) -> Iterator[None]:
     """Where a command ends before it has written anything, the folder goes that a trainer made at its beginning."""
     output = getattr(args, "output", None)
-    new = output is not None and not os.path.exists(output)
+    if output is None or os.path.exists(output):
+        yield
+        return
     try:
         yield
     finally:
-        if new and os.path.isdir(output) and not any(path.is_file() for path in Path(output).rglob("*")):
+        if os.path.isdir(output) and not any(path.is_file() for path in Path(output).rglob("*")):
             shutil.rmtree(output)
 
 

@@ -70,8 +70,9 @@ def run(args: argparse.Namespace) -> None:
     validate_repo_id(args.repo_id)
     folder = Path(args.folder)
     names = files_to_push(folder, args.include)
-    files: dict[str, Path | bytes] = {name: inside(folder, name) for name in names}
-    check_finite_files(file for name, file in files.items() if name.endswith(".safetensors"))
+    paths = {name: inside(folder, name) for name in names}
+    check_finite_files(path for name, path in paths.items() if name.endswith(".safetensors"))
+    files: dict[str, Path | bytes] = {**paths}
     if _CARD in files:
         files[_CARD] = _card(folder, names, args.repo_id)
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}

@@ -99,30 +99,27 @@ class CoreMlBackend(Backend):
     ) -> None:
         with quiet():
             import coremltools as ct
+        prompts, targets = shapes.prompts, shapes.targets
+        assert prompts is not None and targets is not None  # `settle` leaves nothing open
         model = model.float() if variant == "fp32" else with_scaled_norms(model.float())
-        rotary = RotaryTable(model.model.encoder.rotary_emb, max(shapes.prompts) + shapes.targets)
+        rotary = RotaryTable(model.model.encoder.rotary_emb, max(prompts) + targets)
+        recipe = stacked(graphs)
+        decoder = _StackedDecoder(ExportedDecoder(model, fixed=True, rotary=rotary))
         modules = {
             "encoder": _StackedEncoder(ExportedEncoder(model, rotary)),
-            "decoder": _StackedDecoder(ExportedDecoder(model, fixed=True, rotary=rotary)),
+            "decoder": _WithState(decoder, recipe["decoder"]) if stateful else decoder,
         }
-        recipe = stacked(graphs)
-        if stateful:
-            modules["decoder"] = _WithState(modules["decoder"], recipe["decoder"])
-        new = (
-            stateful
-            or variant in ("int4", "palette4")
-            or (len(shapes.prompts) > 1 and not isinstance(shapes.prompts, range))
-        )
+        new = stateful or variant in ("int4", "palette4") or (len(prompts) > 1 and not isinstance(prompts, range))
         for name, graph in recipe.items():
             states = set(graph.cache) if stateful else set()
             inputs = [port for port in graph.inputs if port.name not in states]
             outputs = [port for port in graph.outputs if port.name not in {graph.cache[state] for state in states}]
-            examples = [_example(port, shapes) for port in inputs]
+            examples = [_example(port, prompts) for port in inputs]
             with quiet(), mended():
                 traced = torch.jit.trace(modules[name].eval(), tuple(examples), check_trace=False)
                 package = ct.convert(
                     traced,
-                    inputs=[_tensor_type(port, shapes, variant) for port in inputs],
+                    inputs=[_tensor_type(port, prompts, variant) for port in inputs],
                     outputs=[
                         ct.TensorType(name=port.name, dtype=np.dtype(_working_dtype(variant))) for port in outputs
                     ],
@@ -183,12 +180,15 @@ class _StackedDecoder(nn.Module):
 class _WithState(nn.Module):
     """The same with its own keys and values in buffers, which the converter makes states of."""
 
+    self_keys: Tensor
+    self_values: Tensor
+
     def __init__(self, decoder: _StackedDecoder, graph: Graph):
         super().__init__()
         self.decoder = decoder
         for port in graph.inputs:
             if port.name in graph.cache:
-                self.register_buffer(port.name, torch.zeros(port.axes))
+                self.register_buffer(port.name, torch.zeros(port.shape({})))
 
     def forward(self, input_ids, mask, position, cross_keys, cross_values) -> Tensor:
         logits, keys, values = self.decoder(
@@ -199,13 +199,13 @@ class _WithState(nn.Module):
         return logits
 
 
-def _example(port: Port, shapes: Shapes) -> Tensor:
-    sizes = {"prompt": shapes.prompts[0] if len(shapes.prompts) == 1 else max(2, min(shapes.prompts))}
+def _example(port: Port, prompts: Sequence[int]) -> Tensor:
+    sizes = {"prompt": prompts[0] if len(prompts) == 1 else max(2, min(prompts))}
     example = port.example(sizes, torch.float32)
     return example.int() if example.dtype == torch.int64 else example
 
 
-def _tensor_type(port: Port, shapes: Shapes, variant: str):
+def _tensor_type(port: Port, prompts: Sequence[int], variant: str):
     """A new one for each conversion, since the converter changes what it is given."""
     import coremltools as ct
 
@@ -216,10 +216,10 @@ def _tensor_type(port: Port, shapes: Shapes, variant: str):
     def with_prompt(size):
         return [size if axis == "prompt" else axis for axis in port.axes]
 
-    if isinstance(shapes.prompts, range):
-        shape = ct.Shape(with_prompt(ct.RangeDim(1, shapes.prompts[-1], default=min(64, shapes.prompts[-1]))))
+    if isinstance(prompts, range):
+        shape = ct.Shape(with_prompt(ct.RangeDim(1, prompts[-1], default=min(64, prompts[-1]))))
     else:
-        every = [with_prompt(size) for size in shapes.prompts]
+        every = [with_prompt(size) for size in prompts]
         shape = ct.EnumeratedShapes(every, default=every[-1])
     return ct.TensorType(name=port.name, shape=shape, dtype=dtype)
 
@@ -326,7 +326,7 @@ class CoreMlGraphs(Graphs):
             return super().new_cache(batch)
         return GraphCache([self.programs["decoder"].make_state() for _ in range(batch)])
 
-    def step(self, inputs: dict[str, np.ndarray], own) -> tuple[np.ndarray, object]:
+    def step(self, inputs: dict[str, np.ndarray], own: Any) -> tuple[np.ndarray, Any]:
         if not self.stateful:
             return super().step(inputs, own)
         state = dict(own) if isinstance(own, dict) else own  # rows of a beam may share one

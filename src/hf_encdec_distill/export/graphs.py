@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from .recipe import Graph, Shapes
+from .recipe import Graph, Port, Shapes
 
 
 class GraphCache:
@@ -45,7 +46,7 @@ class Graphs(ABC):
         dtype: of keys and values.
     """
 
-    def __init__(self, graphs: Mapping[str, Graph], shapes: Shapes, dtype: np.dtype = np.float32):
+    def __init__(self, graphs: Mapping[str, Graph], shapes: Shapes, dtype: DTypeLike = np.float32):
         self.graphs, self.shapes, self.dtype = graphs, shapes, np.dtype(dtype)
         ports = graphs["decoder"].inputs
         self._own = [port for port in ports if port.name in graphs["decoder"].cache]
@@ -80,9 +81,8 @@ class Graphs(ABC):
             return GraphCache([[self._empty(port, batch) for port in self._own]])
         return GraphCache([[self._empty(port, 1) for port in self._own]] * batch)
 
-    def _empty(self, port, batch: int) -> np.ndarray:
-        sizes = {"batch": batch, "past": 0}
-        return np.zeros([sizes.get(axis, axis) for axis in port.axes], self.dtype)
+    def _empty(self, port: Port, batch: int) -> np.ndarray:
+        return np.zeros(port.shape({"batch": batch, "past": 0}), self.dtype)
 
     def decode(
         self, input_ids: np.ndarray, encoder_mask: np.ndarray, cross: Sequence[np.ndarray], cache: GraphCache

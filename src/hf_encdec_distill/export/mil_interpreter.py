@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -84,7 +84,7 @@ class MilProgram:
 
     def make_state(self) -> dict[str, np.ndarray]:
         """Zeros for each state, as declared (fp16 in every program that coremltools writes)."""
-        return {name: np.zeros(feature.shapes[0], feature.dtype) for name, feature in self._states.items()}
+        return {name: np.zeros(_known(feature), feature.dtype) for name, feature in self._states.items()}
 
     def predict(
         self, inputs: dict[str, np.ndarray], state: dict[str, np.ndarray] | None = None
@@ -153,7 +153,9 @@ def _refuse_unknown(operations) -> None:
 
 def _read_block(block, folder: Path) -> tuple[list[Step], dict[str, np.ndarray]]:
     """The operations to run, and the constants that they need: decoded, decompressed, widened."""
-    readers, constants, steps = {}, {}, []
+    readers: dict[Path, Any] = {}
+    constants: dict[str, np.ndarray] = {}
+    steps: list[Step] = []
 
     def keep(value) -> str:
         name = f"constant {len(constants)}"  # no name of the file has a space
@@ -180,11 +182,11 @@ def _read_block(block, folder: Path) -> tuple[list[Step], dict[str, np.ndarray]]
     return steps, {name: value for name, value in constants.items() if name in needed}
 
 
-def _read_value(value, folder: Path, readers: dict) -> np.ndarray:
+def _read_value(value, folder: Path, readers: dict[Path, Any]) -> np.ndarray:
     """A `Value` of MIL.proto: in the specification itself or in a file of weights."""
     tensor = value.type.tensorType
     name, dtype, bits = _data_type(tensor.dataType)
-    shape = _tensor(value.type).shapes[0]
+    shape = _known(_tensor(value.type))
     if value.WhichOneof("value") == "blobFileValue":
         path = folder / value.blobFileValue.fileName.removeprefix("@model_path/")
         if not path.is_file():
@@ -220,7 +222,8 @@ def _data_type(number: int) -> tuple[str, np.dtype, int]:
     name = _coremltools()[0].MIL_pb2.DataType.Name(number).lower()
     if name in ("bool", "string"):
         return name, np.dtype({"bool": np.bool_, "string": np.str_}[name]), 8
-    kind, bits = re.match(r"(\D+)(\d+)", name).groups()
+    found = re.match(r"(\D+)(\d+)", name)
+    kind, bits = found.groups() if found else (name, "0")
     try:
         return name, np.dtype(f"{kind}{max(8, int(bits))}"), int(bits)
     except TypeError as error:
@@ -232,6 +235,18 @@ def _tensor(kind) -> Feature:
     tensor = (kind.stateType.wrappedType if kind.HasField("stateType") else kind).tensorType
     shape = tuple(each.constant.size if each.HasField("constant") else None for each in tensor.dimensions)
     return Feature((shape,), _data_type(tensor.dataType)[1])
+
+
+def _known(feature: Feature) -> tuple[int, ...]:
+    """The shape of a constant or a state.
+
+    Raises:
+        ValueError: a size is open.
+    """
+    sizes = tuple(size for size in feature.shapes[0] if isinstance(size, int))
+    if len(sizes) < len(feature.shapes[0]):
+        raise ValueError(f"a constant or state of shape {_as_text(feature.shapes[0])}: all its sizes have to be known")
+    return sizes
 
 
 def _feature(description) -> Feature:
@@ -277,13 +292,13 @@ def _checked(role: str, given: dict, features: dict[str, Feature]) -> dict[str, 
     return arrays
 
 
-def _fits(shape: tuple[int, ...], allowed: tuple[int | range, ...]) -> bool:
+def _fits(shape: tuple[int, ...], allowed: tuple[int | range | None, ...]) -> bool:
     return len(shape) == len(allowed) and all(
         size in each if isinstance(each, range) else size == each for size, each in zip(shape, allowed)
     )
 
 
-def _as_text(shape: tuple[int | range, ...]) -> str:
+def _as_text(shape: tuple[int | range | None, ...]) -> str:
     return f"({', '.join(f'{e.start} to {e.stop - 1}' if isinstance(e, range) else str(e) for e in shape)})"
 
 
@@ -483,7 +498,8 @@ def _lut_to_dense(indices, lut, shape=None, vector_axis=-1):
         indices = _unpacked(indices, bits, math.prod(map(int, shape))).reshape(shape)
         lut = lut.reshape(*[1] * len(shape), -1, 1)
     axis = vector_axis % indices.ndim
-    vectors = np.moveaxis(lut[(*_block_of_each(indices.shape, lut.shape), indices)], -1, axis + 1)
+    where = (*_block_of_each(indices.shape, lut.shape), indices)
+    vectors = np.moveaxis(lut[where], -1, axis + 1)
     return vectors.reshape([size * lut.shape[-1] if i == axis else size for i, size in enumerate(indices.shape)])
 
 
@@ -500,7 +516,7 @@ def _sparse_to_dense(nonzero_data, mask, shape=None):
     return dense
 
 
-def _of_one(function: np.ufunc) -> Callable:
+def _of_one(function: Callable) -> Callable:
     return lambda x: function(x)
 
 

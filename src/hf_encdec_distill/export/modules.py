@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from ..models.rope_encdec import RopeEncDecForConditionalGeneration
-from ..models.rope_encdec.modeling_rope_encdec import RopeEncDecRMSNorm, apply_rotary_pos_emb
+from ..models.rope_encdec.modeling_rope_encdec import (
+    RopeEncDecRMSNorm,
+    RopeEncDecRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 
 
 # Added to the score of a key that is masked out. Finite, and within fp16: with -inf a row that sees no key at all (a
@@ -123,14 +127,14 @@ class ExportedDecoder(nn.Module):
         Returns:
             logits `(B, T, V)`, then for each layer its own key and value, with the new tokens in them.
         """
-        positions = states[0] if self.fixed else None
-        states = states[1:] if self.fixed else states
         layers = len(self.decoder.layers)
-        own, cross = states[: 2 * layers], states[2 * layers :]
+        of_layers = states[1:] if self.fixed else states
+        own, cross = of_layers[: 2 * layers], of_layers[2 * layers :]
         real = encoder_attention_mask.to(torch.int64)
         hidden = self.embed_tokens(input_ids)
         target, past = input_ids.shape[1], own[0].shape[2]
         if self.fixed:
+            positions = states[0]
             slots = torch.arange(past, device=input_ids.device)
             visible = (slots <= positions)[None, None, None]
             here = (slots == positions).to(hidden.dtype)[None, None, :, None]
@@ -192,7 +196,7 @@ class TraceableRotary(nn.Module):
     """The model's RoPE as it is, but for the two types whose frequencies depend on the longest sequence of a call:
     there upstream asks for that length with an `if`, which a tracer would freeze."""
 
-    def __init__(self, rotary: nn.Module):
+    def __init__(self, rotary: RopeEncDecRotaryEmbedding):
         super().__init__()
         self.rotary = rotary
 
@@ -218,6 +222,9 @@ class RotaryTable(nn.Module):
     """Cosines and sines of the first `length` positions, looked up instead of computed: for runtimes that would round
     the angles to fp16, in which position 1000 is off by half a radian."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, rotary: nn.Module, length: int):
         super().__init__()
         with torch.no_grad():
@@ -233,7 +240,7 @@ class ScaledRMSNorm(nn.Module):
     """RMSNorm whose squares stay within fp16, which ends at 65504: each row is first divided by its largest number, if
     that is more than 1. The result is the same; without it a row with a 256 in it would come out as zeros."""
 
-    def __init__(self, norm: nn.Module):
+    def __init__(self, norm: RopeEncDecRMSNorm):
         super().__init__()
         self.weight, self.eps = norm.weight, norm.eps
 

@@ -74,6 +74,7 @@ class OnnxBackend(Backend):
             for name, graph in graphs.items():
                 with quiet():
                     program = torch.onnx.export(programs[name], (), opset_version=OPSET, verbose=False)
+                assert program is not None  # of an exported program there is always one
                 _name_ports(program.model.graph, graph)
                 proto = program.model_proto
                 if variant in ("int8", "int4"):

@@ -263,7 +263,7 @@ class OpenVinoGraphs(Graphs):
         Raises:
             ValueError: the runtime's states belong to a generation that began after that of `cache`.
         """
-        if self.stateful:
+        if self.request is not None:
             if cache.length == 0:
                 self.request.reset_state()
                 self.running = cache
@@ -275,7 +275,7 @@ class OpenVinoGraphs(Graphs):
         return super().decode(input_ids, encoder_mask, cross, cache)
 
     def step(self, inputs: dict[str, np.ndarray], own: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-        if not self.stateful:
+        if self.request is None:
             return super().step(inputs, own)
         if self.shapes.targets is None:
             logits = self.request.infer(inputs | {_BEAM: own[0]})[0]

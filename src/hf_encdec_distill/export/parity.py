@@ -105,7 +105,7 @@ def compare_logits(exported, model, shapes: Shapes) -> list[dict[str, Any]]:
     """Teacher-forced logits on random tokens over a grid of batch, prompt and target lengths, 1 included, with pads on
     either side, on one loaded model."""
     generator = torch.Generator().manual_seed(0)
-    longest, slots = (max(shapes.prompts), shapes.targets) if shapes.prompts is not None else (48, 16)
+    longest, slots = max(shapes.prompts or (48,)), shapes.targets or 16
     cases = []
     for batch, prompt, target in (
         (1, 1, 1),

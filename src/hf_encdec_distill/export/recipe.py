@@ -9,12 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..models.finite import check_finite
-from ..models.rope_encdec import RopeEncDecConfig
 from .backends import backend_of, targets
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,19 @@ class Shapes:
         prompts: `None` for any number of prompt tokens, one number for exactly so many (shorter ones are padded),
             several for any of them, or a `range` for all from its start on.
         targets: slots of the cache, that is, the longest answer; `None` for a cache that grows.
+
+    Raises:
+        ValueError: only one of the two is given.
     """
 
     prompts: tuple[int, ...] | range | None = None
     targets: int | None = None
+
+    def __post_init__(self):
+        if (self.prompts is None) != (self.targets is None):
+            raise ValueError(
+                f"prompts={self.prompts} with targets={self.targets}: give both, or neither for free lengths"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Shapes:
@@ -81,7 +94,7 @@ class Shapes:
         )
 
     def __str__(self) -> str:
-        if self.targets is None:
+        if self.prompts is None or self.targets is None:
             return "dynamic"
         if isinstance(self.prompts, range):
             return f"ranged:{self.prompts[-1]},{self.targets}"
@@ -114,9 +127,13 @@ class Port:
     axes: tuple[str | int, ...]
     dtype: torch.dtype | None = None
 
+    def shape(self, sizes: Mapping[str, int]) -> list[int]:
+        """The sizes of the axes, given those of the named ones."""
+        return [sizes[axis] if isinstance(axis, str) else axis for axis in self.axes]
+
     def example(self, sizes: Mapping[str, int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor of the port's shape, its axes of the given sizes; ones, or token 1 that is real."""
-        return torch.ones([sizes.get(axis, axis) for axis in self.axes], dtype=self.dtype or dtype)
+        return torch.ones(self.shape(sizes), dtype=self.dtype or dtype)
 
 
 @dataclass(frozen=True)
@@ -131,7 +148,7 @@ class Graph:
 EXAMPLE_SIZES = {"batch": 2, "prompt": 5, "target": 3, "past": 4, "past + target": 7}
 
 
-def graphs(config: RopeEncDecConfig, shapes: Shapes) -> dict[str, Graph]:
+def graphs(config: PretrainedConfig, shapes: Shapes) -> dict[str, Graph]:
     """The `encoder` (once for each prompt) and the `decoder` (once for each call) of a student.
 
     With `shapes.targets` the batch is 1, the decoder takes one token, and its cache has so many slots, the one at
@@ -216,7 +233,7 @@ def that_fit(rows: Sequence[Mapping], shapes: Shapes) -> list[Mapping]:
     return fitting
 
 
-def check_exportable(model: torch.nn.Module, target: str, variant: str, shapes: Shapes) -> None:
+def check_exportable(model: PreTrainedModel, target: str, variant: str, shapes: Shapes) -> None:
     """
     Raises:
         ValueError: there is no such target or variant, the target has no such variant or shapes, the model is none of
@@ -242,7 +259,7 @@ def check_exportable(model: torch.nn.Module, target: str, variant: str, shapes: 
         raise ValueError(
             f"shapes {shapes}: {target} takes dynamic and fixed:SRC,TGT; the others are for {' and '.join(having)}"
         )
-    if shapes.prompts is not None and _positions(config, shapes) > config.max_position_embeddings:
+    if _positions(config, shapes) > config.max_position_embeddings:
         raise ValueError(
             f"shapes {shapes} need {_positions(config, shapes)} positions, the model has max_position_embeddings="
             f"{config.max_position_embeddings}; give shorter ones"
@@ -262,7 +279,7 @@ def check_options(target: str, variant: str, options: Iterable[str]) -> None:
             raise ValueError(refusal.format(target=target, variant=variant))
 
 
-def _positions(config: RopeEncDecConfig, shapes: Shapes) -> int:
-    """`merged` decoders count on where the prompt ends, the others from 0."""
-    prompt, target = max(shapes.prompts), shapes.targets
+def _positions(config: PretrainedConfig, shapes: Shapes) -> int:
+    """`merged` decoders count on where the prompt ends, the others from 0. A length that is free needs none."""
+    prompt, target = max(shapes.prompts or (0,)), shapes.targets or 0
     return prompt + target if config.cross_attention == "merged" else max(prompt, target)

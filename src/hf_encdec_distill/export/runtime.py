@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub.utils.sha import sha_fileobj
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.modeling_utils import PreTrainedModel
 
@@ -43,8 +44,9 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     config_class = RopeEncDecConfig
     main_input_name = "input_ids"
+    manifest: dict[str, Any]  # of a folder
 
-    def __init__(self, config: RopeEncDecConfig, graphs: Graphs):
+    def __init__(self, config: PretrainedConfig, graphs: Graphs):
         super().__init__(config)
         self.graphs = graphs
         self.generation_config = GenerationConfig.from_model_config(config)
@@ -52,7 +54,9 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.encoder = _Encoder(graphs)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> ExportedForConditionalGeneration:
+    def from_pretrained(  # type: ignore[override]  # of folders alone
+        cls, folder: str | Path
+    ) -> ExportedForConditionalGeneration:
         """
         Raises:
             ValueError: the folder holds no export, one of a newer version, or a file that is not as it was written.
@@ -70,7 +74,8 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_encoder(self, modality=None):
         return self.encoder if modality is None else self
 
-    def _supports_default_dynamic_cache(self) -> bool:
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `forward` makes a cache of its own
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, encoder_outputs=None, **kwargs):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -222,7 +222,7 @@ class Pipeline:
     def data(self, update, share) -> dict:
         settings = self.settings
         # Mining all packages takes most of a minute, and yields more than a short run can read.
-        packages = "all" if settings.minutes >= 30 else "stdlib"
+        packages: Literal["stdlib", "all"] = "all" if settings.minutes >= 30 else "stdlib"
         splits = load_splits(settings.dataset, settings.source_column, settings.target_column, packages)
         splits.save_to_disk(str(self.work / "data"))
         sizes = {name: len(split) for name, split in splits.items()}
@@ -347,13 +347,12 @@ class Pipeline:
         models = {name: self._entry(sums.get(name, {}), texts.get(name), rows) for name in [*sums, "lead_baseline"]}
 
         tokens = np.array([len(row["labels"]) for row in rows])
-        difference = {"of": "student_kd", "minus": "student_ce"}
+        difference: dict[str, Any] = {"of": "student_kd", "minus": "student_ce"}
         for measure in sums["student_kd"]:
-            difference[measure] = interval(
-                *(mean(sums[name][measure], tokens) for name in ("student_kd", "student_ce"))
-            )
-        rouge = (measure_texts(["rouge_l"], texts[name], rows)["rouge_l"] for name in ("student_kd", "student_ce"))
-        difference["rouge_l"] = interval(*rouge)
+            kd, ce = (mean(sums[name][measure], tokens) for name in ("student_kd", "student_ce"))
+            difference[measure] = interval(kd, ce)
+        kd, ce = (measure_texts(["rouge_l"], texts[name], rows)["rouge_l"] for name in ("student_kd", "student_ce"))
+        difference["rouge_l"] = interval(kd, ce)
 
         samples = [
             {"source": row["source"], "reference": row["target"], **{name: texts[name][index] for name in texts}}
@@ -376,8 +375,9 @@ class Pipeline:
         student = self.load_student(self.folder / "student", dtype)
         teacher = self.load_teacher(self.work / "teacher", dtype)
         prompts = [row["prompt"] for row in self.held_out[:LATENCY_PROMPTS]]
-        options = {"new_tokens": LATENCY_TOKENS, "rounds": len(prompts), "dtype": dtype}
-        measured = compare_latency(student, teacher, prompts, **options)
+        measured = compare_latency(
+            student, teacher, prompts, new_tokens=LATENCY_TOKENS, rounds=len(prompts), dtype=dtype
+        )
         cost = compare_cost(student, teacher, round(measured.prompt_length), LATENCY_TOKENS, dtype)
         return {"latency": measured.to_dict(), "cost": cost.to_dict()}
 

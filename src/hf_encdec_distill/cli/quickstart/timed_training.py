@@ -46,12 +46,12 @@ def training_order(lengths: Sequence[int], batch_size: int, steps: int, seed: in
     """
     if len(lengths) < batch_size:
         raise ValueError(f"{len(lengths)} rows cannot fill a batch of {batch_size}: give more training data")
-    generator, lengths = np.random.default_rng(seed), np.asarray(lengths)
+    generator, sizes = np.random.default_rng(seed), np.asarray(lengths)
     order: list[int] = []
     while len(order) < steps * batch_size:
-        rows = generator.permutation(len(lengths))[: len(lengths) // batch_size * batch_size]
+        rows = generator.permutation(len(sizes))[: len(sizes) // batch_size * batch_size]
         runs = np.split(rows, range(32 * batch_size, len(rows), 32 * batch_size))
-        batches = [run[np.argsort(lengths[run], kind="stable")].reshape(-1, batch_size) for run in runs]
+        batches = [run[np.argsort(sizes[run], kind="stable")].reshape(-1, batch_size) for run in runs]
         order += generator.permutation(np.concatenate(batches)).ravel().tolist()
     return order[: steps * batch_size]
 
@@ -164,6 +164,7 @@ def train(trainer: Trainer, share: TimeShare) -> dict:
     Raises:
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
     """
+    assert trainer.model is not None and trainer.args.output_dir is not None  # their constructors see to it
     trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     trainer.optimizer = torch.optim.AdamW(trainable, lr=share.peak, weight_decay=0.0, fused=True)
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: share.rate(step))
