@@ -17,25 +17,14 @@ find_moved_modules()
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .distillation.arguments import DistillationTrainingArguments
-    from .distillation.trainer import DistillationTrainer
-    from .models.rope_encdec import (
-        RopeEncDecConfig,
-        RopeEncDecEncoderModel,
-        RopeEncDecForConditionalGeneration,
-        RopeEncDecModel,
-    )
+    from .distillation.arguments import DistillationTrainingArguments as DistillationTrainingArguments
+    from .distillation.trainer import DistillationTrainer as DistillationTrainer
+    from .models.rope_encdec import RopeEncDecConfig as RopeEncDecConfig
+    from .models.rope_encdec import RopeEncDecEncoderModel as RopeEncDecEncoderModel
+    from .models.rope_encdec import RopeEncDecForConditionalGeneration as RopeEncDecForConditionalGeneration
+    from .models.rope_encdec import RopeEncDecModel as RopeEncDecModel
 
-__all__ = [
-    "DistillationTrainer",
-    "DistillationTrainingArguments",
-    "RopeEncDecConfig",
-    "RopeEncDecEncoderModel",
-    "RopeEncDecForConditionalGeneration",
-    "RopeEncDecModel",
-]
-
-__getattr__, __dir__ = on_first_use(
+__getattr__, __dir__, __all__ = on_first_use(
     __name__,
     {
         ".distillation.arguments": ["DistillationTrainingArguments"],

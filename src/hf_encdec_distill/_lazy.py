@@ -8,8 +8,8 @@ from typing import Any
 
 def on_first_use(
     package: str, names: Mapping[str, Sequence[str]]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package.
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of a package.
 
     Type checkers and editors need the same names in an `if TYPE_CHECKING:` block.
 
@@ -27,4 +27,4 @@ def on_first_use(
     def __dir__() -> list[str]:
         return sorted({*vars(sys.modules[package]), *module_of})
 
-    return __getattr__, __dir__
+    return __getattr__, __dir__, list(module_of)

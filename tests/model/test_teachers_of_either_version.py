@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
 from hf_encdec_distill.cli.main import main
+from hf_encdec_distill.distillation.alignment.tokenizers import tokenizer_beside
 from hf_encdec_distill.distillation.teachers.live import LiveTeacher
-from hf_encdec_distill.distillation.trainer import _tokenizer_beside
 from hf_encdec_distill.models.either_version import check_rope_is_read, fields_of_4_57, save_teacher
 from hf_encdec_distill.models.rope_encdec.compat_rope_encdec import ROPE_LIVES_IN_ONE_DICT
 
@@ -42,7 +42,7 @@ def test_rope_of_each_family_is_read_alike(case, version):
 def test_a_whole_teacher_is_the_same_model_with_the_same_tokens(version):
     folder = TEACHERS / version / "whole"
     assert_same(LiveTeacher.load(folder).model, version, "llama")
-    tokenizer = _tokenizer_beside(folder, "none")
+    tokenizer = tokenizer_beside(folder, "none")
     assert tokenizer(TEXTS, padding=True)["input_ids"] == expected(version, "tokens").tolist()
     assert tokenizer.decode(tokenizer("<sentinel> dogs")["input_ids"], skip_special_tokens=True).strip() == "dogs"
     assert tokenizer.apply_chat_template([{"role": "user", "content": "Two"}], tokenize=False) == "Two: "
@@ -55,9 +55,7 @@ def test_an_adapter_is_the_same_on_its_base(version, tmp_path):
     file = tmp_path / "adapter_config.json"
     file.write_text(file.read_text().replace('"whole"', json.dumps(str(TEACHERS / version / "whole"))))
     assert_same(LiveTeacher.load(tmp_path).model, version, "adapter")
-    assert (
-        _tokenizer_beside(tmp_path, "none")(TEXTS, padding=True)["input_ids"] == expected(version, "tokens").tolist()
-    )
+    assert tokenizer_beside(tmp_path, "none")(TEXTS, padding=True)["input_ids"] == expected(version, "tokens").tolist()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -98,21 +96,21 @@ def test_a_foreign_teacher_is_read_right_or_refused_with_the_line_that_mends_it(
 
         message = r'saved by transformers 5.*set ("tokenizer_class": "PreTrainedTokenizerFast")'
         with pytest.raises(ValueError, match=message) as raised:
-            _tokenizer_beside(folder, "none")
+            tokenizer_beside(folder, "none")
         lines = re.search(message, str(raised.value)).group(1)
         change(folder / "tokenizer_config.json", **json.loads(f"{{{lines}}}"))
     assert_same(LiveTeacher.load(folder).model, version, "llama")
-    assert _tokenizer_beside(folder, "none")(TEXTS, padding=True)["input_ids"] == expected(version, "tokens").tolist()
+    assert tokenizer_beside(folder, "none")(TEXTS, padding=True)["input_ids"] == expected(version, "tokens").tolist()
 
 
 def test_a_tokenizer_that_is_there_and_broken_is_refused_and_one_that_is_not_is_none(tmp_path):
     folder = foreign(VERSIONS[0], tmp_path / "foreign")
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=f"{re.escape(str(folder))} does not load as a tokenizer"):
-        _tokenizer_beside(folder, "none")
+        tokenizer_beside(folder, "none")
     for file in [*folder.glob("*token*"), folder / "chat_template.jinja"]:
         file.unlink()
-    assert _tokenizer_beside(folder, "none") is None
+    assert tokenizer_beside(folder, "none") is None
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from distillation_toys import spread
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
-from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
+from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration, devices
 from hf_encdec_distill.bench import (
     LatencyComparison,
     best_cpu_dtype,
@@ -201,14 +201,12 @@ def test_the_dtype_follows_what_the_cpu_has(monkeypatch):
 
 
 def test_without_torchs_answer_the_system_is_asked(monkeypatch):
-    from hf_encdec_distill.bench import latency
-
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    monkeypatch.setattr(latency, "_cpu_info", lambda field: {"flags": "fpu avx512_bf16 amx_bf16"}.get(field, ""))
+    monkeypatch.setattr(devices, "_cpu_info", lambda field: {"flags": "fpu avx512_bf16 amx_bf16"}.get(field, ""))
     assert bf16_unit() == "AMX"
-    monkeypatch.setattr(latency, "_cpu_info", lambda field: {"Features": "fp asimd bf16"}.get(field, ""))
+    monkeypatch.setattr(devices, "_cpu_info", lambda field: {"Features": "fp asimd bf16"}.get(field, ""))
     assert bf16_unit() == "Arm BF16"
-    monkeypatch.setattr(latency, "_cpu_info", lambda field: "fpu avx2" if field == "flags" else "")
+    monkeypatch.setattr(devices, "_cpu_info", lambda field: "fpu avx2" if field == "flags" else "")
     assert bf16_unit() is None
 
 

@@ -10,10 +10,11 @@ from transformers import LlamaConfig, Seq2SeqTrainingArguments
 
 from hf_encdec_distill import DistillationTrainingArguments
 from hf_encdec_distill.bench import compare_cost
-from hf_encdec_distill.cli import _report, distill, doctor, evaluate, export, info, push
+from hf_encdec_distill.cli import distill, doctor, evaluate, export, info, push
 from hf_encdec_distill.cli._display import table
 from hf_encdec_distill.cli._inputs import said_training_arguments
 from hf_encdec_distill.cli.main import COMMANDS, build_parser, main
+from hf_encdec_distill.cli.quickstart.report import summary
 from hf_encdec_distill.metrics.measures import METRICS
 
 
@@ -74,7 +75,7 @@ def test_info_fits_a_terminal():
 def test_the_report_of_the_quickstart_fits_a_terminal():
     """With the numbers of a run of two hours, each as `metrics.json` has it."""
     metrics = json.loads(RUN.read_text(encoding="utf-8"))
-    text = _report.summary(metrics, Path("runs/quickstart"))
+    text = summary(metrics, Path("runs/quickstart"))
     check(
         text, metrics["spread"], "distilled minus cross-entropy alone", "from_pretrained(path, trust_remote_code=True)"
     )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .plots import plot_loss_curves as plot_loss_curves
     from .plots import plot_quality as plot_quality
 
-__getattr__, __dir__ = on_first_use(
+__getattr__, __dir__, __all__ = on_first_use(
     __name__,
     {
         ".cost": ["CostComparison", "ModelCost", "compare_cost", "decoder_only_config", "model_cost"],

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .index import update_model_card as update_model_card
     from .model_card import write_model_card as write_model_card
 
-__getattr__, __dir__ = on_first_use(
+__getattr__, __dir__, __all__ = on_first_use(
     __name__,
     {
         ".callback": ["ModelCardCallback"],

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .python_docstrings import lead_sentence as lead_sentence
     from .python_docstrings import load_python_docstrings as load_python_docstrings
 
-__getattr__, __dir__ = on_first_use(
+__getattr__, __dir__, __all__ = on_first_use(
     __name__,
     {
         ".builtin_teacher": ["fetch_builtin_teacher", "load_builtin_teacher"],
@@ -36,6 +36,8 @@ __getattr__, __dir__ = on_first_use(
         ".python_docstrings": ["PROMPT_TEMPLATE", "lead_sentence", "load_python_docstrings"],
     },
 )
+
+__all__ += ["cache_root", "cached_folder", "fingerprint"]
 
 _RECORD = "files.sha256.json"
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .teachers.targets import TargetGeneration as TargetGeneration
     from .trainer import DistillationTrainer as DistillationTrainer
 
-__getattr__, __dir__ = on_first_use(
+__getattr__, __dir__, __all__ = on_first_use(
     __name__,
     {
         ".arguments": ["DistillationTrainingArguments"],

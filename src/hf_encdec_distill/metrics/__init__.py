@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .texts import rouge_l as rouge_l
     from .texts import squad as squad
 
-__getattr__, __dir__ = on_first_use(
+__getattr__, __dir__, __all__ = on_first_use(
     __name__,
     {
         ".texts": [

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .signal import TeacherSignal as TeacherSignal
     from .targets import TargetGeneration as TargetGeneration
 
-__getattr__, __dir__ = on_first_use(
+__getattr__, __dir__, __all__ = on_first_use(
     __name__,
     {
         ".signal": ["TeacherScores", "TeacherSignal"],
