@@ -406,6 +406,7 @@ def test_items_of_a_number_that_was_measured_on_fewer(tmp_path):
     assert {result.metric_type: result.metric_args["rows"] for result in results} == {"rouge": 40, "ce": 90}
 
 
+@pytest.mark.process
 def test_public_names_are_there_on_first_use():
     code = (
         "import sys, hf_encdec_distill.cards as cards; print(*sys.modules); print(*dir(cards)); print(*cards.__all__)"

@@ -110,7 +110,7 @@ def test_the_parity_of_exports_fits_a_terminal():
 
 
 def test_doctor_fits_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_devices", lambda name: [f"CPU {'of a very long name ' * 6}".strip(), "GPU.0"])
+    monkeypatch.setattr(doctor, "_torch_devices", lambda: [f"CPU {'of a very long name ' * 6}".strip(), "GPU.0"])
     monkeypatch.setattr(doctor, "_unmet", lambda requirements: list(requirements)[:9])  # as if nothing were there
     with pytest.raises(ValueError):
         doctor.run(Namespace(json=False, stdout=None))

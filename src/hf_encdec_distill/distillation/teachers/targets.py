@@ -285,7 +285,7 @@ def _keep(rows: list[dict], keep: str) -> list[dict]:
         return rows
     if keep == "likeliest":
         return [max(rows, key=lambda row: row["mean_log_prob"])]
-    # `evaluate` brings SciPy along, a third of the time that the trainer takes to import.
+    # `evaluate` brings SciPy along, a good part of what importing the trainer takes.
     from ...metrics.texts import rouge_l
 
     return [max(rows, key=lambda row: rouge_l(row["text"], row["reference"]))]
