@@ -142,28 +142,13 @@ def capture(
             )
             for name, rows in splits.items()
         }
-    # Numbered through all splits, so that processes get as much to do as each other.
-    numbered = [(name, number) for name, rows in splits.items() for number in range(len(rows))]
-    share = numbered[state.process_index :: state.num_processes]
     features = {"key": datasets.Value("binary")}
     features |= {name: datasets.Sequence(datasets.Value(dtype)) for name, dtype in COLUMNS[kind].items()}
     writer = ShardWriter(folder, SHARD, state.process_index, datasets.Features(features), rows_per_shard)
-    known = read_keys(folder, SHARD)
-    tokens, seconds = 0, 0.0
-    with tqdm(total=len(share), unit=" rows", desc="capture", disable=not progress) as bar:
-        for first in range(0, len(share), batch_size):
-            names = share[first : first + batch_size]
-            batch = collate([splits[name][number] for name, number in names])
-            if "labels" not in batch:
-                name, number = names[0]
-                raise ValueError(f"row {number} of {name} has no target; a teacher is asked at targets.")
-            begin = time.monotonic()
-            batch = {**batch, **with_teacher_inputs(batch, collate.start_token_id, vocabulary)}
-            count = _capture_batch(teacher, batch, names, recorded, known, writer)
-            if count:
-                tokens, seconds = tokens + count, seconds + time.monotonic() - begin
-                bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s, {size_on_disk(folder) / 1e6:.1f} MB")
-            bar.update(len(names))
+    # Numbered through all splits, so that processes get as much to do as each other.
+    numbered = [(name, number) for name, rows in splits.items() for number in range(len(rows))]
+    share = numbered[state.process_index :: state.num_processes]
+    _capture_rows(teacher, splits, share, collate, recorded, folder, writer, batch_size, progress)
     writer.flush()
     state.wait_for_everyone()
     if state.is_main_process:
@@ -197,6 +182,36 @@ def _splits_with_rows(dataset: "datasets.Dataset | datasets.DatasetDict | list[d
     if not splits:
         raise ValueError("dataset has no rows, so there is nothing to capture.")
     return splits
+
+
+def _capture_rows(
+    teacher: LiveTeacher,
+    splits: Mapping[str, Any],
+    share: Sequence[tuple[str, int]],
+    collate: DistillationCollator,
+    recorded: dict[str, Any],
+    folder: Path,
+    writer: ShardWriter,
+    batch_size: int,
+    progress: bool,
+) -> None:
+    """Writes the rows of `share`, each a split and a number, that the cache does not hold yet."""
+    known = read_keys(folder, SHARD)
+    tokens, seconds = 0, 0.0
+    with tqdm(total=len(share), unit=" rows", desc="capture", disable=not progress) as bar:
+        for first in range(0, len(share), batch_size):
+            names = share[first : first + batch_size]
+            batch = collate([splits[name][number] for name, number in names])
+            if "labels" not in batch:
+                name, number = names[0]
+                raise ValueError(f"row {number} of {name} has no target; a teacher is asked at targets.")
+            begin = time.monotonic()
+            batch = {**batch, **with_teacher_inputs(batch, collate.start_token_id, collate.vocabulary)}
+            count = _capture_batch(teacher, batch, names, recorded, known, writer)
+            if count:
+                tokens, seconds = tokens + count, seconds + time.monotonic() - begin
+                bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s, {size_on_disk(folder) / 1e6:.1f} MB")
+            bar.update(len(names))
 
 
 def _capture_batch(
