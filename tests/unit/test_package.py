@@ -2,10 +2,7 @@
 
 import ast
 import importlib
-<<<<<<< HEAD
-=======
 import inspect
->>>>>>> h-types1
 import re
 import subprocess
 import sys
