@@ -16,7 +16,7 @@ from ...models.whole_weights import whole_on_each_process
 from ..alignment.vocabularies import SharedVocabulary, vocab_size
 from ..checks.limits import check_length, max_positions
 from .lm_head import catch_head_input
-from .signal import DenseScores
+from .signal import DenseScores, TeacherSignal
 
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers.models.auto.modeling_auto import _BaseModelWithGenerate as GenerativeModel
 
 
-class LiveTeacher:
+class LiveTeacher(TeacherSignal):
     """A causal language model that answers batch by batch: frozen, in eval mode, in a dtype of its own.
 
     It is no `nn.Module`, so nothing that walks, wraps or saves the student ever meets it.

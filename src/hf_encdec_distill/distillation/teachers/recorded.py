@@ -25,7 +25,7 @@ from .cache_hub import fetch, is_on_hub, push
 from .fingerprints import row_keys
 from .recorded_losses import SampledScores, TopKScores
 from .shards import read_shards, shard_files
-from .signal import DenseScores
+from .signal import DenseScores, TeacherSignal
 
 
 MANIFEST = "manifest.json"
@@ -57,7 +57,7 @@ COLUMNS = {
 KINDS = tuple(COLUMNS)
 
 
-class CachedTeacher:
+class CachedTeacher(TeacherSignal):
     """A `TeacherSignal` that reads what `capture` wrote; no teacher is in memory, records are memory-mapped.
 
     Args:
