@@ -126,7 +126,7 @@ def test_a_fourth_target_from_the_command_line_to_the_card(toy, student, tmp_pat
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] != "\n"
     text = card.read_text()
-    assert "### PyTorch's programs\n\n```python\n" in text and "| `toy` | toy, fp32, dynamic |" in text
+    assert "### PyTorch's programs\n\n```bash\n" in text and "| `toy` | toy, fp32, dynamic |" in text
     assert 'allow_patterns="toy/*"' in text
     assert _student(str(folder / "toy"))[0] == "PyTorch's programs fp32"
     assert {"toy/encoder.pt2", "toy/decoder.pt2", "toy/exported.json"} <= set(files_to_push(folder))

@@ -493,7 +493,7 @@ import datasets, pyarrow.parquet, torch
 from transformers import AutoTokenizer
 from hf_encdec_distill.distillation import LiveTeacher, TargetGeneration, capture
 from hf_encdec_distill.distillation.teachers import targets
-from hf_encdec_distill.distillation.shards import read_keys
+from hf_encdec_distill.distillation.teachers.shards import read_keys
 
 torch.set_num_threads(1)
 datasets.disable_progress_bars()

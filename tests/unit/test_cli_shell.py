@@ -114,7 +114,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 @pytest.mark.process
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_page_says_how_each_shell_completes(shell):
-    section = DOCS.read_text(encoding="utf-8").partition("## Completion")[2]
+    section = DOCS.read_text(encoding="utf-8").partition("## Shell completion")[2]
     (command,) = re.findall(rf"^\| {shell} \| `([^`]*)`", section, flags=re.MULTILINE)
     words = re.search(r"register-python-argcomplete[^)|\\]*", command)[0].split()
     register = shutil.which(words[0], path=str(Path(sys.executable).parent))
