@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from .models.rope_encdec import RopeEncDecEncoderModel as RopeEncDecEncoderModel
     from .models.rope_encdec import RopeEncDecForConditionalGeneration as RopeEncDecForConditionalGeneration
     from .models.rope_encdec import RopeEncDecModel as RopeEncDecModel
-
-__getattr__, __dir__, __all__ = on_first_use(
-    __name__,
-    {
-        ".distillation.arguments": ["DistillationTrainingArguments"],
-        ".distillation.trainer": ["DistillationTrainer"],
-        ".models.rope_encdec": [
-            "RopeEncDecConfig",
-            "RopeEncDecEncoderModel",
-            "RopeEncDecForConditionalGeneration",
-            "RopeEncDecModel",
-        ],
-    },
-)
+else:
+    __getattr__, __dir__, __all__ = on_first_use(
+        __name__,
+        {
+            ".distillation.arguments": ["DistillationTrainingArguments"],
+            ".distillation.trainer": ["DistillationTrainer"],
+            ".models.rope_encdec": [
+                "RopeEncDecConfig",
+                "RopeEncDecEncoderModel",
+                "RopeEncDecForConditionalGeneration",
+                "RopeEncDecModel",
+            ],
+        },
+    )

@@ -11,7 +11,8 @@ def on_first_use(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """`__getattr__`, `__dir__` and `__all__` of a package.
 
-    Type checkers and editors need the same names in an `if TYPE_CHECKING:` block.
+    Called in the `else:` of an `if TYPE_CHECKING:` that imports the same names: type checkers and editors then know
+    these, and no others.
 
     Args:
         package: its `__name__`.

@@ -159,6 +159,7 @@ def test_a_type_checker_knows_what_is_imported_on_first_use(tmp_path):
         names |= {f"{module.__name__}.{name}": value for name, value in values.items() if callable(value)}
     program = tmp_path / "program.py"
     lines = [*(f"import hf_encdec_distill{package}" for package in LAZY), *(f"reveal_type({name})" for name in names)]
+    lines += [f"hf_encdec_distill{package}.no_such_name" for package in LAZY]
     program.write_text("\n".join(lines), encoding="utf-8")
     # Of other packages only the decorators that ours use are read, which takes seconds, not a minute.
     settings = ["[mypy]\nfollow_imports = skip\nmypy_path = ", str(ROOT.parent)]
@@ -169,6 +170,7 @@ def test_a_type_checker_knows_what_is_imported_on_first_use(tmp_path):
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     revealed = re.findall(r'Revealed type is "(.*)"', run.stdout)
     assert len(revealed) == len(names), run.stdout + run.stderr
+    assert run.stdout.count('has no attribute "no_such_name"') == len(LAZY), run.stdout
     for (name, value), seen in zip(names.items(), revealed):
         if inspect.isclass(value):
             assert f"{value.__module__}.{value.__qualname__}" in seen, (name, seen)

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from .plots import plot_latency as plot_latency
     from .plots import plot_loss_curves as plot_loss_curves
     from .plots import plot_quality as plot_quality
-
-__getattr__, __dir__, __all__ = on_first_use(
-    __name__,
-    {
-        ".cost": ["CostComparison", "ModelCost", "compare_cost", "decoder_only_config", "model_cost"],
-        ".energy": ["EnergyMeter"],
-        ".latency": ["LatencyComparison", "compare_latency", "greedy_decode", "machine_description"],
-        ".plots": ["plot_latency", "plot_loss_curves", "plot_quality"],
-        "..devices": ["best_cpu_dtype", "bf16_unit", "cpu_flags"],
-    },
-)
+else:
+    __getattr__, __dir__, __all__ = on_first_use(
+        __name__,
+        {
+            ".cost": ["CostComparison", "ModelCost", "compare_cost", "decoder_only_config", "model_cost"],
+            ".energy": ["EnergyMeter"],
+            ".latency": ["LatencyComparison", "compare_latency", "greedy_decode", "machine_description"],
+            ".plots": ["plot_latency", "plot_loss_curves", "plot_quality"],
+            "..devices": ["best_cpu_dtype", "bf16_unit", "cpu_flags"],
+        },
+    )

@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from .index import model_index as model_index
     from .index import update_model_card as update_model_card
     from .model_card import write_model_card as write_model_card
-
-__getattr__, __dir__, __all__ = on_first_use(
-    __name__,
-    {
-        ".callback": ["ModelCardCallback"],
-        ".index": ["model_index", "update_model_card"],
-        ".model_card": ["write_model_card"],
-    },
-)
+else:
+    __getattr__, __dir__, __all__ = on_first_use(
+        __name__,
+        {
+            ".callback": ["ModelCardCallback"],
+            ".index": ["model_index", "update_model_card"],
+            ".model_card": ["write_model_card"],
+        },
+    )

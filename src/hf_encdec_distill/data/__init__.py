@@ -26,18 +26,17 @@ if TYPE_CHECKING:
     from .python_docstrings import PROMPT_TEMPLATE as PROMPT_TEMPLATE
     from .python_docstrings import lead_sentence as lead_sentence
     from .python_docstrings import load_python_docstrings as load_python_docstrings
-
-__getattr__, __dir__, __all__ = on_first_use(
-    __name__,
-    {
-        ".builtin_teacher": ["fetch_builtin_teacher", "load_builtin_teacher"],
-        ".loading": ["load_pairs", "save_pairs"],
-        ".plain_text": ["find_sentinels", "load_plain_text"],
-        ".python_docstrings": ["PROMPT_TEMPLATE", "lead_sentence", "load_python_docstrings"],
-    },
-)
-
-__all__ += ["cache_root", "cached_folder", "fingerprint"]
+else:
+    __getattr__, __dir__, __all__ = on_first_use(
+        __name__,
+        {
+            ".builtin_teacher": ["fetch_builtin_teacher", "load_builtin_teacher"],
+            ".loading": ["load_pairs", "save_pairs"],
+            ".plain_text": ["find_sentinels", "load_plain_text"],
+            ".python_docstrings": ["PROMPT_TEMPLATE", "lead_sentence", "load_python_docstrings"],
+        },
+    )
+    __all__ += ["cache_root", "cached_folder", "fingerprint"]
 
 _RECORD = "files.sha256.json"
 logger = logging.getLogger(__name__)

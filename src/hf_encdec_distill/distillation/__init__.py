@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from .teachers.signal import TeacherSignal as TeacherSignal
     from .teachers.targets import TargetGeneration as TargetGeneration
     from .trainer import DistillationTrainer as DistillationTrainer
-
-__getattr__, __dir__, __all__ = on_first_use(
-    __name__,
-    {
-        ".arguments": ["DistillationTrainingArguments"],
-        ".collator": ["DistillationCollator"],
-        ".trainer": ["DistillationTrainer"],
-        ".alignment.vocabularies": ["SharedVocabulary"],
-        ".teachers.signal": ["TeacherSignal"],
-        ".teachers.live": ["LiveTeacher"],
-        ".teachers.recorded": ["CachedTeacher", "is_cache"],
-        ".teachers.capture": ["capture"],
-        ".teachers.targets": ["TargetGeneration"],
-    },
-)
+else:
+    __getattr__, __dir__, __all__ = on_first_use(
+        __name__,
+        {
+            ".arguments": ["DistillationTrainingArguments"],
+            ".collator": ["DistillationCollator"],
+            ".trainer": ["DistillationTrainer"],
+            ".alignment.vocabularies": ["SharedVocabulary"],
+            ".teachers.signal": ["TeacherSignal"],
+            ".teachers.live": ["LiveTeacher"],
+            ".teachers.recorded": ["CachedTeacher", "is_cache"],
+            ".teachers.capture": ["capture"],
+            ".teachers.targets": ["TargetGeneration"],
+        },
+    )

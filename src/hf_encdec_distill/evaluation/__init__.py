@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from .scoring import generate as generate
     from .scoring import read_by_encoder as read_by_encoder
     from .scoring import score as score
-
-__getattr__, __dir__, __all__ = on_first_use(
-    __name__,
-    {
-        ".scoring": ["encode_rows", "generate", "read_by_encoder", "score"],
-        ".fidelity": ["CalibrationError", "Fidelity", "token_calibration", "token_fidelity"],
-        ".judge": ["Judge"],
-    },
-)
+else:
+    __getattr__, __dir__, __all__ = on_first_use(
+        __name__,
+        {
+            ".scoring": ["encode_rows", "generate", "read_by_encoder", "score"],
+            ".fidelity": ["CalibrationError", "Fidelity", "token_calibration", "token_fidelity"],
+            ".judge": ["Judge"],
+        },
+    )

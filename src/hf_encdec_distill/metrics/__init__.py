@@ -29,28 +29,28 @@ if TYPE_CHECKING:
     from .texts import rouge as rouge
     from .texts import rouge_l as rouge_l
     from .texts import squad as squad
-
-__getattr__, __dir__, __all__ = on_first_use(
-    __name__,
-    {
-        ".texts": [
-            "Bleu",
-            "ChrF",
-            "DistinctShare",
-            "Rouge",
-            "Squad",
-            "bleu",
-            "chrf",
-            "decode_texts",
-            "distinct_share",
-            "exact_match",
-            "f1",
-            "generation_metrics",
-            "rouge",
-            "rouge_l",
-            "squad",
-        ],
-        ".measures": ["METRICS", "estimate", "measure_texts"],
-        ".significance": ["Sums", "calibration_error", "interval", "mean", "p_value"],
-    },
-)
+else:
+    __getattr__, __dir__, __all__ = on_first_use(
+        __name__,
+        {
+            ".texts": [
+                "Bleu",
+                "ChrF",
+                "DistinctShare",
+                "Rouge",
+                "Squad",
+                "bleu",
+                "chrf",
+                "decode_texts",
+                "distinct_share",
+                "exact_match",
+                "f1",
+                "generation_metrics",
+                "rouge",
+                "rouge_l",
+                "squad",
+            ],
+            ".measures": ["METRICS", "estimate", "measure_texts"],
+            ".significance": ["Sums", "calibration_error", "interval", "mean", "p_value"],
+        },
+    )

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from .signal import TeacherScores as TeacherScores
     from .signal import TeacherSignal as TeacherSignal
     from .targets import TargetGeneration as TargetGeneration
-
-__getattr__, __dir__, __all__ = on_first_use(
-    __name__,
-    {
-        ".signal": ["TeacherScores", "TeacherSignal"],
-        ".live": ["LiveTeacher"],
-        ".recorded": ["CachedTeacher", "is_cache"],
-        ".targets": ["TargetGeneration"],
-    },
-)
+else:
+    __getattr__, __dir__, __all__ = on_first_use(
+        __name__,
+        {
+            ".signal": ["TeacherScores", "TeacherSignal"],
+            ".live": ["LiveTeacher"],
+            ".recorded": ["CachedTeacher", "is_cache"],
+            ".targets": ["TargetGeneration"],
+        },
+    )
