@@ -37,7 +37,7 @@ class _MovedModules(MetaPathFinder, Loader):
                         return getattr(found, name)
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
-        module.__getattr__ = __getattr__  # type: ignore[method-assign]
+        module.__getattr__ = __getattr__  # type: ignore[method-assign]  # PEP 562 asks for it
 
 
 def find_moved_modules() -> None:

@@ -38,7 +38,7 @@ class CoreMlConfig(DynamoConfig):
         minimum_deployment_target: an attribute of `coremltools.target`.
     """
 
-    export_format: str = "coreml"  # type: ignore[assignment]  # registry takes any
+    export_format: str = "coreml"  # type: ignore[assignment]  # the registry takes any name
     compute_precision: str = "float32"
     minimum_deployment_target: str = "iOS18"
 
@@ -52,7 +52,7 @@ class CoreMlExporter(DynamoExporter):
     requires_trust_remote_code = False  # protobuf and numbers, no code
     required_packages = ["torch", "coremltools"]
 
-    def export_program(  # type: ignore[override]  # theirs do too
+    def export_program(  # type: ignore[override]  # upstream's narrow the config, too
         self, model, sample_inputs: MutableMapping[str, Any], config: CoreMlConfig
     ) -> tuple[Any, ExportMetadata]:
         """
@@ -96,7 +96,7 @@ class CoreMlExporter(DynamoExporter):
         ]
 
     @classmethod
-    def load_program(cls, path) -> Path:  # type: ignore[override]  # theirs do too
+    def load_program(cls, path) -> Path:  # type: ignore[override]  # upstream's narrow what comes back, too
         return Path(path)
 
 
