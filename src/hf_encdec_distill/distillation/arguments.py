@@ -117,6 +117,20 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             "tied to the embedding."
         },
     )
+    unfreeze_encoder_after: float = field(
+        default=0.0,
+        metadata={
+            "help": "With freeze_encoder, train the encoder too after this many steps or, below 1, this share of all "
+            "steps; 0 keeps it frozen."
+        },
+    )
+    encoder_states: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which freeze_encoder keeps the encoder's states of each row, in float16: the encoder, "
+            "without its dropout, reads a row once, and later steps read the folder instead."
+        },
+    )
     cross_attention_warmup_steps: int = field(
         default=0,
         metadata={"help": "Steps at the start in which only the cross-attentions and their norms are trained."},
@@ -257,6 +271,29 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
                 f"hidden_state_weight={self.hidden_state_weight} with vocab_policy='universal': student and teacher "
                 "read other tokens, so that no state of the one stands where one of the other does. Set it to 0."
             )
+        _within(
+            "unfreeze_encoder_after",
+            self.unfreeze_encoder_after,
+            0 <= self.unfreeze_encoder_after < float("inf"),
+            "a number of steps, or a share of them below 1",
+        )
+        for name in ("unfreeze_encoder_after", "encoder_states"):
+            if getattr(self, name) and not self.freeze_encoder:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} without freeze_encoder: the encoder is trained from the first "
+                    "step. Set freeze_encoder=True, or leave it out."
+                )
+        if self.unfreeze_encoder_after > 0 and self.progressive_depth_steps > 0:
+            raise ValueError(
+                f"unfreeze_encoder_after={self.unfreeze_encoder_after} with progressive_depth_steps="
+                f"{self.progressive_depth_steps}, which may take out what is to be trained. Leave one of them out."
+            )
+        for name in ("neftune_noise_alpha", "bidirectional_warmup_steps"):
+            if self.encoder_states is not None and getattr(self, name):
+                raise ValueError(
+                    f"encoder_states={self.encoder_states!r} with {name}={getattr(self, name)}, with which the "
+                    "encoder's states of a row change from step to step. Leave one of them out."
+                )
         if self.freeze_encoder and self.gradient_checkpointing:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
             if self.gradient_checkpointing_kwargs["use_reentrant"]:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,8 @@ from .checks.packing import refuse_packed
 from .collator import MESSAGES, DistillationCollator, tokenizer_of
 from .losses import chunked_sum, cross_entropy, select_divergence, token_mean, universal_logit_distance
 from .options.cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
-from .options.frozen_encoder import freeze_encoder
+from .options.encoder_states import EncoderStates
+from .options.frozen_encoder import UnfreezeEncoder, freeze_encoder, unfrozen
 from .options.hidden_states import HiddenStateTraining, catch_hidden_states
 from .options.neftune import noise_on_tied_embeddings
 from .options.rollouts import ReplayBuffer, as_it_was, draw, on_policy_fraction_at, roll_out
@@ -119,6 +120,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     data_collator: DistillationCollator
     teacher: LiveTeacher | CachedTeacher
     _signature_columns: list[str] | None  # type: ignore[assignment]  # base: None
+    frozen_parameters: Sequence[nn.Parameter] = ()  # by `freeze_encoder`
 
     def __init__(
         self,
@@ -154,7 +156,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         # Smoothing is part of our cross-entropy; the base class would put its own loss in place of ours.
         self.label_smoother = None
         if args.freeze_encoder:
-            freeze_encoder(self.model)
+            self.frozen_parameters = freeze_encoder(self.model) or self.frozen_parameters
         if self.is_fsdp_enabled:
             share_tied_embeddings(self.model)
         self._set_up_teacher(teacher, teacher_processing_class)
@@ -247,7 +249,15 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             if schedule is not None:
                 self.add_callback(schedule)
         self._match_hidden_states()
-        can_share = not self.is_sharded and not args.bidirectional_warmup_steps
+        if args.unfreeze_encoder_after > 0:
+            self.add_callback(UnfreezeEncoder(self))
+        self._encoder_states = None
+        if args.encoder_states is not None:
+            self._encoder_states = EncoderStates(args.encoder_states, self.accelerator)
+            self._encoder_states.check(self)
+            self.add_callback(self._encoder_states)
+        # States that are kept need no pass at all, so that none is shared.
+        can_share = not (self.is_sharded or args.bidirectional_warmup_steps or args.encoder_states)
         runs_the_prompt = self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
         self._shared_prompt = SharedPrompt(runs_the_prompt if can_share else None)
         self._replay = ReplayBuffer(args.replay_buffer_size)
@@ -281,6 +291,8 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         refuse_packed(inputs)
         self._check_lengths(inputs, labels)
         student = self._student_inputs(model, inputs)
+        if self._encoder_states is not None and not return_outputs:  # of which the encoder's last state is one
+            student |= self._encoder_states.encoder_outputs(self.accelerator.unwrap_model(model), student)
         chunked = self._goes_in_chunks(model, student, len(rows), return_outputs)
         # Asked here, where a run that is resumed has its weights.
         shares = model.training and not return_outputs
@@ -486,7 +498,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         self._on_own_targets = False
         if self._depth is not None and batches and self._depth.is_due():
             self._depth.remove_best(self._loss_in_each(self._depth.without_each(), batches))
-            self._shared_prompt.forget()  # the encoder may no longer be what it was
+            self.forget_encoder()
         self._on_own_targets = bool(batches) and draw(seed, step, 0) < share
         if not self._on_own_targets:
             return batches, count
@@ -518,8 +530,19 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     def call_model_init(self, trial=None) -> "GenerativeModel":
         model: GenerativeModel = super().call_model_init(trial)  # type: ignore[assignment]  # base: any module
         if self.args.freeze_encoder:
-            freeze_encoder(model)
+            self.frozen_parameters = freeze_encoder(model)
         return model
+
+    def create_optimizer(self, *args, **kwargs):
+        """As the base class, with the parameters that `unfreeze_encoder_after` is going to train."""
+        with unfrozen(self.frozen_parameters if self.args.unfreeze_encoder_after > 0 else ()):
+            return super().create_optimizer(*args, **kwargs)
+
+    def forget_encoder(self) -> None:
+        """The encoder may no longer be what it was: whose states others have is found out again."""
+        self._shared_prompt.forget()
+        if self._encoder_states is not None:
+            self._encoder_states.forget()
 
     def training_step(self, *args, **kwargs) -> Tensor:
         """As the base class; during the warm-up of the cross-attention the other gradients are dropped."""
@@ -615,7 +638,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
 
     def _inner_training_loop(self, *args, **kwargs):
         # Anew each time: `auto_find_batch_size` comes here again after a batch that did not fit.
-        self._shared_prompt.forget()
+        self.forget_encoder()
         self._train_sums, self._train_steps = {}, Counter()
         self._replay = ReplayBuffer(self.args.replay_buffer_size)
         self._empty_targets = EmptyTargets(self._eos_token_ids())
@@ -659,6 +682,8 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         """As the base class, with every loss a mean over the target tokens of the whole set."""
         if has_length(dataloader.dataset) and not len(dataloader.dataset):
             raise ValueError(f"the data set to evaluate ({metric_key_prefix}) has no rows.")
+        if not self.is_in_train:
+            self.forget_encoder()
         self._eval_sums = {}
         try:
             output = super().evaluation_loop(
@@ -691,6 +716,9 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         student = {name: value for name, value in inputs.items() if name not in TEACHER_COLUMNS and value is not None}
         if "labels" not in student:
             return super().prediction_step(model, student, prediction_loss_only, ignore_keys, **gen_kwargs)
+        if self._encoder_states is not None and prediction_loss_only:  # the base class would ask for outputs too
+            with torch.no_grad(), self.compute_loss_context_manager():
+                return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
         if not self.args.predict_with_generate or prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         inputs = self._prepare_inputs(inputs)

@@ -136,7 +136,7 @@ class ProgressiveDepth(TrainerCallback):
         if trainer.optimizer is not None:
             _forget(trainer.optimizer, [parameter for parameter in trainable if id(parameter) not in kept])
         if isinstance(trainer.model_wrapped, DistributedDataParallel):
-            _wrap_again(trainer.model_wrapped, trainer.accelerator.ddp_handler)
+            wrap_again(trainer.model_wrapped, trainer.accelerator.ddp_handler)
 
     def _count(self, side: str) -> int:
         return getattr(self._trainer.model.config, f"{side}_num_hidden_layers")
@@ -283,7 +283,7 @@ def _forget(optimizer, gone: list[nn.Parameter]) -> None:
         optimizer.state.pop(parameter, None)
 
 
-def _wrap_again(wrapper: DistributedDataParallel, settings) -> None:
+def wrap_again(wrapper: DistributedDataParallel, settings) -> None:
     """The same wrapper of a model with other parameters: in place, since the training loop holds it."""
     kwargs = {} if settings is None else settings.to_kwargs()
     # Before the new reducer is made: each takes its hooks off the parameters when it goes.

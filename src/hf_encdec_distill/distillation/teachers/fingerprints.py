@@ -57,10 +57,15 @@ def adapter_digest(model: PreTrainedModel) -> str | None:
     return _digest_of(described)
 
 
-def config_digest(model: PreTrainedModel) -> str:
-    """SHA-256 over a model's configuration, without what says only where it came from."""
+def config_digest(model: PreTrainedModel, but: tuple[str, ...] = ()) -> str:
+    """SHA-256 over a model's configuration, without what says only where it came from.
+
+    Args:
+        but: how the names of further fields begin that are left out.
+    """
     config = model.config.to_dict().items()
-    return _digest_of({name: value for name, value in config if name not in _NO_PART_OF_A_TEACHER})
+    left_out = _NO_PART_OF_A_TEACHER
+    return _digest_of({name: value for name, value in config if name not in left_out and not name.startswith(but)})
 
 
 def tokenizer_digest(tokenizer) -> str | None:
