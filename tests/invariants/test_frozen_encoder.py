@@ -5,10 +5,12 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from distillation_toys import EOS, InOrder, arguments, make_bart, make_t5, ragged_rows, spread
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
+from hf_encdec_distill.distillation.options.frozen_encoder import step_of
 from hf_encdec_distill.distillation.options.shared_prompt import SharedPrompt
 
 
@@ -176,3 +178,116 @@ def test_what_would_starve_the_first_decoder_layer_is_refused(tmp_path):
     assert arguments(tmp_path, **settings).gradient_checkpointing_kwargs == {"use_reentrant": False}
     with pytest.raises(ValueError, match="use_reentrant=True"):
         arguments(tmp_path, gradient_checkpointing_kwargs={"use_reentrant": True}, **settings)
+
+
+# --- until it is unfrozen ---
+
+
+def by_hand(student, teacher, rows, steps, after, lr, decay):
+    """AdamW on 0.9 KL + 0.1 CE of batches of four rows, matrices alone decayed, the rate falling to 0; the encoder has
+    no gradient in the first `after` steps."""
+    of_encoder = {id(parameter) for parameter in student.get_encoder().parameters() if parameter.requires_grad}
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    groups = [[p for p in trained if p.dim() > 1], [p for p in trained if p.dim() == 1]]
+    optimizer = torch.optim.AdamW([{"params": groups[0], "weight_decay": decay}, {"params": groups[1]}], lr=lr)
+    optimizer.param_groups[1]["weight_decay"] = 0.0
+    start = student.config.decoder_start_token_id
+    for step in range(steps):
+        total, tokens = 0.0, 0
+        for row in rows[4 * (step % 2) : 4 * (step % 2) + 4]:
+            source, target = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
+            logits = student(input_ids=source[None], labels=target[None]).logits[0]
+            with torch.no_grad():
+                read = torch.cat([source, torch.tensor([start]), target])[None]
+                answers = teacher(read).logits[0, len(source) : -1]
+            kl = F.kl_div(logits.log_softmax(-1), answers.log_softmax(-1), reduction="sum", log_target=True)
+            total = total + 0.9 * kl + 0.1 * F.cross_entropy(logits, target, reduction="sum")
+            tokens += len(target)
+        optimizer.zero_grad()
+        (total / tokens).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - step / steps)
+            for parameter in group["params"]:
+                if step < after and id(parameter) in of_encoder:
+                    parameter.grad = None
+        optimizer.step()
+
+
+LATER = {"optim": "adamw_torch", "learning_rate": 1e-3, "lr_scheduler_type": "linear", "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("after", [3, 0.5])
+def test_the_encoder_learns_later(tmp_path, tokenizer, after):
+    """Six steps, of which the first three train the decoder alone: as a loop of torch does it."""
+    teacher = make_deep(tie_word_embeddings=True)
+    student, expected = make_student(teacher), make_student(teacher)
+    before = copy.deepcopy(student.get_encoder().state_dict())
+    trainer = make_trainer(
+        tmp_path, student, teacher, tokenizer, unfreeze_encoder_after=after, num_train_epochs=3, **LATER
+    )
+    trainer.train()
+    by_hand(expected.train(), teacher, ROWS, 6, 3, LATER["learning_rate"], LATER["weight_decay"])
+    for (name, one), other in zip(student.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5, msg=name)
+    changed = {
+        name for name, value in student.get_encoder().state_dict().items() if not torch.equal(value, before[name])
+    }
+    # All but what no decoder layer reads.
+    assert changed == {name for name, value in expected.get_encoder().named_parameters() if value.requires_grad}
+    assert "embed_tokens.weight" in changed
+
+
+def test_a_share_of_all_steps_or_a_number():
+    assert [step_of(after, 10) for after in (0.05, 0.5, 0.99, 1, 1.0, 7)] == [1, 5, 10, 1, 1, 7]
+
+
+@pytest.mark.parametrize("states", [False, True])
+def test_stopped_before_and_after_it_learns_equals_never_stopped(tmp_path, tokenizer, states):
+    """At the step before, at that step and at the one after; a second `train` begins with a frozen encoder again."""
+
+    def make(**changed):
+        torch.manual_seed(len(changed))  # whatever the process did before must not matter
+        teacher = make_deep()
+        student = make_student(teacher, attention_dropout=0.2)
+        settings = {"unfreeze_encoder_after": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+        settings |= {"encoder_states": str(tmp_path / "states")} if states else {}
+        return make_trainer(tmp_path, student, teacher, tokenizer, **{**settings, **LATER, **changed})
+
+    whole = make()
+    whole.train()
+    for stop in (1, 2, 3):
+        resumed = make(save_strategy="no")
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+        for (name, one), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+            assert torch.equal(one, other), (stop, name)
+    before = copy.deepcopy(whole.model.get_encoder().state_dict())
+    whole.args.max_steps, whole.args.unfreeze_encoder_after, whole.args.save_strategy = 2, 1, "no"
+    seen = []
+    whole.model.get_encoder().register_forward_hook(lambda *_: seen.append(whole.frozen_parameters[0].requires_grad))
+    whole.train()
+    assert seen[0] is False and seen[-1] is True
+    after = whole.model.get_encoder().state_dict()
+    assert any(not torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_what_could_not_learn_later_is_refused(tmp_path, tokenizer):
+    teacher = make_deep()
+    with pytest.raises(ValueError, match="unfreeze_encoder_after=2 without freeze_encoder"):
+        arguments(tmp_path, unfreeze_encoder_after=2)
+    with pytest.raises(ValueError, match="unfreeze_encoder_after=-1 is out of range; .* a share of them below 1"):
+        arguments(tmp_path, unfreeze_encoder_after=-1, freeze_encoder=True)
+    depth = {"progressive_depth_steps": 1, "final_decoder_layers": 1}
+    with pytest.raises(ValueError, match="unfreeze_encoder_after=2 with progressive_depth_steps=1"):
+        arguments(tmp_path, unfreeze_encoder_after=2, freeze_encoder=True, **depth)
+    student = make_student(teacher)
+    trainer = make_trainer(tmp_path, student, teacher, tokenizer, unfreeze_encoder_after=2)
+    with pytest.raises(ValueError, match="unfreeze_encoder_after=2, but training ends at step 2"):
+        trainer.train()
+    trainer = make_trainer(tmp_path, student, teacher, tokenizer, unfreeze_encoder_after=1)
+    with pytest.raises(ValueError, match="was frozen before the trainer was made"):
+        trainer.train()
+    student = make_student(teacher)
+    trainer = make_trainer(tmp_path, student, teacher, tokenizer, unfreeze_encoder_after=1)
+    trainer.optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ValueError, match="the optimizer does not hold the encoder's parameters"):
+        trainer.train()

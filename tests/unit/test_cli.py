@@ -28,6 +28,7 @@ from hf_encdec_distill.cli.quickstart.state import open_run
 from hf_encdec_distill.cli.quickstart.tuning import completion_loss
 from hf_encdec_distill.distillation import LiveTeacher
 from hf_encdec_distill.distillation.checks.limits import check_rows
+from hf_encdec_distill.distillation.options.encoder_states import EncoderStates
 from hf_encdec_distill.evaluation import scoring
 from hf_encdec_distill.metrics import METRICS
 from hf_encdec_distill.metrics.texts import f1
@@ -496,6 +497,33 @@ def test_distill_from_a_cache(student_folder, teacher_folder, data_arguments, tm
         logs[teacher] = [row["ce_loss"] + row["distill_loss"] for row in json.loads(state.read_text())["log_history"]]
     assert logs["cache"] == pytest.approx(logs["teacher"], rel=0.02)  # the command captures in bfloat16 where it can
     assert "--splits x" in one_line_error(capsys, *capture, "--splits", "x")
+
+
+def test_distill_on_states_that_cache_recorded(
+    student_folder, teacher_folder, data_arguments, tmp_path, capsys, monkeypatch
+):
+    """As with the frozen encoder, which does not run any more; a second `cache` has nothing to do."""
+    states = tmp_path / "states"
+    record = ["cache", str(teacher_folder), "--encoder-states", str(student_folder), "--output", str(states)]
+    record += ["--prompt-template", TEMPLATE, *data_arguments]
+    assert "--generate with --encoder-states" in one_line_error(capsys, *record, "--generate")
+    assert main([*record, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["output"] == str(states) and said["rows"] > 150 and said["bytes"] > 0
+    files = list(states.rglob("*.safetensors"))
+    assert main(record) == 0
+    assert f"states of {said['rows']} rows" in capsys.readouterr().out and list(states.rglob("*.safetensors")) == files
+
+    logs = {}
+    for name, more in (("live", []), ("kept", ["--encoder-states", str(states)])):
+        if more:
+            monkeypatch.setattr(EncoderStates, "_compute", None)
+        options = ["--teacher", str(teacher_folder), "--output", str(tmp_path / name), "--prompt-template", TEMPLATE]
+        options += [*data_arguments, "--freeze-encoder", "--max-steps", "2", "--save-steps", "2", "--use-cpu", *more]
+        assert main(["distill", str(student_folder), *options, "--logging-steps", "1", "--report-to", "none"]) == 0
+        state = json.loads((tmp_path / name / "checkpoint-2" / "trainer_state.json").read_text())
+        logs[name] = [row["loss"] for row in state["log_history"]]
+    assert logs["kept"] == pytest.approx(logs["live"], rel=5e-3, abs=1e-4)
 
 
 def test_distill_on_targets_that_the_teacher_wrote(student_folder, teacher_folder, pairs_file, tmp_path, capsys):

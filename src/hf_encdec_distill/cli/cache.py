@@ -6,11 +6,16 @@ the processes share the rows.
 
 With --generate the teacher writes the targets itself. The folder keeps them too:
 `distill --teacher FOLDER --dataset FOLDER` trains on them.
+
+With --encoder-states STUDENT the folder gets what the student's encoder computes of each prompt, in place of the
+teacher's predictions: `distill STUDENT --freeze-encoder --encoder-states FOLDER` then never runs the encoder. Of the
+teacher, only the tokenizer is read.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._display import say_result
@@ -26,6 +31,8 @@ from ._inputs import (
 
 
 if TYPE_CHECKING:
+    from datasets import DatasetDict
+
     from ..distillation import TargetGeneration
 
 SUMMARY = "record a teacher once, then train without it"
@@ -102,6 +109,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the date for a chat template that contains one (default: that of --student, that of the cache to "
         "extend, today)",
     )
+    parser.add_argument(
+        "--encoder-states",
+        metavar="STUDENT",
+        help="record the states of this student's encoder, for a training with --freeze-encoder and --encoder-states",
+    )
+    parser.add_argument(
+        "--mixed-precision",
+        choices=("no", "bf16", "fp16"),
+        default="no",
+        help="with --encoder-states: bf16 for a training with --bf16, fp16 for --fp16 (default: %(default)s)",
+    )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows per batch (default: %(default)s)")
     parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the cache as a dataset")
     parser.add_argument("--private", action="store_true", help="create a private dataset")
@@ -118,7 +136,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from accelerate import PartialState
-    from datasets import DatasetDict
 
     from ..devices import device, working_dtype
     from ..distillation.alignment.vocabularies import check_vocab_policy
@@ -127,13 +144,12 @@ def run(args: argparse.Namespace) -> None:
     from ..distillation.teachers.recorded import CachedTeacher, size_on_disk
     from ..models.loading import load_config, load_tokenizer
 
+    if args.encoder_states is not None:
+        return _record_encoder_states(args)
     check_vocab_policy(args.vocab_policy)
     check_at_least_one(args, "max_source_length", "max_target_length")
     generation = _generation(args)
-    splits = load_splits(args.dataset, args.source_column, args.target_column)
-    unknown = [name for name in args.splits if name not in splits]
-    if unknown:
-        raise ValueError(f"--splits {unknown[0]}: the data has {', '.join(splits)}")
+    splits = _splits(args)
     path = teacher_path(args.teacher or args.teacher_option)
     dtype = args.teacher_dtype or str(working_dtype()).removeprefix("torch.")
     student = load_config(args.student) if args.student else None
@@ -142,7 +158,7 @@ def run(args: argparse.Namespace) -> None:
     state = PartialState()  # gives each process a device of its own
     captured = capture(
         LiveTeacher.load(path, dtype, args.teacher_quantization).to(device()),
-        DatasetDict({name: splits[name] for name in args.splits}),
+        splits,
         args.output,
         load_tokenizer(path),
         kind=args.kind,
@@ -170,6 +186,72 @@ def run(args: argparse.Namespace) -> None:
         content["url"] = cache.push_to_hub(args.push_to_hub, private=args.private or None)
         text += f"\n{content['url']}"
     say_result(args, content, text)
+
+
+def _record_encoder_states(args: argparse.Namespace) -> None:
+    from accelerate import Accelerator
+
+    from ..devices import device
+    from ..distillation import DistillationCollator
+    from ..distillation.alignment.vocabularies import SharedVocabulary, check_vocab_policy
+    from ..distillation.options.encoder_states import capture_encoder_states
+    from ..distillation.teachers.recorded import is_cache, recorded_prompt_date
+    from ..models.loading import load_tokenizer
+    from ..models.prompts import frozen_prompt_date
+    from .distill import student_and_tokenizer
+
+    check_vocab_policy(args.vocab_policy)
+    check_at_least_one(args, "batch_size", "max_source_length", "max_target_length")
+    other = "generate" if args.generate else "push_to_hub" if args.push_to_hub is not None else None
+    if other is not None:
+        raise ValueError(f"--{other.replace('_', '-')} with --encoder-states, which records no teacher: leave one out")
+    splits = _splits(args)
+    path = teacher_path(args.teacher or args.teacher_option)
+    student, tokenizer = student_and_tokenizer(args.encoder_states)
+    teacher_tokenizer = load_tokenizer(path)
+    template = prompt_template(args.prompt_template, args.dataset)
+    # As the trainer decides it.
+    day = args.prompt_date or getattr(student.config, "prompt_date", None)
+    day = day or (recorded_prompt_date(path) if is_cache(path) else None)
+    merged = getattr(student.config, "cross_attention", None) == "merged"
+    vocabulary = None
+    if args.vocab_policy in ("id_map", "universal"):
+        tokenizers = tokenizer, teacher_tokenizer
+        sizes = (1 + max(each.get_vocab().values()) for each in tokenizers)
+        vocabulary = SharedVocabulary.between(*sizes, *tokenizers, args.vocab_policy)
+    collator = DistillationCollator(
+        tokenizer,
+        teacher_tokenizer,
+        prompt_template=template,
+        prompt_date=frozen_prompt_date(teacher_tokenizer, template, day),
+        max_source_length=args.max_source_length,
+        max_target_length=args.max_target_length,
+        start_token_id=student.config.decoder_start_token_id if merged else None,
+        vocabulary=vocabulary,
+    )
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)  # gives each process a device of its own
+    rows = capture_encoder_states(
+        student.to(device()),
+        splits,
+        args.output,
+        collator,
+        batch_size=args.batch_size,
+        accelerator=accelerator,
+    )
+    if accelerator.is_main_process:
+        size = sum(file.stat().st_size for file in Path(args.output).rglob("*.safetensors"))
+        text = f"{args.output}: the encoder's states of {rows} rows, {size / 1e6:.1f} MB"
+        say_result(args, {"output": args.output, "rows": rows, "bytes": size}, text)
+
+
+def _splits(args: argparse.Namespace) -> DatasetDict:
+    from datasets import DatasetDict
+
+    splits = load_splits(args.dataset, args.source_column, args.target_column)
+    unknown = [name for name in args.splits if name not in splits]
+    if unknown:
+        raise ValueError(f"--splits {unknown[0]}: the data has {', '.join(splits)}")
+    return DatasetDict({name: splits[name] for name in args.splits})
 
 
 def _generation(args: argparse.Namespace) -> TargetGeneration | None:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .alignment.vocabularies import SharedVocabulary as SharedVocabulary
     from .arguments import DistillationTrainingArguments as DistillationTrainingArguments
     from .collator import DistillationCollator as DistillationCollator
+    from .options.encoder_states import capture_encoder_states as capture_encoder_states
     from .teachers.capture import capture as capture
     from .teachers.live import LiveTeacher as LiveTeacher
     from .teachers.recorded import CachedTeacher as CachedTeacher
@@ -23,6 +24,7 @@ else:
             ".arguments": ["DistillationTrainingArguments"],
             ".collator": ["DistillationCollator"],
             ".trainer": ["DistillationTrainer"],
+            ".options.encoder_states": ["capture_encoder_states"],
             ".alignment.vocabularies": ["SharedVocabulary"],
             ".teachers.signal": ["TeacherSignal"],
             ".teachers.live": ["LiveTeacher"],

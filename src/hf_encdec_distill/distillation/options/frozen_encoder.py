@@ -88,9 +88,8 @@ class UnfreezeEncoder(TrainerCallback):
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if any(id(parameter) not in held for parameter in self._trainer.frozen_parameters):
             raise ValueError(
-                f"{self._what}, but {type(optimizer).__name__} does not hold the encoder's parameters: make an "
-                "optimizer of your own of all parameters before the trainer, or choose one that steps after the "
-                "backward pass."
+                f"{self._what}, but the optimizer does not hold the encoder's parameters: make an optimizer of your "
+                "own of all parameters before the trainer, or choose an optim that does not step in the backward pass."
             )
         self._set(state.global_step >= self._step)
 
