@@ -59,6 +59,7 @@ _TRAINER, _LOSSES = "distillation/trainer.py", "distillation/losses.py"
 _POSITIONS, _VOCABULARIES = "distillation/alignment/positions.py", "distillation/alignment/vocabularies.py"
 _CAPTURE, _RECORDED = "distillation/teachers/capture.py", "distillation/teachers/recorded.py"
 _FINGERPRINTS, _ROLLOUTS = "distillation/teachers/fingerprints.py", "distillation/options/rollouts.py"
+_STATES = "distillation/options/encoder_states.py"
 _MODELING = "models/rope_encdec/modeling_rope_encdec.py"
 
 MUTATIONS = [
@@ -93,6 +94,14 @@ MUTATIONS = [
         "self.accelerator.gather_for_metrics(by_row)",
         "self.accelerator.gather(by_row)",
         "invariants/test_trainer_distributed.py::test_evaluation_of_two_processes",
+    ),
+    Mutation(
+        1,
+        "each process trains an encoder that is unfrozen by itself",
+        "distillation/options/frozen_encoder.py",
+        "if isinstance(trainer.model_wrapped, DistributedDataParallel):",
+        "if False:",
+        "invariants/test_encoder_states.py::test_two_processes_share_the_states",
     ),
     Mutation(
         2,
@@ -277,6 +286,22 @@ MUTATIONS = [
         "fresh = [row for row, key in enumerate(keys) if key is not None and key not in known]",
         "fresh = [row for row, key in enumerate(keys) if key is not None]",
         "unit/test_cache.py::test_a_capture_goes_on_where_it_was_stopped",
+    ),
+    Mutation(
+        8,
+        "the weights of the encoder are no part of what its states are known by",
+        _STATES,
+        "        weights_digest(encoder),\n",
+        "",
+        "invariants/test_encoder_states.py::test_other_weights_precision_and_states_are_others",
+    ),
+    Mutation(
+        8,
+        "states are written under their own name",
+        _STATES,
+        'partial = self._place / f"partial-{name}"',
+        'partial = self._place / f"states-{name}{_SUFFIX}"',
+        "invariants/test_encoder_states.py::test_a_file_is_whole_or_not_there",
     ),
     Mutation(
         9,

@@ -216,9 +216,8 @@ def _record_encoder_states(args: argparse.Namespace) -> None:
     merged = getattr(student.config, "cross_attention", None) == "merged"
     vocabulary = None
     if args.vocab_policy in ("id_map", "universal"):
-        tokenizers = tokenizer, teacher_tokenizer
-        sizes = (1 + max(each.get_vocab().values()) for each in tokenizers)
-        vocabulary = SharedVocabulary.between(*sizes, *tokenizers, args.vocab_policy)
+        ours, theirs = (1 + max(each.get_vocab().values()) for each in (tokenizer, teacher_tokenizer))
+        vocabulary = SharedVocabulary.between(ours, theirs, tokenizer, teacher_tokenizer, args.vocab_policy)
     collator = DistillationCollator(
         tokenizer,
         teacher_tokenizer,

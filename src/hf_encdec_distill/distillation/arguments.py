@@ -1,6 +1,7 @@
 """`DistillationTrainingArguments`: `Seq2SeqTrainingArguments` and what distillation adds to them."""
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -277,6 +278,8 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             0 <= self.unfreeze_encoder_after < float("inf"),
             "a number of steps, or a share of them below 1",
         )
+        if self.encoder_states is not None:
+            self.encoder_states = os.path.expanduser(self.encoder_states)  # as the base class does with its folders
         for name in ("unfreeze_encoder_after", "encoder_states"):
             if getattr(self, name) and not self.freeze_encoder:
                 raise ValueError(

@@ -718,7 +718,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             return super().prediction_step(model, student, prediction_loss_only, ignore_keys, **gen_kwargs)
         if self._encoder_states is not None and prediction_loss_only:  # the base class would ask for outputs too
             with torch.no_grad(), self.compute_loss_context_manager():
-                return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+                return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
         if not self.args.predict_with_generate or prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         inputs = self._prepare_inputs(inputs)

@@ -94,7 +94,14 @@ class EncoderStates(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         self.flush()
 
-    on_evaluate = on_predict = on_train_end = on_save
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.flush()
+
+    def on_predict(self, args, state, control, metrics, **kwargs):
+        self.flush()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.flush()
 
     def encoder_outputs(self, student: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """`encoder_outputs` for the student's forward on a batch; empty where its encoder is trained.
@@ -295,7 +302,7 @@ def capture_encoder_states(
         folder: for `encoder_states`.
         collator: with the tokenizers, template and limits of the training.
         batch_size: rows that the encoder reads at once.
-        accelerator: has the precision of the training; by default none but the weights' own.
+        accelerator: has the precision of the training; by default the one of this process.
         progress: show a bar.
 
     Returns:
@@ -304,7 +311,7 @@ def capture_encoder_states(
     Raises:
         ValueError: see `EncoderStates.encoder_outputs`.
     """
-    accelerator = accelerator or Accelerator(mixed_precision="no", cpu=student.device.type == "cpu")
+    accelerator = accelerator or Accelerator()
     splits = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
     numbered = [(rows, number) for rows in splits for number in range(len(rows))]
     share = numbered[accelerator.process_index :: accelerator.num_processes]
