@@ -198,6 +198,25 @@ def test_other_weights_precision_and_states_are_others(tmp_path):
     assert batch
 
 
+def test_the_encoder_computes_in_the_precision_of_the_training(tmp_path):
+    """bf16: the loss of a live encoder under autocast, from states of its own."""
+    losses = []
+    for states in (None, "states"):
+        trainer = make_trainer(tmp_path, MAKE["merged"](), states=states, bf16=True, num_train_epochs=2)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+    student, prompt = MAKE["merged"](), torch.tensor([ROWS[0]["input_ids"]])
+    (place,) = (tmp_path / "states").iterdir()
+    assert place.name == fingerprint(student, "bf16")
+    said = []
+    for enabled in (True, False):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            said.append(student.get_encoder()(input_ids=prompt).cross_attention_states[0])
+    distances = [min((t - one).abs().max() for t in kept(place).values() if t.shape == one.shape) for one in said]
+    assert distances[0] < 0.1 * distances[1]
+
+
 def test_a_number_too_large_for_float16_is_kept_as_it_is(tmp_path):
     """The residual stream of language models has some in the thousands; one row with 1e5 in it."""
     student = MAKE["merged"]()
@@ -370,10 +389,13 @@ def test_a_teacher_that_could_share_its_pass_does_not(tmp_path):
         ({"bidirectional_warmup_steps": 2}, "with bidirectional_warmup_steps=2"),
         ({"student": "dynamic"}, "rope_type='dynamic'"),
         ({"column": "position_ids"}, "the batch has position_ids"),
+        ({"sharded": True}, "with FSDP, DeepSpeed or tensor parallelism"),
     ],
 )
-def test_what_changes_from_step_to_step_is_refused(tmp_path, settings, message):
+def test_what_changes_from_step_to_step_is_refused(tmp_path, monkeypatch, settings, message):
     settings = dict(settings)
+    if settings.pop("sharded", False):
+        monkeypatch.setattr(DistillationTrainer, "is_sharded", True)
     column, kind = settings.pop("column", None), settings.pop("student", None)
     rope = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}} if kind else {}
     with pytest.raises(ValueError, match=message):

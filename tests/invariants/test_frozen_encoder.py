@@ -270,7 +270,7 @@ def test_stopped_before_and_after_it_learns_equals_never_stopped(tmp_path, token
     assert any(not torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_what_could_not_learn_later_is_refused(tmp_path, tokenizer):
+def test_what_could_not_learn_later_is_refused(tmp_path, tokenizer, monkeypatch):
     teacher = make_deep()
     with pytest.raises(ValueError, match="unfreeze_encoder_after=2 without freeze_encoder"):
         arguments(tmp_path, unfreeze_encoder_after=2)
@@ -291,3 +291,6 @@ def test_what_could_not_learn_later_is_refused(tmp_path, tokenizer):
     trainer.optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.1)
     with pytest.raises(ValueError, match="the optimizer does not hold the encoder's parameters"):
         trainer.train()
+    monkeypatch.setattr(InOrder, "is_sharded", True)
+    with pytest.raises(ValueError, match="unfreeze_encoder_after=1 with FSDP, DeepSpeed or tensor parallelism"):
+        make_trainer(tmp_path, make_student(teacher), teacher, tokenizer, unfreeze_encoder_after=1)
