@@ -22,10 +22,12 @@ from distillation_toys import (
     collate,
     make_bart,
     make_rope,
+    make_t5,
     make_teacher,
     ragged_rows,
     spread,
 )
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, Seq2SeqTrainingArguments
@@ -37,7 +39,20 @@ from hf_encdec_distill.distillation.options.encoder_states import EncoderStates,
 
 
 ROWS = ragged_rows(8)
-MAKE = {**STUDENTS, "bart": make_bart, "states": lambda: make_rope("separate", cross_attention_layers=[1, 2])}
+
+
+def make_adapted():
+    """T5 with LoRA that does something, in encoder and decoder."""
+    torch.manual_seed(4)
+    return get_peft_model(make_t5(), LoraConfig(target_modules=["q", "v"], init_lora_weights=False)).eval()
+
+
+MAKE = {
+    **STUDENTS,
+    "lora": make_adapted,
+    "bart": make_bart,
+    "states": lambda: make_rope("separate", cross_attention_layers=[1, 2]),
+}
 
 
 def make_trainer(folder, student, cls=InOrder, states="states", rows=ROWS, **changed):
@@ -97,7 +112,7 @@ def test_kept_states_give_the_loss_of_the_live_encoder(tmp_path, make_bpe_tokeni
     gradients_of(trainer, trainer.data_collator(ROWS[:4]))
     gradients_of(trainer, trainer.data_collator(ROWS[4:]))
     # Pads in front may move positions, which are columns in BART: there a row with others is another one.
-    assert runs[1:] == ([4] if side == "left" and name in ("t5", "bart") else [2])
+    assert runs[1:] == ([4] if side == "left" and name in ("t5", "lora", "bart") else [2])
     other_batch = gradients_of(trainer, trainer.data_collator(ROWS[2:]))
     for values in (found, other_batch):
         assert set(values) == set(expected)
@@ -117,14 +132,21 @@ def test_kept_states_give_the_loss_of_the_live_encoder(tmp_path, make_bpe_tokeni
         assert closest <= (1e-5 if exact else 1e-3) * said.abs().max()
 
 
-@pytest.mark.parametrize("name", ["t5", "merged"])
-def test_training_is_that_of_the_live_encoder(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    "name, how", [("t5", "gradient_checkpointing"), ("merged", "gradient_checkpointing"), ("merged", "accumulation")]
+)
+def test_training_is_that_of_the_live_encoder(tmp_path, monkeypatch, name, how):
     """Two passes in another order each, evaluation after each; the encoder reads each row once."""
     monkeypatch.setattr(module, "_KEPT_IN", torch.float32)
 
     def train(**changed):
         settings = {"num_train_epochs": 2, "eval_strategy": "epoch", "optim": "adamw_torch", "learning_rate": 1e-2}
         settings |= {"eval_dataset": ragged_rows(3, seed=5), "per_device_eval_batch_size": 2}
+        settings |= (
+            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+            if how == "accumulation"
+            else {how: True}
+        )
         trainer = make_trainer(tmp_path, MAKE[name](), DistillationTrainer, **settings, **changed)
         runs = count_runs(trainer)
         trainer.train()
