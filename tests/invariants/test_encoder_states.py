@@ -447,24 +447,35 @@ def test_a_folder_is_filled_ahead_of_time(tmp_path, make_bpe_tokenizer):
 
 
 def run(folder: Path) -> None:
-    """Two passes over eight rows, the second in another order; the second half of the steps trains the encoder too."""
+    """Four passes over eight rows, each in another order; the second half of the steps trains the encoder too. Resumed
+    before that and after, it ends in the same bits."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     module._KEPT_IN = torch.float32
-    trainer = make_trainer(
-        folder,
-        MAKE["merged"](),
-        DistillationTrainer,
-        states=f"states-{processes}",
-        num_train_epochs=4,
-        per_device_train_batch_size=4 // processes,
-        unfreeze_encoder_after=0.5,
-        ddp_backend="gloo" if processes > 1 else None,
-    )
+
+    def make(**changed):
+        return make_trainer(
+            folder / f"run-{processes}",
+            MAKE["merged"](),
+            DistillationTrainer,
+            num_train_epochs=4,
+            per_device_train_batch_size=4 // processes,
+            unfreeze_encoder_after=0.5,
+            ddp_backend="gloo" if processes > 1 else None,
+            **changed,
+        )
+
+    trainer = make(save_strategy="steps", save_steps=3)
     runs = count_runs(trainer)
     trainer.train()
     assert trainer.accelerator.num_processes == processes
-    torch.save(runs, folder / f"runs-{processes}-{trainer.accelerator.process_index}.pt")
-    torch.save(trainer.model.state_dict(), folder / f"weights-{processes}-{trainer.accelerator.process_index}.pt")
+    rank = trainer.accelerator.process_index
+    torch.save(runs, folder / f"runs-{processes}-{rank}.pt")
+    torch.save(trainer.model.state_dict(), folder / f"weights-{processes}-{rank}.pt")
+    for stop in (3, 6):
+        resumed = make()
+        resumed.train(resume_from_checkpoint=str(folder / f"run-{processes}" / f"checkpoint-{stop}"))
+        for (name, one), other in zip(trainer.model.named_parameters(), resumed.model.parameters(), strict=True):
+            assert torch.equal(one, other), (stop, name)
 
 
 @pytest.mark.process
@@ -485,7 +496,7 @@ def test_two_processes_share_the_states(tmp_path):
     runs = [load(tmp_path / f"runs-{name}.pt") for name in ("1-0", "2-0", "2-1")]
     # First the states, four rows a process, then the two passes in which the encoder is trained.
     assert runs == [[4, 4] + 4 * [4], [2, 2] + 4 * [2], [2, 2] + 4 * [2]]
-    assert len(kept(tmp_path / "states-2")) == len(ROWS)
+    assert len(kept(tmp_path / "run-2" / "states")) == len(ROWS)
     one, two, other = (load(tmp_path / f"weights-{name}.pt") for name in ("1-0", "2-0", "2-1"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
