@@ -5,6 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distillation_toys import EOS, InOrder, arguments, make_teacher, ragged_rows
+from peft import LoraConfig, get_peft_model
+from tokenizer_toys import renumbered, wordpiece
 from torch.utils.data import SequentialSampler
 from transformers import (
     AutoModelForCausalLM,
@@ -264,6 +266,92 @@ def test_the_head_runs_at_the_targets_alone(tmp_path, tokenizer, kept):
     torch.testing.assert_close(loss, expected)
     longest = max(len(row["input_ids"] + row["labels"]) for row in ROWS)
     assert seen == [max(len(row["labels"]) for row in ROWS) + 1 if kept else longest]
+
+
+@pytest.mark.parametrize("chunk_size", [1000, 3])
+def test_a_student_of_other_ids_has_the_loss_of_the_plain_one(tmp_path, tokenizer, chunk_size):
+    """`id_map`: the same student with its tokens in another order, on ready rows and on texts."""
+    order = torch.randperm(280, generator=torch.Generator().manual_seed(7))
+    ids = order.argsort().tolist()
+    settings = {"loss_chunk_size": chunk_size, "distill_temperature": 1.5}
+
+    def permuted():
+        student = make_student()
+        with torch.no_grad():
+            for module in (student.model.embed_tokens, student.lm_head):
+                module.weight.copy_(module.weight[order].clone())
+        return student
+
+    renamed = [{**row, **{name: [ids[i] for i in row[name]] for name in ("input_ids", "labels")}} for row in ROWS]
+    for plain_rows, rows in ((ROWS, renamed), (TEXT, TEXT)):
+        losses = []
+        for student, own, policy, given in (
+            (make_student(), tokenizer, "strict", plain_rows),
+            (permuted(), renumbered(tokenizer, ids), "id_map", rows),
+        ):
+            trainer = DistillationTrainer(
+                student,
+                arguments(tmp_path, vocab_policy=policy, **settings),
+                teacher=make_teacher(),
+                processing_class=own,
+                teacher_processing_class=tokenizer,
+            )
+            losses.append(trainer.compute_loss(trainer.model, trainer.data_collator([dict(row) for row in given])))
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+
+
+def test_a_teacher_with_another_tokenizer(tmp_path, tokenizer):
+    """`universal`: each reads its own encoding of the prompt, and sorted probabilities are compared."""
+    theirs = wordpiece()
+    teacher, template = make_teacher(len(theirs)), "Shorten: {source}\n"
+    trainer = DistillationTrainer(
+        make_student(),
+        arguments(tmp_path, vocab_policy="universal", prompt_template=template),
+        teacher=teacher,
+        processing_class=tokenizer,
+        teacher_processing_class=theirs,
+    )
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(TEXT))
+    student, distance, ce = make_student(), [], []
+    for row in TEXT:
+        batch = trainer.data_collator([row])
+        assert batch["input_ids"][0].tolist() == encode_prompt(tokenizer, row["source"], template)
+        target, positions = batch["labels"][0], batch["teacher_label_positions"][0]
+        ours = dense_logits(student, {"input_ids": batch["input_ids"][0].tolist(), "labels": target.tolist()})
+        with torch.no_grad():
+            logits = teacher(batch["teacher_input_ids"]).logits[0]
+        ce.append(F.cross_entropy(ours, target, reduction="none"))
+        for step, position in enumerate(positions.tolist()):
+            q = ours[step].softmax(-1).sort(descending=True).values
+            p = logits[max(position, 0)].softmax(-1).sort(descending=True).values
+            distance.append((F.pad(p, (0, len(q) - len(p))) - q).abs().sum() * (position >= 0))
+    assert any(value > 0 for value in distance)
+    expected = 0.9 * torch.stack(distance).mean() + 0.1 * torch.cat(ce).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_adapter_on_the_student(tmp_path, tokenizer, checkpointing):
+    """LoRA, also with gradient checkpointing: the loss by hand, a gradient for each adapter, answers of the model."""
+
+    def with_lora():
+        torch.manual_seed(4)
+        config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, init_lora_weights=False)
+        return get_peft_model(make_student(), config)
+
+    settings = {"predict_with_generate": True, "generation_max_length": 6, "gradient_checkpointing": checkpointing}
+    trainer = make_trainer(tmp_path, tokenizer, with_lora(), max_steps=1, per_device_train_batch_size=8, **settings)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    metrics = trainer.evaluate()
+    ce, kl, _ = dense_terms(with_lora().eval(), make_teacher(), ROWS)
+    assert metrics["eval_loss"] == pytest.approx((0.9 * kl + 0.1 * ce).mean().item(), rel=1e-5)
+    answers = trainer.predict(ROWS[:2]).predictions
+    prompt = torch.tensor([ROWS[0]["input_ids"]])
+    expected = with_lora().eval().generate(input_ids=prompt, max_new_tokens=6, do_sample=False)[0, prompt.shape[1] :]
+    assert answers[0, : len(expected)].tolist() == expected.tolist()
+    trainer.train()
+    for name, value in trainer.model.named_parameters():
+        assert torch.equal(value, before[name]) == ("lora_" not in name), name
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
