@@ -157,7 +157,7 @@ def in_one(row):
     """A row as `Trainer` takes it: prompt and target in one, labels that are -100 at the prompt."""
     ids = row["input_ids"] + row["labels"]
     labels = [-100] * len(row["input_ids"]) + row["labels"]
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "token_type_ids": [0] * len(ids), "labels": labels}
 
 
 @pytest.mark.parametrize("rows", ["apart", "in one"])

@@ -292,8 +292,9 @@ def _cut_at_target(row: dict[str, Any]) -> dict[str, Any]:
     first = next((column for column, label in enumerate(labels) if label != IGNORED), 0)
     if not first or len(ids) != len(labels) or any(x not in (IGNORED, y) for x, y in zip(labels, ids, strict=True)):
         return row
-    mask = _as_list(row.get("attention_mask", [1] * len(ids)))
-    return {**row, "input_ids": ids[:first], "attention_mask": mask[:first], "labels": labels[first:]}
+    of_tokens = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+    prompt = {name: row[name][:first] for name in of_tokens if row.get(name) is not None}
+    return {**row, **prompt, "labels": labels[first:]}
 
 
 def tokenizer_of(processing_class):

@@ -122,9 +122,11 @@ def answers_alone(model: "GenerativeModel") -> Iterator[None]:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         ids, mask = left_padded(input_ids, mask)
         options = {name: value for name, value in options.items() if name not in _OF_PARTS}
-        if not {"max_new_tokens", "generation_config"} & options.keys():
+        if max_length is None and "generation_config" not in options:
             config = model.generation_config
-            options["max_new_tokens"] = max_length or config.max_new_tokens or config.max_length or _MOST_NEW_TOKENS
+            max_length = config.max_new_tokens or config.max_length or _MOST_NEW_TOKENS
+        if max_length is not None:
+            options.setdefault("max_new_tokens", max_length)
         return generate(input_ids=ids, attention_mask=mask, **options)[:, ids.shape[1] :]
 
     model.generate = answers  # type: ignore[method-assign]  # put back below
