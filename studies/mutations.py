@@ -128,6 +128,14 @@ MUTATIONS = [
         "unit/test_alignment.py::test_derived_inputs_are_prompt_then_target",
     ),
     Mutation(
+        2,
+        "a decoder-only student is read one column late",
+        "distillation/decoder_only_student.py",
+        "return columns - _ends(labels)[rows] - 1",
+        "return columns - _ends(labels)[rows]",
+        "invariants/test_decoder_only_student.py::test_loss_and_gradient_of_a_ragged_batch",
+    ),
+    Mutation(
         3,
         "no BOS where the chat template has none",
         "models/prompts.py",

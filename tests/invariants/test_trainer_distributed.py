@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,12 @@ def run(folder: Path) -> None:
         ("plain", 1, 0.0, {}),
         ("own", 1, 0.5, {}),
         ("matched", 2, 0.0, {"hidden_state_weight": 0.5, "max_grad_norm": 1.0}),
+        ("decoder_only", 2, 0.0, {}),
     ):
         teacher = make_teacher(hidden_size=48) if matched else make_teacher()
+        make_student = partial(make_teacher, seed=5) if name == "decoder_only" else make_t5
         trainer = InOrder(
-            make_t5(),
+            make_student(),
             arguments(
                 folder,
                 optim="sgd",
@@ -61,7 +64,9 @@ def run(folder: Path) -> None:
             data_collator=collate,
         )
         trainer.train()
-        untrained = InOrder(make_t5(), trainer.args, teacher=teacher, eval_dataset=EVAL_ROWS, data_collator=collate)
+        untrained = InOrder(
+            make_student(), trainer.args, teacher=teacher, eval_dataset=EVAL_ROWS, data_collator=collate
+        )
         assert trainer.accelerator.num_processes == processes
         assert all(p.device.type == "cpu" for p in trainer.teacher.model.parameters())
         assert not isinstance(trainer.teacher.model, torch.nn.parallel.DistributedDataParallel)
@@ -110,6 +115,16 @@ def test_weights_and_logs_of_two_processes(runs, name):
     assert len(one[name]["logs"]) == 2
     for single, double in zip(one[name]["logs"], two[name]["logs"], strict=True):
         assert double == pytest.approx(single, rel=1e-4, abs=1e-4)  # 4.57 rounds its loss to four digits
+
+
+def test_a_decoder_only_student_of_two_processes(runs):
+    folder, one, two = runs
+    single, double = (torch.load(folder / f"decoder_only-{n}.pt", weights_only=True) for n in (1, 2))
+    for key, value in single.items():
+        torch.testing.assert_close(double[key], value, rtol=1e-4, atol=1e-6, msg=key)
+    for log, other in zip(one["decoder_only"]["logs"], two["decoder_only"]["logs"], strict=True):
+        assert other == pytest.approx(log, rel=1e-4, abs=1e-4)
+    assert two["decoder_only"]["eval"] == pytest.approx(one["decoder_only"]["eval"], rel=1e-5)
 
 
 def test_steps_on_own_targets_of_two_processes(runs):

@@ -127,6 +127,9 @@ class ModelCardCallback(TrainerCallback):
             key: [getattr(config, name) for name in names if hasattr(config, name)] for key, names in known.items()
         }
         student = {key: values[0] for key, values in there.items() if values}
+        if not config.is_encoder_decoder:
+            student["layers"] = config.num_hidden_layers
+            student["chat_template"] = getattr(self.trainer.data_collator.tokenizer, "chat_template", None) is not None
         if not self.trainer.is_sharded:
             student["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         return student

@@ -4,10 +4,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from ..export.backends import backend_of, targets
 from ..files import inside, read_json, write_text
 
+
+Reads = Literal["source", "prompt", "chat"]
 
 PARITY = "parity.json"
 _BEGIN = "<!-- How to load {name}: export and push rewrite this section; delete this line to keep yours. -->"
@@ -15,6 +18,9 @@ _END = "<!-- End of how to load. -->"
 _SECTION = re.compile(re.escape(_BEGIN).replace(r"\{name\}", "(?P<name>.+?)") + ".*?" + re.escape(_END), re.DOTALL)
 _SOURCE = re.compile("^source = (.+)$", re.MULTILINE)
 _PLACEHOLDER = "The text that the model is to read."
+_INSTALL = """```bash
+pip install torch "transformers>=4.57"
+```"""
 _UNFINISHED = (".rejected", ".unproven", ".partial")
 
 
@@ -42,15 +48,24 @@ def proven_exports(folder: Path) -> dict[str, dict]:
     return {export.name: read_parity(export) for export in proven}
 
 
-def loading_section(name: str, model_type: str, exports: Mapping[str, Mapping], source: str = _PLACEHOLDER) -> str:
+def loading_section(
+    name: str,
+    model_type: str,
+    exports: Mapping[str, Mapping],
+    source: str = _PLACEHOLDER,
+    reads: Reads = "source",
+) -> str:
     """PyTorch always, a runtime for each target that has an export, and what each export was proven to be.
 
     Args:
         name: what `from_pretrained` is given, a folder or `user/name`.
         exports: as `proven_exports` returns them.
         source: the text that the lines answer.
+        reads: an encoder-decoder reads it as the source, a decoder-only model as its prompt or as a user's message in
+            its chat template.
     """
-    parts = [_BEGIN.format(name=name), "## How to load", _in_pytorch(name, model_type, source)]
+    in_pytorch = _in_pytorch(name, model_type, source) if reads == "source" else _decoder_only(name, source, reads)
+    parts = [_BEGIN.format(name=name), "## How to load", in_pytorch]
     for target in targets():
         export = next((folder for folder, report in exports.items() if report["target"] == target), None)
         if export is not None:
@@ -75,7 +90,10 @@ def with_loading(text: str, model_type: str, exports: Mapping[str, Mapping], nam
             source = json.loads(written[1]) if written else _PLACEHOLDER
         except ValueError:  # edited by hand
             source = _PLACEHOLDER
-        return loading_section(name or found["name"], model_type, exports, source)
+        # A section says itself what kind of model it loads.
+        chats, decoder_only = (word in found[0] for word in ("apply_chat_template", "AutoModelForCausalLM"))
+        reads: Reads = "chat" if chats else "prompt" if decoder_only else "source"
+        return loading_section(name or found["name"], model_type, exports, source, reads)
 
     return _SECTION.sub(section, text, count=1)
 
@@ -98,6 +116,25 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=48)[0], skip_spec
 """
 
 
+def _decoder_only(name: str, source: str, reads: Reads) -> str:
+    inputs = 'tokenizer(source, return_tensors="pt")'
+    if reads == "chat":
+        inputs = """tokenizer.apply_chat_template(
+    [{"role": "user", "content": source}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)"""
+    return f"""{_INSTALL}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+source = {json.dumps(source, ensure_ascii=False)}
+inputs = {inputs}
+answer = model.generate(**inputs, max_new_tokens=48)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+```"""
+
+
 def _in_pytorch(name: str, model_type: str, source: str) -> str:
     def lines(option: str = "") -> str:
         return f"""from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -105,12 +142,9 @@ tokenizer = AutoTokenizer.from_pretrained("{name}"{option})
 model = AutoModelForSeq2SeqLM.from_pretrained("{name}"{option})
 """
 
-    install = """```bash
-pip install torch "transformers>=4.57"
-```"""
     if model_type != "rope_encdec":  # transformers itself has it
-        return f"{install}\n\n```python\n{lines()}{_answer(source)}```"
-    return f"""{install}
+        return f"{_INSTALL}\n\n```python\n{lines()}{_answer(source)}```"
+    return f"""{_INSTALL}
 
 ```python
 {lines(", trust_remote_code=True")}```

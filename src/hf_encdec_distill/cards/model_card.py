@@ -18,7 +18,9 @@ to an existing card.
     teacher     {"name", "hub_id", "license", "adaptation"}; hub_id becomes base_model; adaptation, free text, says how
                 the teacher was fine-tuned on the task
     student     {"name", "model_type", "encoder_layers", "decoder_layers", "cross_attention", "encoder_attention",
-                "parameters", "license"}; license defaults to the teacher's, model_type to "rope_encdec"
+                "parameters", "license"}; license defaults to the teacher's, model_type to "rope_encdec". Of a
+                decoder-only student {"layers", "chat_template"}, the latter whether its tokenizer has one, in place
+                of what is about encoder and decoder
     data        {"name", "hub_id", "description", "license", "train_rows", "validation_rows", "test_rows", "split"};
                 split is the one that the models were measured on, default "test"
     judge       {"name", "template", "probability_of_a_digit"}, the model whose scores are "judge"
@@ -61,7 +63,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..files import inside, read_json, write_text
 from ..metrics.measures import METRICS, OF_TEACHER, bounds, model_label, model_order
 from .index import eval_results
-from .loading import loading_section, proven_exports, table
+from .loading import Reads, loading_section, proven_exports, table
 
 
 PAPER = "https://arxiv.org/abs/2501.16273"
@@ -94,7 +96,9 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
     sections = (
         f"# {title}\n\n{_summary(metrics)}",
         _use(metrics),
-        loading_section(repo_id or folder, _model_type(metrics), metrics["exports"] or {}, **loading),
+        loading_section(
+            repo_id or folder, _model_type(metrics), metrics["exports"] or {}, **loading, reads=_reads(metrics)
+        ),
         _results(metrics),
         _figures(metrics),
         _speed(metrics),
@@ -103,7 +107,7 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
         _environment(metrics),
         _limits(metrics),
         _license_section(metrics),
-        _citation(),
+        "" if _is_decoder_only(metrics) else _citation(),
     )
     text = "\n\n".join(filter(None, (metrics.get("note"), *sections)))
     text = f"---\n{_card_data(metrics, title).to_yaml()}\n---\n\n{text}\n"
@@ -172,7 +176,11 @@ def _card_data(metrics: Mapping, title: str) -> ModelCardData:
         known |= {"model_name": title, "eval_results": results}
     return ModelCardData(
         library_name="transformers",
-        tags=["encoder-decoder", "knowledge-distillation", _model_type(metrics)],
+        tags=[
+            *([] if _is_decoder_only(metrics) else ["encoder-decoder"]),
+            "knowledge-distillation",
+            _model_type(metrics),
+        ],
         **{key: value for key, value in known.items() if value is not None},
     )
 
@@ -217,16 +225,29 @@ def _model_type(metrics: Mapping) -> str:
     return metrics.get("student", {}).get("model_type") or "rope_encdec"
 
 
+def _is_decoder_only(metrics: Mapping) -> bool:
+    return "layers" in metrics.get("student", {})
+
+
+def _reads(metrics: Mapping) -> Reads:
+    """As `loading_section` takes it."""
+    if not _is_decoder_only(metrics):
+        return "source"
+    return "chat" if metrics["student"].get("chat_template") else "prompt"
+
+
 def _summary(metrics: Mapping) -> str:
     student, teacher, task = (metrics.get(key, {}) for key in ("student", "teacher", "task"))
     layers = [
         f"{student[side]} {side.split('_')[0]}" for side in ("encoder_layers", "decoder_layers") if side in student
     ]
+    layers = [str(student["layers"])] if _is_decoder_only(metrics) else layers
     size = ([f"{student['parameters'] / 1e6:.1f} M parameters"] if "parameters" in student else []) + (
         [f"{' and '.join(layers)} layers"] if layers else []
     )
     kind = _model_type(metrics)
     text = "A RoPE encoder-decoder" if kind == "rope_encdec" else f"An encoder-decoder of type `{kind}`"
+    text = f"A decoder-only model of type `{kind}`" if _is_decoder_only(metrics) else text
     text += f" ({', '.join(size)})" if size else ""
     text += f" for one task, {task['name']}" if task.get("name") else ""
     text += f", distilled from the decoder-only model {_link(teacher)}." if teacher.get("name") else "."
@@ -256,7 +277,9 @@ def _use(metrics: Mapping) -> str:
     )
     if task.get("prompt_template"):
         merged = metrics.get("student", {}).get("cross_attention") == "merged"
-        if task.get("built_in", merged):
+        if _is_decoder_only(metrics) and task.get("built_in"):
+            whose = "The tokenizer's chat template makes this prompt, so give it the bare source as a user's message"
+        elif task.get("built_in", merged):
             whose = "The tokenizer adds this prompt, so give it the bare source"
         elif merged:
             whose = (
@@ -380,6 +403,8 @@ def _speed(metrics: Mapping) -> str:
             ("total", "Parameters, M"),
             *((p, f"– {p}, M") for p in ("embedding", "encoder", "decoder", "head")),
         ):
+            if part == "encoder" and not any(side[part] for side in parameters):
+                continue
             ratio = f"{cost['ratio']['parameters']:.2f}" if part == "total" else "–"
             rows.append([label, *(f"{side[part] / 1e6:.1f}" for side in parameters), ratio])
         notes.append(

@@ -106,10 +106,16 @@ def _student(name: str):
     """What runs it, and its `Side` of the page."""
     from ..devices import device, working_dtype
     from ..export.backends import backend_of
-    from ..models.loading import load_tokenizer
+    from ..models.loading import load_config, load_tokenizer
     from ._page import Side
     from .generate import load_answering
 
+    config = load_config(name)
+    if not config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} is a decoder-only model ({config.model_type}), and the page is for encoder-decoders: name one, "
+            "or talk to this model with `transformers chat`"
+        )
     model = load_answering(name, dtype=working_dtype())
     tokenizer = load_tokenizer(name)
     manifest = getattr(model, "manifest", None)

@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "begin",
         metavar="STUDENT|RECIPE",
-        help="folder or Hub id of an encoder-decoder, for instance from `init`; or a .yaml file",
+        help="folder or Hub id of an encoder-decoder or decoder-only model, for instance from `init`; or a .yaml file",
     )
     parser.add_argument(
         "--teacher",
@@ -240,10 +240,13 @@ def _known(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def student_and_tokenizer(path: str) -> tuple[Any, Any]:
     """From a folder or the Hub."""
-    from ..models.loading import load_student, load_tokenizer
+    from ..models.loading import load_student_of_any_kind, load_tokenizer
     from ..models.prompts import PreTrainedTokenizerFast
 
-    return load_student(path), load_tokenizer(path, PreTrainedTokenizerFast)
+    student = load_student_of_any_kind(path)
+    if not student.config.is_encoder_decoder:
+        return student, load_tokenizer(path)
+    return student, load_tokenizer(path, PreTrainedTokenizerFast)
 
 
 def train_and_save(trainer: DistillationTrainer, checkpoint: str | None) -> None:

@@ -160,7 +160,9 @@ def _measure(
     tokenizer = load_tokenizer(path)
     template = prompt_template(args.prompt_template, args.dataset)
     limits, day = (args.max_source_length, args.max_target_length), getattr(config, "prompt_date", None)
-    rows = encode_rows(pairs, teacher_tokenizer or tokenizer, template, *limits, day)
+    # A decoder-only student has the prompt that it was trained on as its chat template.
+    reader = teacher_tokenizer if teacher_tokenizer is not None and config.is_encoder_decoder else tokenizer
+    rows = encode_rows(pairs, reader, template, *limits, day)
     if config.is_encoder_decoder:
         read_by_encoder(rows, tokenizer, config, args.max_source_length)
     of_logits = [measure for measure in measures if measure in OF_LOGITS]

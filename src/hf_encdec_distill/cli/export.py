@@ -117,7 +117,7 @@ def _load(name: str) -> tuple[Any, Any]:
     if config.model_type != "rope_encdec":
         raise ValueError(
             f"{name} is a {config.model_type}: only students of this package can be exported; hf-encdec-distill init "
-            "makes one out of a decoder-only model"
+            "makes one out of a decoder-only model, and Optimum exports that as it is (optimum-cli export)"
         )
     return load_student(name, dtype=torch.float32), load_tokenizer(name)
 

@@ -22,27 +22,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    import torch
+
     from ..distillation.checks.limits import check_rows
     from ..models.loading import load_tokenizer
+    from ..models.prompts import encode_prompt
 
     check_at_least_one(args, "max_new_tokens", "num_beams")
     model = load_answering(args.model)
     tokenizer = load_tokenizer(args.model)
-    batches = [tokenizer(text, return_tensors="pt") for text in args.texts]
-    lengths = [batch["input_ids"].shape[1] for batch in batches]
+    decoder_only = not model.config.is_encoder_decoder
+    if decoder_only:
+        day = getattr(model.config, "prompt_date", None)
+        prompts = [encode_prompt(tokenizer, text, prompt_date=day) for text in args.texts]
+    else:
+        prompts = [tokenizer(text)["input_ids"] for text in args.texts]
+    lengths = [len(prompt) for prompt in prompts]
     mend = "give a shorter text, or fewer --max-new-tokens"
     check_rows(args.model, model.config, lengths, [args.max_new_tokens] * len(lengths), mend)
     answers = []
     with progress("generate") as update:
-        for encoded in batches:  # one by one: some graphs take no batch, and their answers are the same
+        for prompt in prompts:  # one by one: some graphs take no batch, and their answers are the same
+            input_ids = torch.tensor([prompt])
             tokens = model.generate(
-                input_ids=encoded["input_ids"],
-                attention_mask=encoded["attention_mask"],
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
                 max_new_tokens=args.max_new_tokens,
                 num_beams=args.num_beams,
                 do_sample=False,
             )
-            answers.append(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
+            answer = tokens[0, len(prompt) :] if decoder_only else tokens[0]
+            answers.append(tokenizer.decode(answer, skip_special_tokens=True).strip())
             update(len(answers) / len(args.texts), f"{len(answers)} of {len(args.texts)} texts")
     pairs = [{"text": text, "answer": answer} for text, answer in zip(args.texts, answers, strict=True)]
     say_result(args, {"answers": pairs}, "\n".join(answers))
@@ -51,8 +61,8 @@ def run(args: argparse.Namespace) -> None:
 def load_answering(name: str, **options):
     """An exported folder on the runtime of its target, else a student in PyTorch; `options` are for the latter."""
     from ..export.runtime import MANIFEST, ExportedForConditionalGeneration
-    from ..models.loading import load_student
+    from ..models.loading import load_student_of_any_kind
 
     if (Path(name) / MANIFEST).is_file():
         return ExportedForConditionalGeneration.from_pretrained(name)
-    return load_student(name, **options)
+    return load_student_of_any_kind(name, **options)

@@ -39,7 +39,7 @@ _TRAINING = {name: TRAINING[name] for name in _NAMES}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("student", help="folder or Hub id of an encoder-decoder, for instance from `init`")
+    parser.add_argument("student", help="folder or Hub id of a student, for instance from `init`")
     parser.add_argument("--teacher", required=True, help=f"causal language model: folder, Hub id, or {BUILT_IN!r}")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder for the checkpoints and the student")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --output")

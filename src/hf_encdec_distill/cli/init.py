@@ -1,7 +1,8 @@
 """Make an untrained student from a decoder-only model's own layers.
 
 AutoModelForSeq2SeqLM loads the folder, and `distill` starts from it. With all layers kept, the student computes what
-the teacher does. Each layer removed costs quality, and distillation recovers it.
+the teacher does. Each layer removed costs quality, and distillation recovers it. With --decoder-only the student is a
+smaller decoder-only model, which AutoModelForCausalLM loads.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from ._display import say_result
 from ._inputs import BUILT_IN, add_data_arguments, load_splits, prompt_template, teacher_path
@@ -18,27 +19,38 @@ from ._inputs import BUILT_IN, add_data_arguments, load_splits, prompt_template,
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..models.rope_encdec import RopeEncDecForConditionalGeneration
-
 
 SUMMARY = "make an untrained student from a decoder-only model"
 EXAMPLE = "hf-encdec-distill init built-in --encoder-layers 11 --decoder-layers 4 --output student"
 
 _CALIBRATION_ROWS = 32
+_SIDES = ("encoder", "decoder")
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """What of a teacher its student keeps."""
 
+    decoder_only: int | None = None
     encoder_layers: int | None = None
     decoder_layers: int | None = None
     cross_attention: Literal["merged", "separate"] = "merged"
     encoder_attention: Literal["causal", "bidirectional"] = "causal"
     layer_selection: Literal["influence", "greedy", "even", "first"] = "influence"
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a decoder-only student with a field of encoder-decoders."""
+        for name in ("encoder_layers", "decoder_layers", "cross_attention", "encoder_attention"):
+            value = getattr(self, name)
+            if self.decoder_only is not None and value != getattr(Shape, name):
+                raise ValueError(
+                    f"decoder_only={self.decoder_only} makes a student without an encoder, and {name}={value} is for "
+                    "one that has it: leave one of the two out"
+                )
+
 
 _HELP = {
+    "decoder_only": "make a decoder-only student with this many layers",
     "encoder_layers": "encoder layers to keep (default: all)",
     "decoder_layers": "decoder layers to keep (default: all)",
     "cross_attention": "how the decoder reads the encoder: merged (the default) or separate",
@@ -83,6 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..models.either_version import save_teacher
+
     output = new_folder(args.output)
     path = teacher_path(args.teacher)
     rows = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")["train"]
@@ -90,20 +104,19 @@ def run(args: argparse.Namespace) -> None:
     shape = Shape(**{name: getattr(args, name) for name in said})
     template = prompt_template(args.prompt_template, args.dataset)
     student = make_student(path, shape, rows, template, args.prompt_date)
-    student.save_pretrained(output)
-    content = {
-        "output": str(output),
-        "encoder_layers": student.config.encoder_num_hidden_layers,
-        "decoder_layers": student.config.decoder_num_hidden_layers,
-        "parameters": student.num_parameters(),
-    }
-    layers = f"{content['encoder_layers']} + {content['decoder_layers']} layers"
-    say_result(args, content, f"{output}: {layers}, {content['parameters'] / 1e6:.1f} M parameters")
+    counts: dict[str, int]
+    if shape.decoder_only is None:
+        student.save_pretrained(output)
+        counts = {f"{side}_layers": getattr(student.config, f"{side}_num_hidden_layers") for side in _SIDES}
+    else:
+        save_teacher(student, student.tokenizer, output)
+        counts = {"layers": student.config.num_hidden_layers}
+    content = {"output": str(output), **counts, "parameters": student.num_parameters()}
+    layers = " + ".join(map(str, counts.values()))
+    say_result(args, content, f"{output}: {layers} layers, {content['parameters'] / 1e6:.1f} M parameters")
 
 
-def make_student(
-    teacher: str, shape: Shape, rows: Dataset, template: str | None, prompt_date: str | None
-) -> RopeEncDecForConditionalGeneration:
+def make_student(teacher: str, shape: Shape, rows: Dataset, template: str | None, prompt_date: str | None) -> Any:
     """The student that has `shape` of the teacher in a folder or on the Hub, in float32.
 
     Args:
@@ -113,6 +126,7 @@ def make_student(
     """
     import torch
 
+    from ..models.decoder_only import prune_decoder_only
     from ..models.loading import load_teacher, load_tokenizer
     from ..models.rope_encdec import RopeEncDecForConditionalGeneration
     from ..models.whole_weights import whole_on_each_process
@@ -120,17 +134,22 @@ def make_student(
     rows = rows.shuffle(seed=0).select(range(min(_CALIBRATION_ROWS, len(rows))))
     with whole_on_each_process():
         model = load_teacher(teacher, dtype=torch.float32)
+    shared: dict[str, Any] = {
+        "tokenizer": load_tokenizer(teacher),
+        "layer_selection": shape.layer_selection,
+        "prompt_template": template,
+        "prompt_date": prompt_date,
+        "calibration": list(zip(rows["source"], rows["target"], strict=True)),
+    }
+    if shape.decoder_only is not None:
+        return prune_decoder_only(model, num_hidden_layers=shape.decoder_only, **shared)
     return RopeEncDecForConditionalGeneration.from_decoder_only(
         model,
-        tokenizer=load_tokenizer(teacher),
         encoder_num_hidden_layers=shape.encoder_layers,
         decoder_num_hidden_layers=shape.decoder_layers,
         cross_attention=shape.cross_attention,
         encoder_attention=shape.encoder_attention,
-        layer_selection=shape.layer_selection,
-        prompt_template=template,
-        prompt_date=prompt_date,
-        calibration=list(zip(rows["source"], rows["target"], strict=True)),
+        **shared,
     )
 
 

@@ -38,8 +38,8 @@ class DistillationCollator:
     pads between its start token and the target computes something else.
 
     Text targets end in EOS. The teacher's prompt is encoded with its own template and tokenizer; the student reads
-    that prompt without its last token if it is merged (`start_token_id`), its own encoding of the source if not. The
-    keys added to a batch are listed in `alignment`.
+    that prompt without its last token if it is merged (`start_token_id`), all of it if it is a decoder-only model, its
+    own encoding of the source if neither. The keys added to a batch are listed in `alignment`.
 
     Where student and teacher have different ids (`vocabulary`), the student always reads its own encoding of the
     source, into which a merged student's tokenizer puts the prompt. The teacher reads the student's target tokens
@@ -53,6 +53,7 @@ class DistillationCollator:
         prompt_template, prompt_date: what the teacher reads around the source, see `DistillationTrainingArguments`.
         max_source_length, max_target_length: see `DistillationTrainingArguments`; ready rows are never cut.
         start_token_id: for a merged student, the token its decoder starts with.
+        decoder_only: whether the student is a decoder-only model, which reads the whole prompt.
         student_collator: pads rows of `input_ids` and `labels`; by default `DataCollatorForSeq2Seq`.
         keep_text_columns: leave the text columns of ready rows to `student_collator`.
         vocabulary: which ids of the teacher those of the student are; by default the same.
@@ -73,6 +74,7 @@ class DistillationCollator:
         max_source_length: int | None = None,
         max_target_length: int | None = None,
         start_token_id: int | None = None,
+        decoder_only: bool = False,
         student_collator: Callable[[list], Mapping[str, Any]] | None = None,
         keep_text_columns: bool = False,
         vocabulary: SharedVocabulary | None = None,
@@ -90,6 +92,7 @@ class DistillationCollator:
         self.max_source_length = max_source_length
         self.max_target_length = max_target_length
         self.start_token_id = start_token_id
+        self.decoder_only = decoder_only
         self.keep_text_columns = keep_text_columns
         self.vocabulary = vocabulary or SharedVocabulary(0, 0)
         self._prompt_checked = False
@@ -124,7 +127,8 @@ class DistillationCollator:
         text_columns = (self.source_column, self.target_column, MESSAGES)
         if "input_ids" in row:
             dropped = () if self.keep_text_columns else text_columns
-            return {name: value for name, value in row.items() if name not in dropped}
+            ready = {name: value for name, value in row.items() if name not in dropped}
+            return _cut_at_target(ready) if self.decoder_only else ready
         if row.get(MESSAGES) is not None:
             source, target = split_conversation(row[MESSAGES])
         elif row.get(self.source_column) is not None:
@@ -149,14 +153,20 @@ class DistillationCollator:
         # A student with a tokenizer of another kind has a prompt of its own.
         if self.start_token_id is not None and not universal and not self._prompt_checked:
             self._check_student_reads_prompt()
+        if self.decoder_only and not universal and not self._prompt_checked:
+            self._warn_of_other_prompt()
         if self.prompt_template is None and not self.teacher_tokenizer.chat_template:
             logger.warning_once(
                 "the teacher's tokenizer has no chat template, and no prompt_template is given: the teacher reads the "
                 "source as it is, with the target right behind it."
             )
         prompt = self._teacher_prompt(source)
-        merged = self.start_token_id is not None and self.vocabulary.same_ids
-        input_ids = prompt[:-1] if merged else self._student_source(source)
+        if self.vocabulary.same_ids and self.decoder_only:
+            input_ids = prompt
+        elif self.vocabulary.same_ids and self.start_token_id is not None:
+            input_ids = prompt[:-1]
+        else:
+            input_ids = self._student_source(source)
         ready = {"input_ids": input_ids, "attention_mask": [1] * len(input_ids)}
         if target is None:
             return ready
@@ -186,8 +196,15 @@ class DistillationCollator:
         return prompt
 
     def reads_prompt(self) -> bool:
-        """Whether the student's tokenizer has the prompt of a merged student built in."""
-        if self.start_token_id is None or self.tokenizer is None or self.teacher_tokenizer is None:
+        """Whether the student's tokenizer knows the prompt: a merged student's has it built in, a decoder-only one's
+        has it as its chat template.
+        """
+        if self.tokenizer is None or self.teacher_tokenizer is None:
+            return False
+        if self.decoder_only:
+            own = encode_prompt(self.tokenizer, _PROBE, prompt_date=self.prompt_date)
+            return self.tokenizer.decode(own) == self.teacher_tokenizer.decode(self._teacher_prompt(_PROBE))
+        if self.start_token_id is None:
             return False
         try:
             expected = self._teacher_prompt(_PROBE)[:-1]
@@ -214,7 +231,18 @@ class DistillationCollator:
             )
         self._prompt_checked = True
 
+    def _warn_of_other_prompt(self) -> None:
+        if not self.reads_prompt():
+            logger.warning(
+                "the student's chat template makes another prompt than the teacher's, on which it is trained: "
+                "give prompt_template (--prompt-template), or the student's tokenizer the teacher's chat template."
+            )
+        self._prompt_checked = True
+
     def _student_source(self, source: str | list[dict]) -> list[int]:
+        if self.decoder_only:
+            limits = (self.max_source_length, self.prompt_date)
+            return encode_prompt(self.tokenizer, source, self.prompt_template, *limits)
         if not isinstance(source, str):
             if self.tokenizer.chat_template is not None:
                 return encode_prompt(self.tokenizer, source, None, self.max_source_length, self.prompt_date)
@@ -252,6 +280,21 @@ class DistillationCollator:
             raise ValueError("the student's tokenizer has no eos_token, but text targets end in one; set it.")
         # A cut target did not end there, and neither teacher nor student should be told that it did.
         return [*ids, self.tokenizer.eos_token_id][: self.max_target_length]
+
+
+def _cut_at_target(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as `Trainer` takes it of a decoder-only model, prompt and target in one and labels that are -100 at the
+    prompt, as one with the prompt in `input_ids` and the target in `labels`; any other row as it is.
+    """
+    if row.get("labels") is None or "teacher_input_ids" in row:
+        return row
+    ids, labels = _as_list(row["input_ids"]), _as_list(row["labels"])
+    first = next((column for column, label in enumerate(labels) if label != IGNORED), 0)
+    if not first or len(ids) != len(labels) or any(x not in (IGNORED, y) for x, y in zip(labels, ids, strict=True)):
+        return row
+    of_tokens = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+    prompt = {name: row[name][:first] for name in of_tokens if row.get(name) is not None}
+    return {**row, **prompt, "labels": labels[first:]}
 
 
 def tokenizer_of(processing_class):

@@ -25,9 +25,14 @@ def save_teacher(model, tokenizer, folder: str | os.PathLike) -> None:
     """Save a causal language model (or its PEFT adapter) and its tokenizer so that 4.57 and 5.x load them alike."""
     model.save_pretrained(folder)
     in_a_class_of_both_versions(tokenizer).save_pretrained(folder)
-    if not isinstance(model, PreTrainedModel) or not ROPE_LIVES_IN_ONE_DICT:
-        return
-    fields = fields_of_4_57(model.config.model_type, model.config.rope_parameters)
+    if isinstance(model, PreTrainedModel):
+        add_fields_of_4_57(model.config, folder)
+
+
+def add_fields_of_4_57(config, folder: str | os.PathLike) -> None:
+    """What 4.57 needs to know of `config`, in the config.json that 5.x has written to the folder."""
+    parameters = getattr(config, "rope_parameters", None) if ROPE_LIVES_IN_ONE_DICT else None
+    fields = fields_of_4_57(config.model_type, parameters)
     if fields is not None:
         file = Path(folder, "config.json")
         write_text(file, json.dumps(read_json(file) | fields, indent=2) + "\n")

@@ -110,6 +110,15 @@ def load_student(name: str | os.PathLike, **options: Any):
     return _load(AutoModelForSeq2SeqLM, name, "a student", options)
 
 
+def load_student_of_any_kind(name: str | os.PathLike, **options: Any):
+    """An encoder-decoder or a decoder-only model; arguments and errors as of `load_teacher`."""
+    config = load_config(name)
+    if getattr(config, "is_encoder_decoder", False):
+        return load_student(name, **options)
+    check_rope_is_read(config)
+    return _load(AutoModelForCausalLM, name, "a student", options)
+
+
 def check_folder(folder: Path) -> None:
     """All that is asked of a folder before transformers looks into it; of the Hub's, of what is in the cache so far.
 

@@ -13,6 +13,7 @@ A chat template may name the day (`strftime_now`). The prompt of a student, a ca
 day, their `prompt_date`, whatever day it is.
 """
 
+import copy
 import functools
 import json
 import logging
@@ -60,6 +61,12 @@ def check_limit(name, tokens) -> None:
     """Raises ValueError where a limit of length, `tokens`, is below 1; None is no limit."""
     if tokens is not None and tokens < 1:
         raise ValueError(f"{name}={tokens} is out of range; it has to be at least 1, or None for no cut.")
+
+
+def check_template(prompt_template) -> None:
+    """Raises ValueError for a template without a place for the source."""
+    if PLACEHOLDER not in prompt_template:
+        raise ValueError(f"prompt_template={prompt_template!r} has no {PLACEHOLDER} for the source; put it in.")
 
 
 def encode_prompt(tokenizer, source, prompt_template=None, max_length=None, prompt_date=None) -> list[int]:
@@ -215,6 +222,27 @@ def student_tokenizer(
     return wrap(backend)
 
 
+def with_prompt_as_chat_template(tokenizer, prompt_template=None):
+    """A decoder-only student's tokenizer: `tokenizer`, or a copy whose chat template is `prompt_template`.
+
+    Then `encode_prompt` and `apply_chat_template` make the student's prompts without being told the template.
+    """
+    if prompt_template is None:
+        return tokenizer
+    check_template(prompt_template)
+    bos = tokenizer.bos_token_id
+    begin = "{{ bos_token }}" if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ""
+    # Jinja reads string literals as Python does.
+    prompt = f"{prompt_template!r}.replace({PLACEHOLDER!r}, message['content'])"
+    student = copy.deepcopy(tokenizer)
+    student.chat_template = (
+        f"{begin}{{% for message in messages %}}"
+        "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+        f"{{% else %}}{{{{ {prompt} }}}}{{% endif %}}{{% endfor %}}"
+    )
+    return student
+
+
 def reads_bare_source(tokenizer) -> bool:
     """Whether it encodes a text with nothing around it but BOS: no prompt template is built in."""
     bare = tokenizer(_PROBES[0], add_special_tokens=False)["input_ids"]
@@ -270,8 +298,7 @@ def render_prompt(tokenizer, source, prompt_template=None, prompt_date=None) -> 
         prompt_date (`str`, *optional*): `YYYY-MM-DD`, the day that a chat template is told it is; by default today.
     """
     if prompt_template is not None:
-        if PLACEHOLDER not in prompt_template:
-            raise ValueError(f"prompt_template={prompt_template!r} has no {PLACEHOLDER} for the source; put it in.")
+        check_template(prompt_template)
         if not isinstance(source, str):
             raise ValueError("Chat messages bring their own template; leave prompt_template out, or pass source text.")
         return prompt_template.replace(PLACEHOLDER, source)

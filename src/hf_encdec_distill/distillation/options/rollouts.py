@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..alignment.positions import IGNORED, TEACHER_COLUMNS, teacher_inputs
 from ..alignment.vocabularies import SharedVocabulary
+from ..decoder_only_student import answers_alone, is_decoder_only
 
 
 if TYPE_CHECKING:
@@ -83,8 +84,11 @@ def roll_out(
         **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
         **{f"{name}_token_id": getattr(own, f"{name}_token_id") for name in ("decoder_start", "bos", "eos", "pad")},
     )
-    with as_it_was(model, seed), torch.no_grad():
-        tokens = model.generate(**inputs, generation_config=config)[:, 1:]  # without the start token
+    decoder_only = is_decoder_only(model.config)
+    with as_it_was(model, seed), torch.no_grad(), answers_alone(model) if decoder_only else contextlib.nullcontext():
+        tokens = model.generate(**inputs, generation_config=config)
+    if not decoder_only:
+        tokens = tokens[:, 1:]  # without the start token
     labels = _until_eos(tokens, config.eos_token_id)
     rolled = {**inputs, "labels": labels}
     if batch.get("teacher_input_ids") is not None:

@@ -25,6 +25,7 @@ from .layer_choice import (
     GreedyRemoval,
     calibration_batches,
     calibration_rows,
+    check_rows_to_measure_on,
     choose_layers,
     measure_teacher,
 )
@@ -99,19 +100,12 @@ def from_decoder_only(
             selection that needs calibration rows when there is no tokenizer, or a trimmed tokenizer with tokens that
             the teacher lacks, or without the one that the decoder starts from.
     """
-    teacher, tokenizer = _load_teacher(teacher, tokenizer)
-    if teacher.config.model_type not in SUPPORTED_FAMILIES:
-        raise ValueError(
-            f"A teacher of model_type={teacher.config.model_type!r} is not supported: its block has to be one of "
-            f"those that a student can hold, {', '.join(SUPPORTED_FAMILIES)}."
-        )
-    check_rope_is_read(teacher.config)
-    if layer_selection not in LAYER_SELECTIONS:
-        raise ValueError(f"layer_selection={layer_selection!r} is not one of {', '.join(LAYER_SELECTIONS)}.")
+    teacher, tokenizer = load_with_tokenizer(teacher, tokenizer)
+    check_teacher(teacher, layer_selection)
     depth = teacher.config.num_hidden_layers
     kept = {
-        "decoder": _requested_layers("decoder", decoder_num_hidden_layers, decoder_layers, depth),
-        "encoder": _requested_layers("encoder", encoder_num_hidden_layers, encoder_layers, depth),
+        "decoder": requested_layers("decoder_", decoder_num_hidden_layers, decoder_layers, depth),
+        "encoder": requested_layers("encoder_", encoder_num_hidden_layers, encoder_layers, depth),
     }
     special_tokens = _special_tokens(teacher, tokenizer, prompt_template, config_overrides)
     prompt_date = frozen_prompt_date(tokenizer, prompt_template, prompt_date)
@@ -134,12 +128,8 @@ def from_decoder_only(
             calibration, tokenizer, prompt_template, prompt_date, special_tokens["decoder_start_token_id"]
         )
         open_sides = [side for side, layers in kept.items() if isinstance(layers, int)]
-        if open_sides and layer_selection in ("influence", "greedy") and not rows:
-            raise ValueError(
-                f"layer_selection={layer_selection!r} measures on rows, and there is no tokenizer to make them with: "
-                "pass tokenizer=, or calibration= with (prompt ids, target ids) pairs, or choose "
-                'layer_selection="even".'
-            )
+        if open_sides:
+            check_rows_to_measure_on(rows, layer_selection)
         batches = calibration_batches(rows, next(teacher.parameters()).device)
         teacher_logprobs, influence = measure_teacher(teacher, batches)
         greedy = None
@@ -167,7 +157,8 @@ def from_decoder_only(
     return student.eval()
 
 
-def _load_teacher(teacher, tokenizer):
+def load_with_tokenizer(teacher, tokenizer):
+    """A model, of a folder or the Hub unless it is one already, and its tokenizer where one is found."""
     if not isinstance(teacher, PreTrainedModel):
         path = teacher
         with whole_on_each_process():
@@ -181,24 +172,36 @@ def _load_teacher(teacher, tokenizer):
     return teacher, tokenizer
 
 
-def _requested_layers(side, count, layers, depth) -> list[int] | int:
-    """The layers to keep where that is settled, else their number."""
+def check_teacher(teacher, layer_selection) -> None:
+    """Raises ValueError where no student can be made of this teacher, or not in this way."""
+    if teacher.config.model_type not in SUPPORTED_FAMILIES:
+        raise ValueError(
+            f"A teacher of model_type={teacher.config.model_type!r} is not supported: its block has to be one of "
+            f"those that a student can hold, {', '.join(SUPPORTED_FAMILIES)}."
+        )
+    check_rope_is_read(teacher.config)
+    if layer_selection not in LAYER_SELECTIONS:
+        raise ValueError(f"layer_selection={layer_selection!r} is not one of {', '.join(LAYER_SELECTIONS)}.")
+
+
+def requested_layers(prefix, count, layers, depth) -> list[int] | int:
+    """The layers to keep where that is settled, else their number; `prefix` is that of the arguments' names."""
     if layers is not None:
         layers = list(layers)
         if not layers or any(not 0 <= layer < depth for layer in layers) or sorted(set(layers)) != layers:
             raise ValueError(
-                f"{side}_layers={layers} does not work: ascending, distinct indices from 0 to {depth - 1} are needed."
+                f"{prefix}layers={layers} does not work: ascending, distinct indices from 0 to {depth - 1} are needed."
             )
         if count not in (None, len(layers)):
             raise ValueError(
-                f"{side}_num_hidden_layers={count} and {side}_layers={layers} disagree; pass one of them."
+                f"{prefix}num_hidden_layers={count} and {prefix}layers={layers} disagree; pass one of them."
             )
         return layers
     if count is None or count == depth:
         return list(range(depth))
     if not isinstance(count, int) or not 1 <= count <= depth:
         raise ValueError(
-            f"{side}_num_hidden_layers={count} does not work: the teacher has {depth} layers, keep 1 to {depth}."
+            f"{prefix}num_hidden_layers={count} does not work: the teacher has {depth} layers, keep 1 to {depth}."
         )
     return count
 
@@ -407,24 +410,35 @@ def _same(one, other) -> bool:
     return torch.equal(one, other.to(one.device))
 
 
-@torch.no_grad()
 def _rescale_final_norm(student, batches, teacher_logprobs):
-    """Scale the decoder's final norm, and so the logits, to the least KL from the teacher on the calibration rows.
-
-    A model that lost layers is wrong with the old confidence; what is scaled is only that, no argmax changes.
-    """
-    totals = [0.0] * len(_NORM_SCALES)
-    for batch, target in zip(batches, teacher_logprobs):
-        logits = student(
+    logits = (
+        student(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             decoder_input_ids=batch["decoder_input_ids"],
             use_cache=False,
         ).logits[batch["target_mask"]]
+        for batch in batches
+    )
+    rescale_norm(student.model.decoder.norm, logits, teacher_logprobs)
+
+
+@torch.no_grad()
+def rescale_norm(norm, logits, teacher_logprobs):
+    """Scale a student's final norm, and so the logits, to the least KL from the teacher on the calibration rows.
+
+    A model that lost layers is wrong with the old confidence; what is scaled is only that, no argmax changes.
+
+    Args:
+        logits: an iterable of the student's, `(target tokens, V)` for each batch.
+        teacher_logprobs (`list`): From `measure_teacher`.
+    """
+    totals = [0.0] * len(_NORM_SCALES)
+    for ours, target in zip(logits, teacher_logprobs):
         for index, scale in enumerate(_NORM_SCALES):
-            logprobs = (logits.float() * scale).log_softmax(-1)
+            logprobs = (ours.float() * scale).log_softmax(-1)
             totals[index] += F.kl_div(logprobs, target, reduction="sum", log_target=True).item()
-    student.model.decoder.norm.weight.mul_(_NORM_SCALES[totals.index(min(totals))])
+    norm.weight.mul_(_NORM_SCALES[totals.index(min(totals))])
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ _CALIBRATION_BATCH = 8
 def calibration_rows(
     calibration, tokenizer, prompt_template, prompt_date, start_token_id
 ) -> list[tuple[list[int], list[int]]]:
-    """`(what the teacher reads before the target, target)` as ids."""
+    """`(what the teacher reads before the target, target)` as ids. The prompt of a text ends in `start_token_id`."""
     if calibration is None:
         return [] if tokenizer is None else _documentation_rows(tokenizer)
     rows = []
@@ -26,7 +26,7 @@ def calibration_rows(
             if tokenizer is None:
                 raise ValueError("calibration has texts, but there is no tokenizer to encode them; pass tokenizer=.")
             prompt = encode_prompt(tokenizer, source, prompt_template, prompt_date=prompt_date)
-            if prompt[-1:] != [start_token_id]:
+            if start_token_id is not None and prompt[-1:] != [start_token_id]:
                 prompt = [*prompt, start_token_id]
             rows.append((prompt, tokenizer(target, add_special_tokens=False)["input_ids"]))
         else:
@@ -35,6 +35,16 @@ def calibration_rows(
     if not rows:
         raise ValueError("calibration has no row with a prompt of two tokens or more and a target; pass some dozen.")
     return rows
+
+
+def check_rows_to_measure_on(rows, layer_selection) -> None:
+    """Raises ValueError where a selection measures and there is nothing to measure on."""
+    if layer_selection in ("influence", "greedy") and not rows:
+        raise ValueError(
+            f"layer_selection={layer_selection!r} measures on rows, and there is no tokenizer to make them with: "
+            "pass tokenizer=, or calibration= with (prompt ids, target ids) pairs, or choose "
+            'layer_selection="even".'
+        )
 
 
 def _documentation_rows(tokenizer):
@@ -158,6 +168,26 @@ def _evenly_spaced(candidates, count):
     return [candidates[round(i * (len(candidates) - 1) / (count - 1))] for i in range(count)]
 
 
+def remove_greedily(candidates, count, divergence_with, what) -> list[int]:
+    """`count` of `candidates`: the one goes, time after time, whose absence leaves the least of `divergence_with`."""
+    layers = list(candidates)
+    steps = len(layers) - count
+    with tqdm(total=steps, desc=f"Taking layers out of {what}", disable=None) as progress:
+        for _ in range(steps):
+            layers = min(([x for x in layers if x != layer] for layer in layers), key=divergence_with)
+            progress.update()
+    return layers
+
+
+def divergence(logits, teacher_logprobs) -> float:
+    """KL from the teacher, a mean over the target tokens of all batches; `(target tokens, V)` of each batch."""
+    total, tokens = 0.0, 0
+    for ours, target in zip(logits, teacher_logprobs):
+        total += F.kl_div(ours.float().log_softmax(-1), target, reduction="sum", log_target=True).item()
+        tokens += len(target)
+    return total / tokens
+
+
 class GreedyRemoval:
     """Takes layers out of a full student one at a time, always the one whose absence costs least KL to the teacher."""
 
@@ -173,13 +203,9 @@ class GreedyRemoval:
         }
         kept[side] = list(candidates)
         states = None if side == "encoder" else self._encoder_states(kept["encoder"])
-        steps = len(candidates) - count
-        with tqdm(total=steps, desc=f"Taking layers out of the {side}", disable=None) as progress:
-            for _ in range(steps):
-                trials = [[x for x in kept[side] if x != layer] for layer in kept[side]]
-                kept[side] = min(trials, key=lambda layers: self._divergence({**kept, side: layers}, states))
-                progress.update()
-        return kept[side]
+        return remove_greedily(
+            candidates, count, lambda layers: self._divergence({**kept, side: layers}, states), f"the {side}"
+        )
 
     @torch.no_grad()
     def _encoder_states(self, layers):
@@ -197,14 +223,15 @@ class GreedyRemoval:
             decoder.state_slots = [sum(e < d for e in kept["encoder"]) for d in kept["decoder"]]
         else:
             decoder.state_slots = [len(kept["encoder"])] * len(kept["decoder"])
-        total, tokens = 0.0, 0
-        for batch, state, target in zip(self.batches, states, self.teacher_logprobs):
-            logits = self.student(
-                encoder_outputs=state,
-                attention_mask=batch["attention_mask"],
-                decoder_input_ids=batch["decoder_input_ids"],
-                use_cache=False,
-            ).logits[batch["target_mask"]]
-            total += F.kl_div(logits.float().log_softmax(-1), target, reduction="sum", log_target=True).item()
-            tokens += len(target)
-        return total / tokens
+        return divergence(
+            (
+                self.student(
+                    encoder_outputs=state,
+                    attention_mask=batch["attention_mask"],
+                    decoder_input_ids=batch["decoder_input_ids"],
+                    use_cache=False,
+                ).logits[batch["target_mask"]]
+                for batch, state in zip(self.batches, states)
+            ),
+            self.teacher_logprobs,
+        )
