@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from .alignment.vocabularies import VOCAB_POLICIES, check_vocab_policy
 from .losses import DIVERGENCES, HIDDEN_STATE_LOSSES
+from .options.fake_quantization import QAT
 
 
 logger = logging.get_logger(__name__)
@@ -141,6 +142,15 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             "attention rises linearly from 0 to 1. 0 does not change the encoder."
         },
     )
+    qat: str | None = field(
+        default=None,
+        metadata={
+            "help": "Quantization-aware training: round linear layers and embeddings to 4 bits in every forward pass, "
+            "so that the exported student loses little. 'int4': as `export --variant int4` to ONNX and OpenVINO. "
+            "'q4_0': as llama.cpp. The saved weights are not rounded.",
+            "choices": list(QAT),
+        },
+    )
     vocab_policy: str = field(
         default="mask_padding",
         metadata={
@@ -237,6 +247,13 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             "cross_attention_warmup_steps",
         ):
             _within(name, getattr(self, name), 0 <= getattr(self, name) < float("inf"), "a finite number, at least 0")
+        if self.qat is not None:
+            _one_of("qat", self.qat, tuple(QAT))
+            if self.fp16_full_eval or self.bf16_full_eval:
+                raise ValueError(
+                    f"qat={self.qat!r} with {'bf16' if self.bf16_full_eval else 'fp16'}_full_eval=True, which casts "
+                    "the weights while they are rounded: leave it out."
+                )
         if self.on_policy_fraction > 0 and self.distill_weight == 0:
             raise ValueError(
                 f"on_policy_fraction={self.on_policy_fraction} with distill_weight=0: the student's own targets teach "

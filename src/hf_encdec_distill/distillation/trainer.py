@@ -44,6 +44,7 @@ from .checks.packing import refuse_packed
 from .collator import MESSAGES, DistillationCollator, tokenizer_of
 from .losses import chunked_sum, cross_entropy, select_divergence, token_mean, universal_logit_distance
 from .options.cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
+from .options.fake_quantization import fake_quantized
 from .options.frozen_encoder import freeze_encoder
 from .options.hidden_states import HiddenStateTraining, catch_hidden_states
 from .options.neftune import noise_on_tied_embeddings
@@ -242,6 +243,11 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             check_cross_attention_warmup(self.model, args.cross_attention_warmup_steps, whole)
         if args.on_policy_fraction > 0:
             self._check_on_policy()
+        if args.qat is not None and (self.is_sharded or hasattr(self.model, "peft_config")):
+            raise ValueError(
+                f"qat={args.qat!r} rounds weights that are whole and exported as they are: use one device or "
+                "DistributedDataParallel instead of FSDP or DeepSpeed, and train all weights instead of an adapter."
+            )
         self._depth = ProgressiveDepth(self) if args.progressive_depth_steps else None
         for schedule in (self._depth, EncoderAnnealing(self) if args.bidirectional_warmup_steps else None):
             if schedule is not None:
@@ -256,6 +262,10 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     def is_sharded(self) -> bool:
         """Whether FSDP or DeepSpeed divide the student among processes."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _as_exported(self) -> AbstractContextManager[None]:
+        """While the block runs, the student has the weights that it is trained for: rounded, with `qat`."""
+        return fake_quantized(self.model, self.args.qat)
 
     # --- the loss ---
 
@@ -501,15 +511,16 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         self.check_weights()  # of NaN no token can be drawn
         # Each process and each batch of a step draws tokens of its own.
         process = self.accelerator.process_index
-        rolled = roll_out(
-            self.accelerator.unwrap_model(self.model),
-            batch,
-            max_new_tokens=self.args.max_target_length or batch["labels"].shape[1],
-            temperature=self.args.sampling_temperature,
-            forbidden=self._vocabulary.missing_below(vocab_size(self.model.config)),
-            vocabulary=self._vocabulary,
-            seed=int(draw(self.args.seed, step, 1000 + 1000 * process + number) * (1 << 62)),
-        )
+        with self._as_exported():
+            rolled = roll_out(
+                self.accelerator.unwrap_model(self.model),
+                batch,
+                max_new_tokens=self.args.max_target_length or batch["labels"].shape[1],
+                temperature=self.args.sampling_temperature,
+                forbidden=self._vocabulary.missing_below(vocab_size(self.model.config)),
+                vocabulary=self._vocabulary,
+                seed=int(draw(self.args.seed, step, 1000 + 1000 * process + number) * (1 << 62)),
+            )
         self._replay.add(rolled)
         return rolled
 
@@ -523,7 +534,8 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
 
     def training_step(self, *args, **kwargs) -> Tensor:
         """As the base class; during the warm-up of the cross-attention the other gradients are dropped."""
-        loss = super().training_step(*args, **kwargs)
+        with self._as_exported():
+            loss = super().training_step(*args, **kwargs)
         if self.state.global_step < self.args.cross_attention_warmup_steps:
             keep_cross_attention_gradients(self.model)
         return loss
@@ -533,7 +545,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         """The loss of a step's batches, of all processes, inside each of the N contexts, in eval mode: `[N]`."""
         student = self.accelerator.unwrap_model(self.model)
         totals, tokens = [0.0] * len(contexts), 0
-        with as_it_was(student, seed=0):
+        with self._as_exported(), as_it_was(student, seed=0):
             for batch in map(self._prepare_inputs, batches):
                 labels = batch["labels"]
                 rows, columns = target_positions(labels)
@@ -661,9 +673,10 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             raise ValueError(f"the data set to evaluate ({metric_key_prefix}) has no rows.")
         self._eval_sums = {}
         try:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            with torch.no_grad(), self._as_exported():
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
             sums = {name: total.item() for name, total in self._eval_sums.items()}
             if sums and output.metrics is not None:
                 tokens = max(sums.pop("tokens"), 1)
