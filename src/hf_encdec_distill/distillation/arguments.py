@@ -14,6 +14,7 @@ from transformers.utils import logging
 from .alignment.vocabularies import VOCAB_POLICIES, check_vocab_policy
 from .losses import DIVERGENCES, HIDDEN_STATE_LOSSES
 from .options.fake_quantization import QAT
+from .options.muon import MUON, check_muon
 
 
 logger = logging.get_logger(__name__)
@@ -151,6 +152,13 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             "choices": list(QAT),
         },
     )
+    optim: str | None = field(  # type: ignore[assignment]  # the base class has an enum
+        default=None,
+        metadata={
+            "help": "Optimizer: any that transformers knows by name, by default its AdamW, or 'muon': Muon for hidden "
+            "matrices and AdamW for all other weights, with one learning rate."
+        },
+    )
     vocab_policy: str = field(
         default="mask_padding",
         metadata={
@@ -219,7 +227,13 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
     target_column: str = field(default="target", metadata={"help": "Column with the target text."})
 
     def __post_init__(self):
+        optim = Seq2SeqTrainingArguments.optim if self.optim is None else self.optim
+        if optim == MUON:
+            check_muon()
+        self.optim = OptimizerNames.ADAMW_TORCH if optim == MUON else optim  # the base class knows no Muon
         super().__post_init__()
+        if optim == MUON:
+            self.optim = MUON
         check_training_arguments(self)
         _one_of("divergence", self.divergence, tuple(DIVERGENCES))
         check_vocab_policy(self.vocab_policy)
@@ -389,7 +403,7 @@ def with_distillation_defaults(args: TrainingArguments) -> DistillationTrainingA
 
 def steps_in_backward(args: TrainingArguments) -> bool:
     """Whether the optimizer updates weights in their backward, so that nobody else ever sees their gradients."""
-    return any(kind in OptimizerNames(args.optim).value for kind in ("layerwise", "lomo"))
+    return any(kind in args.optim for kind in ("layerwise", "lomo"))
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

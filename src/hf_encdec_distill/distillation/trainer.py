@@ -47,6 +47,7 @@ from .options.cross_attention_warmup import check_cross_attention_warmup, keep_c
 from .options.fake_quantization import fake_quantized
 from .options.frozen_encoder import freeze_encoder
 from .options.hidden_states import HiddenStateTraining, catch_hidden_states
+from .options.muon import MUON, muon_and_kwargs
 from .options.neftune import noise_on_tied_embeddings
 from .options.rollouts import ReplayBuffer, as_it_was, draw, on_policy_fraction_at, roll_out
 from .options.schedules import EncoderAnnealing, ProgressiveDepth
@@ -247,6 +248,11 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             raise ValueError(
                 f"qat={args.qat!r} rounds weights that are whole and exported as they are: use one device or "
                 "DistributedDataParallel instead of FSDP or DeepSpeed, and train all weights instead of an adapter."
+            )
+        if args.optim == MUON and self.is_sharded:
+            raise ValueError(
+                "optim='muon' needs whole matrices: use one device or DistributedDataParallel instead of FSDP or "
+                "DeepSpeed, or another optimizer."
             )
         self._depth = ProgressiveDepth(self) if args.progressive_depth_steps else None
         for schedule in (self._depth, EncoderAnnealing(self) if args.bidirectional_warmup_steps else None):
@@ -539,6 +545,12 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         if self.state.global_step < self.args.cross_attention_warmup_steps:
             keep_cross_attention_gradients(self.model)
         return loss
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
+        if args.optim == MUON and model is not None:
+            return muon_and_kwargs(args, model)
+        return Seq2SeqTrainer.get_optimizer_cls_and_kwargs(args, model)
 
     @torch.no_grad()
     def _loss_in_each(self, contexts: list[Callable[[], AbstractContextManager]], batches: list) -> Tensor:
