@@ -21,6 +21,7 @@ logger = logging.get_logger(__name__)
 
 TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
 TEACHER_QUANTIZATIONS = ("8bit", "4bit")
+_CUT_BATCHES = ("split_batches", "dispatch_batches")  # of accelerate: one process makes them for all
 
 
 @dataclass
@@ -159,6 +160,13 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             "matrices and AdamW for all other weights, with one learning rate."
         },
     )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Make training batches of rows of similar length with at most this many tokens each (source, "
+            "target and padding), in place of per_device_train_batch_size rows."
+        },
+    )
     vocab_policy: str = field(
         default="mask_padding",
         metadata={
@@ -235,6 +243,8 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
         if optim == MUON:
             self.optim = MUON
         check_training_arguments(self)
+        if self.max_tokens_per_batch is not None:
+            _check_token_batches(self)
         _one_of("divergence", self.divergence, tuple(DIVERGENCES))
         check_vocab_policy(self.vocab_policy)
         if self.teacher_dtype is not None:
@@ -404,6 +414,24 @@ def with_distillation_defaults(args: TrainingArguments) -> DistillationTrainingA
 def steps_in_backward(args: TrainingArguments) -> bool:
     """Whether the optimizer updates weights in their backward, so that nobody else ever sees their gradients."""
     return any(kind in args.optim for kind in ("layerwise", "lomo"))
+
+
+def _check_token_batches(args: DistillationTrainingArguments) -> None:
+    """Raises ValueError where `max_tokens_per_batch` is out of range, or something else decides on the batches."""
+    limit = args.max_tokens_per_batch
+    assert limit is not None
+    _within("max_tokens_per_batch", limit, limit >= 1, "at least 1, or None for batches by rows")
+    strategy, accelerator = getattr(args, "train_sampling_strategy", "random"), args.accelerator_config
+    for name, value, agrees in (
+        ("auto_find_batch_size", args.auto_find_batch_size, not args.auto_find_batch_size),
+        ("train_sampling_strategy", strategy, strategy in ("random", "group_by_length")),
+        *((name, getattr(accelerator, name), not getattr(accelerator, name)) for name in _CUT_BATCHES),
+    ):
+        if not agrees:
+            raise ValueError(
+                f"max_tokens_per_batch={limit} with {name}={value!r}, which makes batches in another way: leave one "
+                "of them out."
+            )
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

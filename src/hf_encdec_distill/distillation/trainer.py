@@ -38,7 +38,7 @@ from .alignment.vocabularies import SharedVocabulary, vocab_size
 from .arguments import DistillationTrainingArguments, steps_in_backward, with_distillation_defaults
 from .checks.empty_targets import EmptyTargets
 from .checks.finite_training import FiniteTraining, explain_loss
-from .checks.lengths import with_lengths
+from .checks.lengths import row_sizes, with_lengths
 from .checks.limits import check_length, max_positions
 from .checks.packing import refuse_packed
 from .collator import MESSAGES, DistillationCollator, tokenizer_of
@@ -52,6 +52,7 @@ from .options.neftune import noise_on_tied_embeddings
 from .options.rollouts import ReplayBuffer, as_it_was, draw, on_policy_fraction_at, roll_out
 from .options.schedules import EncoderAnnealing, ProgressiveDepth
 from .options.shared_prompt import SharedPrompt
+from .options.token_batches import TokenBatches
 from .teachers.live import LiveTeacher
 from .teachers.lm_head import catch_head_input
 from .teachers.recorded import CachedTeacher, is_cache
@@ -62,6 +63,18 @@ if TYPE_CHECKING:
     from .teachers.live import GenerativeModel
 
 logger = logging.get_logger(__name__)
+
+# What a loader of batches by tokens takes over from that of batches by rows.
+_KEPT_OF_A_LOADER = (
+    "dataset",
+    "collate_fn",
+    "num_workers",
+    "pin_memory",
+    "persistent_workers",
+    "prefetch_factor",
+    "worker_init_fn",
+    "multiprocessing_context",
+)
 
 let_checkpoints_load_on_many_cpu_processes()
 
@@ -746,6 +759,24 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             sums[name] = sums.get(name, 0) + total
 
     # --- rows and columns ---
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the base class, or with batches of `max_tokens_per_batch`."""
+        limit = self.args.max_tokens_per_batch
+        if limit is None:
+            return super().get_train_dataloader()
+        sizes = row_sizes(self.train_dataset, self.data_collator)
+        processes = self.accelerator.num_processes // self.get_tp_size()
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        batches = TokenBatches(sizes, limit, processes, seed, epoch=lambda: int(self.state.epoch or 0))
+        by_rows = super().get_train_dataloader()
+        kept = {name: getattr(by_rows, name) for name in _KEPT_OF_A_LOADER}
+        # They are of different sizes, and already as many for each process: accelerate only deals them.
+        even_batches, self.accelerator.even_batches = self.accelerator.even_batches, False
+        try:
+            return self.accelerator.prepare(DataLoader(batch_sampler=batches, **kept))
+        finally:
+            self.accelerator.even_batches = even_batches
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
