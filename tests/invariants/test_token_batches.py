@@ -132,6 +132,8 @@ def test_resumed_equals_never_stopped(tmp_path, stop):
     whole.train()
     steps = whole.state.global_step
     assert steps == 12 and stop % 4
+    epochs = [batches_of(whole)[first : first + 8] for first in (0, 8, 16)]
+    assert epochs[0] != epochs[1] != epochs[2] and sorted(map(len, epochs[0])) == sorted(map(len, epochs[1]))
     resumed = make_trainer(tmp_path, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
     assert resumed.state.global_step == steps

@@ -11,6 +11,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
+from ._compat import take_share_of_steps
 from .alignment.vocabularies import VOCAB_POLICIES, check_vocab_policy
 from .losses import DIVERGENCES, HIDDEN_STATE_LOSSES
 from .options.fake_quantization import QAT
@@ -153,6 +154,13 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             "choices": list(QAT),
         },
     )
+    warmup_steps: float = field(
+        default=0,
+        metadata={
+            "help": "Steps in which the learning rate rises from 0 to its peak; below 1, a share of all steps: 0.05 "
+            "is the first twentieth of however many there are."
+        },
+    )
     optim: str | None = field(  # type: ignore[assignment]  # the base class has an enum
         default=None,
         metadata={
@@ -238,6 +246,7 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
         optim = Seq2SeqTrainingArguments.optim if self.optim is None else self.optim
         if optim == MUON:
             check_muon()
+        take_share_of_steps(self)
         self.optim = OptimizerNames.ADAMW_TORCH if optim == MUON else optim  # the base class knows no Muon
         super().__post_init__()
         if optim == MUON:

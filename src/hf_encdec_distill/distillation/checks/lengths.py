@@ -46,7 +46,7 @@ def row_sizes(dataset: Any, collator: DistillationCollator) -> list[tuple[int, i
         )
     sizes = []
     for number in range(len(dataset)):
-        row = collator.encode(dataset[number])
+        row = collator.encode(dataset[number])  # type: ignore[index]  # has_length says Sized
         if "input_ids" not in row or row.get("labels") is None:
             raise ValueError(
                 f"max_tokens_per_batch counts input_ids and labels, and row {number} has {sorted(row)}: leave it out."
