@@ -408,6 +408,14 @@ MUTATIONS = [
         "invariants/test_schedules.py::test_resumed_equals_never_stopped",
     ),
     Mutation(
+        11,
+        "batches by tokens come in the order of the first epoch",
+        _TRAINER,
+        "epoch=lambda: int(self.state.epoch or 0)",
+        "epoch=lambda: 0",
+        "invariants/test_token_batches.py::test_resumed_equals_never_stopped",
+    ),
+    Mutation(
         12,
         "the target's positions begin at 0",
         _MODELING,

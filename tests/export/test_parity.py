@@ -8,12 +8,15 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import helper, numpy_helper
 
 from hf_encdec_distill.cards import write_model_card
 from hf_encdec_distill.cards.loading import note_exports
 from hf_encdec_distill.cli.main import main
+from hf_encdec_distill.distillation.options.fake_quantization import fake_quantized
 from hf_encdec_distill.export import mil_interpreter
 from hf_encdec_distill.export.backends import backend_of, targets
 from hf_encdec_distill.export.exporting import export_model, write_manifest
@@ -47,6 +50,53 @@ def test_every_variant_of_every_target(target, variant, exported_once, trained, 
     assert (1, 1, 1) in grid and any(batch > 1 for batch, _, _ in grid)
     if variant == "fp32":
         assert report["logits"] < 1e-5
+
+
+def stored_matrices(folder):
+    """What MatMulNBits and GatherBlockQuantized of the graphs in a folder compute with, each `[out, in]`, as ONNX
+    Runtime's documentation of these operators has it; and the names of matrices that other nodes read."""
+    found, floats = [], []
+    for file in sorted(folder.glob("*.onnx")):
+        model = onnx.load(file)
+        weights = {weight.name: numpy_helper.to_array(weight) for weight in model.graph.initializer}
+        for node in model.graph.node:
+            attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+            names = list(node.input)
+            if node.op_type == "MatMulNBits":
+                rows, columns = attributes["N"], attributes["K"]
+                packed, scales, zeros = (weights[name] for name in names[1:4])
+                values = np.stack((packed & 15, packed >> 4), axis=-1).reshape(rows, -1, 32)
+                scales = scales.reshape(rows, -1, 1)
+                zeros = zeros.reshape(rows, -1)
+                zeros = np.stack((zeros & 15, zeros >> 4), axis=-1).reshape(rows, -1)[:, : scales.shape[1], None]
+            elif node.op_type == "GatherBlockQuantized":
+                values, scales, zeros = (weights[names[i]] for i in (0, 2, 3))
+                rows, columns = values.shape
+                values, scales, zeros = (a.astype(np.float32) for a in (values, scales, zeros))
+                values, scales, zeros = values.reshape(rows, -1, 32), scales[..., None], zeros[..., None]
+            else:
+                floats += [name for name in names if name in weights and weights[name].ndim > 1]
+                continue
+            matrix = (values.astype(np.float32) - zeros.astype(np.float32)) * scales
+            found.append(matrix.reshape(rows, -1)[:, :columns])
+    return found, floats
+
+
+def test_int4_is_what_a_student_is_trained_for(exported_once, trained):
+    """`qat`: all matrices of the graphs are those that the student has while it is rounded; none is left in floats."""
+    found, floats = stored_matrices(exported_once("onnx", "int4"))
+    read = [name for name, weight in trained.named_parameters() if weight.requires_grad and weight.dim() > 1]
+    with fake_quantized(trained, "int4"):
+        ours = [weight.detach().numpy() for name, weight in trained.named_parameters() if name in read]
+
+    def all_in(matrices, others):
+        return all(
+            any(m.shape == matrix.shape and np.allclose(m, matrix, rtol=1e-5, atol=1e-6) for m in others)
+            for matrix in matrices
+        )
+
+    assert len(read) > 20 and not floats
+    assert all_in(found, ours) and all_in(ours, found)
 
 
 def test_what_is_stored_in_fewer_bits_is_smaller(exported_once):

@@ -1,5 +1,6 @@
 """What people switch on in any `Trainer`: it does the same here, on both versions of transformers."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -13,6 +14,7 @@ from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
     EarlyStoppingCallback,
+    HfArgumentParser,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     TrainerCallback,
@@ -109,6 +111,31 @@ def test_packed_batches_are_refused(tmp_path, tokenizer):
     ):
         with pytest.raises(ValueError, match=rf"the batch is packed \({name} .*DataCollatorForSeq2Seq"):
             trainer.compute_loss(trainer.model, {**batch, name: value})
+
+
+# --- the learning rate ---
+
+
+@pytest.mark.parametrize(
+    "said, steps, rates", [(0.4, 5, [0.5, 1, 1, 1, 1]), (2.0, 5, [0.5, 1, 1, 1, 1]), (0, 2, [1, 1])]
+)
+def test_warm_up_is_a_share_of_the_steps(tmp_path, tokenizer, said, steps, rates):
+    """Below 1, as in transformers 5; in a script, on a command line, and after a copy."""
+    settings = {"learning_rate": 1.0, "lr_scheduler_type": "constant_with_warmup", "optim": "sgd", "max_steps": steps}
+    seen = []
+
+    class Rates(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            seen.append(optimizer.param_groups[0]["lr"])
+
+    keeper = Rates()
+    make_trainer(tmp_path, tokenizer, warmup_steps=said, callbacks=[keeper], **settings).train()
+    # The rate of step i is set behind step i - 1, and that of the first is 0 where there is a warm-up.
+    assert seen == pytest.approx(([0.0] if said else [1.0]) + rates[: steps - 1])
+    parser = HfArgumentParser(DistillationTrainingArguments)
+    (parsed,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--warmup_steps", str(said)])
+    for args in (parsed, dataclasses.replace(parsed)):
+        assert args.get_warmup_steps(1000) == (400 if said == 0.4 else said)
 
 
 # --- how the forward is run ---

@@ -26,13 +26,15 @@ EVAL_ROWS = ragged_rows(7, seed=5)
 def run(folder: Path) -> None:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     results = {}
-    for name, accumulation, on_policy, matched in (
+    for name, accumulation, on_policy, options in (
         ("accumulated", 2, 0.0, {}),
         ("plain", 1, 0.0, {}),
         ("own", 1, 0.5, {}),
         ("matched", 2, 0.0, {"hidden_state_weight": 0.5, "max_grad_norm": 1.0}),
         ("decoder_only", 2, 0.0, {}),
+        ("quantized", 1, 0.0, {"qat": "int4"}),
     ):
+        matched = name == "matched"
         teacher = make_teacher(hidden_size=48) if matched else make_teacher()
         make_student = partial(make_teacher, seed=5) if name == "decoder_only" else make_t5
         trainer = InOrder(
@@ -43,7 +45,7 @@ def run(folder: Path) -> None:
                 learning_rate=0.1,
                 lr_scheduler_type="constant",
                 num_train_epochs=1,
-                **{"max_grad_norm": 0.0, **matched},
+                **{"max_grad_norm": 0.0, **options},
                 per_device_train_batch_size=4 // processes // accumulation,
                 gradient_accumulation_steps=accumulation,
                 per_device_eval_batch_size=2,
@@ -70,7 +72,7 @@ def run(folder: Path) -> None:
         assert trainer.accelerator.num_processes == processes
         assert all(p.device.type == "cpu" for p in trainer.teacher.model.parameters())
         assert not isinstance(trainer.teacher.model, torch.nn.parallel.DistributedDataParallel)
-        kept = ["loss", "distill_loss"] + (not on_policy) * ["ce_loss"] + bool(matched) * ["hidden_state_loss"]
+        kept = ["loss", "distill_loss"] + (not on_policy) * ["ce_loss"] + matched * ["hidden_state_loss"]
         metrics = untrained.evaluate()
         results[name] = {
             "logs": [{k: log[k] for k in kept} for log in trainer.state.log_history if "loss" in log],
@@ -155,6 +157,18 @@ def test_hidden_states_of_two_processes(runs):
         assert together == pytest.approx(alone, rel=1e-4, abs=1e-4)
     assert two["matched"]["eval"] == pytest.approx(one["matched"]["eval"], rel=1e-5)
     assert one["matched"]["eval"]["eval_hidden_state_loss"] > 0
+
+
+def test_rounded_weights_of_two_processes(runs):
+    """`qat`: what DistributedDataParallel averages are the gradients of the float weights."""
+    folder, one, two = runs
+    single, double, plain = (
+        torch.load(folder / name, weights_only=True) for name in ("quantized-1.pt", "quantized-2.pt", "plain-1.pt")
+    )
+    for key, value in single.items():
+        torch.testing.assert_close(double[key], value, rtol=1e-4, atol=1e-6, msg=key)
+    assert any(not torch.allclose(plain[key], value, rtol=1e-3) for key, value in single.items())
+    assert two["quantized"]["eval"] == pytest.approx(one["quantized"]["eval"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["plain", "accumulated"])

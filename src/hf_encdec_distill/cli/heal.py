@@ -27,6 +27,7 @@ PASSES_ARGUMENTS_ON = True
 _NAMES = (
     "max_steps",
     "learning_rate",
+    "warmup_steps",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "divergence",

@@ -25,6 +25,18 @@ def refuse_legacy_prediction_loop(args: TrainingArguments) -> None:
         )
 
 
+def take_share_of_steps(args: TrainingArguments) -> None:
+    """`warmup_steps` below 1 is a share of all steps since transformers 5.0. In 4.57 that is `warmup_ratio`, and steps
+    have to be an integer; drop this with 4.57.
+    """
+    if TrainingArguments.__dataclass_fields__["warmup_steps"].type is not int:
+        return
+    if 0 < args.warmup_steps < 1:
+        args.warmup_ratio, args.warmup_steps = args.warmup_steps, 0  # type: ignore[attr-defined]  # where 4.57 has it
+    if args.warmup_steps >= 0 and args.warmup_steps == int(args.warmup_steps):  # others are its own to refuse
+        args.warmup_steps = int(args.warmup_steps)
+
+
 def let_gradients_reach_adapters(model: PreTrainedModel, args: TrainingArguments) -> None:
     """A PEFT student with gradient checkpointing has only frozen parameters below its first adapter; drop with 4.57.
 

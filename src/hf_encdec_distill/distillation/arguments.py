@@ -12,14 +12,18 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
+from ._compat import take_share_of_steps
 from .alignment.vocabularies import VOCAB_POLICIES, check_vocab_policy
 from .losses import DIVERGENCES, HIDDEN_STATE_LOSSES
+from .options.fake_quantization import QAT
+from .options.muon import MUON, check_muon
 
 
 logger = logging.get_logger(__name__)
 
 TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
 TEACHER_QUANTIZATIONS = ("8bit", "4bit")
+_CUT_BATCHES = ("split_batches", "dispatch_batches")  # of accelerate: one process makes them for all
 
 
 @dataclass
@@ -156,6 +160,36 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             "attention rises linearly from 0 to 1. 0 does not change the encoder."
         },
     )
+    qat: str | None = field(
+        default=None,
+        metadata={
+            "help": "Quantization-aware training: round linear layers and embeddings to 4 bits in every forward pass, "
+            "so that the exported student loses little. 'int4': as `export --variant int4` to ONNX and OpenVINO. "
+            "'q4_0': as llama.cpp. The saved weights are not rounded.",
+            "choices": list(QAT),
+        },
+    )
+    warmup_steps: float = field(
+        default=0,
+        metadata={
+            "help": "Steps in which the learning rate rises from 0 to its peak; below 1, a share of all steps: 0.05 "
+            "is the first twentieth of however many there are."
+        },
+    )
+    optim: str | None = field(  # type: ignore[assignment]  # the base class has an enum
+        default=None,
+        metadata={
+            "help": "Optimizer: any that transformers knows by name, by default its AdamW, or 'muon': Muon for hidden "
+            "matrices and AdamW for all other weights, with one learning rate."
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Make training batches of rows of similar length with at most this many tokens each (source, "
+            "target and padding), in place of per_device_train_batch_size rows."
+        },
+    )
     vocab_policy: str = field(
         default="mask_padding",
         metadata={
@@ -224,8 +258,17 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
     target_column: str = field(default="target", metadata={"help": "Column with the target text."})
 
     def __post_init__(self):
+        optim = Seq2SeqTrainingArguments.optim if self.optim is None else self.optim
+        if optim == MUON:
+            check_muon()
+        take_share_of_steps(self)
+        self.optim = OptimizerNames.ADAMW_TORCH if optim == MUON else optim  # the base class knows no Muon
         super().__post_init__()
+        if optim == MUON:
+            self.optim = MUON
         check_training_arguments(self)
+        if self.max_tokens_per_batch is not None:
+            _check_token_batches(self)
         _one_of("divergence", self.divergence, tuple(DIVERGENCES))
         check_vocab_policy(self.vocab_policy)
         if self.teacher_dtype is not None:
@@ -252,6 +295,13 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             "cross_attention_warmup_steps",
         ):
             _within(name, getattr(self, name), 0 <= getattr(self, name) < float("inf"), "a finite number, at least 0")
+        if self.qat is not None:
+            _one_of("qat", self.qat, tuple(QAT))
+            if self.fp16_full_eval or self.bf16_full_eval:
+                raise ValueError(
+                    f"qat={self.qat!r} with {'bf16' if self.bf16_full_eval else 'fp16'}_full_eval=True, which casts "
+                    "the weights while they are rounded: leave it out."
+                )
         if self.on_policy_fraction > 0 and self.distill_weight == 0:
             raise ValueError(
                 f"on_policy_fraction={self.on_policy_fraction} with distill_weight=0: the student's own targets teach "
@@ -412,7 +462,25 @@ def with_distillation_defaults(args: TrainingArguments) -> DistillationTrainingA
 
 def steps_in_backward(args: TrainingArguments) -> bool:
     """Whether the optimizer updates weights in their backward, so that nobody else ever sees their gradients."""
-    return any(kind in OptimizerNames(args.optim).value for kind in ("layerwise", "lomo"))
+    return any(kind in args.optim for kind in ("layerwise", "lomo"))
+
+
+def _check_token_batches(args: DistillationTrainingArguments) -> None:
+    """Raises ValueError where `max_tokens_per_batch` is out of range, or something else decides on the batches."""
+    limit = args.max_tokens_per_batch
+    assert limit is not None
+    _within("max_tokens_per_batch", limit, limit >= 1, "at least 1, or None for batches by rows")
+    strategy, accelerator = getattr(args, "train_sampling_strategy", "random"), args.accelerator_config
+    for name, value, agrees in (
+        ("auto_find_batch_size", args.auto_find_batch_size, not args.auto_find_batch_size),
+        ("train_sampling_strategy", strategy, strategy in ("random", "group_by_length")),
+        *((name, getattr(accelerator, name), not getattr(accelerator, name)) for name in _CUT_BATCHES),
+    ):
+        if not agrees:
+            raise ValueError(
+                f"max_tokens_per_batch={limit} with {name}={value!r}, which makes batches in another way: leave one "
+                "of them out."
+            )
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -40,7 +40,7 @@ from .alignment.vocabularies import SharedVocabulary, vocab_size
 from .arguments import DistillationTrainingArguments, steps_in_backward, with_distillation_defaults
 from .checks.empty_targets import EmptyTargets
 from .checks.finite_training import FiniteTraining, explain_loss
-from .checks.lengths import with_lengths
+from .checks.lengths import row_sizes, with_lengths
 from .checks.limits import check_length, max_positions
 from .checks.packing import refuse_packed
 from .collator import MESSAGES, DistillationCollator, tokenizer_of
@@ -55,12 +55,15 @@ from .decoder_only_student import (
 from .losses import chunked_sum, cross_entropy, select_divergence, token_mean, universal_logit_distance
 from .options.cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
 from .options.encoder_states import EncoderStates
+from .options.fake_quantization import fake_quantized
 from .options.frozen_encoder import UnfreezeEncoder, freeze_encoder, unfrozen
 from .options.hidden_states import HiddenStateTraining, catch_hidden_states
+from .options.muon import MUON, muon_and_kwargs
 from .options.neftune import noise_on_tied_embeddings
 from .options.rollouts import ReplayBuffer, as_it_was, draw, on_policy_fraction_at, roll_out
 from .options.schedules import EncoderAnnealing, ProgressiveDepth
 from .options.shared_prompt import SharedPrompt
+from .options.token_batches import TokenBatches
 from .teachers.live import LiveTeacher
 from .teachers.lm_head import catch_head_input
 from .teachers.recorded import CachedTeacher, is_cache
@@ -71,6 +74,18 @@ if TYPE_CHECKING:
     from .teachers.live import GenerativeModel
 
 logger = logging.get_logger(__name__)
+
+# What a loader of batches by tokens takes over from that of batches by rows.
+_KEPT_OF_A_LOADER = (
+    "dataset",
+    "collate_fn",
+    "num_workers",
+    "pin_memory",
+    "persistent_workers",
+    "prefetch_factor",
+    "worker_init_fn",
+    "multiprocessing_context",
+)
 
 let_checkpoints_load_on_many_cpu_processes()
 
@@ -269,6 +284,16 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             check_cross_attention_warmup(self.model, args.cross_attention_warmup_steps, whole)
         if args.on_policy_fraction > 0:
             self._check_on_policy()
+        if args.qat is not None and (self.is_sharded or hasattr(self.model, "peft_config")):
+            raise ValueError(
+                f"qat={args.qat!r} rounds weights that are whole and exported as they are: use one device or "
+                "DistributedDataParallel instead of FSDP or DeepSpeed, and train all weights instead of an adapter."
+            )
+        if args.optim == MUON and self.is_sharded:
+            raise ValueError(
+                "optim='muon' needs whole matrices: use one device or DistributedDataParallel instead of FSDP or "
+                "DeepSpeed, or another optimizer."
+            )
         self._depth = ProgressiveDepth(self) if args.progressive_depth_steps else None
         for schedule in (self._depth, EncoderAnnealing(self) if args.bidirectional_warmup_steps else None):
             if schedule is not None:
@@ -291,6 +316,10 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     def is_sharded(self) -> bool:
         """Whether FSDP or DeepSpeed divide the student among processes."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _as_exported(self) -> AbstractContextManager[None]:
+        """While the block runs, the student has the weights that it is trained for: rounded, with `qat`."""
+        return fake_quantized(self.model, self.args.qat)
 
     # --- the loss ---
 
@@ -546,15 +575,16 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         self.check_weights()  # of NaN no token can be drawn
         # Each process and each batch of a step draws tokens of its own.
         process = self.accelerator.process_index
-        rolled = roll_out(
-            self.accelerator.unwrap_model(self.model),
-            batch,
-            max_new_tokens=self.args.max_target_length or batch["labels"].shape[1],
-            temperature=self.args.sampling_temperature,
-            forbidden=self._vocabulary.missing_below(vocab_size(self.model.config)),
-            vocabulary=self._vocabulary,
-            seed=int(draw(self.args.seed, step, 1000 + 1000 * process + number) * (1 << 62)),
-        )
+        with self._as_exported():
+            rolled = roll_out(
+                self.accelerator.unwrap_model(self.model),
+                batch,
+                max_new_tokens=self.args.max_target_length or batch["labels"].shape[1],
+                temperature=self.args.sampling_temperature,
+                forbidden=self._vocabulary.missing_below(vocab_size(self.model.config)),
+                vocabulary=self._vocabulary,
+                seed=int(draw(self.args.seed, step, 1000 + 1000 * process + number) * (1 << 62)),
+            )
         self._replay.add(rolled)
         return rolled
 
@@ -580,17 +610,24 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
 
     def training_step(self, *args, **kwargs) -> Tensor:
         """As the base class; during the warm-up of the cross-attention the other gradients are dropped."""
-        loss = super().training_step(*args, **kwargs)
+        with self._as_exported():
+            loss = super().training_step(*args, **kwargs)
         if self.state.global_step < self.args.cross_attention_warmup_steps:
             keep_cross_attention_gradients(self.model)
         return loss
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
+        if args.optim == MUON and model is not None:
+            return muon_and_kwargs(args, model)
+        return Seq2SeqTrainer.get_optimizer_cls_and_kwargs(args, model)
 
     @torch.no_grad()
     def _loss_in_each(self, contexts: list[Callable[[], AbstractContextManager]], batches: list) -> Tensor:
         """The loss of a step's batches, of all processes, inside each of the N contexts, in eval mode: `[N]`."""
         student = self.accelerator.unwrap_model(self.model)
         totals, tokens = [0.0] * len(contexts), 0
-        with as_it_was(student, seed=0):
+        with self._as_exported(), as_it_was(student, seed=0):
             for batch in map(self._prepare_inputs, batches):
                 labels = batch["labels"]
                 rows, columns = target_positions(labels)
@@ -724,9 +761,10 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             self.forget_encoder()
         self._eval_sums = {}
         try:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            with torch.no_grad(), self._as_exported():
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
             sums = {name: total.item() for name, total in self._eval_sums.items()}
             if sums and output.metrics is not None:
                 tokens = max(sums.pop("tokens"), 1)
@@ -788,6 +826,24 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             sums[name] = sums.get(name, 0) + total
 
     # --- rows and columns ---
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the base class, or with batches of `max_tokens_per_batch`."""
+        limit = self.args.max_tokens_per_batch
+        if limit is None:
+            return super().get_train_dataloader()
+        sizes = row_sizes(self.train_dataset, self.data_collator)
+        processes = self.accelerator.num_processes // self.get_tp_size()
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        batches = TokenBatches(sizes, limit, processes, seed, epoch=lambda: int(self.state.epoch or 0))
+        by_rows = super().get_train_dataloader()
+        kept = {name: getattr(by_rows, name) for name in _KEPT_OF_A_LOADER}
+        # They are of different sizes, and already as many for each process: accelerate only deals them.
+        even_batches, self.accelerator.even_batches = self.accelerator.even_batches, False
+        try:
+            return self.accelerator.prepare(DataLoader(batch_sampler=batches, **kept))
+        finally:
+            self.accelerator.even_batches = even_batches
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset

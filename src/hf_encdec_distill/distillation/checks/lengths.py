@@ -1,9 +1,9 @@
-"""How long rows are to a sampler that groups them by length, also where their texts are encoded only in the batch."""
+"""How long rows are to a sampler that goes by length, also where their texts are encoded only in the batch."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 
@@ -31,3 +31,25 @@ def with_lengths(dataset: Any, args: TrainingArguments, collator: DistillationCo
     if "input_ids" in dataset[0]:  # type: ignore[index]  # has_length says Sized
         return dataset
     return _EncodedRows(dataset, collator.encode)
+
+
+def row_sizes(dataset: Any, collator: DistillationCollator) -> list[tuple[int, int]]:
+    """Tokens of source and target of each row, as the student reads them.
+
+    Raises:
+        ValueError: the data set has no length, or its rows are no tokens.
+    """
+    if isinstance(dataset, IterableDataset) or not has_length(dataset):
+        raise ValueError(
+            f"max_tokens_per_batch sorts rows by length, and a {type(dataset).__name__} has none to sort: give a data "
+            "set with a length, or leave it out."
+        )
+    sizes = []
+    for number in range(len(dataset)):
+        row = collator.encode(dataset[number])  # type: ignore[index]  # has_length says Sized
+        if "input_ids" not in row or row.get("labels") is None:
+            raise ValueError(
+                f"max_tokens_per_batch counts input_ids and labels, and row {number} has {sorted(row)}: leave it out."
+            )
+        sizes.append((len(row["input_ids"]), len(row["labels"])))
+    return sizes
