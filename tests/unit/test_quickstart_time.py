@@ -178,7 +178,8 @@ def test_a_run_that_cannot_end_in_time_says_by_how_much(given, tmp_path, capsys,
     assert metrics["recipe"]["steps"] == metrics["recipe"]["teacher_steps"] == 1
     said = capsys.readouterr().err
     late = [int(number) for number in re.findall(r"left, (\d+) min later than asked for", said)]
-    assert late and late[-1] == pytest.approx(minutes - 2, abs=1.5)
+    assert late[0] >= (minutes - 2) / 2  # from the first rows on, when nothing was trained yet
+    assert late[-1] == pytest.approx(minutes - 2, abs=1)
     assert "8 held-out rows, since 2 minutes do not allow 64" in said
     assert any("only 8" in sentence for sentence in metrics["verdict"]["sentences"])
 

@@ -176,16 +176,16 @@ class Pipeline:
     def seconds_to_go(self) -> float:
         """An honest guess at what is to come, more than `state.seconds_left` if the run will be late.
 
-        Trainings take the time that there is. Other stages take what they are planned to take, or what the part that
-        is done of them says; the evaluation leaves out rows where time is short.
+        Trainings take the time that there is, or a step where there is none. Other stages take what was planned, or
+        what the part that is done of them says; the evaluation leaves out rows where time is short.
         """
         left, results, stage = self.state.seconds_left, self.state.results, self._stage
         if "before" not in results:  # nothing is known of the others
             return max(left, recipe.REPORT_SECONDS)
-        to_come, spent = (
-            self._to_come(),
-            self.state.seconds_used - self.state.begun.get(stage, self.state.seconds_used),
-        )
+        to_come, used = self._to_come(), self.state.seconds_used
+        for name in {"teach", "start", "distill", "twin"} - results.keys() - to_come.keys():
+            to_come[name] = self.plan.smallest_training()
+        spent = used - self.state.begun.get(stage, used)
         if self._fraction:
             to_come[stage] = spent * (1 - self._fraction) / self._fraction
         elif stage in to_come:
@@ -285,9 +285,7 @@ class Pipeline:
         """Measure the untuned teacher on the first rows, and plan from what they cost how many there will be."""
         seconds, start = self.state.seconds_left, self.state.now()
         teacher, now = self.load_teacher(self.teacher_path, working_dtype()), self.state.now
-        load, begun = now() - start, now()
-        greedy_decode(teacher, torch.tensor([self.rows["test"][0]["prompt"]]).to(device()), recipe.LATENCY_TOKENS)
-        request = now() - begun
+        load, request = now() - start, 0.0
         layers = self.settings.encoder_layers + self.settings.decoder_layers
         size = layers / self.state.results["teacher"]["layers"]
         rows, limit = self.rows["test"], recipe.FIRST_ROWS
@@ -305,6 +303,9 @@ class Pipeline:
             for kind, first, last in (("generate", 0, 1), ("score", 1, 2)):
                 seconds_of[kind].append(times[last] - times[first])
             counts.append(len(chunk))
+            if not request:  # after the first rows: what happens once has happened
+                greedy_decode(teacher, torch.tensor([chunk[0]["prompt"]]).to(device()), recipe.LATENCY_TOKENS)
+                request = now() - times[-1]
             # The first rows, with all that happens once, only count as long as there are no others.
             of_text, of_score = (sum(s[1:] or s) / sum(counts[1:] or counts) for s in seconds_of.values())
             plan = Plan(load, of_score, of_text, request, size).for_run(seconds, len(texts), len(rows))

@@ -53,6 +53,10 @@ class Plan:
         passes = (2 + 3 * self.student_size) * self.score + (1 + 2 * self.student_size) * self.generate
         return 4 * self.load + rows * passes
 
+    def smallest_training(self) -> float:
+        """One step, between loading and saving a model: backward is twice forward, and the optimizer has its share."""
+        return 2 * self.load + 4 * recipe.BATCH_SIZE * self.score
+
     def latency(self) -> float:
         """A round is a request to each; the student is taken to be as slow as the teacher. The first only warms up."""
         return 2 * self.load + 2 * (self.rounds + 1) * self.request
