@@ -153,7 +153,7 @@ def test_a_person_gets_a_table_and_the_lines_that_load_the_student(run):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     samples = (folder / "samples.md").read_text()
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert len(metrics["samples"]) == samples.count("\n## ") == 10
+    assert len(metrics["samples"]) == samples.count("\n## ") == min(10, metrics["data"]["test_rows"]) >= 8
     assert all(sample["source"] in samples for sample in metrics["samples"])
     card = (folder / "student" / "README.md").read_text()
     assert card.startswith("---\n") and "student, distilled" in card
