@@ -12,6 +12,9 @@ from typing import TextIO
 _SECONDS_BETWEEN_LINES = 15.0
 
 
+_SECONDS_LATE = 30.0  # of which a run speaks
+
+
 _SECONDS_UNSEEN = 5.0  # what is done by then shows no bar
 
 
@@ -39,17 +42,23 @@ def progress(title: str) -> Iterator[Callable[[float, str], None]]:
 
 
 class Display:
-    """Progress of a run that has `seconds_left()` until its budget is used, drawn by rich on a terminal and as plain
-    lines elsewhere.
+    """Progress of a run that will end in `seconds_left()`, drawn by rich on a terminal and as plain lines elsewhere.
 
     Args:
         seconds_left: asked whenever something is drawn.
         stages: how many there will be.
         stream: where to draw; rich is used if it is installed and this is a terminal.
+        seconds_late: by how much the run will end later than it was asked to; it says so from half a minute on.
     """
 
-    def __init__(self, seconds_left: Callable[[], float], stages: int, stream: TextIO | None = None):
-        self.seconds_left = seconds_left
+    def __init__(
+        self,
+        seconds_left: Callable[[], float],
+        stages: int,
+        stream: TextIO | None = None,
+        seconds_late: Callable[[], float] = lambda: 0.0,
+    ):
+        self.seconds_left, self.seconds_late = seconds_left, seconds_late
         self.stages = stages
         self.stream = sys.stderr if stream is None else stream
         self.begun = 0
@@ -58,6 +67,10 @@ class Display:
     def say(self, text: str) -> None:
         """One line of its own."""
         print(text, file=self.stream, flush=True)
+
+    def _left(self) -> str:
+        left, late = f"{clock(self.seconds_left())} left", self.seconds_late()
+        return left if late < _SECONDS_LATE else f"{left}, {max(round(late / 60), 1)} min later than asked for"
 
     @contextmanager
     def stage(self, title: str) -> Iterator[Callable[[float, str], None]]:
@@ -68,7 +81,7 @@ class Display:
         start = time.monotonic()
         with draw(heading) as update:
             yield update
-        self.say(f"{heading}: {clock(time.monotonic() - start)}, {clock(self.seconds_left())} left")
+        self.say(f"{heading}: {clock(time.monotonic() - start)}, {self._left()}")
 
     @contextmanager
     def _bar(self, heading: str) -> Iterator[Callable[[float, str], None]]:
@@ -77,24 +90,24 @@ class Display:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"))
         # Nothing here reads markup out of data: descriptions and details are ours.
         with Progress(*columns, console=self._console, transient=True) as progress:
-            task = progress.add_task(heading, total=1.0, detail=f"{clock(self.seconds_left())} left")
+            task = progress.add_task(heading, total=1.0, detail=self._left())
 
             def update(fraction: float, detail: str = "") -> None:
-                left = f"{clock(self.seconds_left())} left"
+                left = self._left()
                 progress.update(task, completed=min(fraction, 1.0), detail=f"{detail}, {left}" if detail else left)
 
             yield update
 
     @contextmanager
     def _lines(self, heading: str) -> Iterator[Callable[[float, str], None]]:
-        self.say(f"{heading} ... {clock(self.seconds_left())} left")
+        self.say(f"{heading} ... {self._left()}")
         spoken = time.monotonic()
 
         def update(fraction: float, detail: str = "") -> None:
             nonlocal spoken
             if time.monotonic() - spoken >= _SECONDS_BETWEEN_LINES:
                 spoken = time.monotonic()
-                self.say(f"    {min(fraction, 1.0):4.0%} {detail}, {clock(self.seconds_left())} left")
+                self.say(f"    {min(fraction, 1.0):4.0%} {detail}, {self._left()}")
 
         yield update
 

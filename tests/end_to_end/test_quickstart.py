@@ -144,7 +144,7 @@ def test_a_person_gets_a_table_and_the_lines_that_load_the_student(run):
     for words in ("student, distilled", "lead-sentence baseline", "tokens/s", "seed 0", "trust_remote_code=True"):
         assert words in out
     folder = run["folder"]
-    lines = re.findall(r"^    (\S.*)$", out, re.MULTILINE)
+    lines = re.findall(r"^    (?!hf-encdec-distill )(\S.*)$", out, re.MULTILINE)
     assert len(lines) == 4
     names = {}
     exec("\n".join(lines), names)  # the lines work as they are printed
@@ -153,7 +153,7 @@ def test_a_person_gets_a_table_and_the_lines_that_load_the_student(run):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     samples = (folder / "samples.md").read_text()
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert len(metrics["samples"]) == samples.count("\n## ") == 10
+    assert len(metrics["samples"]) == samples.count("\n## ") == min(10, metrics["data"]["test_rows"]) >= 8
     assert all(sample["source"] in samples for sample in metrics["samples"])
     card = (folder / "student" / "README.md").read_text()
     assert card.startswith("---\n") and "student, distilled" in card

@@ -179,12 +179,14 @@ def test_a_state_that_is_none(refused, tmp_path, content):
         ({"settings": {"hours": 1}}, "unknown key 'hours'"),
         ({"settings": {"encoder_layers": None, "minutes": -3.0}}, "minutes=-3.0"),
         ({"results": {"teacher": "built-in"}}, "as 'teacher', expected type object"),
-        ({"shares": {"teacher": "long"}}, "as 'teacher', expected type number"),
+        ({"begun": {"teacher": "long"}}, "as 'teacher', expected type number"),
+        ({"earlier": {}}, "earlier has no 'rounds'"),
         ({"seconds_used": None}, "as 'seconds_used', expected type number"),
     ],
 )
 def test_a_state_with_odd_fields(refused, tmp_path, changed, message):
-    state = {"settings": {"minutes": 1.0}, "results": {}, "shares": {}, "seconds_used": 1.0}
+    earlier = {"rounds": 0, "minutes": 0.0, "seconds": 0.0, "steps": 0, "twin_cost": 1.0, "stages": {}}
+    state = {"settings": {"minutes": 1.0}, "results": {}, "begun": {}, "seconds_used": 1.0, "earlier": earlier}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "state.json").write_text(json.dumps({**state, **changed}))
     assert message in refused("quickstart --resume --output run")

@@ -298,11 +298,17 @@ def test_a_student_below_a_baseline_says_so(tmp_path):
     models["echo_baseline"] = {"n": 56, "label": "the source itself", "rouge_l": 0.2993}
     text = write_model_card(tmp_path, changed(models=models)).read_text()
     sentence = (
-        "These weights score lower than the *lead-sentence baseline*, which needs no model: ROUGE-L 29.9 against 31.1."
+        "These weights score lower than the lead-sentence baseline, which needs no model: ROUGE-L 29.9 against 31.1."
     )
     assert text.count("**Below a trivial baseline.**") == 1 and sentence in text
     models["lead_baseline"]["rouge_l"] = 0.29
     assert "Below a trivial" not in write_model_card(tmp_path, changed(models=models)).read_text()
+
+
+def test_a_card_has_what_the_run_found_about_its_student(tmp_path):
+    said = {"sentences": ["Still learning. The loss falls."], "command": "hf-encdec-distill quickstart --resume"}
+    text = write_model_card(tmp_path, changed(verdict=said)).read_text()
+    assert "\n\n**Still learning.** The loss falls.\n\nTraining goes on from here with\n\n```bash\nhf-encdec" in text
 
 
 @pytest.mark.parametrize(

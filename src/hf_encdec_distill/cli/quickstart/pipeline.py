@@ -6,6 +6,8 @@ import dataclasses
 import gc
 import platform
 import shlex
+import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -18,56 +20,45 @@ import numpy as np
 import torch
 import transformers
 
-from ...bench import compare_cost, compare_latency, machine_description, plot_loss_curves, plot_quality
+from ...bench import (
+    compare_cost,
+    compare_latency,
+    greedy_decode,
+    machine_description,
+    plot_loss_curves,
+    plot_quality,
+)
 from ...cards.model_card import teacher_entry, write_model_card
 from ...data import lead_sentence
 from ...data.builtin_teacher import FACTS
 from ...data.python_docstrings import ROWS_LICENSE
 from ...devices import device, precision_arguments, working_dtype
 from ...distillation import DistillationTrainer, DistillationTrainingArguments
+from ...evaluation.scoring import BATCH_SIZE as EVALUATION_BATCH
 from ...evaluation.scoring import encode_rows, generate, score
 from ...files import write_json
 from ...metrics.measures import measure_texts
 from ...metrics.significance import interval, mean
 from ...metrics.texts import distinct_share
+from ...metrics.verdict import verdict
 from ...models.either_version import save_teacher
 from ...models.loading import load_config, load_student, load_teacher, load_tokenizer
 from ...models.prompts import PreTrainedTokenizerFast, encode_prompt, prompt_start_token_id
 from ...models.rope_encdec import RopeEncDecForConditionalGeneration
 from ...progress import Display, clock
 from .._inputs import BUILT_IN, dataset_name, load_splits, prompt_template, teacher_path
-from .report import percent, samples_page
-from .state import State, open_run
+from . import recipe
+from .planning import Plan, groups_of_like_length
+from .report import continuation, percent, samples_page
+from .state import TRAININGS, State, open_run
 from .timed_training import InOrder, TimeShare, train, training_order
-from .tuning import PEAK_LEARNING_RATE, tune_teacher
+from .tuning import tune_teacher
 
 
-BATCH_SIZE = 8
-STUDENT_LEARNING_RATE = 1e-3
-DIVERGENCE, DISTILL_WEIGHT = "forward_kl", 0.9
-MAX_PROMPT, MAX_TARGET = 256, 32  # tokens
-CALIBRATION_ROWS = 32
-VALIDATION_ROWS = 96
-SAMPLES = 10
-LATENCY_PROMPTS, LATENCY_TOKENS = 8, 32
-OTHER_TEMPLATE = "{source}\n\nAnswer:"
 # The fastest machine makes fewer steps a second than this; it bounds the data order that is laid out in advance.
 _STEPS_PER_SECOND = 10
-_TEACHER_PASSES = 3
+_NEXT_ROWS = 32  # of the first evaluation, after which the plan is made again
 
-# What each stage may take of the time that is left when it begins, against those that follow.
-SHARES = {
-    "teacher": 3,
-    "data": 3,
-    "before": 6,
-    "teach": 16,
-    "start": 2,
-    "distill": 36,
-    "twin": 20,
-    "evaluate": 12,
-    "latency": 2,
-    "report": 1,
-}
 TITLES = {
     "teacher": "fetch the teacher",
     "data": "mine the data",
@@ -86,13 +77,21 @@ class _StudentTrainer(InOrder, DistillationTrainer):
     pass
 
 
-def quickstart(folder: Path, given: Mapping[str, Any], resume: bool = False) -> dict:
+def quickstart(
+    folder: Path,
+    given: Mapping[str, Any],
+    resume: bool = False,
+    now: Callable[[], float] = time.monotonic,
+    start: float | None = None,
+) -> dict:
     """Run what is not done yet.
 
     Args:
         folder: the run's folder.
         given: fields of `state.Settings` that differ from their defaults.
-        resume: go on with the run that is in `folder`.
+        resume: go on with the run that is in `folder`; one that is finished trains on for the `minutes` given.
+        now: the clock.
+        start: when the command began, by that clock; what it imported counts.
 
     Returns:
         The content of `metrics.json`.
@@ -105,7 +104,7 @@ def quickstart(folder: Path, given: Mapping[str, Any], resume: bool = False) -> 
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    state = open_run(folder, dict(given), resume)
+    state = open_run(folder, dict(given), resume, now, start)
     pipeline = Pipeline(state)
     try:
         metrics = pipeline.run()
@@ -122,31 +121,84 @@ class Pipeline:
     def __init__(self, state: State):
         self.state, self.settings, self.folder = state, state.settings, state.folder
         self.work = state.folder / "work"
-        open_stages = len(SHARES) - len(state.results)
-        self.display = Display(lambda: state.seconds_left, open_stages)
+        self._stage, self._fraction = "", 0.0
+        open_stages = len(TITLES) - len(state.results)
+        self.display = Display(self.seconds_to_go, open_stages, seconds_late=self.seconds_late)
 
     def run(self) -> dict:
-        stages: dict[str, Callable[[Callable[[float, str], None], float], dict]] = {
-            name: getattr(self, name) for name in SHARES
+        stages: dict[str, Callable[[Callable[[float, str], None]], dict]] = {
+            name: getattr(self, name) for name in TITLES
         }
-        for name, stage in stages.items():
-            if name in self.state.results:
-                continue
-            before = self.state.seconds_used
+        to_do = [name for name in stages if name not in self.state.results]
+        for name in to_do:
+            self._stage, self._fraction = name, 0.0
             with self.display.stage(TITLES[name]) as update:
-                result = stage(update, self.state.begin(name, self._share(name)))
-            result["seconds"] = result.get("seconds", self.state.seconds_used - before)
-            self.state.finish(name, result)
+                self.state.begin(name)
+                result = stages[name](self._noting(update))
+                self.state.finish(name, result)
+                self._fraction = 1.0
             if result.get("note"):
                 self.display.say(f"      {result['note']}")
             gc.collect()
+        if to_do:
+            took = clock(self.state.seconds_used)
+            self.display.say(f"{self.state.minutes:g} minutes were asked for, and {took} taken")
         return self.state.results["report"]["metrics"]
 
-    def _share(self, stage: str) -> float:
-        """Seconds that a stage may take; one at least, however late it is."""
-        names = list(SHARES)
-        weights = [SHARES[name] for name in names[names.index(stage) :]]
-        return max(self.state.seconds_left * weights[0] / sum(weights), 1.0)
+    def _noting(self, update: Callable[[float, str], None]) -> Callable[[float, str], None]:
+        def noting(fraction: float, detail: str = "") -> None:
+            self._fraction = fraction
+            update(fraction, detail)
+
+        return noting
+
+    # The time --------------------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """The stage `before` has made it."""
+        return Plan(**self.state.results["before"]["plan"])
+
+    def _seconds_to_train(self) -> float:
+        """Of those that are left, what the evaluation of all rows and the report do not need."""
+        return self.state.seconds_left - sum(self._to_come().values())
+
+    def _to_come(self) -> dict[str, float]:
+        """Seconds of the stages that are not done yet, of those whose cost is known."""
+        plan, results = self.plan, self.state.results
+        seconds = {"evaluate": plan.evaluation(plan.held_out), "latency": plan.latency()}
+        seconds["report"] = recipe.REPORT_SECONDS
+        if "distill" in results:
+            distill, steps = results["distill"], results["distill"]["steps"] - self.state.earlier["steps"]
+            seconds["twin"] = results["start"]["overhead"] + steps * distill["step_seconds"] * distill["twin_cost"]
+        return {name: seconds[name] for name in seconds if name not in results}
+
+    def seconds_to_go(self) -> float:
+        """An honest guess at what is to come, more than `state.seconds_left` if the run will be late.
+
+        Trainings take the time that there is, or a step where there is none. Other stages take what was planned, or
+        what the part that is done of them says; the evaluation leaves out rows where time is short.
+        """
+        left, results, stage = self.state.seconds_left, self.state.results, self._stage
+        if "before" not in results:  # nothing is known of the others
+            return max(left, recipe.REPORT_SECONDS)
+        to_come, used = self._to_come(), self.state.seconds_used
+        for name in {"teach", "start", "distill", "twin"} - results.keys() - to_come.keys():
+            to_come[name] = self.plan.smallest_training()
+        spent = used - self.state.begun.get(stage, used)
+        if self._fraction:
+            to_come[stage] = spent * (1 - self._fraction) / self._fraction
+        elif stage in to_come:
+            to_come[stage] = max(to_come[stage] - spent, 0.0)
+        if "evaluate" in to_come and stage != "evaluate":
+            others = sum(to_come.values()) - to_come["evaluate"]
+            smallest = self.plan.evaluation(min(self.plan.held_out, EVALUATION_BATCH))
+            to_come["evaluate"] = min(to_come["evaluate"], max(left - others, smallest))
+        seconds = sum(to_come.values())
+        return seconds if "distill" in results else max(left, seconds)
+
+    def seconds_late(self) -> float:
+        return self.seconds_to_go() - self.state.seconds_left
 
     # What stages share -----------------------------------------------------------------------------------------------
 
@@ -156,7 +208,7 @@ class Pipeline:
 
     @property
     def template(self) -> str:
-        return prompt_template(self.settings.prompt_template, self.settings.dataset) or OTHER_TEMPLATE
+        return prompt_template(self.settings.prompt_template, self.settings.dataset) or recipe.OTHER_TEMPLATE
 
     @property
     def teacher_path(self) -> str:
@@ -172,7 +224,7 @@ class Pipeline:
         """All rows of train, validation and test, encoded; test rows in an order drawn from the seed."""
         splits = datasets.DatasetDict.load_from_disk(str(self.work / "data"))
         rows = {
-            name: encode_rows(split, self.tokenizer, self.template, MAX_PROMPT, MAX_TARGET)
+            name: encode_rows(split, self.tokenizer, self.template, recipe.MAX_PROMPT, recipe.MAX_TARGET)
             for name, split in splits.items()
         }
         order = np.random.default_rng(self.settings.seed).permutation(len(rows["test"]))
@@ -181,11 +233,11 @@ class Pipeline:
 
     @property
     def held_out(self) -> list[dict]:
-        """The test rows that the first evaluation had time for: all models are measured on these."""
-        return self.rows["test"][: self.state.results["before"]["rows"]]
+        """The test rows for which the plan has time: all models are measured on these."""
+        return self.rows["test"][: self.plan.held_out]
 
     def answers(self, model, rows, update) -> list[str]:
-        texts = generate(model, self.tokenizer, rows, MAX_TARGET, update)
+        texts = generate(model, self.tokenizer, rows, recipe.MAX_TARGET, update)
         if not self.built_in_task:
             return texts
         # The task is one sentence. An untuned teacher closes the docstring and goes on; that is not its answer.
@@ -197,9 +249,9 @@ class Pipeline:
     def load_student(self, path, dtype):
         return load_student(path, dtype=dtype).to(device())
 
-    # Stages: each takes `update(fraction, detail)` and its share in seconds, and returns what is worth keeping -------
+    # Stages: each takes `update(fraction, detail)` and returns what is worth keeping ---------------------------------
 
-    def teacher(self, update, share) -> dict:
+    def teacher(self, update) -> dict:
         path = teacher_path(self.settings.teacher)
         config = load_config(path)
         depth = config.get_text_config(decoder=True).num_hidden_layers
@@ -219,7 +271,7 @@ class Pipeline:
             )
         return {"path": path, "layers": depth}
 
-    def data(self, update, share) -> dict:
+    def data(self, update) -> dict:
         settings = self.settings
         # Mining all packages takes most of a minute, and yields more than a short run can read.
         packages: Literal["stdlib", "all"] = "all" if settings.minutes >= 30 else "stdlib"
@@ -229,50 +281,80 @@ class Pipeline:
         note = ", ".join(f"{size} rows to {name}" for name, size in sizes.items())
         return {"sizes": sizes, "note": note}
 
-    def before(self, update, share) -> dict:
-        teacher = self.load_teacher(self.teacher_path, working_dtype())
-        rows, texts, sums, start, count = self.rows["test"], [], [], self.state.seconds_used, 0
-        while count < len(rows):
-            used = self.state.seconds_used - start
-            # Rows are taken until the next ones would not end in time; all later evaluations are on as many.
-            if count and used * (count + 2 * BATCH_SIZE) / count > share:
-                break
-            chunk = rows[count : count + 2 * BATCH_SIZE]
-            texts += self.answers(teacher, chunk, lambda *_: None)
-            sums.append(score({"teacher": teacher}, chunk)["teacher"]["ce"])
-            count += len(chunk)
-            update((self.state.seconds_used - start) / share, f"{count} rows")
-        entry = self._entry({"ce": np.concatenate(sums)}, texts, rows[:count])
-        note = (
-            f"{count} held-out rows: CE {entry['ce']['value']:.2f} nats per token, ROUGE-L {percent(entry['rouge_l'])}"
-        )
-        return {"rows": count, "entry": entry, "note": note}
+    def before(self, update) -> dict:
+        """Measure the untuned teacher on the first rows, and plan from what they cost how many there will be."""
+        seconds, start = self.state.seconds_left, self.state.now()
+        teacher, now = self.load_teacher(self.teacher_path, working_dtype()), self.state.now
+        load, request = now() - start, 0.0
+        layers = self.settings.encoder_layers + self.settings.decoder_layers
+        size = layers / self.state.results["teacher"]["layers"]
+        rows, limit = self.rows["test"], recipe.FIRST_ROWS
+        texts: list[str] = []
+        sums: list[float] = []
+        seconds_of: dict[str, list[float]] = {"generate": [], "score": []}
+        counts: list[int] = []
+        while (count := len(texts)) < min(limit, len(rows)):
+            chunk = rows[count : min(limit, count + _NEXT_ROWS)]
+            times = [now()]
+            texts += self.answers(teacher, chunk, _quiet)
+            times.append(now())
+            sums += score({"teacher": teacher}, chunk)["teacher"]["ce"].tolist()
+            times.append(now())
+            for kind, first, last in (("generate", 0, 1), ("score", 1, 2)):
+                seconds_of[kind].append(times[last] - times[first])
+            counts.append(len(chunk))
+            if not request:  # after the first rows: what happens once has happened
+                greedy_decode(teacher, torch.tensor([chunk[0]["prompt"]]).to(device()), recipe.LATENCY_TOKENS)
+                request = now() - times[-1]
+            # The first rows, with all that happens once, only count as long as there are no others.
+            of_text, of_score = (sum(s[1:] or s) / sum(counts[1:] or counts) for s in seconds_of.values())
+            plan = Plan(load, of_score, of_text, request, size).for_run(seconds, len(texts), len(rows))
+            limit = plan.held_out
+            update(len(texts) / limit, f"{len(texts)} of {limit} rows")
+        entry = self._entry({"ce": np.array(sums)}, texts, rows[: len(texts)])
+        note = f"{len(texts)} held-out rows"
+        if len(texts) < min(recipe.ENOUGH_ROWS, len(rows)):
+            note += f", since {self.settings.minutes:g} minutes do not allow {min(recipe.ENOUGH_ROWS, len(rows))}"
+        note += f": CE {entry['ce']['value']:.2f} nats per token, ROUGE-L {percent(entry['rouge_l'])}"
+        return {
+            "ce": sums,
+            "texts": texts,
+            "plan": dataclasses.asdict(plan),
+            "note": note,
+        }
 
-    def teach(self, update, share) -> dict:
+    def teach(self, update) -> dict:
+        parts = recipe.PARTS
+        end = self.state.seconds_used + self._seconds_to_train() * parts["teach"] / sum(parts.values())
         teacher = self.load_teacher(self.teacher_path, torch.float32)
-        rows = self.rows["train"]
-        steps_a_pass = max(len(rows) // BATCH_SIZE, 1)
-        steps = min(int(share * _STEPS_PER_SECOND) + 1, _TEACHER_PASSES * steps_a_pass)
-        order = training_order([len(row["prompt"]) for row in rows], BATCH_SIZE, steps, self.settings.seed)
+        rows, plan = self.rows["train"], self.plan
+        seconds = end - self.state.seconds_used
+        fit = recipe.VALIDATION_SHARE * seconds / max(plan.score, 1e-9)
+        validation = self.rows["validation"][: int(min(max(fit, recipe.BATCH_SIZE), recipe.VALIDATION_ROWS))]
+        seconds = max(seconds - plan.score * len(validation) - plan.load, 1.0)  # as long to save as to load
+        steps_a_pass = max(len(rows) // recipe.BATCH_SIZE, 1)
+        steps = min(self._most_steps(), recipe.TEACHER_PASSES * steps_a_pass)
+        order = training_order([len(row["prompt"]) for row in rows], recipe.BATCH_SIZE, steps, self.settings.seed)
         result = tune_teacher(
             teacher,
             self.tokenizer,
             [rows[index] for index in order],
-            self.rows["validation"][:VALIDATION_ROWS],
+            validation,
             steps_a_pass,
             self.work / "training-teacher",
-            TimeShare(share, steps, PEAK_LEARNING_RATE, update),
-            BATCH_SIZE,
+            TimeShare(seconds, steps, recipe.TEACHER_LEARNING_RATE, update, now=self.state.now),
+            recipe.BATCH_SIZE,
             self.settings.seed,
         )
         save_teacher(teacher, self.tokenizer, self.work / "teacher")
         loss = f"CE {result['held_out_loss']:.2f} on validation rows"
-        return result | {"note": f"{result['steps']} steps of {BATCH_SIZE}, {loss}"}
+        return result | {"note": f"{result['steps']} steps of {recipe.BATCH_SIZE}, {loss}"}
 
-    def start(self, update, share) -> dict:
+    def start(self, update) -> dict:
+        """Make the student, and measure a step of the twin: the time has to last for both."""
         teacher = self.load_teacher(self.work / "teacher", torch.float32)
         rows = self.rows["train"]
-        drawn = np.random.default_rng(self.settings.seed).permutation(len(rows))[:CALIBRATION_ROWS]
+        drawn = np.random.default_rng(self.settings.seed).permutation(len(rows))[: recipe.CALIBRATION_ROWS]
         student = RopeEncDecForConditionalGeneration.from_decoder_only(
             teacher,
             encoder_num_hidden_layers=self.settings.encoder_layers,
@@ -283,31 +365,58 @@ class Pipeline:
         )
         student.save_pretrained(self.work / "start")
         parameters = student.num_parameters()
-        return {"parameters": parameters, "note": f"{parameters / 1e6:.1f} M parameters"}
+        del teacher, student
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            begun, one = self.state.now(), self._share(float("inf"), 1, update)
+            twin_step = self._train_student(one, 0.0, Path(folder) / "training", Path(folder) / "twin")["step_seconds"]
+            overhead = self.state.now() - begun - twin_step
+        note = f"{parameters / 1e6:.1f} M parameters"
+        return {"parameters": parameters, "twin_step": twin_step, "overhead": overhead, "note": note}
 
-    def distill(self, update, share) -> dict:
-        clock_share = TimeShare(share, int(share * _STEPS_PER_SECOND) + 1, STUDENT_LEARNING_RATE, update)
-        result = self._train_student(clock_share, DISTILL_WEIGHT, "student")
-        return result | {"note": f"{result['steps']} steps of {BATCH_SIZE}"}
+    def _share(self, seconds: float, steps: int, update, replay: list[float] | None = None, **more) -> TimeShare:
+        peak, earlier = recipe.STUDENT_LEARNING_RATE, self.state.earlier["steps"]
+        return TimeShare(
+            seconds, steps, peak, update, replay, earlier=earlier, goes_on=True, now=self.state.now, **more
+        )
 
-    def twin(self, update, share) -> dict:
+    def distill(self, update) -> dict:
+        start, earlier = self.state.results["start"], self.state.earlier
+        share = self._share(
+            max(self._seconds_to_train() - 2 * start["overhead"], 1.0),
+            earlier["steps"] + self._most_steps(),
+            update,
+            twin_step=start["twin_step"],
+            twin_cost=earlier["twin_cost"] if earlier["rounds"] else None,
+        )
+        training, target = self.work / TRAININGS["distill"], self.folder / "student"
+        result = self._train_student(share, recipe.DISTILL_WEIGHT, training, target)
+        note = f"{result['steps']} steps of {recipe.BATCH_SIZE}"
+        note += f", {earlier['steps']} of them before" if earlier["rounds"] else ""
+        return result | {"twin_cost": share.twin_cost, "note": note}
+
+    def _most_steps(self) -> int:
+        """Of a round: for a bound that is the same for all its parts, however often it is interrupted."""
+        return int(60 * self.settings.minutes * _STEPS_PER_SECOND) + 1
+
+    def twin(self, update) -> dict:
         """As many steps, from the same start, on the same rows at the same learning rates: only the loss differs."""
         rates = self.state.results["distill"]["rates"]
-        replay = TimeShare(float("inf"), len(rates), STUDENT_LEARNING_RATE, update, rates)
-        return self._train_student(replay, 0.0, "work/student-ce")
+        replay = self._share(float("inf"), len(rates), update, rates)
+        return self._train_student(replay, 0.0, self.work / TRAININGS["twin"], self.work / "student-ce")
 
-    def _train_student(self, share: TimeShare, distill_weight: float, target: str) -> dict:
+    def _train_student(self, share: TimeShare, distill_weight: float, training: Path, target: Path) -> dict:
+        """From `start`, or from the last checkpoint in `training` if there is one."""
         student = self.load_student(self.work / "start", torch.float32)
         tokenizer = load_tokenizer(self.work / "start", PreTrainedTokenizerFast)
-        rows = self.rows["train"]
-        order = training_order([len(row["prompt"]) for row in rows], BATCH_SIZE, share.steps, self.settings.seed + 1)
+        rows, size = self.rows["train"], recipe.BATCH_SIZE
+        order = training_order([len(row["prompt"]) for row in rows], size, share.steps, self.settings.seed + 1)
         ready = [{"input_ids": row["inputs"], "labels": row["labels"]} for row in rows]
         args = DistillationTrainingArguments(
-            output_dir=str(self.work / f"training-{Path(target).name}"),
-            divergence=DIVERGENCE,
+            output_dir=str(training),
+            divergence=recipe.DIVERGENCE,
             distill_weight=distill_weight,
             teacher_dtype=str(working_dtype()).removeprefix("torch."),
-            per_device_train_batch_size=BATCH_SIZE,
+            per_device_train_batch_size=size,
             max_steps=share.steps,
             max_grad_norm=1.0,
             logging_steps=1,
@@ -326,25 +435,50 @@ class Pipeline:
             teacher=str(self.work / "teacher"),
         )
         result = train(trainer, share)
-        student.save_pretrained(self.folder / target)
-        tokenizer.save_pretrained(self.folder / target)
+        (target / "README.md").unlink(missing_ok=True)  # the card of other weights
+        student.save_pretrained(target)
+        tokenizer.save_pretrained(target)
         return result
 
-    def evaluate(self, update, share) -> dict:
-        rows, dtype = self.held_out, working_dtype()
+    def evaluate(self, update) -> dict:
+        """All models on the same rows: those that there is time for."""
+        later = {name: seconds for name, seconds in self._to_come().items() if name != "evaluate"}
+        end = self.state.seconds_used + self.state.seconds_left - sum(later.values())
+        held_out, dtype = self.held_out, working_dtype()
         teacher = self.load_teacher(self.work / "teacher", dtype)
         students = {
             "student_start": self.load_student(self.work / "start", dtype),
             "student_ce": self.load_student(self.work / "student-ce", dtype),
             "student_kd": self.load_student(self.folder / "student", dtype),
         }
-        part = _Parts(update, 4)
-        sums = score({"teacher": teacher, **students}, rows, teacher, part.next())
-        texts = {"teacher": self.answers(teacher, rows, part.next())}
-        for name in ("student_ce", "student_kd"):
-            texts[name] = self.answers(students[name], rows, part.next())
+        writers = {"teacher": teacher, **{name: students[name] for name in ("student_ce", "student_kd")}}
+        found: list[tuple[dict, dict[str, list[str]]]] = []
+        done: list[int] = []
+        groups = groups_of_like_length([len(row["prompt"]) for row in held_out], EVALUATION_BATCH, self.settings.seed)
+        begun = self.state.seconds_used
+        for indices in groups:
+            used = self.state.seconds_used
+            if done and used + (used - begun) * len(indices) / len(done) > end:
+                break
+            batch = [held_out[index] for index in indices]
+            sums = score({"teacher": teacher, **students}, batch, teacher)
+            found.append((sums, {name: self.answers(model, batch, _quiet) for name, model in writers.items()}))
+            done += indices
+            update(len(done) / len(held_out), f"{len(done)} of {len(held_out)} rows")
+        order = np.argsort(done)
+        done = [done[position] for position in order]
+        rows = [held_out[index] for index in done]
+        sums = {
+            name: {measure: np.concatenate([part[name][measure] for part, _ in found])[order] for measure in measures}
+            for name, measures in found[0][0].items()
+        }
+        texts = {name: [text for _, part in found for text in part[name]] for name in writers}
+        texts = {name: [written[position] for position in order] for name, written in texts.items()}
         texts["lead_baseline"] = [lead_sentence(row["source"]) for row in rows]
-        models = {name: self._entry(sums.get(name, {}), texts.get(name), rows) for name in [*sums, "lead_baseline"]}
+        before = self.state.results["before"]
+        sums_before = {"ce": np.array(before["ce"])[done]}
+        models = {"teacher_before": self._entry(sums_before, [before["texts"][index] for index in done], rows)}
+        models |= {name: self._entry(sums.get(name, {}), texts.get(name), rows) for name in [*sums, "lead_baseline"]}
 
         tokens = np.array([len(row["labels"]) for row in rows])
         difference: dict[str, Any] = {"of": "student_kd", "minus": "student_ce"}
@@ -356,9 +490,12 @@ class Pipeline:
 
         samples = [
             {"source": row["source"], "reference": row["target"], **{name: texts[name][index] for name in texts}}
-            for index, row in enumerate(rows[:SAMPLES])
+            for index, row in enumerate(rows[: recipe.SAMPLES])
         ]
-        return {"models": models, "differences": [difference], "samples": samples}
+        result = {"rows": len(rows), "models": models, "differences": [difference], "samples": samples}
+        if len(rows) < len(held_out):
+            result["note"] = f"{len(rows)} of {len(held_out)} rows, for all models: the time was over"
+        return result
 
     def _entry(self, sums: Mapping[str, np.ndarray], texts: list[str] | None, rows: list[dict]) -> dict:
         """One model of metrics.json, see `hf_encdec_distill.cards.model_card`."""
@@ -370,18 +507,16 @@ class Pipeline:
             entry["distinct"] = distinct_share(texts)
         return entry
 
-    def latency(self, update, share) -> dict:
-        dtype = working_dtype()
+    def latency(self, update) -> dict:
+        dtype, tokens = working_dtype(), recipe.LATENCY_TOKENS
         student = self.load_student(self.folder / "student", dtype)
         teacher = self.load_teacher(self.work / "teacher", dtype)
-        prompts = [row["prompt"] for row in self.held_out[:LATENCY_PROMPTS]]
-        measured = compare_latency(
-            student, teacher, prompts, new_tokens=LATENCY_TOKENS, rounds=len(prompts), dtype=dtype
-        )
-        cost = compare_cost(student, teacher, round(measured.prompt_length), LATENCY_TOKENS, dtype)
+        prompts = [row["prompt"] for row in self.held_out[: self.plan.rounds]]
+        measured = compare_latency(student, teacher, prompts, new_tokens=tokens, rounds=len(prompts), dtype=dtype)
+        cost = compare_cost(student, teacher, round(measured.prompt_length), tokens, dtype)
         return {"latency": measured.to_dict(), "cost": cost.to_dict()}
 
-    def report(self, update, share) -> dict:
+    def report(self, update) -> dict:
         metrics = self._metrics()
         # Beside the card too, which goes to the Hub with the student's folder.
         for folder in (self.folder, self.folder / "student"):
@@ -399,8 +534,7 @@ class Pipeline:
         results, settings = self.state.results, self.settings
         teacher = FACTS if settings.teacher == BUILT_IN else teacher_entry(settings.teacher)
         config = load_config(self.folder / "student")
-        held_out = results["before"]["rows"]
-        models = {"teacher_before": results["before"]["entry"], **results["evaluate"]["models"]}
+        held_out, models = results["evaluate"]["rows"], results["evaluate"]["models"]
         for name in ("student_start", "student_ce", "student_kd"):
             models[name]["parameters"] = results["start"]["parameters"]
         teacher_parameters = results["latency"]["cost"]["teacher"]["parameters"]["total"]
@@ -411,7 +545,7 @@ class Pipeline:
             "task": self._task(),
             "teacher": {
                 **teacher,
-                "adaptation": f"all layers, {results['teach']['steps']} steps of {BATCH_SIZE}",
+                "adaptation": f"all layers, {results['teach']['steps']} steps of {recipe.BATCH_SIZE}",
             },
             "student": {
                 "encoder_layers": settings.encoder_layers,
@@ -429,13 +563,14 @@ class Pipeline:
             },
             "recipe": self._recipe(),
             "stages": [
-                {"name": TITLES[name], "steps": results[name].get("steps"), "seconds": results[name]["seconds"]}
-                for name in SHARES
+                {"name": TITLES[name], "steps": results[name].get("steps"), "seconds": self.state.stage_seconds(name)}
+                for name in TITLES
                 if name in results
             ],
             "seeds": [settings.seed],
             "spread": f"95 % interval, bootstrap over the {held_out} held-out rows (one seed of training)",
             "models": models,
+            "verdict": self._verdict(models),
             "differences": results["evaluate"]["differences"],
             "latency": results["latency"]["latency"],
             "cost": results["latency"]["cost"],
@@ -458,30 +593,48 @@ class Pipeline:
             }
         return task | {"name": self.settings.dataset}
 
-    def _recipe(self) -> dict:
+    def _verdict(self, models: Mapping[str, Mapping]) -> dict:
         results = self.state.results
+        sentences = verdict(models, "student_kd", results["distill"]["curve"])
+        rows, enough = results["evaluate"]["rows"], min(recipe.ENOUGH_ROWS, results["data"]["sizes"]["test"])
+        if rows < enough:
+            sentences.append(
+                f"Few rows. The time did not allow {enough} held-out rows, only {rows}: take the scores as rough."
+            )
+        # An absolute path says more about the machine than the readers of a card should know.
+        folder = self.folder.name if self.folder.is_absolute() else str(self.folder)
+        return {"sentences": sentences, **({"command": continuation(folder)} if sentences else {})}
+
+    def _recipe(self) -> dict:
+        results, earlier = self.state.results, self.state.earlier
+        schedule = f"warm-up over {recipe.WARMUP:.0%} of the steps, then linear to zero"
         return {
-            "divergence": DIVERGENCE,
-            "distill_weight": DISTILL_WEIGHT,
+            "divergence": recipe.DIVERGENCE,
+            "distill_weight": recipe.DISTILL_WEIGHT,
+            "minutes": self.state.minutes,
             "steps": results["distill"]["steps"],
-            "batch_size": BATCH_SIZE,
+            "batch_size": recipe.BATCH_SIZE,
             "learning_rate": _peak(results["distill"]["rates"]),
-            "schedule": "warm-up over 20 steps, then linear to zero",
+            "schedule": schedule + (f", {earlier['rounds'] + 1} times" if earlier["rounds"] else ""),
             "teacher_steps": results["teach"]["steps"],
             "teacher_learning_rate": _peak(results["teach"]["rates"]),
-            "max_prompt_tokens": MAX_PROMPT,
-            "max_target_tokens": MAX_TARGET,
+            "max_prompt_tokens": recipe.MAX_PROMPT,
+            "max_target_tokens": recipe.MAX_TARGET,
             "precision": str(working_dtype()).removeprefix("torch."),
             "seed": self.settings.seed,
         }
 
     def _recipe_file(self) -> dict:
         return {
-            "settings": dataclasses.asdict(self.settings),
+            "settings": dataclasses.asdict(self.settings) | {"minutes": self.state.minutes},
             "recipe": self._recipe(),
             "versions": {name: _version(name) for name in _VERSIONS} | {"python": platform.python_version()},
             "machine": machine_description(),
         }
+
+
+def _quiet(fraction: float, detail: str) -> None:
+    pass
 
 
 def _peak(rates: list[float]) -> float:
@@ -497,14 +650,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-class _Parts:
-    """Splits one progress bar into equal parts."""
-
-    def __init__(self, update: Callable[[float, str], None], parts: int):
-        self.update, self.parts, self.begun = update, parts, 0
-
-    def next(self) -> Callable[[float, str], None]:
-        before, self.begun = self.begun, self.begun + 1
-        return lambda fraction, detail: self.update((before + fraction) / self.parts, detail)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ...metrics.measures import METRICS, model_label, model_order
 from .._display import table, wrap
+from .recipe import GO_ON_MINUTES
 
 
 def percent(estimate: Any) -> str:
     """An Estimate of metrics.json, or a number, in percent."""
     return f"{100 * (estimate['value'] if isinstance(estimate, Mapping) else estimate):.1f}"
+
+
+def continuation(folder: Path | str, minutes: float = GO_ON_MINUTES) -> str:
+    """The command that continues a finished run."""
+    command = ["hf-encdec-distill", "quickstart", "--resume", "--minutes", f"{minutes:g}", "--output", str(folder)]
+    return shlex.join(command)
 
 
 def samples_page(samples: list[dict], language: str = "") -> str:
@@ -71,6 +79,7 @@ def summary(metrics: Mapping, folder: Path) -> str:
 {rows} held-out rows, seed {metrics["seeds"][0]}.
 {wrap(f"In brackets: {metrics['spread']}.")}
 Steps: teacher {recipe["teacher_steps"]}, each student {recipe["steps"]}, batch size {recipe["batch_size"]}.
+{_of_teacher(models)}{_said(metrics.get("verdict"), folder)}
 
 {table(["", "parameters", "first token, ms", "further token, ms", "tokens/s"], speed)}
 
@@ -82,6 +91,19 @@ Steps: teacher {recipe["teacher_steps"]}, each student {recipe["steps"]}, batch 
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
     model = AutoModelForSeq2SeqLM.from_pretrained(path, trust_remote_code=True)
 """
+
+
+def _of_teacher(models: Mapping) -> str:
+    student, teacher = (models[name]["rouge_l"]["value"] for name in ("student_kd", "teacher"))
+    return f"The student reaches {100 * student / teacher:.0f} % of the tuned teacher's ROUGE-L." if teacher else ""
+
+
+def _said(verdict: Mapping | None, folder: Path) -> str:
+    """The sentences of a verdict, and the command that goes on from here."""
+    if not verdict or not verdict["sentences"]:
+        return ""
+    sentences = "\n".join(wrap(sentence) for sentence in verdict["sentences"])
+    return f"\n\n{sentences}\nIts training goes on from here with\n    {continuation(folder)}"
 
 
 def _cell(estimate: Any, factor: float, decimals: int) -> str:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from ...files import check_fields, read_json, write_json
+from .._checkpoints import last_whole_checkpoint
 from .._inputs import BUILT_IN
 from .._recipe import checked
+from .planning import Plan
+from .recipe import DECODER_LAYERS, ENCODER_LAYERS, ENOUGH_ROWS, FIRST_ROWS
 
 
 _FILE = "state.json"
-_FIELDS = {"settings": dict, "seconds_used": float, "shares": dict, "results": dict}
+_FIELDS = {"settings": dict, "seconds_used": float, "begun": dict, "results": dict, "earlier": dict}
+_EARLIER = {"rounds": int, "minutes": float, "seconds": float, "steps": int, "twin_cost": float, "stages": dict}
+TRAININGS = {"distill": "training-student", "twin": "training-student-ce"}  # folders in work/, with their checkpoints
+_ONCE_A_ROUND = (*TRAININGS, "evaluate", "report")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +34,8 @@ class Settings:
     source_column: str = "source"
     target_column: str = "target"
     prompt_template: str | None = None
-    encoder_layers: int = 11
-    decoder_layers: int = 4
+    encoder_layers: int = ENCODER_LAYERS
+    decoder_layers: int = DECODER_LAYERS
 
     def __post_init__(self):
         if not 0 < self.minutes < float("inf"):
@@ -43,57 +50,133 @@ class Settings:
 
 
 class State:
-    """`state.json` of a run's folder; `open_run` makes one."""
+    """`state.json` of a run's folder; `open_run` makes one.
+
+    A run has rounds: the first, and one for each time that it was continued after its end. `settings.minutes` are
+    those of the round that is under way, `earlier` sums up the others: `rounds`, `minutes`, `seconds`, `steps` of each
+    student, `twin_cost` (a step of the twin, in steps of the student), and the seconds of the `stages`.
+    """
 
     def __init__(
         self,
         folder: Path,
         settings: Settings,
         results: dict[str, dict] | None = None,
-        shares: dict[str, float] | None = None,
+        begun: dict[str, float] | None = None,
         seconds: float = 0.0,
+        earlier: dict[str, Any] | None = None,
+        now: Callable[[], float] = time.monotonic,
+        start: float | None = None,
     ):
-        self.folder, self.settings = folder, settings
+        self.folder, self.settings, self.now = folder, settings, now
         self.results: dict[str, dict] = results or {}
-        self.shares: dict[str, float] = shares or {}
-        self._seconds_before, self._start = seconds, time.monotonic()
+        self.begun: dict[str, float] = begun or {}
+        self.earlier: dict[str, Any] = earlier or {
+            "rounds": 0,
+            "minutes": 0.0,
+            "seconds": 0.0,
+            "steps": 0,
+            "twin_cost": 1.0,
+            "stages": {},
+        }
+        self._seconds_before, self._start = seconds, now() if start is None else start
 
     @property
     def seconds_used(self) -> float:
         """Wall-clock seconds of all parts of the run."""
-        return self._seconds_before + time.monotonic() - self._start
+        return self._seconds_before + self.now() - self._start
 
     @property
     def seconds_left(self) -> float:
-        return 60.0 * self.settings.minutes - self.seconds_used
+        """Of the round."""
+        return 60.0 * self.settings.minutes - (self.seconds_used - self.earlier["seconds"])
 
-    def begin(self, stage: str, share: float) -> float:
-        """The seconds that a stage may take: `share`, or what it was given when it first began."""
-        share = self.shares.setdefault(stage, share)
+    @property
+    def minutes(self) -> float:
+        """That all rounds were given."""
+        return self.earlier["minutes"] + self.settings.minutes
+
+    def begin(self, stage: str) -> None:
+        self.begun.setdefault(stage, self.seconds_used)
         if self.results:  # nothing is written before the first stage is done: a wrong path leaves no run behind
             self.save()
-        return share
 
     def finish(self, stage: str, result: dict) -> None:
-        self.results[stage] = result
+        """Note the result of a stage, and the `seconds` since it first began."""
+        self.results[stage] = result | {"seconds": self.seconds_used - self.begun[stage]}
         self.save()
+
+    def stage_seconds(self, stage: str) -> float:
+        """Of all rounds."""
+        return self.earlier["stages"].get(stage, 0.0) + self.results[stage]["seconds"]
+
+    def go_on(self, minutes: float) -> None:
+        """Begin another round after the last stage of one.
+
+        The students train on, and what depends on them is made again. The untuned teacher is measured again only where
+        there was no time for enough rows, and now there is.
+
+        Raises:
+            ValueError: the last checkpoints are not there any more.
+        """
+        for folder in TRAININGS.values():
+            checkpoint, steps = last_whole_checkpoint(self.folder / "work" / folder), self.results["distill"]["steps"]
+            if checkpoint is None or int(checkpoint.rpartition("-")[2]) != steps:
+                raise ValueError(
+                    f"{self.folder / 'work' / folder} has no whole checkpoint of step {steps}, from which the run "
+                    "could go on: begin another run in another folder with --output"
+                )
+        distill, twin = (self.results[name] for name in TRAININGS)
+        self.earlier = {
+            "rounds": self.earlier["rounds"] + 1,
+            "minutes": self.minutes,
+            "seconds": self._seconds_before,
+            "steps": distill["steps"],
+            "twin_cost": twin["step_seconds"] / distill["step_seconds"],
+            "stages": {name: self.stage_seconds(name) for name in self.results},
+        }
+        for name in _ONCE_A_ROUND:
+            del self.results[name]
+        self._plan_rows(60.0 * minutes)
+        for name in self.results:  # what is not done again
+            del self.earlier["stages"][name]
+        self.begun = {name: when for name, when in self.begun.items() if name in self.results}
+        self.settings = dataclasses.replace(self.settings, minutes=minutes)
+
+    def _plan_rows(self, seconds: float) -> None:
+        before, available = self.results["before"], self.results["data"]["sizes"]["test"]
+        plan, measured = Plan(**before["plan"]), len(before["ce"])
+        if plan.for_run(seconds, 0, available).held_out > measured < min(ENOUGH_ROWS, available):
+            del self.results["before"]
+        else:
+            few = min(measured, FIRST_ROWS)
+            before["plan"]["held_out"] = plan.for_run(seconds, few, measured, first=False).held_out
 
     def save(self) -> None:
         content = {
             "settings": dataclasses.asdict(self.settings),
             "seconds_used": self.seconds_used,
-            "shares": self.shares,
+            "begun": self.begun,
             "results": self.results,
+            "earlier": self.earlier,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / _FILE, content)
 
 
-def open_run(folder: Path, given: dict[str, Any], resume: bool) -> State:
-    """Begin a run in a new folder, or take up the one that is there.
+def open_run(
+    folder: Path,
+    given: dict[str, Any],
+    resume: bool,
+    now: Callable[[], float] = time.monotonic,
+    start: float | None = None,
+) -> State:
+    """Begin a run in a new folder, take up the one that is there, or continue it where it is finished.
 
     Args:
-        given: the settings that the user named; a resumed run has to agree with them.
+        given: the settings that the user named; a resumed run has to agree with them. `minutes` continue a finished
+            run for as long.
+        now, start: the clock, and when the command began.
 
     Raises:
         ValueError: the folder is in use and `resume` is not set, there is nothing to resume, or a setting differs.
@@ -105,7 +188,7 @@ def open_run(folder: Path, given: dict[str, Any], resume: bool) -> State:
                 f"{folder} is not empty: go on with the run that is in it with --resume, or choose another folder "
                 "with --output"
             )
-        return State(folder, Settings(**given))
+        return State(folder, Settings(**given), now=now, start=start)
     try:
         content = read_json(folder / _FILE, fields=_FIELDS)
     except FileNotFoundError:
@@ -113,14 +196,21 @@ def open_run(folder: Path, given: dict[str, Any], resume: bool) -> State:
             f"there is no run in {folder} to resume: name its folder with --output, or begin one without --resume"
         ) from None
     where = str(folder / _FILE)
-    check_fields(content["results"], dict.fromkeys(content["results"], dict), f"{where}, results")
-    check_fields(content["shares"], dict.fromkeys(content["shares"], float), f"{where}, shares")
+    results, begun, earlier = (content[name] for name in ("results", "begun", "earlier"))
+    check_fields(results, dict.fromkeys(results, dict), f"{where}, results")
+    check_fields(begun, dict.fromkeys(begun, float), f"{where}, begun")
+    check_fields(earlier, _EARLIER, f"{where}, earlier")
     hints = get_type_hints(Settings)
     settings = Settings(**checked(content["settings"], hints, f"{where}, settings", "those of `quickstart --help`"))
+    is_finished = "report" in results
     for name, value in given.items():
-        if getattr(settings, name) != value:
+        if getattr(settings, name) != value and not (name == "minutes" and is_finished):
+            end = "leave --minutes out; they can be added once it is finished" if name == "minutes" else ""
             raise ValueError(
-                f"the run in {folder} was begun with {name}={getattr(settings, name)!r}, not {value!r}: leave "
-                f"--{name.replace('_', '-')} out, or begin another run in another folder"
+                f"the run in {folder} was begun with {name}={getattr(settings, name)!r}, not {value!r}: "
+                + (end or f"leave --{name.replace('_', '-')} out, or begin another run in another folder")
             )
-    return State(folder, settings, content["results"], content["shares"], content["seconds_used"])
+    state = State(folder, settings, results, begun, content["seconds_used"], earlier, now, start)
+    if is_finished and "minutes" in given:
+        state.go_on(Settings(minutes=given["minutes"]).minutes)
+    return state

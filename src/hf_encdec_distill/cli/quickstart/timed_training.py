@@ -1,12 +1,13 @@
 """Training that fits a share of the wall clock: what the quickstart's teacher and students have in common.
 
-How many steps a machine makes in a given time is not known before, and on a shared machine not even then. So the clock
-drives the schedule: the learning rate warms up over the first steps and falls linearly with the time that is used, and
-training ends where both reach zero. A twin that has to be comparable replays the recorded rates, step by step.
+How many steps a machine makes in a given time is not known before, and on a shared machine not even then. So it is
+measured, from the first step on: the learning rate warms up over a share of the steps that will fit and falls linearly
+to zero with the last of them. A twin that has to be comparable replays the recorded rates, step by step.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -24,14 +25,11 @@ from transformers.trainer_callback import ExportableState
 
 from ...files import read_json
 from .._checkpoints import last_whole_checkpoint
-
-
-WARMUP_STEPS = 20
+from .recipe import WARMUP
 
 
 _SECONDS_BETWEEN_SAVES = 600.0  # a checkpoint holds weights and two moments: gigabytes, not for every minute
-
-
+_RECENT_STEPS = 16
 _CURVE_POINTS = 200
 
 
@@ -64,17 +62,27 @@ class InOrder:
 
 
 class TimeShare(TrainerCallback, ExportableState):
-    """Ends training when `seconds` are used, reports progress, and saves on a Ctrl-C and every ten minutes.
+    """Ends training when the next step would not end within `seconds`, reports progress, and saves on a Ctrl-C and
+    every ten minutes.
+
+    Each step's learning rate is set between its backward pass and its update: then the first step, too, is measured
+    before its rate is chosen.
 
     Args:
         seconds: the share of the wall clock; `inf` with `replay`.
-        steps: the most steps to make; what there is data for.
+        steps: the most steps to make, those of earlier rounds among them; what there is data for.
         peak: the largest learning rate.
         update: called as `update(fraction, detail)` after each step.
         replay: learning rates, one a step, in place of the clock's; training ends with the last one.
+        earlier: steps of earlier rounds, from whose last checkpoint this one goes on, with a warm-up of its own.
+        twin_step: seconds of the first step of a twin, for whose training `seconds` have to last too (as many steps).
+        twin_cost: a step of the twin in steps of this training, where it is known from an earlier round.
+        goes_on: whether to save a checkpoint at the end, for another round.
+        now: the clock.
 
     Attributes:
         rates: the learning rate of each step that was done.
+        durations: seconds of the steps that this process did.
         interrupted: whether Ctrl-C ended it.
     """
 
@@ -85,55 +93,106 @@ class TimeShare(TrainerCallback, ExportableState):
         peak: float,
         update: Callable[[float, str], None],
         replay: list[float] | None = None,
+        earlier: int = 0,
+        twin_step: float = 0.0,
+        twin_cost: float | None = None,
+        goes_on: bool = False,
+        now: Callable[[], float] = time.monotonic,
     ):
         self.seconds, self.steps, self.peak, self.update, self.replay = seconds, steps, peak, update, replay
+        self.earlier, self.twin_step, self.twin_cost = earlier, twin_step, twin_cost
+        self.goes_on, self.now = goes_on, now
         self.rates: list[float] = []
+        self.durations: list[float] = []
         self.interrupted = False
         self._used_before = 0.0
-        self._start = self._saved = time.monotonic()
+        self._start = self._saved = self._step_begun = now()
         self._stop = threading.Event()
 
     @property
     def used(self) -> float:
-        """Seconds, over all parts of an interrupted run."""
-        return self._used_before + time.monotonic() - self._start
+        """Seconds of this round, over all parts if it was interrupted."""
+        return self._used_before + self.now() - self._start
+
+    @property
+    def own_seconds(self) -> float:
+        """Of the share, those for this training; the others are for its twin."""
+        if self.twin_cost is not None:
+            return self.seconds / (1.0 + self.twin_cost)
+        step = self.step_seconds
+        return self.seconds * step / (step + self.twin_step) if self.twin_step else self.seconds
+
+    @property
+    def step_seconds(self) -> float:
+        """What a step takes: the mean of the last ones, without the first of a process, which takes longer."""
+        recent = self.durations[1:][-_RECENT_STEPS:] or self.durations
+        return sum(recent) / len(recent) if recent else self.now() - self._step_begun
+
+    @property
+    def steps_that_fit(self) -> float:
+        """Of this round, those that are done among them; asked in the middle of a step."""
+        done = len(self.rates) - self.earlier
+        left = self.own_seconds - self.used + self.now() - self._step_begun
+        return min(done + max(left / max(self.step_seconds, 1e-9), 1.0), self.steps - self.earlier)
 
     @property
     def fraction(self) -> float:
-        """How much is done, 0 to 1: of the time, or of the steps if those come to an end before."""
-        return min(max(self.used / self.seconds, len(self.rates) / self.steps), 1.0)
+        """How much of this round is done, 0 to 1: of the time, or of the steps if those come to an end before."""
+        of_steps = (len(self.rates) - self.earlier) / max(self.steps - self.earlier, 1)
+        return min(max(self.used / self.own_seconds, of_steps), 1.0)
 
-    def rate(self, step: int) -> float:
-        """Learning rate of a step, as a share of `peak`."""
-        if self.replay:
-            return self.replay[min(step, len(self.replay) - 1)] / self.peak
-        return min(1.0, (step + 1) / WARMUP_STEPS) * (1.0 - self.fraction)
+    def rate(self) -> float:
+        """The learning rate of the step that is being made."""
+        if self.replay is not None:
+            return self.replay[min(len(self.rates), len(self.replay) - 1)]
+        step, steps = len(self.rates) - self.earlier, self.steps_that_fit
+        warm = max(WARMUP * steps, 1.0)
+        return self.peak * min((step + 1) / warm, (steps - step) / (steps - warm + 1))
 
     def resume(self, checkpoint: str) -> None:
-        """Take up the clock and the record of a run that was interrupted."""
+        """Take up the clock and the record of a run that was interrupted, or the record of the round before."""
         states = read_json(Path(checkpoint) / TRAINER_STATE_NAME, fields={"stateful_callbacks": dict})[
             "stateful_callbacks"
         ]
         record = states[type(self).__name__]["attributes"]
-        self._used_before, self.rates = record["used"], record["rates"]
+        self.rates = record["rates"]
+        if len(self.rates) > self.earlier:  # else it is where the round before ended
+            self._used_before, self.twin_cost = record["used"], record["twin_cost"]
+            self.seconds = record["seconds"] or self.seconds
 
     def state(self) -> dict:
         """What the trainer writes into its own state of each checkpoint."""
-        return {"args": {}, "attributes": {"used": self.used, "rates": self.rates}}
+        seconds = self.seconds if math.isfinite(self.seconds) else None
+        record = {"used": self.used, "seconds": seconds, "twin_cost": self.twin_cost, "rates": self.rates}
+        return {"args": {}, "attributes": record}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._start = self._saved = time.monotonic()
+        self._start = self._saved = self._step_begun = self.now()
 
-    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-        self.rates.append(optimizer.param_groups[0]["lr"])
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        rate = self.rate()
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        self.rates.append(rate)
 
     def on_step_end(self, args, state, control, **kwargs):
-        finished = self.used >= self.seconds or state.global_step >= self.steps
-        self.interrupted = self._stop.is_set() and not finished
+        self.durations.append(self.now() - self._step_begun)
+        self._step_begun = self.now()
+        if self.twin_cost is None:
+            self.twin_cost = self.twin_step / max(self.durations[0], 1e-9)  # first steps both, on the same rows
+        finished = self.used + self.step_seconds > self.own_seconds or state.global_step >= self.steps
+        self.interrupted = self._stop.is_set()
         control.should_training_stop = self.interrupted or finished
-        if self.interrupted or time.monotonic() - self._saved > _SECONDS_BETWEEN_SAVES:
-            control.should_save, self._saved = True, time.monotonic()
-        self.update(self.fraction, f"step {state.global_step}")
+        due = self.now() - self._saved > _SECONDS_BETWEEN_SAVES
+        if self.interrupted or due or (finished and self.goes_on):
+            control.should_save, self._saved = True, self.now()
+        self.update(self.fraction, f"step {state.global_step} of {self._expected()}")
+
+    def _expected(self) -> str:
+        """Steps of the whole training, as far as it is known."""
+        if self.replay is not None:
+            return str(self.steps)
+        return f"about {self.earlier + max(round(self.steps_that_fit), len(self.rates) - self.earlier)}"
 
     @contextmanager
     def catching_interrupts(self) -> Iterator[None]:
@@ -158,8 +217,8 @@ class TimeShare(TrainerCallback, ExportableState):
 def train(trainer: Trainer, share: TimeShare) -> dict:
     """Train within the share, going on from the last whole checkpoint in `trainer.args.output_dir` if there is one.
 
-    The trainer's optimizer is AdamW with the share's learning rate. Returns `steps`, `seconds`, the learning `rates`
-    and the `curve` of the losses, in means over at most `_CURVE_POINTS` stretches.
+    The trainer's optimizer is AdamW with the share's learning rate. Returns `steps` of all rounds, `step_seconds` of
+    this one, the learning `rates` and the `curve` of the losses, in means over at most `_CURVE_POINTS` stretches.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
@@ -167,7 +226,7 @@ def train(trainer: Trainer, share: TimeShare) -> dict:
     assert trainer.model is not None and trainer.args.output_dir is not None  # their constructors see to it
     trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     trainer.optimizer = torch.optim.AdamW(trainable, lr=share.peak, weight_decay=0.0, fused=True)
-    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: share.rate(step))
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 1.0)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(share)
     checkpoint = last_whole_checkpoint(Path(trainer.args.output_dir))
@@ -179,7 +238,7 @@ def train(trainer: Trainer, share: TimeShare) -> dict:
         raise KeyboardInterrupt
     return {
         "steps": trainer.state.global_step,
-        "seconds": share.used,
+        "step_seconds": share.step_seconds,
         "rates": share.rates,
         "curve": _curve([row for row in trainer.state.log_history if "loss" in row]),
     }

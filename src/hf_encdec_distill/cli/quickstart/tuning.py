@@ -17,9 +17,6 @@ from ...evaluation.scoring import completion_batch, score
 from .timed_training import InOrder, TimeShare, train
 
 
-PEAK_LEARNING_RATE = 2e-4
-
-
 class _Trainer(InOrder, FiniteTraining, Trainer):
     pass
 

@@ -1,0 +1,72 @@
+"""The time of a run, planned from what was measured on its first rows: how many rows the evaluations can take, and
+what the stages cost that come after the training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from . import recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Costs in seconds, of the teacher on this machine.
+
+    Args:
+        load: to load a model.
+        score, generate: a row.
+        request: an answer of `recipe.LATENCY_TOKENS` at batch 1.
+        student_size: the student's layers, in those of the teacher.
+        held_out: rows on which all models are measured.
+        rounds: of the latency.
+    """
+
+    load: float
+    score: float
+    generate: float
+    request: float
+    student_size: float
+    held_out: int = 0
+    rounds: int = 0
+
+    def for_run(self, seconds: float, done: int, available: int, first: bool = True) -> Plan:
+        """With `held_out` and `rounds` for a run that has `seconds` for all that comes.
+
+        As many rows as fit into their share, `done` at least; if that is fewer than `recipe.ENOUGH_ROWS`, those or
+        what fits into the largest share that they may have. `first`: the untuned teacher has to be measured, too.
+        """
+        a_row = self.evaluation(1) - self.evaluation(0) + (self.score + self.generate if first else 0.0)
+
+        def fit(share: float) -> int:
+            return int((share * seconds - self.evaluation(0)) / max(a_row, 1e-9))
+
+        rows = max(fit(recipe.EVALUATION_SHARE), min(recipe.ENOUGH_ROWS, fit(recipe.LARGEST_EVALUATION_SHARE)))
+        rows = max(done, min(rows, available, recipe.MOST_ROWS))
+        rounds = int(recipe.LATENCY_SHARE * seconds / max(2 * self.request, 1e-9)) - 1
+        return dataclasses.replace(self, held_out=rows, rounds=min(max(rounds, 2), recipe.LATENCY_ROUNDS, rows))
+
+    def evaluation(self, rows: int) -> float:
+        """The teacher twice, as a model and as what others are compared with; three students, of which two write."""
+        passes = (2 + 3 * self.student_size) * self.score + (1 + 2 * self.student_size) * self.generate
+        return 4 * self.load + rows * passes
+
+    def smallest_training(self) -> float:
+        """One step, between loading and saving a model: backward is twice forward, and the optimizer has its share."""
+        return 2 * self.load + 4 * recipe.BATCH_SIZE * self.score
+
+    def latency(self) -> float:
+        """A round is a request to each; the student is taken to be as slow as the teacher. The first only warms up."""
+        return 2 * self.load + 2 * (self.rounds + 1) * self.request
+
+
+def groups_of_like_length(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
+    """Indices of rows in groups of `size` that are alike in length, in random order.
+
+    So little is padded, and the rows of the first groups are a fair sample wherever the time ends.
+    """
+    order = np.argsort(lengths, kind="stable")
+    groups = [order[first : first + size].tolist() for first in range(0, len(order), size)]
+    return [groups[index] for index in np.random.default_rng(seed).permutation(len(groups))]

@@ -1,0 +1,33 @@
+"""Everything that decides how good the quickstart's student becomes, and for what its time is spent. All in one place:
+the other files of this folder say how, this one says how much."""
+
+ENCODER_LAYERS, DECODER_LAYERS = 11, 4
+MAX_PROMPT, MAX_TARGET = 256, 32  # tokens
+OTHER_TEMPLATE = "{source}\n\nAnswer:"  # for data that is not the built-in task
+
+# Training
+BATCH_SIZE = 8
+TEACHER_LEARNING_RATE = 2e-4
+TEACHER_PASSES = 3
+STUDENT_LEARNING_RATE = 1e-3
+WARMUP = 0.1  # of the steps that fit into the time; the rest falls linearly to zero
+DIVERGENCE, DISTILL_WEIGHT = "forward_kl", 0.9
+CALIBRATION_ROWS = 32
+VALIDATION_ROWS = 96  # at most, and as many as take `VALIDATION_SHARE` of the teacher's time
+VALIDATION_SHARE = 0.1
+
+# The time that evaluation and report leave, in parts; the student and its twin share one.
+PARTS = {"teach": 16, "start": 2, "students": 56}
+
+# Evaluation: all its rows, of all models, before and after.
+EVALUATION_SHARE = 0.2  # of the time
+ENOUGH_ROWS = 64  # are measured even if they take up to `LARGEST_EVALUATION_SHARE` of it
+LARGEST_EVALUATION_SHARE = 0.35
+MOST_ROWS = 500
+FIRST_ROWS = 8  # from whose cost the others are planned
+SAMPLES = 10
+LATENCY_SHARE = 0.03
+LATENCY_ROUNDS, LATENCY_TOKENS = 8, 32  # rounds at most
+REPORT_SECONDS = 8.0  # plots, card and samples
+
+GO_ON_MINUTES = 60  # for a run that is continued, in the command that the verdict gives

@@ -1,0 +1,369 @@
+"""The time of a quickstart, by a clock that moves as on a slow machine, whatever the real one does."""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from distillation_toys import write_pairs, write_teacher
+from transformers import AutoModelForSeq2SeqLM, Trainer
+
+from hf_encdec_distill.cli.quickstart import pipeline, planning, recipe, timed_training
+from hf_encdec_distill.cli.quickstart.pipeline import Pipeline, quickstart
+from hf_encdec_distill.cli.quickstart.planning import Plan
+from hf_encdec_distill.cli.quickstart.state import open_run
+
+
+class Machine:
+    """A clock, and how many seconds things take by it."""
+
+    load, save, plot, request, mine = 3.0, 2.0, 1.0, 2.0, 10.0
+    generate, score = 0.5, 0.3  # a row of the teacher
+    of_student = 0.6  # against the teacher
+    teach, distill, twin = 12.0, 10.0, 6.0  # a step
+
+    def __init__(self, factor=1.0):
+        self.now, self.factor, self.rows_trained, self.interrupt_at = 5000.0, factor, [], None
+
+    def __call__(self):
+        return self.now
+
+    def takes(self, seconds):
+        self.now += seconds * self.factor
+
+
+def build(monkeypatch, machine):
+    def slower(where, name, seconds):
+        original = getattr(where, name)
+
+        def call(*args, **kwargs):
+            machine.takes(seconds(*args) if callable(seconds) else seconds)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(where, name, call)
+
+    def size(model):
+        return machine.of_student if model.config.is_encoder_decoder else 1.0
+
+    def scoring(models, rows, teacher=None, *_):
+        return machine.score * len(rows) * sum(map(size, [*models.values(), *([teacher] if teacher else [])]))
+
+    def generate(model, tokenizer, rows, *_):
+        machine.takes(machine.generate * len(rows) * size(model))
+        return [f"It is {row['source']}." for row in rows]
+
+    step = Trainer.training_step
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        kind = "teach"
+        if isinstance(self, pipeline._StudentTrainer):
+            kind = "distill" if self.args.distill_weight else "twin"
+            machine.rows_trained.append((kind, inputs["input_ids"].sum().item()))
+        machine.takes(getattr(machine, kind))
+        if machine.interrupt_at == (kind, self.state.global_step):
+            machine.interrupt_at = None
+            signal.raise_signal(signal.SIGINT)
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    monkeypatch.setattr(pipeline, "generate", generate)
+    slower(pipeline, "score", scoring)
+    slower(pipeline, "greedy_decode", machine.request)
+    slower(pipeline, "compare_latency", lambda s, t, prompts: (len(prompts) + 1) * 1.6 * machine.request)
+    slower(pipeline, "load_splits", machine.mine)
+    for name in ("plot_loss_curves", "plot_quality"):  # matplotlib takes seconds of ours
+        monkeypatch.setattr(pipeline, name, lambda *args, **kwargs: machine.takes(machine.plot))
+    monkeypatch.setattr(recipe, "LATENCY_TOKENS", 2)
+    for name in ("load_teacher", "load_student"):
+        slower(Pipeline, name, machine.load)
+    slower(pipeline, "save_teacher", machine.save)
+    slower(pipeline.RopeEncDecForConditionalGeneration, "save_pretrained", machine.save)
+    return machine
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory, make_bpe_tokenizer):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_teacher(folder / "teacher", make_bpe_tokenizer(chat_template=None), std=0.15)
+    (folder / "pairs").mkdir()
+    for split, rows in (("train", 300), ("validation", 20), ("test", 100)):
+        write_pairs(folder / "pairs" / f"{split}.csv", rows)
+    columns = {"source_column": "text", "target_column": "short", "encoder_layers": 2, "decoder_layers": 1}
+    return {"teacher": str(folder / "teacher"), "dataset": str(folder / "pairs"), **columns}
+
+
+def run(machine, folder, given, resume=False):
+    """The metrics and the minutes that it took; ten seconds are for the imports."""
+    begun = machine.now
+    metrics = quickstart(folder, given, resume, machine, begun - 10.0)
+    return metrics, (machine.now - begun + 10.0) / 60
+
+
+def results(folder):
+    return json.loads((folder / "state.json").read_text())["results"]
+
+
+@pytest.fixture(scope="module")
+def finished(given, tmp_path_factory):
+    """A run of twelve minutes, what it said, the rows that its students trained on, and the clock that it showed."""
+    folder, said = tmp_path_factory.mktemp("finished") / "run", io.StringIO()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        machine, shown = build(monkeypatch, Machine()), []
+
+        class Watched(pipeline.Display):
+            def stage(self, title):
+                shown.append((machine.now, self.seconds_left()))
+                return super().stage(title)
+
+        monkeypatch.setattr(pipeline, "Display", Watched)
+        with contextlib.redirect_stderr(said):
+            metrics, minutes = run(machine, folder, {**given, "minutes": 12.0})
+    shown = [(machine.now - now, left) for now, left in shown]
+    return SimpleNamespace(
+        folder=folder, metrics=metrics, minutes=minutes, said=said.getvalue(), shown=shown, results=results(folder)
+    )
+
+
+# The whole run -------------------------------------------------------------------------------------------------------
+
+
+def test_twelve_minutes_are_twelve_on_a_slow_machine(finished):
+    metrics, done = finished.metrics, finished.results
+    assert 11.0 < finished.minutes <= 12.0
+    assert {entry["n"] for entry in metrics["models"].values()} == {64}
+    # Few steps: the learning rate arrives all the same, and falls.
+    for stage, peak in (("teach", recipe.TEACHER_LEARNING_RATE), ("distill", recipe.STUDENT_LEARNING_RATE)):
+        rates = done[stage]["rates"]
+        assert 4 <= len(rates) < 25 and max(rates) > 0.8 * peak and rates[-1] < 0.4 * peak
+        assert rates.index(max(rates)) <= len(rates) // 3
+    assert done["twin"]["rates"] == pytest.approx(done["distill"]["rates"])
+    assert done["twin"]["steps"] == done["distill"]["steps"] == metrics["recipe"]["steps"]
+    assert sum(stage["seconds"] for stage in metrics["stages"]) == pytest.approx(60 * finished.minutes, abs=20)
+
+
+def test_the_clock_that_is_shown_is_honest(finished):
+    """What is to come, at the beginning of each stage, against what came."""
+    for came, left in finished.shown:
+        assert came == pytest.approx(left, abs=60), finished.shown
+    assert "later than asked for" not in finished.said
+    assert re.search(r"^12 minutes were asked for, and 11:\d\d taken$", finished.said, re.MULTILINE)
+
+
+def test_a_machine_that_slows_down_after_the_plan_leaves_out_rows_for_all_models(given, tmp_path, monkeypatch):
+    machine, twin = build(monkeypatch, Machine()), Pipeline.twin
+
+    def others_come(self, update):
+        machine.factor = 1.4
+        return twin(self, update)
+
+    monkeypatch.setattr(Pipeline, "twin", others_come)
+    metrics, minutes = run(machine, tmp_path / "run", {**given, "minutes": 12.0})
+    assert minutes <= 12.2
+    counts = {entry["n"] for entry in metrics["models"].values()}
+    assert len(counts) == 1 and counts < {16, 32, 48}
+    assert metrics["data"]["test_rows"] == min(counts)
+    assert any(sentence.startswith("Few rows. ") for sentence in metrics["verdict"]["sentences"])
+
+
+def test_a_run_that_cannot_end_in_time_says_by_how_much(given, tmp_path, capsys, monkeypatch):
+    machine = build(monkeypatch, Machine(factor=4.0))
+    metrics, minutes = run(machine, tmp_path / "run", {**given, "minutes": 2.0})
+    assert {entry["n"] for entry in metrics["models"].values()} == {8}
+    assert metrics["recipe"]["steps"] == metrics["recipe"]["teacher_steps"] == 1
+    said = capsys.readouterr().err
+    late = [int(number) for number in re.findall(r"left, (\d+) min later than asked for", said)]
+    assert late[0] >= (minutes - 2) / 2  # from the first rows on, when nothing was trained yet
+    assert late[-1] == pytest.approx(minutes - 2, abs=1)
+    assert "8 held-out rows, since 2 minutes do not allow 64" in said
+    assert any("only 8" in sentence for sentence in metrics["verdict"]["sentences"])
+
+
+# Continued -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def again(finished, tmp_path, monkeypatch):
+    """A copy of the finished run, and a machine for it."""
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    return SimpleNamespace(**{**vars(finished), "folder": folder, "machine": build(monkeypatch, Machine())})
+
+
+def check_continued(again, metrics):
+    """What holds for the students of a finished run that were trained on, however often that was interrupted."""
+    done, before, machine = results(again.folder), again.results, again.machine
+    first, steps = before["distill"]["steps"], metrics["recipe"]["steps"]
+    assert steps == done["distill"]["steps"] == done["twin"]["steps"] > first
+    assert done["distill"]["rates"][:first] == before["distill"]["rates"]
+    assert done["twin"]["rates"] == pytest.approx(done["distill"]["rates"])
+    fresh = done["distill"]["rates"][first:]
+    assert max(fresh) > 0.8 * recipe.STUDENT_LEARNING_RATE and fresh[-1] < 0.3 * recipe.STUDENT_LEARNING_RATE
+    assert done["teach"] == before["teach"] and done["start"] == before["start"]
+    assert metrics["recipe"]["minutes"] == 22.0
+    assert metrics["curves"]["student_kd"][-1]["step"] == metrics["curves"]["student_ce"][-1]["step"] == steps
+    assert metrics["curves"]["student_kd"][:first] == again.metrics["curves"]["student_kd"]
+    recorded = json.loads((again.folder / "recipe.json").read_text())
+    assert recorded["recipe"]["steps"] == steps and recorded["settings"]["minutes"] == 22.0
+    assert f"| steps | {steps} |" in (again.folder / "student" / "README.md").read_text()
+    assert json.loads((again.folder / "metrics.json").read_text()) == metrics
+    # The data go on where they ended: both students read the same batches.
+    read = {kind: [rows for name, rows in machine.rows_trained if name == kind] for kind in ("distill", "twin")}
+    assert read["distill"] == read["twin"] and len(read["twin"]) == steps - first
+    seconds = sum(stage["seconds"] for stage in metrics["stages"])
+    assert 20 < seconds / 60 < 22.5
+
+
+def test_a_finished_run_trains_on_for_more_minutes(again, monkeypatch):
+    """From the last weights and the state of the optimizer."""
+    saved = AutoModelForSeq2SeqLM.from_pretrained(again.folder / "student").state_dict()
+    seen, step = [], Trainer.training_step
+
+    def training_step(self, model, *args, **kwargs):
+        if not seen:
+            moments = next(iter(self.optimizer.state.values()))
+            seen.append(({name: t.clone() for name, t in model.state_dict().items()}, moments["step"].item()))
+        return step(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    metrics, minutes = run(again.machine, again.folder, {"minutes": 10.0}, resume=True)
+    assert 9.0 < minutes <= 10.0
+    check_continued(again, metrics)
+    weights, steps = seen[0]
+    assert steps == again.results["distill"]["steps"]
+    assert all(torch.equal(saved[name], weights[name]) for name in saved)
+    student, before = (m["models"]["student_kd"]["ce"]["value"] for m in (metrics, again.metrics))
+    assert student < before
+    assert metrics["models"]["teacher_before"] == again.metrics["models"]["teacher_before"]
+
+
+def test_a_continued_run_that_is_interrupted_goes_on(again):
+    card = again.folder / "student" / "README.md"
+    given = {"minutes": 10.0}
+    for kind in ("distill", "twin"):
+        again.machine.interrupt_at = (kind, again.results["distill"]["steps"] + 2)
+        with pytest.raises(KeyboardInterrupt, match="--resume"):
+            run(again.machine, again.folder, given, resume=True)
+        given = {}
+        assert "report" not in results(again.folder)
+        assert card.exists() == (kind == "distill")  # weights that are new have no card of the old ones
+    with pytest.raises(ValueError, match=r"begun with minutes=10\.0, not 60\.0.*once it is finished"):
+        run(again.machine, again.folder, {"minutes": 60.0}, resume=True)
+    with pytest.raises(ValueError, match="seed=0, not 1"):
+        run(again.machine, again.folder, {"seed": 1}, resume=True)
+    again.machine.now += 100_000.0  # a night later
+    metrics, _ = run(again.machine, again.folder, {}, resume=True)
+    check_continued(again, metrics)
+
+
+def test_a_continued_run_has_as_many_rows_as_its_minutes_allow(again):
+    file = again.folder / "state.json"
+
+    def go_on(minutes):
+        return open_run(again.folder, {"minutes": minutes}, True, again.machine).results
+
+    assert go_on(60.0)["before"]["plan"]["held_out"] == 64  # what is known of the untuned teacher
+    assert go_on(3.0)["before"]["plan"]["held_out"] == int((0.35 * 180 - 12) / 2.525)
+    content = json.loads(file.read_text())
+    content["results"]["before"]["ce"] = content["results"]["before"]["ce"][:20]
+    file.write_text(json.dumps(content))
+    assert "before" not in go_on(60.0)  # now there is time for more
+    assert go_on(1.0)["before"]["plan"]["held_out"] == 8
+
+
+def test_a_finished_run_without_its_last_checkpoints_is_not_continued(again):
+    (checkpoint,) = (again.folder / "work" / "training-student-ce").iterdir()
+    (checkpoint / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=r"training-student-ce has no whole checkpoint of step \d+"):
+        run(again.machine, again.folder, {"minutes": 10.0}, resume=True)
+    assert run(again.machine, again.folder, {}, resume=True)[0] == again.metrics  # nothing was lost
+
+
+# Its parts -----------------------------------------------------------------------------------------------------------
+
+
+def simulate(share, clock, step_seconds):
+    """The calls of a trainer; `step_seconds(step)` says how long each step takes."""
+    control, state = SimpleNamespace(should_training_stop=False, should_save=False), SimpleNamespace(global_step=0)
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
+    share.on_train_begin(None, state, control)
+    while not control.should_training_stop:
+        clock.now += 0.9 * step_seconds(state.global_step)
+        share.on_pre_optimizer_step(None, state, control, optimizer=optimizer)
+        clock.now += 0.1 * step_seconds(state.global_step)
+        state.global_step += 1
+        share.on_step_end(None, state, control)
+    return share
+
+
+def timed(seconds, steps=100_000, **more):
+    clock = Machine()
+    return clock, timed_training.TimeShare(seconds, steps, 0.1, lambda *_: None, now=clock, **more)
+
+
+@pytest.mark.parametrize("fits", [3, 13, 100])
+def test_warm_up_and_decay_are_shares_of_the_steps_that_fit(fits):
+    clock, share = timed(10.0 * fits + 4.0)
+    rates = np.array(simulate(share, clock, lambda step: 10.0).rates)
+    assert len(rates) == fits and share.used <= share.seconds
+    warm = max(round(recipe.WARMUP * fits), 1)
+    assert rates.argmax() == pytest.approx(warm - 1, abs=1)
+    assert rates.max() > 0.1 * (1 - 2 / fits) * 0.99
+    assert (np.diff(rates[warm:]) < 0).all() and rates[-1] < 2 * 0.1 / fits
+
+
+def test_a_first_step_that_takes_longer_and_a_machine_that_slows_down():
+    clock, share = timed(1000.0)
+    simulate(share, clock, lambda step: 40.0 if step == 0 else 10.0 if share.used < 500 else 20.0)
+    assert 960 <= share.used <= 1000
+    assert share.rates[-1] < 0.1 * share.peak * 3 and max(share.rates) > 0.8 * share.peak
+
+
+def test_steps_may_end_before_the_time():
+    clock, share = timed(1e6, steps=50)
+    simulate(share, clock, lambda step: 10.0)
+    assert len(share.rates) == 50 and share.rates[-1] == pytest.approx(0.1 / 46)
+
+
+def test_the_time_lasts_for_the_twin_too():
+    clock, share = timed(620.0, twin_step=5.0)
+    simulate(share, clock, lambda step: 10.0)
+    assert share.twin_cost == pytest.approx(0.5)
+    assert len(share.rates) == 41 and 1.5 * share.used <= 620
+    clock, share = timed(620.0, twin_cost=1.0)
+    assert len(simulate(share, clock, lambda step: 10.0).rates) == 31
+
+
+def test_a_twin_replays_the_rates_whatever_its_time():
+    clock, share = timed(float("inf"), steps=3, replay=[0.02, 0.1, 0.05])
+    assert simulate(share, clock, lambda step: 1e6).rates == [0.02, 0.1, 0.05]
+
+
+def test_as_many_rows_as_the_time_allows():
+    slow = Plan(load=2.0, score=0.3, generate=0.7, request=2.0, student_size=0.5)
+    a_row = 1.0 + 3.5 * 0.3 + 2 * 0.7
+    assert slow.evaluation(10) == pytest.approx(8 + 10 * (a_row - 1.0))
+    two_hours = slow.for_run(7200.0, 8, 10_000)
+    assert two_hours.held_out == int((0.2 * 7200 - 8) / a_row) > 64
+    assert slow.for_run(7200.0, 8, 229).held_out == 229
+    assert slow.for_run(1e9, 8, 10_000).held_out == recipe.MOST_ROWS
+    twelve = slow.for_run(720.0, 8, 229)
+    assert twelve.held_out == 64 and twelve.rounds == 4  # a fifth would be 39 rows
+    four = slow.for_run(240.0, 8, 229)
+    assert four.held_out == int((0.35 * 240 - 8) / a_row) < 64
+    assert slow.for_run(5.0, 8, 229).held_out == 8 and slow.for_run(5.0, 8, 229).rounds == 2
+    # Where the untuned teacher was measured before, a row costs less.
+    assert slow.for_run(240.0, 8, 229, first=False).held_out == int((0.35 * 240 - 8) / (a_row - 1.0))
+
+
+def test_rows_are_measured_in_groups_of_like_length_in_random_order():
+    lengths = np.random.default_rng(0).integers(1, 300, size=100)
+    groups = planning.groups_of_like_length(lengths, 16, seed=3)
+    assert sorted(index for group in groups for index in group) == list(range(100))
+    spans = [(lengths[group].min(), lengths[group].max()) for group in groups]
+    assert all(high <= low for (_, high), (low, _) in zip(sorted(spans), sorted(spans)[1:], strict=False))
+    assert spans != sorted(spans) and groups != planning.groups_of_like_length(lengths, 16, seed=4)
