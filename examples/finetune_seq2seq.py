@@ -57,7 +57,10 @@ class ModelArguments:
     encoder_layers: int = field(default=11, metadata={"help": "Encoder layers of one that is made."})
     decoder_layers: int = field(default=4, metadata={"help": "Decoder layers of one that is made."})
     calibration_samples: int = field(
-        default=32, metadata={"help": "Training rows that say which layers of the causal model it keeps."}
+        default=200,
+        metadata={
+            "help": "Training rows that say which layers of the causal model it keeps, and that these are fitted on."
+        },
     )
     prompt_template: str | None = field(
         default=None,

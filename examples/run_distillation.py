@@ -55,7 +55,10 @@ class ModelArguments:
     encoder_layers: int = field(default=11, metadata={"help": "Encoder layers of a student that is made."})
     decoder_layers: int = field(default=4, metadata={"help": "Decoder layers of a student that is made."})
     calibration_samples: int = field(
-        default=32, metadata={"help": "Training rows that say which of the teacher's layers such a student keeps."}
+        default=200,
+        metadata={
+            "help": "Training rows that say which of the teacher's layers it keeps, and that these are fitted on."
+        },
     )
 
 

@@ -184,6 +184,7 @@ def _our_trainer(name, task, rows, tokenizer, shared, causal):
         encoder_num_hidden_layers=20,
         decoder_num_hidden_layers=10,
         layer_selection="even",
+        heal=None,
         prompt_template=task.prompt_template,
     )
     return DistillationTrainer(

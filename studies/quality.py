@@ -249,6 +249,7 @@ def _built(teacher: Path, template: str, calibration: tuple, tokenizer, layers: 
         decoder_num_hidden_layers=layers[1],
         prompt_template=template,
         calibration=list(calibration),
+        heal=None,
         **init,
     )
 

@@ -69,7 +69,7 @@ def student_folder(tmp_path, teacher_folder, data_arguments, capsys):
     assert main(["init", str(teacher_folder), *options, *data_arguments, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said.pop("parameters") > 0
-    assert said == {"output": str(folder), "encoder_layers": 4, "decoder_layers": 4}
+    assert said == {"output": str(folder), "encoder_layers": 4, "decoder_layers": 4, "healing": None}
     return folder
 
 
@@ -250,6 +250,36 @@ def test_init_keeps_the_teacher_whole_where_no_layer_is_taken_out(student_folder
         ours = student(input_ids=prompt, decoder_input_ids=torch.cat([start, target[:, :-1]], 1)).logits
         theirs = teacher(torch.cat([prompt, start, target[:, :-1]], 1)).logits[:, prompt.shape[1] :]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_init_fits_the_layers_that_are_kept(teacher_folder, data_arguments, tmp_path, capsys):
+    """To as many rows as it is told; none leaves the teacher's weights."""
+    command = [
+        "init",
+        str(teacher_folder),
+        *data_arguments,
+        "--encoder-layers",
+        "2",
+        "--decoder-layers",
+        "2",
+        "--json",
+    ]
+    said, students = {}, {}
+    for rows in ("20", "0"):
+        folder = str(tmp_path / rows)
+        assert main([*command, "--heal-rows", rows, "--output", folder]) == 0
+        said[rows] = json.loads(capsys.readouterr().out)["healing"]
+        students[rows] = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    healing = said["20"]
+    assert said["0"] is None and healing["rows"] + healing["held_out_rows"] == 20
+    assert healing["taken"] is (healing["kl_after"] < healing["kl_before"])
+    layers = AutoModelForCausalLM.from_pretrained(teacher_folder).model.layers
+    theirs = [layer.mlp.down_proj.weight for layer in layers]
+    for rows, copied in (("0", True), ("20", not healing["taken"])):
+        ours = students[rows].model.decoder.layers[1].mlp.down_proj.weight
+        assert any(torch.equal(ours, weight) for weight in theirs) is copied
+    error = one_line_error(capsys, *command, "--heal-rows", "-1", "--output", str(tmp_path / "x"))
+    assert "heal_rows=-1 does not work" in error
 
 
 def test_info_counts_what_the_models_have(student_folder, teacher_folder, capsys):

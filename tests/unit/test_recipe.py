@@ -177,6 +177,7 @@ def test_the_small_recipe_runs(folder, tmp_path):
 def test_the_whole_recipe_is_beside_the_student(folder, distilled):
     resolved = yaml.safe_load((distilled / "recipe.yaml").read_text())
     shape = {"cross_attention": "merged", "encoder_attention": "causal", "layer_selection": "influence"}
+    shape["heal_rows"] = 200
     assert resolved == {
         **contents(folder, learning_rate=0.01),
         "init": {"encoder_layers": 3, "decoder_layers": 2, **shape},
@@ -210,6 +211,21 @@ def test_provenance_says_what_went_in_and_what_came_out(folder, distilled):
     assert result["steps"] == 4 and "eval_loss" in result["metrics"] and "eval_runtime" not in result["metrics"]
     file = hashlib.sha256((distilled / "model.safetensors").read_bytes()).hexdigest()
     assert result["weights"] == hashlib.sha256(file.encode()).hexdigest()
+
+
+def test_a_fitted_start_is_said_and_may_differ_by_rounding(distilled, caplog):
+    """Not so the weights of a student that was only read, which are its fingerprint."""
+    content = json.loads((distilled / "provenance.json").read_text())
+    start = content["start"]
+    assert start["taken"] and start["kl_after"] < start["kl_before"] and "student" not in content["fingerprints"]
+    said = json.loads((distilled / "metrics.json").read_text())["recipe"]["start"]
+    assert f"{start['rows']} rows" in said and said in (distilled / "README.md").read_text()
+    elsewhere = {**content, "start": {**start, "weights": "of another machine"}}
+    _provenance.check_inputs(elsewhere, content, distilled)
+    assert "start.weights was of another machine" in caplog.text
+    read = {**content["fingerprints"], "student": {"weights": "others"}}
+    with pytest.raises(ValueError, match="student was"):
+        _provenance.check_inputs({**content, "fingerprints": read}, content, distilled)
 
 
 def test_the_fingerprint_of_rows_is_that_of_their_texts(tmp_path):

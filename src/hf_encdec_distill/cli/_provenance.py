@@ -39,8 +39,12 @@ _TIMINGS = ("_runtime", "_per_second", "_time")
 
 
 def describe(trainer: DistillationTrainer) -> dict[str, Any]:
-    """What is known before training begins: `fingerprints`, `seeds`, `versions`, `machine` and `git`."""
+    """What is known before training begins: `fingerprints`, `start`, `seeds`, `versions`, `machine` and `git`."""
     args, teacher = trainer.args, trainer.teacher
+    student = {"weights": weights_digest(trainer.model)}
+    # Layers fitted to a teacher and data, whose fingerprints are there, differ from machine to machine by rounding.
+    healing = getattr(trainer.model, "healing", None)
+    start = {**healing.to_dict(), **student} if healing is not None and healing.taken else None
     if isinstance(teacher, CachedTeacher):
         names = ("teacher_weights", "kind", "k", "rounds", "proposal_power", "temperature", "generation")
         of_teacher = {name.removeprefix("teacher_"): teacher.manifest[name] for name in names}
@@ -53,8 +57,9 @@ def describe(trainer: DistillationTrainer) -> dict[str, Any]:
         "fingerprints": {
             "dataset": {name: {"rows": len(rows), "sha256": rows_digest(rows)} for name, rows in data.items()},
             "teacher": of_teacher,
-            "student": {"weights": weights_digest(trainer.model)},
+            **({"student": student} if start is None else {}),
         },
+        "start": start,
         "seeds": {"seed": args.seed, "data_seed": args.data_seed, "full_determinism": args.full_determinism},
         "versions": {
             "python": platform.python_version(),
@@ -141,7 +146,7 @@ def check_inputs(recorded: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
             f"not what the run in {folder} was made of: {'; '.join(differing)}. Name the same dataset, teacher and "
             "student, where they have moved with --dataset, --teacher and --student."
         )
-    parts = ("versions", "machine", "git")
+    parts = ("start", "versions", "machine", "git")
     differing = _differences({part: recorded.get(part) for part in parts}, {part: now[part] for part in parts})
     if differing:
         logger.warning("not as in %s, numbers may differ a little: %s", folder, "; ".join(differing))

@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
         processing_class=tokenizer,
         teacher=teacher_path(recipe["teacher"]),
     )
-    card = ModelCardCallback(trainer, **_known(recipe))
+    card = ModelCardCallback(trainer, **_known(recipe, student))
     trainer.add_callback(card)
     provenance = describe(trainer)
     if recorded is not None:
@@ -227,15 +227,19 @@ def _student(
     return student, student.tokenizer
 
 
-def _known(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What the card takes from the recipe: names, where trainer and data set have paths."""
+def _known(recipe: Mapping[str, Any], student: Any) -> dict[str, Any]:
+    """What the card takes from the recipe: names, where trainer and data set have paths; and how the student began."""
     from ..data.builtin_teacher import FACTS
     from ..data.python_docstrings import ROWS_LICENSE
 
     name = dataset_name(recipe["dataset"])
     teacher = {"teacher": FACTS} if recipe["teacher"] == BUILT_IN else {}
     license = {"license": ROWS_LICENSE} if recipe["dataset"] == BUILT_IN else {}
-    return {"data": {"name": name, **license}, "task": {"name": name}, **teacher}
+    healing = getattr(student, "healing", None)
+    start = {}
+    if healing is not None and healing.taken:
+        start["recipe"] = {"start": f"layers fitted on {healing.rows} rows. {healing}"}
+    return {"data": {"name": name, **license}, "task": {"name": name}, **teacher, **start}
 
 
 def student_and_tokenizer(path: str) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from ._display import say_result
 from ._inputs import BUILT_IN, add_data_arguments, load_splits, prompt_template, teacher_path
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SUMMARY = "make an untrained student from a decoder-only model"
 EXAMPLE = "hf-encdec-distill init built-in --encoder-layers 11 --decoder-layers 4 --output student"
 
-_CALIBRATION_ROWS = 32
+_ROWS_TO_CHOOSE_LAYERS = 32
 _SIDES = ("encoder", "decoder")
 
 
@@ -37,9 +37,12 @@ class Shape:
     cross_attention: Literal["merged", "separate"] = "merged"
     encoder_attention: Literal["causal", "bidirectional"] = "causal"
     layer_selection: Literal["influence", "greedy", "even", "first"] = "influence"
+    heal_rows: int = 200
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a decoder-only student with a field of encoder-decoders."""
+        """Raises ValueError for a decoder-only student with a field of encoder-decoders, or too few rows."""
+        if self.heal_rows < 0:
+            raise ValueError(f"heal_rows={self.heal_rows} does not work: a number of rows, or 0 for none, is needed.")
         for name in ("encoder_layers", "decoder_layers", "cross_attention", "encoder_attention"):
             value = getattr(self, name)
             if self.decoder_only is not None and value != getattr(Shape, name):
@@ -57,6 +60,8 @@ _HELP = {
     "encoder_attention": "what an encoder token attends to: causal (the default) or bidirectional",
     "layer_selection": "which layers to keep: influence (the default: those that change their input most), greedy, "
     "even or first",
+    "heal_rows": "training rows on which the layers that are kept are fitted to the teacher (default: "
+    f"{Shape.heal_rows}; 0: no fit)",
 }
 
 
@@ -64,7 +69,7 @@ def add_shape_arguments(parser: argparse._ActionsContainer, prefix: str = "") ->
     """An option for each field of `Shape`; what is not said is not in the namespace."""
     hints = get_type_hints(Shape)
     for name, text in _HELP.items():
-        choices = get_args(hints[name]) if get_args(hints[name])[0] is not int else None
+        choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else None
         parser.add_argument(
             f"--{prefix}{name.replace('_', '-')}",
             f"--{prefix}{name}",
@@ -111,16 +116,25 @@ def run(args: argparse.Namespace) -> None:
     else:
         save_teacher(student, student.tokenizer, output)
         counts = {"layers": student.config.num_hidden_layers}
-    content = {"output": str(output), **counts, "parameters": student.num_parameters()}
+    content = {
+        "output": str(output),
+        **counts,
+        "parameters": student.num_parameters(),
+        "healing": student.healing and student.healing.to_dict(),
+    }
     layers = " + ".join(map(str, counts.values()))
-    say_result(args, content, f"{output}: {layers} layers, {content['parameters'] / 1e6:.1f} M parameters")
+    lines = [f"{output}: {layers} layers, {content['parameters'] / 1e6:.1f} M parameters"]
+    if student.healing is not None and student.healing.taken:
+        lines.append(str(student.healing))
+    say_result(args, content, "\n".join(lines))
 
 
 def make_student(teacher: str, shape: Shape, rows: Dataset, template: str | None, prompt_date: str | None) -> Any:
     """The student that has `shape` of the teacher in a folder or on the Hub, in float32.
 
     Args:
-        rows: with the columns `source` and `target`; some of them, always the same, say which layers matter.
+        rows: with the columns `source` and `target`; some of them, always the same, say which layers matter and how
+            those that are kept make up for the others.
         template: the prompt's; `None` leaves it to the teacher's chat template.
         prompt_date: the day for a chat template that names it; `None` is today.
     """
@@ -131,12 +145,13 @@ def make_student(teacher: str, shape: Shape, rows: Dataset, template: str | None
     from ..models.rope_encdec import RopeEncDecForConditionalGeneration
     from ..models.whole_weights import whole_on_each_process
 
-    rows = rows.shuffle(seed=0).select(range(min(_CALIBRATION_ROWS, len(rows))))
+    rows = rows.shuffle(seed=0).select(range(min(shape.heal_rows or _ROWS_TO_CHOOSE_LAYERS, len(rows))))
     with whole_on_each_process():
         model = load_teacher(teacher, dtype=torch.float32)
     shared: dict[str, Any] = {
         "tokenizer": load_tokenizer(teacher),
         "layer_selection": shape.layer_selection,
+        "heal": "least_squares" if shape.heal_rows else None,
         "prompt_template": template,
         "prompt_date": prompt_date,
         "calibration": list(zip(rows["source"], rows["target"], strict=True)),

@@ -9,7 +9,15 @@ import torch
 from transformers import PreTrainedModel
 
 from .prompts import frozen_prompt_date, with_prompt_as_chat_template
-from .rope_encdec.initialization import check_teacher, load_with_tokenizer, requested_layers, rescale_norm
+from .rope_encdec.initialization import (
+    MEASURED_ROWS,
+    check_teacher,
+    heal_decoder_only,
+    load_with_tokenizer,
+    predicting_logits,
+    requested_layers,
+    rescale_norm,
+)
 from .rope_encdec.layer_choice import (
     calibration_batches,
     calibration_rows,
@@ -30,6 +38,7 @@ def prune_decoder_only(
     num_hidden_layers=None,
     layers=None,
     layer_selection="influence",
+    heal="least_squares",
     calibration=None,
     tokenizer=None,
     prompt_template=None,
@@ -45,6 +54,7 @@ def prune_decoder_only(
         layer_selection (`str`): As in
             [`~hf_encdec_distill.RopeEncDecForConditionalGeneration.from_decoder_only`]; `"influence"` is measured on
             target tokens.
+        heal (`str`, *optional*): As there; `student.healing` says what it brought.
         calibration, tokenizer, prompt_template, prompt_date: As there.
 
     Returns:
@@ -57,7 +67,7 @@ def prune_decoder_only(
             selection that needs calibration rows when there is no tokenizer.
     """
     teacher, tokenizer = load_with_tokenizer(teacher, tokenizer)
-    check_teacher(teacher, layer_selection)
+    check_teacher(teacher, layer_selection, heal)
     depth = teacher.config.num_hidden_layers
     kept = requested_layers("", num_hidden_layers, layers, depth)
     prompt_date = frozen_prompt_date(tokenizer, prompt_template, prompt_date)
@@ -69,13 +79,14 @@ def prune_decoder_only(
         rows = calibration_rows(calibration, tokenizer, prompt_template, prompt_date, None)
         if isinstance(kept, int):
             check_rows_to_measure_on(rows, layer_selection)
-        batches = calibration_batches(rows, next(teacher.parameters()).device)
+        batches = calibration_batches(rows[:MEASURED_ROWS], next(teacher.parameters()).device)
         teacher_logprobs, influence = measure_teacher(teacher, batches)
         if isinstance(kept, int):
             kept = _choose(teacher, kept, layer_selection, batches, teacher_logprobs, influence)
     student = _with_layers(teacher, kept)
-    if batches:
-        rescale_norm(student.model.norm, _logits(student, batches), teacher_logprobs)
+    student.healing = heal_decoder_only(student, teacher, kept, rows) if batches and heal else None
+    if batches and not (student.healing and student.healing.taken):
+        rescale_norm(student.model.norm, predicting_logits(student, batches), teacher_logprobs)
     teacher.train(was_training)
 
     if tokenizer is not None:
@@ -93,7 +104,9 @@ def _choose(teacher, count, layer_selection, batches, teacher_logprobs, influenc
         return kept["decoder"]
 
     def divergence_with(layers):
-        return divergence(_logits(_with_layers(teacher, layers, share_memory=True), batches), teacher_logprobs)
+        return divergence(
+            predicting_logits(_with_layers(teacher, layers, share_memory=True), batches), teacher_logprobs
+        )
 
     return remove_greedily(range(depth), count, divergence_with, "the model")
 
@@ -132,13 +145,3 @@ def _state(teacher, layers) -> dict:
             name = f"model.layers.{positions[int(layer)]}.{rest}"
         state[name] = tensor.detach()
     return state
-
-
-@torch.no_grad()
-def _logits(model, batches):
-    """At the positions that predict the target, `(target tokens, V)` for each batch."""
-    for batch in batches:
-        states = model.model(
-            input_ids=batch["sequence"], attention_mask=batch["sequence_mask"], use_cache=False
-        ).last_hidden_state
-        yield model.lm_head(states[batch["predicting"]])

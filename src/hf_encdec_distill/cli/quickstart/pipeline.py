@@ -354,7 +354,7 @@ class Pipeline:
         """Make the student, and measure a step of the twin: the time has to last for both."""
         teacher = self.load_teacher(self.work / "teacher", torch.float32)
         rows = self.rows["train"]
-        drawn = np.random.default_rng(self.settings.seed).permutation(len(rows))[: recipe.CALIBRATION_ROWS]
+        drawn = np.random.default_rng(self.settings.seed).permutation(len(rows))[: recipe.HEAL_ROWS]
         student = RopeEncDecForConditionalGeneration.from_decoder_only(
             teacher,
             encoder_num_hidden_layers=self.settings.encoder_layers,
@@ -365,13 +365,22 @@ class Pipeline:
         )
         student.save_pretrained(self.work / "start")
         parameters = student.num_parameters()
+        healing = student.healing and student.healing.to_dict()
+        note = f"{parameters / 1e6:.1f} M parameters"
+        if healing and healing["taken"]:
+            note += f", KL from the teacher {healing['kl_before']:.2f}, fitted {healing['kl_after']:.2f}"
         del teacher, student
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             begun, one = self.state.now(), self._share(float("inf"), 1, update)
             twin_step = self._train_student(one, 0.0, Path(folder) / "training", Path(folder) / "twin")["step_seconds"]
             overhead = self.state.now() - begun - twin_step
-        note = f"{parameters / 1e6:.1f} M parameters"
-        return {"parameters": parameters, "twin_step": twin_step, "overhead": overhead, "note": note}
+        return {
+            "parameters": parameters,
+            "healing": healing,
+            "twin_step": twin_step,
+            "overhead": overhead,
+            "note": note,
+        }
 
     def _share(self, seconds: float, steps: int, update, replay: list[float] | None = None, **more) -> TimeShare:
         peak, earlier = recipe.STUDENT_LEARNING_RATE, self.state.earlier["steps"]

@@ -12,7 +12,7 @@ TEACHER_PASSES = 3
 STUDENT_LEARNING_RATE = 1e-3
 WARMUP = 0.1  # of the steps that fit into the time; the rest falls linearly to zero
 DIVERGENCE, DISTILL_WEIGHT = "forward_kl", 0.9
-CALIBRATION_ROWS = 32
+HEAL_ROWS = 200  # the layers are chosen and fitted on
 VALIDATION_ROWS = 96  # at most, and as many as take `VALIDATION_SHARE` of the teacher's time
 VALIDATION_SHARE = 0.1
 

@@ -29,12 +29,18 @@ from .layer_choice import (
     choose_layers,
     measure_teacher,
 )
+from .least_squares import FITTED, Healing, fit_decoder_only, fit_encoder_decoder
 from .modeling_rope_encdec import RopeEncDecForConditionalGeneration, RopeEncDecRotaryEmbedding
 
 
 logger = logging.getLogger(__name__)
 
-_NORM_SCALES = [0.02 * 1.15**step for step in range(29)]  # 0.02 to 1.0, each 15 % above the last
+HEALING = ("least_squares", None)
+
+_NORM_SCALES = [0.02 * 1.15**step for step in range(36)]  # 0.02 to 2.7, each 15 % above the last
+MEASURED_ROWS = 64  # their log-probabilities over the vocabulary are in memory
+_HELD_OUT_EVERY = 5
+_FITTED_WEIGHTS = tuple(f"{name}.weight" for name in FITTED)
 
 
 def from_decoder_only(
@@ -47,6 +53,7 @@ def from_decoder_only(
     cross_attention="merged",
     encoder_attention="causal",
     layer_selection="influence",
+    heal="least_squares",
     calibration=None,
     tokenizer=None,
     trimmed_tokenizer=None,
@@ -79,6 +86,11 @@ def from_decoder_only(
             the decoder, always with the first two and the last; `"greedy"` takes out, one by one, the layer whose
             absence raises the KL divergence from the teacher least; `"even"` spaces them evenly; `"first"` keeps the
             first ones and the last.
+        heal (`str`, *optional*): `"least_squares"` fits the layers that are kept to the teacher's states on the
+            calibration rows ([`~hf_encdec_distill.models.rope_encdec.least_squares.fit_encoder_decoder`]), with one
+            pass of the teacher and no gradient. A fifth of the rows, 64 at most, is held out; where the fitted student
+            is not nearer to the teacher on these than the plain one, a warning says so and the plain one is returned.
+            `None` leaves the teacher's weights as they are. A student of full depth is never fitted.
         calibration (`list` of pairs, *optional*): `(source, target)` texts, or `(prompt ids, target ids)` as lists. By
             default 32 passages of the Python documentation that the standard library carries.
         tokenizer (`PreTrainedTokenizerFast`, *optional*): The teacher's; by default the one saved with it.
@@ -93,7 +105,8 @@ def from_decoder_only(
 
     Returns:
         [`RopeEncDecForConditionalGeneration`]: In evaluation mode, in the teacher's dtype, weights its own. With
-        `student.tokenizer` where a tokenizer was found, and the teacher's generation config.
+        `student.tokenizer` where a tokenizer was found, the teacher's generation config, and `student.healing`, a
+        [`~hf_encdec_distill.models.rope_encdec.least_squares.Healing`] where layers were fitted.
 
     Raises:
         ValueError: for an unsupported family (the message lists the supported ones), layers that are not there, a
@@ -101,7 +114,7 @@ def from_decoder_only(
             the teacher lacks, or without the one that the decoder starts from.
     """
     teacher, tokenizer = load_with_tokenizer(teacher, tokenizer)
-    check_teacher(teacher, layer_selection)
+    check_teacher(teacher, layer_selection, heal)
     depth = teacher.config.num_hidden_layers
     kept = {
         "decoder": requested_layers("decoder_", decoder_num_hidden_layers, decoder_layers, depth),
@@ -130,7 +143,7 @@ def from_decoder_only(
         open_sides = [side for side, layers in kept.items() if isinstance(layers, int)]
         if open_sides:
             check_rows_to_measure_on(rows, layer_selection)
-        batches = calibration_batches(rows, next(teacher.parameters()).device)
+        batches = calibration_batches(rows[:MEASURED_ROWS], next(teacher.parameters()).device)
         teacher_logprobs, influence = measure_teacher(teacher, batches)
         greedy = None
         if open_sides and layer_selection == "greedy":
@@ -139,8 +152,12 @@ def from_decoder_only(
             greedy = GreedyRemoval(full, batches, teacher_logprobs)
         choose_layers(kept, layer_selection, depth, cross_attention == "merged", influence, greedy)
     student = build(encoder_layers=kept["encoder"], decoder_layers=kept["decoder"])
+    student.healing = None
     if batches:
-        _rescale_final_norm(student, batches, teacher_logprobs)
+        if heal == "least_squares":
+            student.healing = heal_encoder_decoder(student, teacher, kept, rows)
+        if student.healing is None or not student.healing.taken:
+            rescale_norm(student.model.decoder.norm, _target_logits(student, batches), teacher_logprobs)
     teacher.train(was_training)
 
     student.generation_config = copy.deepcopy(teacher.generation_config)
@@ -172,7 +189,7 @@ def load_with_tokenizer(teacher, tokenizer):
     return teacher, tokenizer
 
 
-def check_teacher(teacher, layer_selection) -> None:
+def check_teacher(teacher, layer_selection, heal) -> None:
     """Raises ValueError where no student can be made of this teacher, or not in this way."""
     if teacher.config.model_type not in SUPPORTED_FAMILIES:
         raise ValueError(
@@ -182,6 +199,8 @@ def check_teacher(teacher, layer_selection) -> None:
     check_rope_is_read(teacher.config)
     if layer_selection not in LAYER_SELECTIONS:
         raise ValueError(f"layer_selection={layer_selection!r} is not one of {', '.join(LAYER_SELECTIONS)}.")
+    if heal not in HEALING:
+        raise ValueError(f"heal={heal!r} is not one of {', '.join(map(repr, HEALING))}.")
 
 
 def requested_layers(prefix, count, layers, depth) -> list[int] | int:
@@ -410,35 +429,123 @@ def _same(one, other) -> bool:
     return torch.equal(one, other.to(one.device))
 
 
-def _rescale_final_norm(student, batches, teacher_logprobs):
-    logits = (
-        student(
+def heal_encoder_decoder(student, teacher, kept, rows) -> Healing | None:
+    """Fit the layers that are kept to the teacher's states, in place, unless held-out rows say that it does harm.
+
+    The final norm of a student that was fitted is rescaled on the held-out rows, see `rescale_norm`.
+
+    Args:
+        student ([`RopeEncDecForConditionalGeneration`]): Just built, with the layers `kept` of `teacher`.
+        teacher ([`PreTrainedModel`]): A decoder-only model of a supported family.
+        kept (`dict`): `{"encoder": layers, "decoder": layers}`.
+        rows (`list`): From `calibration_rows`; a fifth of them, 64 at most, is held out.
+
+    Returns:
+        [`Healing`]: What it brought; `None` where there are too few rows to tell, or no layer had to be fitted.
+
+    Raises:
+        ValueError: where a state is not finite.
+    """
+
+    def fit(batches):
+        return fit_encoder_decoder(student, _as_causal_encoder(teacher), kept, batches)
+
+    return _unless_it_harms(student, student.model.decoder.norm, teacher, fit, _target_logits, rows)
+
+
+def heal_decoder_only(student, teacher, kept, rows) -> Healing | None:
+    """As `heal_encoder_decoder`, of a decoder-only student with the layers `kept` (`list[int]`) of `teacher`."""
+
+    def fit(batches):
+        return fit_decoder_only(_as_causal_encoder(student), _as_causal_encoder(teacher), kept, batches)
+
+    return _unless_it_harms(student, student.model.norm, teacher, fit, predicting_logits, rows)
+
+
+def _as_causal_encoder(model):
+    """A decoder-only model's layers as an encoder of ours, which shares their memory."""
+    every = list(range(model.config.num_hidden_layers))
+    config = _student_config(model, every, every[-1:], "merged", encoder_attention="causal")
+    whole = _load(RopeEncDecForConditionalGeneration, config, model, every, every[-1:], share_memory=True)
+    return whole.model.encoder
+
+
+@torch.no_grad()
+def _unless_it_harms(student, norm, teacher, fit, logits, rows) -> Healing | None:
+    """Run `fit` on calibration batches; if the student's `logits` are no nearer to the teacher's then, undo it."""
+    held_out = rows[::_HELD_OUT_EVERY][:MEASURED_ROWS]
+    seen = {(tuple(prompt), tuple(target)) for prompt, target in held_out}
+    fitted = [row for row in rows if (tuple(row[0]), tuple(row[1])) not in seen]
+    if not fitted:
+        logger.warning("heal='least_squares' is not taken: one calibration row says nothing. Pass some hundred.")
+        return None
+    checks = calibration_batches(held_out, student.device)
+    teacher_logprobs, _ = measure_teacher(teacher, checks)
+    tokens = sum(map(len, teacher_logprobs))
+    _, before = _best_scale(logits(student, checks), teacher_logprobs)
+    plain = {name: tensor.clone() for name, tensor in student.state_dict().items() if name.endswith(_FITTED_WEIGHTS)}
+    gaps = fit(calibration_batches(fitted, student.device))
+    if not gaps:
+        return None
+    scale, after = _best_scale(logits(student, checks), teacher_logprobs)
+    healing = Healing(after < before, len(fitted), len(held_out), before / tokens, after / tokens, gaps)
+    if healing.taken:
+        norm.weight.mul_(scale)
+        logger.info("Fitted %d layers by least squares. %s.", len(gaps), healing)
+    else:
+        student.load_state_dict(plain, strict=False)
+        logger.warning(
+            "heal='least_squares' is not taken: it does harm. %s. Pass more calibration rows, or rows of the task.",
+            healing,
+        )
+    return healing
+
+
+@torch.no_grad()
+def _target_logits(student, batches):
+    """Of an encoder-decoder, `(target tokens, V)` for each batch."""
+    for batch in batches:
+        yield student(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             decoder_input_ids=batch["decoder_input_ids"],
             use_cache=False,
         ).logits[batch["target_mask"]]
-        for batch in batches
-    )
-    rescale_norm(student.model.decoder.norm, logits, teacher_logprobs)
 
 
 @torch.no_grad()
-def rescale_norm(norm, logits, teacher_logprobs):
+def predicting_logits(student, batches):
+    """Of a decoder-only model, `(target tokens, V)` for each batch."""
+    for batch in batches:
+        inputs = {"input_ids": batch["sequence"], "attention_mask": batch["sequence_mask"]}
+        states = student.model(**inputs, use_cache=False).last_hidden_state
+        yield student.lm_head(states[batch["predicting"]])
+
+
+@torch.no_grad()
+def rescale_norm(norm, logits, teacher_logprobs) -> None:
     """Scale a student's final norm, and so the logits, to the least KL from the teacher on the calibration rows.
 
-    A model that lost layers is wrong with the old confidence; what is scaled is only that, no argmax changes.
+    A model that lost layers is wrong with the old confidence, one that was fitted to mean states is not confident
+    enough; what is scaled is only that, no argmax changes.
 
     Args:
-        logits: an iterable of the student's, `(target tokens, V)` for each batch.
+        logits: An iterable of the student's, `(target tokens, V)` for each batch.
         teacher_logprobs (`list`): From `measure_teacher`.
     """
+    scale, _ = _best_scale(logits, teacher_logprobs)
+    norm.weight.mul_(scale)
+
+
+def _best_scale(logits, teacher_logprobs) -> tuple[float, float]:
+    """The factor on the logits with the least KL from the teacher, and this KL summed over all target tokens."""
     totals = [0.0] * len(_NORM_SCALES)
     for ours, target in zip(logits, teacher_logprobs):
         for index, scale in enumerate(_NORM_SCALES):
             logprobs = (ours.float() * scale).log_softmax(-1)
             totals[index] += F.kl_div(logprobs, target, reduction="sum", log_target=True).item()
-    norm.weight.mul_(_NORM_SCALES[totals.index(min(totals))])
+    least = min(totals)
+    return _NORM_SCALES[totals.index(least)], least
 
 
 @torch.no_grad()

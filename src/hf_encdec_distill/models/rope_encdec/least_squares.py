@@ -1,0 +1,388 @@
+"""Close the gaps that layers leave behind: a linear fit of those that are kept, no gradient.
+
+Where layers are taken out, a kept one hands its successor another residual stream than the layers between them would
+have. The last projection of a layer, `down_proj`, is linear in its inputs, so the change of it that brings the stream
+nearest to the teacher's is a ridge regression: with X the inputs of the projection and E what is missing behind the
+layer, the change D solves `(X'X + penalty I) D = X'E`. Layers are fitted from the bottom up, each on the inputs that
+the fitted ones below it give.
+
+Related: ReplaceMe (arXiv 2505.02819) fits one linear map in the place of a block of layers.
+
+Shapes: B rows and L positions of a batch, N of these fitted, H hidden size, W inputs of a projection.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from tempfile import TemporaryDirectory, mkstemp
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+
+# The penalty in units of the mean squared norm of an input: the more positions there are, the less it weighs.
+_RIDGE = 1.0
+
+# Linear submodules of a layer that are fitted, in the order in which it has them. The output of a `separate`
+# cross-attention starts at zero: without a fit of its own the prompt would not reach the decoder.
+FITTED = ("cross_attn.o_proj", "mlp.down_proj")
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far the state that a kept layer hands on is from the teacher's.
+
+    Attributes:
+        side: `"encoder"` or `"decoder"`.
+        layer: the teacher's index of the kept layer.
+        goal: the depth of the teacher that its output is fitted to; depth `i` is the state that enters layer `i`.
+        before, after: squared distance on the rows of the fit, as a share of the variance of the teacher's state;
+            `after` is what the equations leave, before weights are rounded to their dtype.
+    """
+
+    side: str
+    layer: int
+    goal: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What a fit brought, on calibration rows that it has not seen.
+
+    Attributes:
+        taken: whether the student has the fitted weights; they are not taken where they do harm.
+        rows, held_out_rows: how many were fitted on, and how many measured on.
+        kl_before, kl_after: divergence of student and fitted student from the teacher, in nats per target token, each
+            at the scale of its final norm that is best for it.
+        gaps: one for each layer that was fitted.
+    """
+
+    taken: bool
+    rows: int
+    held_out_rows: int
+    kl_before: float
+    kl_after: float
+    gaps: list[Gap]
+
+    def to_dict(self) -> dict:
+        """Without the gaps."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "gaps"}
+
+    def __str__(self):
+        kl = f"{self.kl_before:.2f} nats per token before, {self.kl_after:.2f} after"
+        return f"KL from the teacher on {self.held_out_rows} rows that the fit has not seen: {kl}"
+
+
+@torch.no_grad()
+def fit_encoder_decoder(student, teacher, kept, batches) -> list[Gap]:
+    """Fit the layers of an encoder-decoder to the teacher's states, in place.
+
+    The encoder is fitted on prompt positions but the first, an attention sink whose state has another magnitude; the
+    decoder on the positions that predict the target, reading the fitted encoder, its last layer towards the state that
+    enters the teacher's final norm.
+
+    Memory does not grow with the rows: their states wait in a temporary folder.
+
+    Args:
+        student ([`RopeEncDecForConditionalGeneration`]): With weights of its own.
+        teacher ([`RopeEncDecEncoder`]): All layers of the teacher, as a causal encoder.
+        kept (`dict`): `{"encoder": layers, "decoder": layers}`, by the teacher's indices.
+        batches (`list[dict]`): From `calibration_batches`.
+
+    Returns:
+        `list[Gap]`: One for each layer that was fitted. Layers that compute just what the teacher's do are not, nor
+        are those of an encoder whose output nothing reads.
+
+    Raises:
+        ValueError: where a state is not finite.
+    """
+    encoder, decoder, depth = student.model.encoder, student.model.decoder, len(teacher.layers)
+    goals = _goals(student.config, kept, depth)
+    to_fit = _layers_to_fit(student.config, kept, goals)
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, _progress(*kept.values()) as progress:
+        ascent = _Ascent(teacher, batches, goals["decoder"], folder)
+        prompts = [_without_first(batch["attention_mask"]) for batch in batches]
+        column = _Column(
+            encoder,
+            (encoder.embed_tokens(batch["input_ids"]) for batch in batches),
+            [{"attention_mask": batch["attention_mask"]} for batch in batches],
+            folder,
+        )
+
+        def of_prompt(goal: int, batch: int) -> Tensor:
+            # Rows are padded on the right: a prompt's position is the same column for both.
+            return ascent.to(goal)[batch][:, : prompts[batch].shape[1]][prompts[batch].cpu()]
+
+        gaps = _fit_column("encoder", column, kept, goals, to_fit, prompts, of_prompt, progress)
+        ascent.to(depth)
+
+        outputs = (encoder(batch["input_ids"], attention_mask=batch["attention_mask"]) for batch in batches)
+        read = _on_disk((_read_by_decoder(output) for output in outputs), folder)
+        column = _Column(
+            decoder,
+            (encoder.embed_tokens(batch["decoder_input_ids"]) for batch in batches),
+            [
+                {
+                    "encoder_hidden_states": state,
+                    "encoder_attention_mask": batch["attention_mask"],
+                    "use_cache": False,
+                }
+                for batch, state in zip(batches, read)
+            ],
+            folder,
+        )
+        targets = [batch["target_mask"] for batch in batches]
+
+        def of_target(goal: int, batch: int) -> Tensor:
+            return ascent.predicting[goal][batch]
+
+        return gaps + _fit_column("decoder", column, kept, goals, to_fit, targets, of_target, progress)
+
+
+@torch.no_grad()
+def fit_decoder_only(student, teacher, kept, batches) -> list[Gap]:
+    """Fit the layers of a decoder-only model to the teacher's states, in place.
+
+    As in `fit_encoder_decoder`, on all positions of prompt and target but the first.
+
+    Args:
+        student ([`RopeEncDecEncoder`]): The layers that are kept, as a causal encoder.
+        teacher ([`RopeEncDecEncoder`]): All layers, likewise.
+        kept (`list[int]`): The teacher's indices of the student's layers.
+        batches (`list[dict]`): From `calibration_batches`.
+
+    Returns:
+        `list[Gap]`: One for each layer that was fitted, of side `"decoder"`.
+
+    Raises:
+        ValueError: where a state is not finite.
+    """
+    layers, goals = {"decoder": kept}, {"decoder": [*kept[1:], len(teacher.layers)]}
+    to_fit = {"decoder": range(_exact_layers(kept, goals["decoder"]), len(kept))}
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, _progress(kept) as progress:
+        ascent = _Ascent(teacher, batches, [], folder)
+        positions = [_without_first(batch["sequence_mask"]) for batch in batches]
+        column = _Column(
+            student,
+            (student.embed_tokens(batch["sequence"]) for batch in batches),
+            [{"attention_mask": batch["sequence_mask"]} for batch in batches],
+            folder,
+        )
+
+        def of_sequence(goal: int, batch: int) -> Tensor:
+            return ascent.to(goal)[batch][positions[batch].cpu()]
+
+        return _fit_column("decoder", column, layers, goals, to_fit, positions, of_sequence, progress)
+
+
+def _goals(config, kept: dict, depth: int) -> dict[str, list[int]]:
+    """The depth of the teacher that the output of each kept layer stands for: where the next kept one is."""
+    goals = {side: [*layers[1:], depth] for side, layers in kept.items()}
+    top = config.encoder_states_read[-1]
+    if config.cross_attention == "merged" and top > 0:
+        # Nothing but decoder layers reads the topmost state that is read; of several the last.
+        readers = zip(kept["decoder"], config.encoder_state_of_decoder_layer)
+        last = max(layer for layer, state in readers if state == top)
+        goals["encoder"][top - 1] = max(last, kept["encoder"][top - 1] + 1)
+    return goals
+
+
+def _layers_to_fit(config, kept: dict, goals: dict) -> dict[str, range]:
+    """Of each side, by position: those above the exact ones, up to the last that is read."""
+    exact = {"encoder": 0, "decoder": 0}
+    if config.encoder_attention == "causal":
+        exact["encoder"] = _exact_layers(kept["encoder"], goals["encoder"])
+    if config.cross_attention == "merged":
+        states = config.encoder_state_of_decoder_layer
+        reads_exact = [state == layer <= exact["encoder"] for layer, state in zip(kept["decoder"], states)]
+        exact["decoder"] = min(_exact_layers(kept["decoder"], goals["decoder"]), [*reads_exact, False].index(False))
+    return {
+        "encoder": range(exact["encoder"], config.encoder_states_read[-1]),
+        "decoder": range(exact["decoder"], len(kept["decoder"])),
+    }
+
+
+def _exact_layers(kept: Sequence[int], goals: Sequence[int]) -> int:
+    """How many layers from the bottom up compute just what the teacher's do: none is missing below or behind them."""
+    return next((i for i, (layer, goal) in enumerate(zip(kept, goals)) if layer != i or goal != i + 1), len(kept))
+
+
+def _progress(*layers: Sequence[int]) -> tqdm:
+    return tqdm(total=sum(map(len, layers)), desc="Fitting layers", disable=None)  # None: only on a terminal
+
+
+def _without_first(attention_mask: Tensor) -> Tensor:
+    """The real positions `(B, L)` of right-padded rows but the first of each."""
+    mask = attention_mask.bool().clone()
+    mask[:, 0] = False
+    return mask
+
+
+def _read_by_decoder(encoder_output) -> Tensor:
+    states = encoder_output.cross_attention_states
+    return encoder_output.last_hidden_state if states is None else states
+
+
+def _to(value: object, device: torch.device) -> object:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _on_disk(tensors: Iterable[Tensor], folder: str) -> list[Tensor]:
+    """Copies in files of `folder`, mapped into memory, which the system may page out."""
+    copies = []
+    for tensor in tensors:
+        handle, path = mkstemp(dir=folder)
+        os.close(handle)
+        copy = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+        copies.append(copy.copy_(tensor))
+    return copies
+
+
+class _Column:
+    """The layers of an encoder or a decoder, run one by one; `states` holds what enters the next one, by batch.
+
+    Args:
+        module: the encoder or decoder; its own forward makes masks and positions.
+        embedded: what enters the first layer, `(B, L, H)` for each batch.
+        inputs: what else the forward takes, for each batch.
+        folder: for the states.
+    """
+
+    def __init__(self, module: Any, embedded: Iterable[Tensor], inputs: list[dict], folder: str):
+        self.module, self.inputs = module, inputs
+        self.layers, self.slots = module.layers, getattr(module, "state_slots", None)
+        self.states = _on_disk(embedded, folder)
+
+    def run(self, index: int, batch: int, within: nn.Module | None = None) -> dict[str, Tensor]:
+        """What is `leaving` layer `index`, `(B, L, H)`, and what is `entering` its submodule `within`, `(B, L, W)`."""
+        layer, module = self.layers[index], self.module
+        caught: dict[str, Tensor] = {}
+        handles = [layer.register_forward_hook(lambda _m, _args, output: caught.update(leaving=output[0]))]
+        if within is not None:
+            handles.append(within.register_forward_pre_hook(lambda _m, args: caught.update(entering=args[0])))
+        states_read = getattr(module, "states_read", None)
+        try:
+            module.layers = nn.ModuleList([layer])
+            if self.slots is not None:
+                module.state_slots = [self.slots[index]]
+            else:
+                module.states_read = ()
+            hidden_states = self.states[batch].to(next(layer.parameters()).device)
+            inputs = {name: _to(value, hidden_states.device) for name, value in self.inputs[batch].items()}
+            module(inputs_embeds=hidden_states, **inputs)
+        finally:
+            module.layers = self.layers
+            if self.slots is not None:
+                module.state_slots = self.slots
+            else:
+                module.states_read = states_read
+            for handle in handles:
+                handle.remove()
+        return caught
+
+    def climb(self, index: int) -> None:
+        for batch, states in enumerate(self.states):
+            states.copy_(self.run(index, batch)["leaving"])
+
+
+class _Ascent:
+    """The teacher's states, depth by depth, each layer run once for each batch.
+
+    Args:
+        noted: depths where the states at positions that predict the target, `(N, H)`, are kept, in `predicting`.
+    """
+
+    def __init__(self, teacher: Any, batches: list[dict], noted: Sequence[int], folder: str):
+        self._batches, self._noted, self._folder = batches, noted, folder
+        self._column = _Column(
+            teacher,
+            (teacher.embed_tokens(batch["sequence"]) for batch in batches),
+            [{"attention_mask": batch["sequence_mask"]} for batch in batches],
+            folder,
+        )
+        self._depth = 0
+        self.predicting: dict[int, list[Tensor]] = {}
+
+    def to(self, depth: int) -> list[Tensor]:
+        """Climb to `depth`, not below where it is; the states `(B, L, H)` of each batch there."""
+        while self._depth < depth:
+            self._column.climb(self._depth)
+            self._depth += 1
+            if self._depth in self._noted:
+                states = (state[batch["predicting"].cpu()] for state, batch in zip(self._column.states, self._batches))
+                self.predicting[self._depth] = _on_disk(states, self._folder)
+        return self._column.states
+
+
+def _fit_column(
+    side: str,
+    column: _Column,
+    kept: dict,
+    goals: dict,
+    to_fit: dict,
+    positions: list[Tensor],
+    target: Callable[[int, int], Tensor],
+    progress: tqdm,
+) -> list[Gap]:
+    """Fit the layers of a column from the bottom up, each on what the fitted ones below it give.
+
+    Args:
+        kept, goals, to_fit: by side, as above.
+        positions: of each batch, `(B, L)`: where the fit looks.
+        target: the teacher's states `(N, H)` there, by depth and batch.
+    """
+    gaps = []
+    for index, (layer, goal) in enumerate(zip(kept[side], goals[side])):
+        if index in to_fit[side]:
+            shares = []
+            for name, linear in column.layers[index].named_modules():
+                if name in FITTED:
+                    shares.append(_fit_projection(column, index, linear, positions, partial(target, goal)))
+            gaps.append(Gap(side, layer, goal, shares[0][0], shares[-1][1]))
+        if any(above > index for above in to_fit[side]):
+            column.climb(index)
+        progress.update()
+    return gaps
+
+
+def _fit_projection(
+    column: _Column, index: int, linear: nn.Linear, positions: list[Tensor], target: Callable[[int], Tensor]
+) -> tuple[float, float]:
+    """Fit one linear submodule of a layer in place; the shares of `Gap` before and after."""
+    # Sums are in float64, which Apple's GPUs do not have.
+    device = linear.weight.device if linear.weight.is_cuda else torch.device("cpu")
+    gram = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64, device=device)
+    moment = torch.zeros(linear.in_features, linear.out_features, dtype=torch.float64, device=device)
+    total = torch.zeros(linear.out_features, dtype=torch.float64, device=device)
+    count, squared, missing_squared = 0, 0.0, 0.0
+    for batch, at in enumerate(positions):
+        states = column.run(index, batch, linear)
+        inputs, leaving = states["entering"][at].float(), states["leaving"][at].float()
+        goal = target(batch).to(leaving.device).float()
+        missing = goal - leaving
+        gram += (inputs.T @ inputs).to(device)
+        moment += (inputs.T @ missing).to(device)
+        total += goal.sum(0).to(device)
+        squared += goal.square().sum().item()
+        missing_squared += missing.square().sum().item()
+        count += len(goal)
+    if not (gram.isfinite().all() and moment.isfinite().all()):
+        raise ValueError(
+            "heal='least_squares' met states that are not finite, of the teacher or of the student's layers below "
+            f"layer {index}: load the teacher in another dtype, such as dtype=torch.float32, or pass heal=None."
+        )
+    variance = max(squared - total.square().sum().item() / max(count, 1), torch.finfo(torch.float32).tiny)
+    penalty = _RIDGE * gram.diagonal().sum().item() / max(count, 1)
+    if penalty == 0.0:  # no position, or no input: nothing to fit
+        return missing_squared / variance, missing_squared / variance
+    gram.diagonal().add_(penalty)
+    change = torch.cholesky_solve(moment, torch.linalg.cholesky(gram))
+    linear.weight.copy_(linear.weight.to(device, torch.float64) + change.T)
+    # By the normal equations.
+    left = missing_squared - (change * moment).sum().item() - penalty * change.square().sum().item()
+    return missing_squared / variance, max(left, 0.0) / variance
