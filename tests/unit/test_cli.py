@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file
 from toys import make_config
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, T5Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, T5Config
 
 from hf_encdec_distill import progress
 from hf_encdec_distill.cli import evaluate
@@ -32,6 +32,7 @@ from hf_encdec_distill.distillation.options.encoder_states import EncoderStates
 from hf_encdec_distill.evaluation import scoring
 from hf_encdec_distill.metrics import METRICS
 from hf_encdec_distill.metrics.texts import f1
+from hf_encdec_distill.models.rope_encdec.budget import Budget
 
 
 TEMPLATE = "{source}\n#"
@@ -511,6 +512,18 @@ def test_teach_trains_on_targets_alone(teacher_folder, data_arguments, tmp_path,
     assert losses[1][0] < losses[0][0] - 1.0  # the target
     assert losses[1][1] > losses[0][1] - 0.5 * (losses[0][0] - losses[1][0])  # nobody asked for the prompt
     assert "not empty" in one_line_error(capsys, "teach", str(teacher_folder), *options)
+
+
+def test_init_by_a_budget(teacher_folder, data_arguments, tmp_path, capsys):
+    request = ["--prompt-tokens", "100", "--answer-tokens", "10"]
+    init = ["init", str(teacher_folder), *data_arguments, "--output", str(tmp_path / "fast"), *request]
+    assert "--speedup" in one_line_error(capsys, *init)
+    assert "--decoder-layers" in one_line_error(capsys, *init, "--speedup", "2", "--decoder-layers", "2")
+    assert main([*init, "--speedup", "2", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    student, teacher = (AutoConfig.from_pretrained(folder) for folder in (tmp_path / "fast", teacher_folder))
+    assert Budget(100, 10, 2).time(student) * 2 <= Budget(100, 10, 2).time(teacher)
+    assert said["encoder_layers"] == student.encoder_num_hidden_layers
 
 
 def test_a_cache_for_a_student_without_a_template(teacher_folder, data_arguments, tmp_path):

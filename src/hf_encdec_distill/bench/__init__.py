@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from ..devices import best_cpu_dtype as best_cpu_dtype
     from ..devices import bf16_unit as bf16_unit
     from ..devices import cpu_flags as cpu_flags
-    from .cost import CostComparison as CostComparison
-    from .cost import ModelCost as ModelCost
-    from .cost import compare_cost as compare_cost
-    from .cost import decoder_only_config as decoder_only_config
-    from .cost import model_cost as model_cost
+    from ..models.cost import CostComparison as CostComparison
+    from ..models.cost import ModelCost as ModelCost
+    from ..models.cost import compare_cost as compare_cost
+    from ..models.cost import decoder_only_config as decoder_only_config
+    from ..models.cost import model_cost as model_cost
     from .energy import EnergyMeter as EnergyMeter
     from .latency import LatencyComparison as LatencyComparison
     from .latency import compare_latency as compare_latency
@@ -30,10 +30,10 @@ else:
     __getattr__, __dir__, __all__ = on_first_use(
         __name__,
         {
-            ".cost": ["CostComparison", "ModelCost", "compare_cost", "decoder_only_config", "model_cost"],
             ".energy": ["EnergyMeter"],
             ".latency": ["LatencyComparison", "compare_latency", "greedy_decode", "machine_description"],
             ".plots": ["plot_latency", "plot_loss_curves", "plot_quality"],
+            "..models.cost": ["CostComparison", "ModelCost", "compare_cost", "decoder_only_config", "model_cost"],
             "..devices": ["best_cpu_dtype", "bf16_unit", "cpu_flags"],
         },
     )

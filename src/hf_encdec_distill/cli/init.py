@@ -19,6 +19,8 @@ from ._inputs import BUILT_IN, add_data_arguments, load_splits, prompt_template,
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..models.rope_encdec.budget import Budget
+
 
 SUMMARY = "make an untrained student from a decoder-only model"
 EXAMPLE = "hf-encdec-distill init built-in --encoder-layers 11 --decoder-layers 4 --output student"
@@ -36,7 +38,7 @@ class Shape:
     decoder_layers: int | None = None
     cross_attention: Literal["merged", "separate"] = "merged"
     encoder_attention: Literal["causal", "bidirectional"] = "causal"
-    layer_selection: Literal["influence", "greedy", "even", "first"] = "influence"
+    layer_selection: Literal["influence", "least_squares", "greedy", "even", "first"] = "influence"
     heal_rows: int = 200
 
     def __post_init__(self) -> None:
@@ -58,8 +60,8 @@ _HELP = {
     "decoder_layers": "decoder layers to keep (default: all)",
     "cross_attention": "how the decoder reads the encoder: merged (the default) or separate",
     "encoder_attention": "what an encoder token attends to: causal (the default) or bidirectional",
-    "layer_selection": "which layers to keep: influence (the default: those that change their input most), greedy, "
-    "even or first",
+    "layer_selection": "which layers to keep: influence (the default: those that change their input most), "
+    "least_squares (those that a linear fit joins best), greedy, even or first",
     "heal_rows": "training rows on which the layers that are kept are fitted to the teacher (default: "
     f"{Shape.heal_rows}; 0: no fit)",
 }
@@ -96,19 +98,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="YYYY-MM-DD",
         help="the date for a chat template that contains one (default: today)",
     )
+    budget = parser.add_argument_group("budget", "the best student that is fast enough, instead of numbers of layers")
+    budget.add_argument("--prompt-tokens", type=int, metavar="N", help="length of a prompt")
+    budget.add_argument("--answer-tokens", type=int, metavar="N", help="length of an answer")
+    budget.add_argument(
+        "--speedup", type=float, metavar="X", help="how many times faster than the teacher it answers such a prompt"
+    )
     add_data_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from ..models.either_version import save_teacher
 
+    budget = _budget(args)
     output = new_folder(args.output)
     path = teacher_path(args.teacher)
     rows = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")["train"]
     said = {field.name for field in dataclasses.fields(Shape)} & set(vars(args))
     shape = Shape(**{name: getattr(args, name) for name in said})
     template = prompt_template(args.prompt_template, args.dataset)
-    student = make_student(path, shape, rows, template, args.prompt_date)
+    student = make_student(path, shape, rows, template, args.prompt_date, budget)
     counts: dict[str, int]
     if shape.decoder_only is None:
         student.save_pretrained(output)
@@ -129,7 +138,30 @@ def run(args: argparse.Namespace) -> None:
     say_result(args, content, "\n".join(lines))
 
 
-def make_student(teacher: str, shape: Shape, rows: Dataset, template: str | None, prompt_date: str | None) -> Any:
+def _budget(args: argparse.Namespace) -> Budget | None:
+    from ..models.rope_encdec.budget import Budget
+
+    values = {name: getattr(args, name) for name in ("prompt_tokens", "answer_tokens", "speedup")}
+    missing = [f"--{name.replace('_', '-')}" for name, value in values.items() if value is None]
+    if len(missing) == len(values):
+        return None
+    if missing:
+        raise ValueError(f"a budget is incomplete without {' and '.join(missing)}: give all three of its options")
+    numbers = ("encoder_layers", "decoder_layers", "decoder_only")
+    given = [f"--{name.replace('_', '-')}" for name in numbers if hasattr(args, name)]
+    if given:
+        raise ValueError(f"--speedup decides how many layers are kept: leave out {' and '.join(given)}, or the budget")
+    return Budget(**values)
+
+
+def make_student(
+    teacher: str,
+    shape: Shape,
+    rows: Dataset,
+    template: str | None,
+    prompt_date: str | None,
+    budget: Budget | None = None,
+) -> Any:
     """The student that has `shape` of the teacher in a folder or on the Hub, in float32.
 
     Args:
@@ -137,6 +169,7 @@ def make_student(teacher: str, shape: Shape, rows: Dataset, template: str | None
             those that are kept make up for the others.
         template: the prompt's; `None` leaves it to the teacher's chat template.
         prompt_date: the day for a chat template that names it; `None` is today.
+        budget: decides how many layers are kept, where `shape` does not say.
     """
     import torch
 
@@ -164,6 +197,7 @@ def make_student(teacher: str, shape: Shape, rows: Dataset, template: str | None
         decoder_num_hidden_layers=shape.decoder_layers,
         cross_attention=shape.cross_attention,
         encoder_attention=shape.encoder_attention,
+        budget=budget,
         **shared,
     )
 

@@ -27,6 +27,7 @@ from .rope_encdec.layer_choice import (
     measure_teacher,
     remove_greedily,
 )
+from .rope_encdec.layer_paths import measure_gaps
 
 
 _PER_LAYER = ("layer_types", "no_rope_layers")  # lists in the configs of the supported families
@@ -82,7 +83,7 @@ def prune_decoder_only(
         batches = calibration_batches(rows[:MEASURED_ROWS], next(teacher.parameters()).device)
         teacher_logprobs, influence = measure_teacher(teacher, batches)
         if isinstance(kept, int):
-            kept = _choose(teacher, kept, layer_selection, batches, teacher_logprobs, influence)
+            kept = _choose(teacher, kept, layer_selection, rows, batches, teacher_logprobs, influence)
     student = _with_layers(teacher, kept)
     student.healing = heal_decoder_only(student, teacher, kept, rows) if batches and heal else None
     if batches and not (student.healing and student.healing.taken):
@@ -96,11 +97,13 @@ def prune_decoder_only(
     return student
 
 
-def _choose(teacher, count, layer_selection, batches, teacher_logprobs, influence) -> list[int]:
+def _choose(teacher, count, layer_selection, rows, batches, teacher_logprobs, influence) -> list[int]:
     depth = teacher.config.num_hidden_layers
     if layer_selection != "greedy":
-        kept = {"decoder": count}
-        choose_layers(kept, layer_selection, depth, False, influence, None)
+        kept, gaps = {"decoder": count}, None
+        if layer_selection == "least_squares":
+            gaps = measure_gaps(teacher, calibration_batches(rows, teacher.device))
+        choose_layers(kept, layer_selection, depth, False, influence, None, gaps)
         return kept["decoder"]
 
     def divergence_with(layers):

@@ -19,6 +19,7 @@ from ..prompts import (
 )
 from ..vocabulary import same_tokens
 from ..whole_weights import whole_on_each_process
+from .budget import layers_within
 from .configuration_rope_encdec import RopeEncDecConfig
 from .layer_choice import (
     LAYER_SELECTIONS,
@@ -29,6 +30,7 @@ from .layer_choice import (
     choose_layers,
     measure_teacher,
 )
+from .layer_paths import measure_gaps
 from .least_squares import FITTED, Healing, fit_decoder_only, fit_encoder_decoder
 from .modeling_rope_encdec import RopeEncDecForConditionalGeneration, RopeEncDecRotaryEmbedding
 
@@ -53,6 +55,7 @@ def from_decoder_only(
     cross_attention="merged",
     encoder_attention="causal",
     layer_selection="influence",
+    budget=None,
     heal="least_squares",
     calibration=None,
     tokenizer=None,
@@ -84,8 +87,13 @@ def from_decoder_only(
         layer_selection (`str`): `"influence"` keeps the layers that change their input most, `1 - cos(in, out)` on the
             calibration rows (ShortGPT, arXiv 2403.03853), on prompt tokens for the encoder and on target tokens for
             the decoder, always with the first two and the last; `"greedy"` takes out, one by one, the layer whose
-            absence raises the KL divergence from the teacher least; `"even"` spaces them evenly; `"first"` keeps the
-            first ones and the last.
+            absence raises the KL divergence from the teacher least; `"least_squares"` keeps those that a linear fit
+            joins best ([`~hf_encdec_distill.models.rope_encdec.layer_paths`]); `"even"` spaces them evenly; `"first"`
+            keeps the first ones and the last.
+        budget ([`~hf_encdec_distill.models.rope_encdec.budget.Budget`], *optional*): A request, and how many times
+            faster than the teacher the student has to answer it, instead of numbers of layers. Of the splits that are
+            fast enough, the three with the best layers by `"least_squares"` are tried, and the one nearest to the
+            teacher on held-out calibration rows is taken.
         heal (`str`, *optional*): `"least_squares"` fits the layers that are kept to the teacher's states on the
             calibration rows ([`~hf_encdec_distill.models.rope_encdec.least_squares.fit_encoder_decoder`]), with one
             pass of the teacher and no gradient. A fifth of the rows, 64 at most, is held out; where the fitted student
@@ -110,11 +118,17 @@ def from_decoder_only(
 
     Raises:
         ValueError: for an unsupported family (the message lists the supported ones), layers that are not there, a
-            selection that needs calibration rows when there is no tokenizer, or a trimmed tokenizer with tokens that
-            the teacher lacks, or without the one that the decoder starts from.
+            selection or a budget that needs calibration rows when there is no tokenizer, a budget beside layers or
+            one that no student meets, or a trimmed tokenizer with tokens that the teacher lacks, or without the one
+            that the decoder starts from.
     """
     teacher, tokenizer = load_with_tokenizer(teacher, tokenizer)
     check_teacher(teacher, layer_selection, heal)
+    given = (encoder_num_hidden_layers, decoder_num_hidden_layers, encoder_layers, decoder_layers)
+    if budget is not None and any(layers is not None for layers in given):
+        raise ValueError("budget= decides which layers are kept: leave their numbers and lists out, or the budget.")
+    if budget is not None and layer_selection not in ("influence", "least_squares"):
+        raise ValueError(f'budget= chooses layers by "least_squares": leave layer_selection={layer_selection!r} out.')
     depth = teacher.config.num_hidden_layers
     kept = {
         "decoder": requested_layers("decoder_", decoder_num_hidden_layers, decoder_layers, depth),
@@ -136,21 +150,39 @@ def from_decoder_only(
     was_training = teacher.training
     teacher.eval()
     batches = []
-    if any(layers != list(range(depth)) for layers in kept.values()):
+    if budget is not None or any(layers != list(range(depth)) for layers in kept.values()):
         rows = calibration_rows(
             calibration, tokenizer, prompt_template, prompt_date, special_tokens["decoder_start_token_id"]
         )
         open_sides = [side for side, layers in kept.items() if isinstance(layers, int)]
-        if open_sides:
-            check_rows_to_measure_on(rows, layer_selection)
-        batches = calibration_batches(rows[:MEASURED_ROWS], next(teacher.parameters()).device)
+        if budget is not None or open_sides:
+            check_rows_to_measure_on(rows, layer_selection if budget is None else "least_squares")
+        device = next(teacher.parameters()).device
+        batches = calibration_batches(rows[:MEASURED_ROWS], device)
         teacher_logprobs, influence = measure_teacher(teacher, batches)
         greedy = None
         if open_sides and layer_selection == "greedy":
             every = list(range(depth))
             full = build(encoder_layers=every, decoder_layers=every, share_memory=True)
             greedy = GreedyRemoval(full, batches, teacher_logprobs)
-        choose_layers(kept, layer_selection, depth, cross_attention == "merged", influence, greedy)
+        gaps = None
+        if budget is not None or (open_sides and layer_selection == "least_squares"):
+            gaps = measure_gaps(teacher, calibration_batches(rows, device))
+        if budget is None:
+            choose_layers(kept, layer_selection, depth, cross_attention == "merged", influence, greedy, gaps)
+        else:
+            every = list(range(depth))
+            config = _student_config(teacher, every, every, cross_attention, **config_overrides)
+            held_out = calibration_batches(rows[::_HELD_OUT_EVERY][:MEASURED_ROWS], device)
+            held_out_logprobs, _ = measure_teacher(teacher, held_out)
+
+            def divergence(kept):
+                student = build(encoder_layers=kept["encoder"], decoder_layers=kept["decoder"])
+                if heal == "least_squares":
+                    heal_encoder_decoder(student, teacher, kept, rows)
+                return _best_scale(_target_logits(student, held_out), held_out_logprobs)[1]
+
+            kept = layers_within(budget, teacher.config, config, gaps, divergence)
     student = build(encoder_layers=kept["encoder"], decoder_layers=kept["decoder"])
     student.healing = None
     if batches:

@@ -5,9 +5,10 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..prompts import encode_prompt
+from .layer_paths import decoder_path, encoder_path
 
 
-LAYER_SELECTIONS = ("influence", "greedy", "even", "first")
+LAYER_SELECTIONS = ("influence", "least_squares", "greedy", "even", "first")
 
 _CALIBRATION_ROWS = 32
 _CALIBRATION_PROMPT, _CALIBRATION_TARGET = 128, 32  # tokens
@@ -39,7 +40,7 @@ def calibration_rows(
 
 def check_rows_to_measure_on(rows, layer_selection) -> None:
     """Raises ValueError where a selection measures and there is nothing to measure on."""
-    if layer_selection in ("influence", "greedy") and not rows:
+    if layer_selection in ("influence", "least_squares", "greedy") and not rows:
         raise ValueError(
             f"layer_selection={layer_selection!r} measures on rows, and there is no tokenizer to make them with: "
             "pass tokenizer=, or calibration= with (prompt ids, target ids) pairs, or choose "
@@ -129,7 +130,7 @@ def measure_teacher(teacher, batches):
     return logprobs, {side: (sums[side] / max(counts[side], 1)).tolist() for side in sums}
 
 
-def choose_layers(kept, layer_selection, depth, merged, influence, greedy):
+def choose_layers(kept, layer_selection, depth, merged, influence, greedy, gaps=None):
     """Layers for each side that has only a number of them, in place.
 
     Args:
@@ -139,13 +140,18 @@ def choose_layers(kept, layer_selection, depth, merged, influence, greedy):
         merged (`bool`): Whether the decoder reads the encoder layer by layer.
         influence (`dict`): From `measure_teacher`.
         greedy ([`GreedyRemoval`], *optional*): Needed for `"greedy"`.
+        gaps (`dict`, *optional*): From `measure_gaps`, needed for `"least_squares"`.
     """
     for side in [side for side, layers in kept.items() if isinstance(layers, int)]:
         count, candidates = kept[side], list(range(depth))
         if side == "encoder" and merged:
             # No decoder layer reads what leaves the encoder above the last one's own depth.
             candidates = candidates[: max(kept["decoder"][-1], count)]
-        if layer_selection == "influence":
+        if layer_selection == "least_squares" and side == "decoder":
+            kept[side], _ = decoder_path(gaps, count)
+        elif layer_selection == "least_squares":
+            kept[side], _ = encoder_path(gaps, count, kept["decoder"] if merged else None)
+        elif layer_selection == "influence":
             kept[side] = _most_influential(influence[side], candidates, count)
         elif layer_selection == "greedy":
             kept[side] = greedy.select(side, candidates, count, kept)

@@ -24,7 +24,7 @@ import dataclasses
 import torch
 from transformers import AutoConfig
 
-from ..models import SUPPORTED_FAMILIES
+from . import SUPPORTED_FAMILIES
 
 
 @dataclasses.dataclass(frozen=True)
