@@ -11,8 +11,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 from distillation_toys import write_teacher
 from toys import make_model
+from transformers import AutoConfig
 
 
+load_config = AutoConfig.from_pretrained
 STUDIES = Path(__file__).parents[2] / "studies"
 
 
@@ -79,6 +81,43 @@ def test_differences_are_taken_seed_by_seed(studies):
     assert rows["cross-entropy alone"].split(" | ")[2:3] == ["4.200"]
     assert "**+0.200** [+0.100, +0.300]" in rows["cross-entropy alone"]
     assert "| +0.100 [-0.100, +0.300] |" in rows["weight 0.5"]
+
+
+def test_heal(studies, toy_task, tmp_path, monkeypatch):
+    import heal
+
+    arms = {"only": heal.Arm("decoder-only 2", 2), "split": heal.Arm("2 + 1", 1, 2)}
+    monkeypatch.setattr(heal, "ARMS", arms)
+    monkeypatch.setattr(heal, "ALL", 3)
+    monkeypatch.setattr(heal, "HEAL_ROWS", 40)
+    monkeypatch.setattr(heal, "TEST_ROWS", 6)
+    monkeypatch.setattr(heal, "SHAPES", {"8/3": (8, 3), "4/2": (4, 2)})
+    monkeypatch.setattr(heal, "load_task", lambda *_: toy_task)
+    monkeypatch.setattr(heal, "fetch_builtin_teacher", lambda: toy_task.teacher)
+    monkeypatch.setattr(heal.AutoConfig, "from_pretrained", lambda folder: load_config(folder, num_hidden_layers=3))
+    out = tmp_path / "out"
+    options = ["heal", "--work", str(tmp_path), "--output", str(out)]
+
+    def main(*more):
+        monkeypatch.setattr(sys, "argv", [*options, *more])
+        heal.main()
+
+    main("--minutes", "0.02", "--seeds", "0", "1", "--arms", *arms)
+    file = out / "docstrings-0.02.json"
+    results = json.loads(file.read_text())
+    for runs in results["arms"].values():
+        assert set(runs) == {"0", "1"}
+        for run in runs.values():
+            assert run["steps"] >= 1 and run["kl"] < run["start"]["kl"] + 1 and 0 <= run["teacher_agreement"] <= 1
+    monkeypatch.setattr(heal, "run", lambda *_: pytest.fail("ran again"))
+    main("--minutes", "0.02", "--seeds", "0", "1", "--arms", *arms)
+    main("--latency", "--rounds", "2")
+    latency = json.loads((out / "latency.json").read_text())
+    assert set(latency["rounds"]["8/3"]) == {"2", "3", "2 + 1"} and len(latency["rounds"]["4/2"]["3"]) == 2
+    main("--table")
+    table = file.with_suffix(".md").read_text()
+    assert "| decoder-only 2 |" in table and "8/3: first token, step, request" in table
+    assert (out / "docstrings-0.02-8-3-dark.svg").is_file()
 
 
 def test_cost_table(studies):

@@ -8,7 +8,7 @@ import matplotlib.image
 import pytest
 
 from hf_encdec_distill import bench
-from hf_encdec_distill.bench import plot_latency, plot_loss_curves, plot_quality, plots
+from hf_encdec_distill.bench import plot_front, plot_latency, plot_loss_curves, plot_quality, plots
 
 
 MODELS = {
@@ -106,6 +106,24 @@ def test_latency_bars(drawn):
     assert visible_axes(drawn[0])[0].collections[0].get_segments()[0][:, 0].tolist() == [19, 22]
 
 
+POINTS = {
+    "slow": (1.0, (50, 48, 51)),
+    "good": (0.5, (49, 47, 50)),
+    "poor": (0.6, (40, 39, 41)),
+    "fast": (0.1, (30, 30, 30)),
+}
+
+
+def test_the_front_joins_what_nothing_beats(drawn):
+    plot_front(POINTS, "x.png", across="time", up="quality", title="both")
+    (axis,) = visible_axes(drawn[0])
+    assert axis.lines[0].get_xydata().tolist() == [[0.1, 30], [0.5, 49], [1.0, 50]]
+    assert [text.get_text() for text in axis.texts] == list(POINTS)
+    spread = axis.collections[0].get_segments()[0]
+    assert spread.tolist() == [[1.0, 48], [1.0, 51]]
+    assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_title(loc="left")) == ("time", "quality", "both")
+
+
 def test_files_are_pictures_written_whole_and_repeatable(tmp_path):
     names = {"a.png", "a.svg", "a-dark.png", "a-dark.svg"}
     first, second = (plot_quality(MODELS, tmp_path / folder / "a.png", "95 %").parent for folder in ("one", "two"))
@@ -155,6 +173,8 @@ def test_nothing_to_draw_is_an_error(tmp_path):
         plot_loss_curves({"student_kd": [{"step": 1, "eval_loss": 1.0}]}, tmp_path / "x.png")
     with pytest.raises(ValueError, match="nothing to draw: none of teacher"):
         plot_quality({"teacher": {"n": 1}}, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="give a point at least"):
+        plot_front({}, tmp_path / "x.png", "", "", "")
     with pytest.raises(ValueError, match="'x.pdf'.*png or .svg"):
         plot_quality(MODELS, tmp_path / "x.pdf")
     with pytest.raises(ValueError, match="0 to 1"):

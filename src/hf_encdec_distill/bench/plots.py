@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from ..metrics.measures import METRICS, bounds, model_label, model_order
+from ..metrics.measures import METRICS, bounds, model_label, model_order, pareto_front
 
 
 try:
@@ -230,4 +230,39 @@ def _draw_latency(latency: Mapping) -> Figure:
         f"{latency['dtype']}; {latency['spread']}",
         fontsize=8.5,
     )
+    return figure
+
+
+def plot_front(
+    points: Mapping[str, tuple[float, tuple[float, float, float]]], path: str | Path, across: str, up: str, title: str
+) -> Path:
+    """Quality against time, a point a model; a line joins those that no other one beats in both.
+
+    Args:
+        points: for each label its time, and the value, low and high end of a measure of which more is better.
+        path: ends in `.png` or `.svg`; both are written, and `-dark` versions of both beside them.
+        across, up: what the axes are.
+
+    Raises:
+        ValueError: without a point, or for another suffix.
+    """
+    if not points:
+        raise ValueError("nothing to draw: give a point at least")
+    return _save(partial(_draw_front, points, across, up, title), path)
+
+
+def _draw_front(points: Mapping[str, tuple[float, tuple[float, float, float]]], across, up, title) -> Figure:
+    figure, (axis,) = _figure(7.2, 4.4, 1)
+    front = pareto_front({label: (time, value) for label, (time, (value, *_)) in points.items()})
+    line = [(points[label][0], points[label][1][0]) for label in front]
+    axis.plot(*zip(*line, strict=True), color="#0072B2", linewidth=1.4, zorder=1)
+    for label, (time, (value, low, high)) in points.items():
+        colour = "#0072B2" if label in front else "#999999"
+        axis.errorbar(time, value, yerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=3, zorder=2)
+        axis.annotate(label, (time, value), (6, -8), **_NOTE)
+    axis.set_xlabel(across, fontsize=9)
+    axis.set_ylabel(up, fontsize=9)
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.margins(x=0.14)
+    axis.grid(linewidth=0.8)
     return figure

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .measures import METRICS as METRICS
     from .measures import estimate as estimate
     from .measures import measure_texts as measure_texts
+    from .measures import pareto_front as pareto_front
     from .significance import Sums as Sums
     from .significance import calibration_error as calibration_error
     from .significance import interval as interval
@@ -50,7 +51,7 @@ else:
                 "rouge_l",
                 "squad",
             ],
-            ".measures": ["METRICS", "estimate", "measure_texts"],
+            ".measures": ["METRICS", "estimate", "measure_texts", "pareto_front"],
             ".significance": ["Sums", "calibration_error", "interval", "mean", "p_value"],
         },
     )

@@ -99,3 +99,16 @@ def measure_texts(names: Iterable[str], texts: Sequence[str], rows: Sequence[dic
         else:
             found[name] = Sums(*text_statistics(name, texts, references))
     return found
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The points that none is as fast as and better than, fastest first.
+
+    Args:
+        points: for each name a time, of which less is better, and a quality, of which more is.
+    """
+    front: list[str] = []
+    for name in sorted(points, key=lambda name: (points[name][0], -points[name][1])):
+        if not front or points[name][1] > points[front[-1]][1]:
+            front.append(name)
+    return front

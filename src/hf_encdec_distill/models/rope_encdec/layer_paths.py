@@ -16,22 +16,21 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .least_squares import RIDGE
 
-# As in `least_squares`.
-_RIDGE = 0.02
 
 # Positions of each side that are measured on: time and memory do not grow with the rows beyond these.
 _POSITIONS = 1024
 
 
 @torch.no_grad()
-def measure_gaps(teacher, batches: Sequence[dict], ridge: float = _RIDGE) -> dict[str, Tensor]:
+def measure_gaps(teacher, batches: Sequence[dict], ridge: float = RIDGE) -> dict[str, Tensor]:
     """What the fit of one layer leaves, for each pair of layers.
 
     Args:
         teacher ([`PreTrainedModel`]): A decoder-only model of a supported family.
         batches (`Sequence[dict]`): From `calibration_batches`.
-        ridge (`float`): What is added to the diagonal of X'X, as a share of its mean.
+        ridge (`float`): The penalty in units of the mean squared norm of an input, as in `least_squares`.
 
     Returns:
         `dict`: `"encoder"` and `"decoder"`, on prompt positions but the first and on those that predict the target,
@@ -127,7 +126,7 @@ def _gaps(states: list[Tensor], inputs: list[Tensor], ridge: float) -> Tensor:
         # Ridge regression in its dual form, N x N, serves all depths above at once: with C the inverse of
         # `XX' + penalty I`, what is left of E at positions that the fit has not seen is `C E` over the diagonal of C.
         kernel = (entering @ entering.T).double()
-        kernel.diagonal().add_(ridge * kernel.trace() / entering.shape[1])
+        kernel.diagonal().add_(ridge * kernel.trace() / len(entering))
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel)).float()
         missing = torch.cat([state - states[layer + 1] for state in states[layer + 2 :]], dim=1)
         left = (inverse @ missing) / inverse.diagonal()[:, None]

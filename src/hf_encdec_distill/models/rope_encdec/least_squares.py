@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 
 # The penalty in units of the mean squared norm of an input: the more positions there are, the less it weighs.
-_RIDGE = 1.0
+RIDGE = 1.0
 
 # Linear submodules of a layer that are fitted, in the order in which it has them. The output of a `separate`
 # cross-attention starts at zero: without a fit of its own the prompt would not reach the decoder.
@@ -377,7 +377,7 @@ def _fit_projection(
             f"layer {index}: load the teacher in another dtype, such as dtype=torch.float32, or pass heal=None."
         )
     variance = max(squared - total.square().sum().item() / max(count, 1), torch.finfo(torch.float32).tiny)
-    penalty = _RIDGE * gram.diagonal().sum().item() / max(count, 1)
+    penalty = RIDGE * gram.diagonal().sum().item() / max(count, 1)
     if penalty == 0.0:  # no position, or no input: nothing to fit
         return missing_squared / variance, missing_squared / variance
     gram.diagonal().add_(penalty)

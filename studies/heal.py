@@ -1,0 +1,465 @@
+"""Where asymmetry pays: pruned decoder-only models and encoder-decoders of many splits, healed for the same time.
+
+    python studies/heal.py --task docstrings --work runs/studies
+    python studies/heal.py --latency
+    python studies/heal.py --table
+
+Every arm starts from the same tuned teacher, is fitted to it in closed form and distilled from the same records with
+the same loss, optimizer and rows, until its CPU seconds of one thread are used: those of the fit and of cached encoder
+states included, those of the teacher's records, which all arms share, left out. CPU seconds rather than those of a
+clock, so that other load on the machine costs no arm its steps. Quality is then drawn against the time of a request,
+which `--latency` measures for each split in one runtime.
+
+Results go to docs/studies/heal/<task>-<minutes>.json as they come, one entry for each arm and seed. What is there is
+not run again, so the program goes on after an interruption and takes new arms up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tasks import MAX_SOURCE, MAX_TARGET, Task, load_task
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+
+from hf_encdec_distill import (
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    RopeEncDecForConditionalGeneration,
+    prune_decoder_only,
+)
+from hf_encdec_distill.bench import greedy_decode, machine_description, plot_front
+from hf_encdec_distill.data import fetch_builtin_teacher
+from hf_encdec_distill.distillation import LiveTeacher, capture
+from hf_encdec_distill.evaluation import encode_rows, generate, score
+from hf_encdec_distill.files import write_json
+from hf_encdec_distill.metrics import distinct_share, pareto_front, rouge_l
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Layers that are kept, by number (influence then chooses) or by the teacher's index."""
+
+    label: str
+    decoder: int | tuple[int, ...]
+    encoder: int | tuple[int, ...] | None = None  # None: a decoder-only model
+    heal: str | None = "least_squares"
+    training: dict = field(default_factory=dict)  # of `DistillationTrainingArguments`
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """Numbers of encoder and decoder layers; a decoder-only model reads its prompt with the decoder's."""
+        count = [layers if isinstance(layers, int) else len(layers) for layers in (self.encoder or 0, self.decoder)]
+        return count[0], count[1]
+
+
+SIX, EIGHT = (0, 1, 20, 23, 24, 29), (0, 1, 8, 20, 23, 24, 28, 29)
+FOUR = (0, 1, 24, 29)
+ALL = 30
+ARMS = {
+    "only_4": Arm("decoder-only 4", FOUR),
+    "only_6": Arm("decoder-only 6", SIX),
+    "only_8": Arm("decoder-only 8", EIGHT),
+    "only_11": Arm("decoder-only 11", 11),
+    "only_15": Arm("decoder-only 15", 15),
+    # Encoders that are the decoder's own lower layers: a decoder-only model whose two sides are untied.
+    "nested_5_6": Arm("5 + 6", SIX, SIX[:-1]),
+    "nested_7_8": Arm("7 + 8", EIGHT, EIGHT[:-1]),
+    "split_5_4": Arm("5 + 4", FOUR, SIX[:-1]),
+    "split_7_4": Arm("7 + 4", FOUR, EIGHT[:-1]),
+    "split_11_4": Arm("11 + 4", FOUR, 11),
+    "split_11_6": Arm("11 + 6", SIX, 11),
+    "split_20_6": Arm("20 + 6", SIX, 20),
+    "whole_6": Arm("whole frozen encoder + 6", SIX, ALL, training={"freeze_encoder": True}),
+    "whole_8": Arm("whole frozen encoder + 8", EIGHT, ALL, training={"freeze_encoder": True}),
+    "plain_11_4": Arm("11 + 4, not fitted", FOUR, 11, heal=None),
+    "plain_only_6": Arm("decoder-only 6, not fitted", SIX, heal=None),
+}
+SHAPES = {"64/128": (64, 128), "128/32": (128, 32), "512/64": (512, 64), "2048/64": (2048, 64)}
+MEASURES = {"ce": (1, 3), "kl": (1, 3), "teacher_agreement": (100, 1), "rouge_l": (100, 1), "distinct": (100, 0)}
+
+BATCH_SIZE, LEARNING_RATE, WARMUP = 8, 1e-3, 0.1  # the last is a share of the time
+HEAL_ROWS = 200
+TEST_ROWS, GENERATED = 96, 48
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=("docstrings", "debian"), default="docstrings")
+    parser.add_argument("--work", type=Path, default=Path("runs/studies"), help="for rows, teacher and records")
+    parser.add_argument("--output", type=Path, default=Path("docs/studies/heal"))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--minutes", type=float, default=4.0, help="CPU time of each run, on one thread")
+    parser.add_argument("--latency", action="store_true", help="only measure the time of requests")
+    parser.add_argument("--rounds", type=int, default=5, help="of --latency")
+    parser.add_argument("--table", action="store_true", help="only write tables and plots")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.latency:
+        write_json(args.output / "latency.json", measure_latency(args.rounds))
+    elif not args.table:
+        torch.set_num_threads(1)
+        task, file = load_task(args.task, args.work), _file(args)
+        results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        results.setdefault("setting", _setting(args, task))
+        for seed in args.seeds:
+            for name in args.arms:
+                runs = results.setdefault("arms", {}).setdefault(name, {})
+                if str(seed) not in runs:
+                    runs[str(seed)] = run(ARMS[name], task, seed, args)
+                    print(name, seed, runs[str(seed)], flush=True)
+                    write_json(file, results)
+    for file in sorted(args.output.glob("*-*.json")):
+        report(file, args.output / "latency.json")
+
+
+def _file(args: argparse.Namespace) -> Path:
+    return args.output / f"{args.task}-{args.minutes:g}.json"
+
+
+# --- training ---
+
+
+class _CpuTime(TrainerCallback):
+    """Ends training when the CPU seconds since `start` are used; the learning rate follows them."""
+
+    def __init__(self, start: float, seconds: float):
+        self.start, self.seconds = start, seconds
+
+    @property
+    def used(self) -> float:
+        return (time.process_time() - self.start) / self.seconds
+
+    def rate(self, begin: float) -> float:
+        """A rise over the first tenth of the time that is left at `begin`, then a line to zero."""
+        done = (self.used - begin) / max(1 - begin, 1e-9)
+        return max(min(done / WARMUP, (1 - done) / (1 - WARMUP)), 0.01)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = self.used >= 1
+
+
+def run(arm: Arm, task: Task, seed: int, args: argparse.Namespace) -> dict:
+    """Fit, train and measure one student; the seed orders its rows."""
+    set_seed(seed)
+    tokenizer, records = _tokenizer(task.teacher), _records(task)
+    teacher = AutoModelForCausalLM.from_pretrained(task.teacher, dtype=torch.float32)
+    clock = _CpuTime(time.process_time(), 60 * args.minutes)
+    student = _student(arm, teacher, task, tokenizer)
+    del teacher
+    fitted = clock.used
+    start = measure(student, task)
+    clock.start += clock.seconds * (clock.used - fitted)  # what measuring took is not the student's
+
+    folder = args.work / task.name / "heal"
+    trainer = DistillationTrainer(
+        student,
+        DistillationTrainingArguments(
+            **{
+                "output_dir": str(folder),
+                "max_steps": 100_000,
+                "per_device_train_batch_size": BATCH_SIZE,
+                "seed": seed,
+                "prompt_template": task.prompt_template,
+                "max_source_length": MAX_SOURCE,
+                "max_target_length": MAX_TARGET,
+                "use_cpu": True,
+                "logging_steps": 10,
+                "save_strategy": "no",
+                "report_to": [],
+                "disable_tqdm": True,
+                **arm.training,
+            }
+        ),
+        train_dataset=task.rows["train"].shuffle(seed=seed),
+        processing_class=getattr(student, "tokenizer", tokenizer),
+        teacher=str(records),
+        teacher_processing_class=tokenizer,
+        callbacks=[clock],
+    )
+    trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    begin = clock.used
+    trainer.optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: clock.rate(begin))
+    trainer.train()
+    shutil.rmtree(folder, ignore_errors=True)
+    return {
+        **measure(student, task),
+        "steps": trainer.state.global_step,
+        "fit_seconds": round(fitted * clock.seconds, 1),
+        "start": start,
+        "parameters": student.num_parameters(),
+    }
+
+
+def _student(arm: Arm, teacher, task: Task, tokenizer):
+    rows = task.rows["validation"].select(range(min(HEAL_ROWS // 2, len(task.rows["validation"]))))
+    rows = [*rows, *task.rows["train"].select(range(HEAL_ROWS - len(rows)))]
+    shared = {
+        "tokenizer": tokenizer,
+        "prompt_template": task.prompt_template,
+        "calibration": [(row["source"], row["target"]) for row in rows],
+        "heal": arm.heal,
+    }
+    if arm.encoder is None:
+        return prune_decoder_only(teacher, **_kept("", arm.decoder), **shared)
+    sides = _kept("encoder_", arm.encoder) | _kept("decoder_", arm.decoder)
+    return RopeEncDecForConditionalGeneration.from_decoder_only(teacher, **sides, **shared)
+
+
+def _kept(side: str, layers: int | tuple[int, ...]) -> dict:
+    return {f"{side}num_hidden_layers": layers} if isinstance(layers, int) else {f"{side}layers": list(layers)}
+
+
+@functools.cache
+def _tokenizer(folder: Path):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _records(task: Task) -> Path:
+    """The teacher's top 32 at each target token of the training rows, captured once."""
+    folder = task.teacher.parent / "cache-top_k"
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.partial")
+        capture(
+            LiveTeacher.load(task.teacher, "float32"),
+            task.rows["train"],
+            partial,
+            _tokenizer(task.teacher),
+            kind="top_k",
+            k=32,
+            prompt_template=task.prompt_template,
+            max_source_length=MAX_SOURCE,
+            max_target_length=MAX_TARGET,
+            batch_size=16,
+            progress=False,
+        )
+        os.replace(partial, folder)
+    return folder
+
+
+# --- quality ---
+
+
+@functools.cache
+def _test_rows(task_name: str, work: Path) -> list[dict]:
+    task = load_task(task_name, work)
+    rows = task.rows["test"].select(range(min(TEST_ROWS, len(task.rows["test"]))))
+    return encode_rows(rows, _tokenizer(task.teacher), task.prompt_template, MAX_SOURCE, MAX_TARGET)
+
+
+def measure(student, task: Task) -> dict:
+    """Cross-entropy, KL and agreement per target token of the test rows; ROUGE-L and distinct answers of the first."""
+    rows = _test_rows(task.name, task.teacher.parents[1])
+    was_training = student.training
+    student.eval()
+    sums = score({"student": student}, rows, _remembering_teacher(task.teacher))["student"]
+    answers = generate(student, _tokenizer(task.teacher), rows[:GENERATED], MAX_TARGET)
+    student.train(was_training)
+    tokens = sum(len(row["labels"]) for row in rows)
+    result = {name: float(values.sum() / tokens) for name, values in sums.items()}
+    return result | _of_texts(answers, rows)
+
+
+def _of_texts(answers: list[str], rows: list[dict]) -> dict:
+    scores = [rouge_l(answer, row["target"]) for answer, row in zip(answers, rows, strict=False)]
+    return {"rouge_l": float(np.mean(scores)), "distinct": distinct_share(answers)}
+
+
+@functools.cache
+def _remembering_teacher(folder: Path):
+    """The teacher, which is asked about the same batches after every run and answers them once."""
+    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    forward, answers = teacher.forward, {}
+
+    def remembered(input_ids: torch.Tensor, **options):
+        key = tuple(input_ids.flatten().tolist())
+        if key not in answers:
+            answers[key] = forward(input_ids=input_ids, **options)
+        return answers[key]
+
+    teacher.forward = remembered
+    return teacher
+
+
+def _setting(args: argparse.Namespace, task: Task) -> dict:
+    """What all arms have in common."""
+    rows = _test_rows(task.name, task.teacher.parents[1])
+    teacher = _remembering_teacher(task.teacher)
+    answers = generate(teacher, _tokenizer(task.teacher), rows[:GENERATED], MAX_TARGET)
+    tokens = sum(len(row["labels"]) for row in rows)
+    ce = float(score({"teacher": teacher}, rows)["teacher"]["ce"].sum() / tokens)
+    return {
+        "task": task.name,
+        "cpu_minutes": args.minutes,
+        "batch_size": BATCH_SIZE,
+        "heal_rows": HEAL_ROWS,
+        "test_rows": len(rows),
+        "test_tokens": tokens,
+        "generated_rows": GENERATED,
+        "teacher": {"ce": ce, **_of_texts(answers, rows)},
+        "machine": machine_description(),
+    }
+
+
+# --- speed ---
+
+
+def measure_latency(rounds: int) -> dict:
+    """First token and step of each split and shape in milliseconds, by round, interleaved; weights do not matter."""
+    teacher = AutoConfig.from_pretrained(fetch_builtin_teacher())
+    splits = {(0, teacher.num_hidden_layers), *(arm.layers for arm in ARMS.values())}
+    models = {split: _untrained(teacher, *split) for split in sorted(splits)}
+    measured: dict[str, dict[str, list]] = {shape: {_split(*split): [] for split in models} for shape in SHAPES}
+    for number in range(rounds + 1):
+        for shape, (prompt, answer) in SHAPES.items():
+            ids = torch.randint(teacher.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(number))
+            for split, model in models.items():
+                inputs = ids[:, :-1] if split[0] else ids
+                _, times = greedy_decode(model, inputs, answer)
+                step = (times[-1] - times[0]) / (answer - 1)
+                if number:  # the first round warms up
+                    timing = {"first_token_ms": 1e3 * times[0], "step_ms": 1e3 * step, "request_ms": 1e3 * times[-1]}
+                    measured[shape][_split(*split)].append(timing)
+        print(f"round {number} of {rounds}", flush=True)
+    return {"runtime": "PyTorch, float32, batch 1", "rounds": measured, "machine": machine_description()}
+
+
+def _split(encoder: int, decoder: int) -> str:
+    return f"{encoder} + {decoder}" if encoder else f"{decoder}"
+
+
+def _untrained(teacher, encoder: int, decoder: int):
+    """A model of the teacher's widths with random weights."""
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(teacher)
+    whole = whole.to_empty(device="cpu").eval()
+    for parameter in whole.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    if not encoder:
+        return prune_decoder_only(whole, layers=list(range(decoder)), heal=None, calibration=[])
+    return RopeEncDecForConditionalGeneration.from_decoder_only(
+        whole, encoder_layers=list(range(encoder)), decoder_layers=list(range(decoder)), heal=None
+    )
+
+
+# --- tables and plots ---
+
+
+def report(file: Path, latency_file: Path) -> None:
+    """Markdown with all arms, and a plot of quality against the time of a request, beside `file`."""
+    results = json.loads(file.read_text(encoding="utf-8"))
+    latency = json.loads(latency_file.read_text(encoding="utf-8")) if latency_file.exists() else None
+    file.with_suffix(".md").write_text(tables(results, latency), encoding="utf-8")
+    if latency is not None:
+        for shape in SHAPES:
+            plot_front(
+                _points(results, latency, shape, "teacher_agreement"),
+                file.with_name(f"{file.stem}-{shape.replace('/', '-')}.svg"),
+                across="request / teacher's request",
+                up="agreement with the teacher, %",
+                title=f"{shape.replace('/', ' tokens in, ')} out",
+            )
+
+
+def _points(results: Mapping, latency: Mapping, shape: str, measure: str) -> dict[str, tuple[float, tuple]]:
+    """For each arm its request time relative to the teacher's, and mean, least and largest of a measure."""
+    points = {}
+    for name, runs in results["arms"].items():
+        if not runs:
+            continue
+        values = [MEASURES[measure][0] * run[measure] for run in runs.values()]
+        time_ratio = _ratio(latency, shape, ARMS[name].layers, "request_ms")
+        points[ARMS[name].label] = (time_ratio, (statistics.mean(values), min(values), max(values)))
+    return points
+
+
+def _ratio(latency: Mapping, shape: str, layers: tuple[int, int], timing: str) -> float:
+    """Of the teacher's time, within each round; the median."""
+    rounds = latency["rounds"][shape]
+    pairs = zip(rounds[_split(*layers)], rounds[_split(0, ALL)], strict=True)
+    return statistics.median(own[timing] / teacher[timing] for own, teacher in pairs)
+
+
+def tables(results: Mapping, latency: Mapping | None) -> str:
+    setting = results["setting"]
+    teacher = ", ".join(f"{name} {_number(setting['teacher'][name], name)}" for name in setting["teacher"])
+    parts = [
+        f"# Task `{setting['task']}`, {setting['cpu_minutes']:g} CPU minutes each\n",
+        f"{setting['test_rows']} held-out rows ({setting['test_tokens']} tokens; ROUGE-L and distinct on "
+        f"{setting['generated_rows']} of them), fitted on {setting['heal_rows']} rows. Means over the seeds, in "
+        f"brackets the least and the largest. The teacher: {teacher}.\n",
+    ]
+    header = ["", "M parameters", "start: KL, agreement", "steps", "seeds", "CE", "KL", "agreement, %", "ROUGE-L"]
+    lines = [_line(header), _line(["---"] * len(header))]
+    for name, arm in ARMS.items():
+        runs = list(results["arms"].get(name, {}).values())
+        if not runs:
+            continue
+        start = [statistics.mean(run["start"][measure] for run in runs) for measure in ("kl", "teacher_agreement")]
+        cells = [arm.label, f"{runs[0]['parameters'] / 1e6:.0f}"]
+        cells += [f"{_number(start[0], 'kl')}, {_number(start[1], 'teacher_agreement')}"]
+        cells += [f"{statistics.mean(run['steps'] for run in runs):.0f}", str(len(runs))]
+        cells += [_spread([run[measure] for run in runs], measure) for measure in MEASURES if measure != "distinct"]
+        lines.append(_line(cells))
+    parts.append("\n".join(lines) + "\n")
+    if latency is not None:
+        parts.append(_times(results, latency))
+    return "\n".join(parts)
+
+
+def _times(results: Mapping, latency: Mapping) -> str:
+    """First token, step and request of each arm as shares of the teacher's; bold: on the front."""
+    header = ["", *(f"{shape}: first token, step, request" for shape in SHAPES)]
+    lines = [_line(header), _line(["---"] * len(header))]
+    fronts = {}
+    for shape in SHAPES:
+        points = _points(results, latency, shape, "teacher_agreement")
+        fronts[shape] = pareto_front({label: (ratio, mean) for label, (ratio, (mean, *_)) in points.items()})
+    for name, arm in ARMS.items():
+        if not results["arms"].get(name):
+            continue
+        cells = [arm.label]
+        for shape in SHAPES:
+            ratios = [
+                _ratio(latency, shape, arm.layers, f"{timing}_ms") for timing in ("first_token", "step", "request")
+            ]
+            text = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+            cells.append(f"**{text}**" if arm.label in fronts[shape] else text)
+        lines.append(_line(cells))
+    machine = latency["machine"]
+    about = (
+        f"Shares of the teacher's time ({latency['runtime']}, {machine['threads']} threads, {machine['cpu']}; medians "
+        f"of {len(next(iter(latency['rounds']['512/64'].values())))} interleaved rounds). Bold: on the front, no other "
+        "arm answers as soon and agrees more with the teacher.\n"
+    )
+    return f"{about}\n" + "\n".join(lines) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _spread(values: list[float], measure: str) -> str:
+    mean, least, most = (_number(value, measure) for value in (statistics.mean(values), min(values), max(values)))
+    return mean if len(values) == 1 else f"{mean} [{least}, {most}]"
+
+
+def _number(value: float, measure: str) -> str:
+    factor, digits = MEASURES[measure]
+    return f"{factor * value:.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()
