@@ -36,7 +36,6 @@ from hf_encdec_distill import (
     DistillationTrainer,
     DistillationTrainingArguments,
     RopeEncDecForConditionalGeneration,
-    prune_decoder_only,
 )
 from hf_encdec_distill.bench import greedy_decode, machine_description, plot_front
 from hf_encdec_distill.data import fetch_builtin_teacher
@@ -44,6 +43,7 @@ from hf_encdec_distill.distillation import LiveTeacher, capture
 from hf_encdec_distill.evaluation import encode_rows, generate, score
 from hf_encdec_distill.files import write_json
 from hf_encdec_distill.metrics import distinct_share, pareto_front, rouge_l
+from hf_encdec_distill.models.decoder_only import prune_decoder_only
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,12 @@ def measure_latency(rounds: int) -> dict:
                     timing = {"first_token_ms": 1e3 * times[0], "step_ms": 1e3 * step, "request_ms": 1e3 * times[-1]}
                     measured[shape][_split(*split)].append(timing)
         print(f"round {number} of {rounds}", flush=True)
-    return {"runtime": "PyTorch, float32, batch 1", "rounds": measured, "machine": machine_description()}
+    return {
+        "runtime": "PyTorch, float32, batch 1",
+        "teacher": _split(0, teacher.num_hidden_layers),
+        "rounds": measured,
+        "machine": machine_description(),
+    }
 
 
 def _split(encoder: int, decoder: int) -> str:
@@ -348,7 +353,7 @@ def _untrained(teacher, encoder: int, decoder: int):
     for parameter in whole.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     if not encoder:
-        return prune_decoder_only(whole, layers=list(range(decoder)), heal=None, calibration=[])
+        return prune_decoder_only(whole, layers=list(range(decoder)), heal=None)
     return RopeEncDecForConditionalGeneration.from_decoder_only(
         whole, encoder_layers=list(range(encoder)), decoder_layers=list(range(decoder)), heal=None
     )
@@ -388,7 +393,7 @@ def _points(results: Mapping, latency: Mapping, shape: str, measure: str) -> dic
 def _ratio(latency: Mapping, shape: str, layers: tuple[int, int], timing: str) -> float:
     """Of the teacher's time, within each round; the median."""
     rounds = latency["rounds"][shape]
-    pairs = zip(rounds[_split(*layers)], rounds[_split(0, ALL)], strict=True)
+    pairs = zip(rounds[_split(*layers)], rounds[latency["teacher"]], strict=True)
     return statistics.median(own[timing] / teacher[timing] for own, teacher in pairs)
 
 
@@ -438,11 +443,11 @@ def _times(results: Mapping, latency: Mapping) -> str:
             text = ", ".join(f"{ratio:.2f}" for ratio in ratios)
             cells.append(f"**{text}**" if arm.label in fronts[shape] else text)
         lines.append(_line(cells))
-    machine = latency["machine"]
+    machine, rounds = latency["machine"], len(latency["rounds"][shape][latency["teacher"]])
     about = (
         f"Shares of the teacher's time ({latency['runtime']}, {machine['threads']} threads, {machine['cpu']}; medians "
-        f"of {len(next(iter(latency['rounds']['512/64'].values())))} interleaved rounds). Bold: on the front, no other "
-        "arm answers as soon and agrees more with the teacher.\n"
+        f"of {rounds} interleaved rounds). Bold: on the front, no other arm "
+        "answers as soon and agrees more with the teacher.\n"
     )
     return f"{about}\n" + "\n".join(lines) + "\n"
 
