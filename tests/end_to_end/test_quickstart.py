@@ -68,7 +68,7 @@ def start(*options):
 def run(inputs, tmp_path_factory):
     """The folder of a run that was interrupted while its student trained, and resumed; with what it said."""
     folder = tmp_path_factory.mktemp("runs") / "quickstart"
-    process = start(*inputs, "--minutes", "0.6", "--output", str(folder))
+    process = start(*inputs, "--minutes", "1.0", "--output", str(folder))
 
     def interrupt():
         while process.poll() is None and not (folder / "work" / "training-student").exists():
@@ -159,7 +159,7 @@ def test_a_person_gets_a_table_and_the_lines_that_load_the_student(run):
     assert card.startswith("---\n") and "student, distilled" in card
     recipe = json.loads((folder / "recipe.json").read_text())
     assert json.loads((folder / "student" / "recipe.json").read_text())["recipe"] == recipe["recipe"]
-    assert recipe["settings"]["minutes"] == 0.6 and recipe["versions"]["torch"] == torch.__version__
+    assert recipe["settings"]["minutes"] == 1.0 and recipe["versions"]["torch"] == torch.__version__
 
 
 def test_the_student_generates_the_same_where_the_package_is_not(run, tmp_path):
