@@ -114,7 +114,7 @@ def test_influence_keeps_what_turns_the_states_most():
                 linear.weight.mul_(1e-3)
                 if linear.bias is not None:
                     linear.bias.mul_(1e-3)
-        student = prune_decoder_only(teacher, num_hidden_layers=4, calibration=pairs(8))
+        student = prune_decoder_only(teacher, num_hidden_layers=4, calibration=pairs(8), heal=None)
         kept = [layer for layer in range(5) if layer != idle + 1]
         ids = torch.randint(4, VOCAB, (1, 9))
         ratio = logits(student, ids) / logits(letting_pass(teacher, kept), ids)

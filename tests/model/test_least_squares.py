@@ -76,7 +76,7 @@ def fit_by_hand(layer, linear, run, rows, tokens, goals):
         inputs.append(entering[at])
         missing.append(goal - leaving[at])
     inputs, missing, goals = (torch.cat(x).double().numpy() for x in (inputs, missing, goals))
-    penalty = least_squares._RIDGE * np.square(inputs).sum() / len(inputs)
+    penalty = least_squares.RIDGE * np.square(inputs).sum() / len(inputs)
     pull = np.sqrt(penalty) * np.eye(inputs.shape[1])
     change, *_ = np.linalg.lstsq(
         np.concatenate([inputs, pull]), np.concatenate([missing, np.zeros((len(pull), missing.shape[1]))]), rcond=None
@@ -182,7 +182,7 @@ def test_a_gap_that_weights_can_fill_is_filled(monkeypatch):
         upper.self_attn.o_proj.bias.zero_()
         for name in ("post_attention_layernorm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"):
             upper.get_parameter(name).copy_(lower.get_parameter(name))
-    monkeypatch.setattr(least_squares, "_RIDGE", 1e-9)  # it pulls towards the zero that is there
+    monkeypatch.setattr(least_squares, "RIDGE", 1e-9)  # it pulls towards the zero that is there
     layers = [0, 2, 3, 4, 5]
     student = make_student(teacher, rows, layers, layers)
     for side in (student.model.encoder, student.model.decoder):

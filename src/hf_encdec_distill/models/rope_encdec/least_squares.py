@@ -118,7 +118,7 @@ def fit_encoder_decoder(student, teacher, kept, batches) -> list[Gap]:
             # Rows are padded on the right: a prompt's position is the same column for both.
             return ascent.to(goal)[batch][:, : prompts[batch].shape[1]][prompts[batch].cpu()]
 
-        gaps = _fit_column("encoder", column, kept, goals, to_fit, prompts, of_prompt, progress)
+        gaps = _fit_column("encoder", column, kept, goals, to_fit, lambda _: prompts, of_prompt, progress)
         ascent.to(depth)
 
         outputs = (encoder(batch["input_ids"], attention_mask=batch["attention_mask"]) for batch in batches)
@@ -141,14 +141,15 @@ def fit_encoder_decoder(student, teacher, kept, batches) -> list[Gap]:
         def of_target(goal: int, batch: int) -> Tensor:
             return ascent.predicting[goal][batch]
 
-        return gaps + _fit_column("decoder", column, kept, goals, to_fit, targets, of_target, progress)
+        return gaps + _fit_column("decoder", column, kept, goals, to_fit, lambda _: targets, of_target, progress)
 
 
 @torch.no_grad()
 def fit_decoder_only(student, teacher, kept, batches) -> list[Gap]:
     """Fit the layers of a decoder-only model to the teacher's states, in place.
 
-    As in `fit_encoder_decoder`, on all positions of prompt and target but the first.
+    As in `fit_encoder_decoder`, on all positions of prompt and target but the first; the last layer, whose output is
+    read only there, on the positions that predict the target.
 
     Args:
         student ([`RopeEncDecEncoder`]): The layers that are kept, as a causal encoder.
@@ -166,7 +167,8 @@ def fit_decoder_only(student, teacher, kept, batches) -> list[Gap]:
     to_fit = {"decoder": range(_exact_layers(kept, goals["decoder"]), len(kept))}
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder, _progress(kept) as progress:
         ascent = _Ascent(teacher, batches, [], folder)
-        positions = [_without_first(batch["sequence_mask"]) for batch in batches]
+        inner = [_without_first(batch["sequence_mask"]) for batch in batches]
+        predicting = [batch["predicting"] for batch in batches]
         column = _Column(
             student,
             (student.embed_tokens(batch["sequence"]) for batch in batches),
@@ -174,8 +176,11 @@ def fit_decoder_only(student, teacher, kept, batches) -> list[Gap]:
             folder,
         )
 
+        def positions(goal: int) -> list[Tensor]:
+            return predicting if goal == len(teacher.layers) else inner
+
         def of_sequence(goal: int, batch: int) -> Tensor:
-            return ascent.to(goal)[batch][positions[batch].cpu()]
+            return ascent.to(goal)[batch][positions(goal)[batch].cpu()]
 
         return _fit_column("decoder", column, layers, goals, to_fit, positions, of_sequence, progress)
 
@@ -325,7 +330,7 @@ def _fit_column(
     kept: dict,
     goals: dict,
     to_fit: dict,
-    positions: list[Tensor],
+    positions: Callable[[int], list[Tensor]],
     target: Callable[[int, int], Tensor],
     progress: tqdm,
 ) -> list[Gap]:
@@ -333,7 +338,7 @@ def _fit_column(
 
     Args:
         kept, goals, to_fit: by side, as above.
-        positions: of each batch, `(B, L)`: where the fit looks.
+        positions: where a fit to this depth looks, `(B, L)` of each batch.
         target: the teacher's states `(N, H)` there, by depth and batch.
     """
     gaps = []
@@ -342,7 +347,7 @@ def _fit_column(
             shares = []
             for name, linear in column.layers[index].named_modules():
                 if name in FITTED:
-                    shares.append(_fit_projection(column, index, linear, positions, partial(target, goal)))
+                    shares.append(_fit_projection(column, index, linear, positions(goal), partial(target, goal)))
             gaps.append(Gap(side, layer, goal, shares[0][0], shares[-1][1]))
         if any(above > index for above in to_fit[side]):
             column.climb(index)
