@@ -51,11 +51,13 @@ def asked(folder, text, new_tokens):
 
 
 def test_init_makes_a_model_of_transformers(made, tmp_path, capsys):
-    options = ["--decoder-only", "3", "--layer-selection", "first", "--output", str(tmp_path / "three"), *data(made)]
+    options = ["--decoder-only", "3", "--layer-selection", "first", "--heal-rows", "0", *data(made)]
+    options += ["--output", str(tmp_path / "three")]
     assert main(["init", str(made / "teacher"), *options, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "three")
-    assert said == {"output": str(tmp_path / "three"), "layers": 3, "parameters": loaded.num_parameters()}
+    numbers = {"layers": 3, "parameters": loaded.num_parameters(), "healing": None}
+    assert said == {"output": str(tmp_path / "three"), **numbers}
     teacher = AutoModelForCausalLM.from_pretrained(made / "teacher")
     for ours, theirs in zip(loaded.model.layers, [teacher.model.layers[i] for i in (0, 1, 3)], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))

@@ -36,7 +36,7 @@ def make_rows(lengths):
 
 def ridge_with_each_left_out(inputs, missing):
     """Sum of squares that is left at each position by a fit on all the others, solved one by one."""
-    penalty = RIDGE * np.sum(inputs**2) / len(inputs)
+    penalty = RIDGE * np.mean(np.sum(inputs**2, axis=0))
     damping = np.sqrt(penalty) * np.eye(inputs.shape[1])
     total = 0.0
     for out in range(len(inputs)):

@@ -16,21 +16,23 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .least_squares import RIDGE
 
+# A share of the mean of the diagonal of X'X. Weaker than that of the fit itself, which would shorten every change and so
+# favour one long step over several.
+_RIDGE = 0.02
 
 # Positions of each side that are measured on: time and memory do not grow with the rows beyond these.
 _POSITIONS = 1024
 
 
 @torch.no_grad()
-def measure_gaps(teacher, batches: Sequence[dict], ridge: float = RIDGE) -> dict[str, Tensor]:
+def measure_gaps(teacher, batches: Sequence[dict], ridge: float = _RIDGE) -> dict[str, Tensor]:
     """What the fit of one layer leaves, for each pair of layers.
 
     Args:
         teacher ([`PreTrainedModel`]): A decoder-only model of a supported family.
         batches (`Sequence[dict]`): From `calibration_batches`.
-        ridge (`float`): The penalty in units of the mean squared norm of an input, as in `least_squares`.
+        ridge (`float`): What is added to the diagonal of X'X, as a share of its mean.
 
     Returns:
         `dict`: `"encoder"` and `"decoder"`, on prompt positions but the first and on those that predict the target,
@@ -126,7 +128,7 @@ def _gaps(states: list[Tensor], inputs: list[Tensor], ridge: float) -> Tensor:
         # Ridge regression in its dual form, N x N, serves all depths above at once: with C the inverse of
         # `XX' + penalty I`, what is left of E at positions that the fit has not seen is `C E` over the diagonal of C.
         kernel = (entering @ entering.T).double()
-        kernel.diagonal().add_(ridge * kernel.trace() / len(entering))
+        kernel.diagonal().add_(ridge * kernel.trace() / entering.shape[1])
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel)).float()
         missing = torch.cat([state - states[layer + 1] for state in states[layer + 2 :]], dim=1)
         left = (inverse @ missing) / inverse.diagonal()[:, None]
