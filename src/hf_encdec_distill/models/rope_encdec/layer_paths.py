@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 
-# A share of the mean of the diagonal of X'X. Weaker than that of the fit itself, which would shorten every change and so
-# favour one long step over several.
+# A share of the mean of the diagonal of X'X. Weaker than the penalty of the fit itself, with which long steps came out
+# too cheap.
 _RIDGE = 0.02
 
 # Positions of each side that are measured on: time and memory do not grow with the rows beyond these.
