@@ -65,6 +65,7 @@ class Arm:
 
 SIX, EIGHT = (0, 1, 20, 23, 24, 29), (0, 1, 8, 20, 23, 24, 28, 29)
 FOUR = (0, 1, 24, 29)
+FROZEN = {"freeze_encoder": True}  # on states that are kept
 ALL = 30
 ARMS = {
     "only_4": Arm("decoder-only 4", FOUR),
@@ -80,10 +81,16 @@ ARMS = {
     "split_11_4": Arm("11 + 4", FOUR, 11),
     "split_11_6": Arm("11 + 6", SIX, 11),
     "split_20_6": Arm("20 + 6", SIX, 20),
-    "whole_6": Arm("whole frozen encoder + 6", SIX, ALL, training={"freeze_encoder": True}),
-    "whole_8": Arm("whole frozen encoder + 8", EIGHT, ALL, training={"freeze_encoder": True}),
+    "frozen_11_4": Arm("11 + 4, frozen encoder", FOUR, 11, training=FROZEN),
+    "half_11_4": Arm("11 + 4, frozen for 70 steps", FOUR, 11, training=FROZEN | {"unfreeze_encoder_after": 70}),
+    "frozen_20_6": Arm("20 + 6, frozen encoder", SIX, 20, training=FROZEN),
+    "frozen_20_8": Arm("20 + 8, frozen encoder", EIGHT, 20, training=FROZEN),
+    "whole_6": Arm("whole frozen encoder + 6", SIX, ALL, training=FROZEN),
+    "whole_8": Arm("whole frozen encoder + 8", EIGHT, ALL, training=FROZEN),
     "plain_11_4": Arm("11 + 4, not fitted", FOUR, 11, heal=None),
     "plain_only_6": Arm("decoder-only 6, not fitted", SIX, heal=None),
+    "muon_11_4": Arm("11 + 4, Muon", FOUR, 11, training={"optim": "muon"}),
+    "qat_11_4": Arm("11 + 4, trained for int4", FOUR, 11, training={"qat": "int4"}),
 }
 SHAPES = {"64/128": (64, 128), "128/32": (128, 32), "512/64": (512, 64), "2048/64": (2048, 64)}
 MEASURES = {"ce": (1, 3), "kl": (1, 3), "teacher_agreement": (100, 1), "rouge_l": (100, 1), "distinct": (100, 0)}
@@ -163,6 +170,7 @@ def run(arm: Arm, task: Task, seed: int, args: argparse.Namespace) -> dict:
     clock.start += clock.seconds * (clock.used - fitted)  # what measuring took is not the student's
 
     folder = args.work / task.name / "heal"
+    frozen = {"encoder_states": str(folder / "states")} if "freeze_encoder" in arm.training else {}
     trainer = DistillationTrainer(
         student,
         DistillationTrainingArguments(
@@ -170,6 +178,7 @@ def run(arm: Arm, task: Task, seed: int, args: argparse.Namespace) -> dict:
                 "output_dir": str(folder),
                 "max_steps": 100_000,
                 "per_device_train_batch_size": BATCH_SIZE,
+                "learning_rate": LEARNING_RATE,
                 "seed": seed,
                 "prompt_template": task.prompt_template,
                 "max_source_length": MAX_SOURCE,
@@ -179,6 +188,7 @@ def run(arm: Arm, task: Task, seed: int, args: argparse.Namespace) -> dict:
                 "save_strategy": "no",
                 "report_to": [],
                 "disable_tqdm": True,
+                **frozen,
                 **arm.training,
             }
         ),
@@ -188,9 +198,8 @@ def run(arm: Arm, task: Task, seed: int, args: argparse.Namespace) -> dict:
         teacher_processing_class=tokenizer,
         callbacks=[clock],
     )
-    trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
     begin = clock.used
-    trainer.optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    trainer.create_optimizer()
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: clock.rate(begin))
     trainer.train()
     shutil.rmtree(folder, ignore_errors=True)
