@@ -302,5 +302,5 @@ def test_the_notebook_goes_from_teacher_to_export(teacher_folder, tmp_path):
         if "text" in output
     )
     assert "equal answers: {'greedy': 1.0, 'beam': 1.0}" in printed
-    before, after = map(float, re.search(r"eval_distill_loss +(\S+) +(\S+)", printed).groups())
+    before, after = map(float, re.search(r"eval_ce_loss +(\S+) +(\S+)", printed).groups())
     assert 0 < after < before

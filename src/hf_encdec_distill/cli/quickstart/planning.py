@@ -4,9 +4,8 @@ what the stages cost that come after the training."""
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Sequence
-
-import numpy as np
 
 from . import recipe
 
@@ -67,6 +66,7 @@ def groups_of_like_length(lengths: Sequence[int], size: int, seed: int) -> list[
 
     So little is padded, and the rows of the first groups are a fair sample wherever the time ends.
     """
-    order = np.argsort(lengths, kind="stable")
-    groups = [order[first : first + size].tolist() for first in range(0, len(order), size)]
-    return [groups[index] for index in np.random.default_rng(seed).permutation(len(groups))]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    groups = [order[first : first + size] for first in range(0, len(order), size)]
+    random.Random(seed).shuffle(groups)
+    return groups
