@@ -19,6 +19,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from accelerate import Accelerator
 
 from ...bench import (
     compare_cost,
@@ -33,7 +34,14 @@ from ...data import lead_sentence
 from ...data.builtin_teacher import FACTS
 from ...data.python_docstrings import ROWS_LICENSE
 from ...devices import device, precision_arguments, working_dtype
-from ...distillation import DistillationTrainer, DistillationTrainingArguments
+from ...distillation import (
+    DistillationCollator,
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    LiveTeacher,
+    capture,
+    capture_encoder_states,
+)
 from ...evaluation.scoring import BATCH_SIZE as EVALUATION_BATCH
 from ...evaluation.scoring import encode_rows, generate, score
 from ...files import write_json
@@ -369,18 +377,65 @@ class Pipeline:
         note = f"{parameters / 1e6:.1f} M parameters"
         if healing and healing["taken"]:
             note += f", KL from the teacher {healing['kl_before']:.2f}, fitted {healing['kl_after']:.2f}"
+        recorded = 0
+        if self.state.is_frozen:
+            recorded = self._record(teacher, student)
+            note += f", {recorded} rows recorded"
         del teacher, student
-        with tempfile.TemporaryDirectory(dir=self.work) as folder:
-            begun, one = self.state.now(), self._share(float("inf"), 1, update)
-            twin_step = self._train_student(one, 0.0, Path(folder) / "training", Path(folder) / "twin")["step_seconds"]
-            overhead = self.state.now() - begun - twin_step
+        twin_step, overhead = self._time_twin(update, recorded)
         return {
             "parameters": parameters,
             "healing": healing,
+            "recorded": recorded,
             "twin_step": twin_step,
             "overhead": overhead,
             "note": note,
         }
+
+    def _record(self, teacher, student) -> int:
+        """Keep what teacher and encoder say of training rows, as many as pay; returns their number."""
+        begun, seconds = self.state.now(), recipe.RECORDED_SHARE * self._seconds_to_train()
+        live = LiveTeacher(teacher.to(working_dtype()))
+        start = student.config.decoder_start_token_id
+        collator = DistillationCollator(student.tokenizer, self.tokenizer, start_token_id=start)
+        accelerator = Accelerator(mixed_precision="bf16" if precision_arguments()["bf16"] else "no")
+
+        def record(count: int) -> None:
+            # Rows of like length together: little is padded.
+            rows = sorted(self._ready[:count], key=lambda row: len(row["input_ids"]))
+            options: dict[str, Any] = {"kind": "top_k", "k": recipe.TOP_K, "start_token_id": start, "progress": False}
+            capture(live, rows, self.work / "records", self.tokenizer, **options)
+            capture_encoder_states(
+                student, rows, self.work / "states", collator, accelerator=accelerator, progress=False
+            )
+
+        first = min(recipe.FIRST_RECORDED, len(self._ready))
+        record(first)
+        a_row = (self.state.now() - begun) / first
+        count = min(max(int(seconds / max(a_row, 1e-9)), first), len(self._ready))
+        record(count)
+        return count
+
+    @cached_property
+    def _ready(self) -> list[dict]:
+        """The training rows for a student, in an order drawn from the seed."""
+        rows = self.rows["train"]
+        order = np.random.default_rng(self.settings.seed + 2).permutation(len(rows))
+        return [{"input_ids": rows[index]["inputs"], "labels": rows[index]["labels"]} for index in order]
+
+    @property
+    def _recorded(self) -> int:
+        """Rows that this round trains on, if it does so on records; else 0."""
+        return self.state.results["start"]["recorded"] if self.state.is_frozen else 0
+
+    def _time_twin(self, update, recorded: int) -> tuple[float, float]:
+        """Seconds of a step of the twin, and of loading and saving around it."""
+        peak, now = recipe.STUDENT_LEARNING_RATE, self.state.now
+        one = TimeShare(float("inf"), 1, peak, update, goes_on=True, now=now)
+        with tempfile.TemporaryDirectory(dir=self.work) as name:
+            begun, folder = now(), Path(name)
+            step = self._train_student(one, 0.0, folder / "training", folder / "twin", recorded)["step_seconds"]
+            return step, now() - begun - step
 
     def _share(self, seconds: float, steps: int, update, replay: list[float] | None = None, **more) -> TimeShare:
         peak, earlier = recipe.STUDENT_LEARNING_RATE, self.state.earlier["steps"]
@@ -390,15 +445,18 @@ class Pipeline:
 
     def distill(self, update) -> dict:
         start, earlier = self.state.results["start"], self.state.earlier
+        twin_step = start["twin_step"]
+        if earlier["rounds"] and not earlier["twin_cost"]:  # its steps were others
+            twin_step, _ = self._time_twin(update, self._recorded)
         share = self._share(
             max(self._seconds_to_train() - 2 * start["overhead"], 1.0),
             earlier["steps"] + self._most_steps(),
             update,
-            twin_step=start["twin_step"],
-            twin_cost=earlier["twin_cost"] if earlier["rounds"] else None,
+            twin_step=twin_step,
+            twin_cost=earlier["twin_cost"] or None if earlier["rounds"] else None,
         )
         training, target = self.work / TRAININGS["distill"], self.folder / "student"
-        result = self._train_student(share, recipe.DISTILL_WEIGHT, training, target)
+        result = self._train_student(share, recipe.DISTILL_WEIGHT, training, target, self._recorded)
         note = f"{result['steps']} steps of {recipe.BATCH_SIZE}"
         note += f", {earlier['steps']} of them before" if earlier["rounds"] else ""
         return result | {"twin_cost": share.twin_cost, "note": note}
@@ -411,15 +469,18 @@ class Pipeline:
         """As many steps, from the same start, on the same rows at the same learning rates: only the loss differs."""
         rates = self.state.results["distill"]["rates"]
         replay = self._share(float("inf"), len(rates), update, rates)
-        return self._train_student(replay, 0.0, self.work / TRAININGS["twin"], self.work / "student-ce")
+        training, target = self.work / TRAININGS["twin"], self.work / "student-ce"
+        return self._train_student(replay, 0.0, training, target, self._recorded)
 
-    def _train_student(self, share: TimeShare, distill_weight: float, training: Path, target: Path) -> dict:
-        """From `start`, or from the last checkpoint in `training` if there is one."""
+    def _train_student(
+        self, share: TimeShare, distill_weight: float, training: Path, target: Path, recorded: int
+    ) -> dict:
+        """From `start`, or from the last checkpoint in `training` if there is one; on `recorded` rows, or on all."""
         student = self.load_student(self.work / "start", torch.float32)
         tokenizer = load_tokenizer(self.work / "start", PreTrainedTokenizerFast)
-        rows, size = self.rows["train"], recipe.BATCH_SIZE
-        order = training_order([len(row["prompt"]) for row in rows], size, share.steps, self.settings.seed + 1)
-        ready = [{"input_ids": row["inputs"], "labels": row["labels"]} for row in rows]
+        rows, size = self._ready[: recorded or None], recipe.BATCH_SIZE
+        order = training_order([len(row["input_ids"]) for row in rows], size, share.steps, self.settings.seed + 1)
+        frozen = {"freeze_encoder": True, "encoder_states": str(self.work / "states")} if recorded else {}
         args = DistillationTrainingArguments(
             output_dir=str(training),
             divergence=recipe.DIVERGENCE,
@@ -434,14 +495,15 @@ class Pipeline:
             disable_tqdm=True,
             report_to="none",
             seed=self.settings.seed,
+            **frozen,
             **precision_arguments(),
         )
         trainer = _StudentTrainer(
             model=student,
             args=args,
-            train_dataset=[ready[index] for index in order],
+            train_dataset=[rows[index] for index in order],
             processing_class=tokenizer,
-            teacher=str(self.work / "teacher"),
+            teacher=str(self.work / ("records" if recorded else "teacher")),
         )
         result = train(trainer, share)
         (target / "README.md").unlink(missing_ok=True)  # the card of other weights
@@ -623,6 +685,7 @@ class Pipeline:
             "minutes": self.state.minutes,
             "steps": results["distill"]["steps"],
             "batch_size": recipe.BATCH_SIZE,
+            "encoder": self._encoder_training(),
             "learning_rate": _peak(results["distill"]["rates"]),
             "schedule": schedule + (f", {earlier['rounds'] + 1} times" if earlier["rounds"] else ""),
             "teacher_steps": results["teach"]["steps"],
@@ -632,6 +695,13 @@ class Pipeline:
             "precision": str(working_dtype()).removeprefix("torch."),
             "seed": self.settings.seed,
         }
+
+    def _encoder_training(self) -> str:
+        rows = self.state.results["start"]["recorded"]
+        frozen = f"frozen, the decoder is trained on {rows} rows"
+        if self.state.is_frozen:
+            return frozen
+        return f"{frozen}, then all weights on all rows" if rows else "trained"
 
     def _recipe_file(self) -> dict:
         return {

@@ -13,6 +13,12 @@ STUDENT_LEARNING_RATE = 1e-3
 WARMUP = 0.1  # of the steps that fit into the time; the rest falls linearly to zero
 DIVERGENCE, DISTILL_WEIGHT = "forward_kl", 0.9
 HEAL_ROWS = 200  # the layers are chosen and fitted on
+# In a shorter run the encoder stays as the fit left it. What it and the teacher say of some rows is recorded, and many
+# cheap steps are made on these; a longer run trains all weights, on rows that are mostly read once.
+FROZEN_BELOW_MINUTES = 30
+RECORDED_SHARE = 0.35  # of the students' time, for the recording
+FIRST_RECORDED = 16  # rows from whose cost the others are planned
+TOP_K = 32  # tokens that are recorded of the teacher
 VALIDATION_ROWS = 96  # at most, and as many as take `VALIDATION_SHARE` of the teacher's time
 VALIDATION_SHARE = 0.1
 

@@ -13,7 +13,7 @@ from .._checkpoints import last_whole_checkpoint
 from .._inputs import BUILT_IN
 from .._recipe import checked
 from .planning import Plan
-from .recipe import DECODER_LAYERS, ENCODER_LAYERS, ENOUGH_ROWS, FIRST_ROWS
+from .recipe import DECODER_LAYERS, ENCODER_LAYERS, ENOUGH_ROWS, FIRST_ROWS, FROZEN_BELOW_MINUTES
 
 
 _FILE = "state.json"
@@ -54,7 +54,8 @@ class State:
 
     A run has rounds: the first, and one for each time that it was continued after its end. `settings.minutes` are
     those of the round that is under way, `earlier` sums up the others: `rounds`, `minutes`, `seconds`, `steps` of each
-    student, `twin_cost` (a step of the twin, in steps of the student), and the seconds of the `stages`.
+    student, `twin_cost` (a step of the twin, in steps of the student; 0 where it is not known), and the seconds of the
+    `stages`.
     """
 
     def __init__(
@@ -96,6 +97,11 @@ class State:
         """That all rounds were given."""
         return self.earlier["minutes"] + self.settings.minutes
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the encoder is, in this round."""
+        return self.settings.minutes < FROZEN_BELOW_MINUTES and not self.earlier["rounds"]
+
     def begin(self, stage: str) -> None:
         self.begun.setdefault(stage, self.seconds_used)
         if self.results:  # nothing is written before the first stage is done: a wrong path leaves no run behind
@@ -113,8 +119,8 @@ class State:
     def go_on(self, minutes: float) -> None:
         """Begin another round after the last stage of one.
 
-        The students train on, and what depends on them is made again. The untuned teacher is measured again only where
-        there was no time for enough rows, and now there is.
+        The students train on, with all their weights, and what depends on them is made again. The untuned teacher is
+        measured again only where there was no time for enough rows, and now there is.
 
         Raises:
             ValueError: the last checkpoints are not there any more.
@@ -132,7 +138,8 @@ class State:
             "minutes": self.minutes,
             "seconds": self._seconds_before,
             "steps": distill["steps"],
-            "twin_cost": twin["step_seconds"] / distill["step_seconds"],
+            # Of other steps than those to come where the encoder was frozen.
+            "twin_cost": 0.0 if self.is_frozen else twin["step_seconds"] / distill["step_seconds"],
             "stages": {name: self.stage_seconds(name) for name in self.results},
         }
         for name in _ONCE_A_ROUND:

@@ -224,8 +224,8 @@ def train(trainer: Trainer, share: TimeShare) -> dict:
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
     """
     assert trainer.model is not None and trainer.args.output_dir is not None  # their constructors see to it
-    trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    trainer.optimizer = torch.optim.AdamW(trainable, lr=share.peak, weight_decay=0.0, fused=True)
+    # All of them, for a later round may train those that have no gradient in this one.
+    trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=share.peak, weight_decay=0.0, fused=True)
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 1.0)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(share)
