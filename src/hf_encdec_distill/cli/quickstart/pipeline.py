@@ -480,7 +480,9 @@ class Pipeline:
         tokenizer = load_tokenizer(self.work / "start", PreTrainedTokenizerFast)
         rows, size = self._ready[: recorded or None], recipe.BATCH_SIZE
         order = training_order([len(row["input_ids"]) for row in rows], size, share.steps, self.settings.seed + 1)
-        frozen: dict[str, Any] = {"freeze_encoder": True, "encoder_states": str(self.work / "states")} if recorded else {}
+        frozen: dict[str, Any] = (
+            {"freeze_encoder": True, "encoder_states": str(self.work / "states")} if recorded else {}
+        )
         args = DistillationTrainingArguments(
             output_dir=str(training),
             divergence=recipe.DIVERGENCE,
