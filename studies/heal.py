@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tasks import MAX_SOURCE, MAX_TARGET, Task, load_task
+from tasks import MAX_SOURCE, MAX_TARGET, Task, load_task, remembering_teacher
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 
 from hf_encdec_distill import (
@@ -273,7 +273,9 @@ def measure(student, task: Task) -> dict:
     rows = _test_rows(task.name, task.teacher.parents[1])
     was_training = student.training
     student.eval()
-    sums = score({"student": student}, rows, _remembering_teacher(task.teacher))["student"]
+    sums = score({"student": student}, rows, remembering_teacher(task.teacher, torch.float32, torch.device("cpu")))[
+        "student"
+    ]
     answers = generate(student, _tokenizer(task.teacher), rows[:GENERATED], MAX_TARGET)
     student.train(was_training)
     tokens = sum(len(row["labels"]) for row in rows)
@@ -286,26 +288,10 @@ def _of_texts(answers: list[str], rows: list[dict]) -> dict:
     return {"rouge_l": float(np.mean(scores)), "distinct": distinct_share(answers)}
 
 
-@functools.cache
-def _remembering_teacher(folder: Path):
-    """The teacher, which is asked about the same batches after every run and answers them once."""
-    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    forward, answers = teacher.forward, {}
-
-    def remembered(input_ids: torch.Tensor, **options):
-        key = tuple(input_ids.flatten().tolist())
-        if key not in answers:
-            answers[key] = forward(input_ids=input_ids, **options)
-        return answers[key]
-
-    teacher.forward = remembered
-    return teacher
-
-
 def _setting(args: argparse.Namespace, task: Task) -> dict:
     """What all arms have in common."""
     rows = _test_rows(task.name, task.teacher.parents[1])
-    teacher = _remembering_teacher(task.teacher)
+    teacher = remembering_teacher(task.teacher, torch.float32, torch.device("cpu"))
     answers = generate(teacher, _tokenizer(task.teacher), rows[:GENERATED], MAX_TARGET)
     tokens = sum(len(row["labels"]) for row in rows)
     ce = float(score({"teacher": teacher}, rows)["teacher"]["ce"].sum() / tokens)

