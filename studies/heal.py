@@ -5,13 +5,14 @@
     python studies/heal.py --table
 
 Every arm starts from the same tuned teacher, is fitted to it in closed form and distilled from the same records with
-the same loss, optimizer and rows, until its CPU seconds of one thread are used: those of the fit and of cached encoder
-states included, those of the teacher's records, which all arms share, left out. CPU seconds rather than those of a
-clock, so that other load on the machine costs no arm its steps. Quality is then drawn against the time of a request,
-which `--latency` measures for each split in one runtime.
+the same loss, optimizer and rows, until its CPU seconds of one thread are used: those of cached encoder states
+included, those of the fit, which is made once for all seeds, in a column of their own. CPU seconds rather than those
+of a clock, so that other load on the machine costs no arm its steps. Quality is then drawn against the time of a
+request, which `--latency` measures for each split in one runtime.
 
 Results go to docs/studies/heal/<task>-<minutes>.json as they come, one entry for each arm and seed. What is there is
-not run again, so the program goes on after an interruption and takes new arms up.
+not run again, so the program goes on after an interruption and takes new arms up; started twice with other arms, it
+uses two cores.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import argparse
 import functools
 import json
 import os
-import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,20 +31,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from tasks import MAX_SOURCE, MAX_TARGET, Task, load_task, remembering_teacher
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    set_seed,
+)
 
 from hf_encdec_distill import (
     DistillationTrainer,
     DistillationTrainingArguments,
     RopeEncDecForConditionalGeneration,
 )
-from hf_encdec_distill.bench import greedy_decode, machine_description, plot_front
+from hf_encdec_distill.bench import best_cpu_dtype, greedy_decode, machine_description, plot_front
 from hf_encdec_distill.data import fetch_builtin_teacher
 from hf_encdec_distill.distillation import LiveTeacher, capture
 from hf_encdec_distill.evaluation import encode_rows, generate, score
 from hf_encdec_distill.files import write_json
 from hf_encdec_distill.metrics import distinct_share, pareto_front, rouge_l
 from hf_encdec_distill.models.decoder_only import prune_decoder_only
+from hf_encdec_distill.models.loading import load_student, load_teacher, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -82,15 +91,16 @@ ARMS = {
     "split_11_6": Arm("11 + 6", SIX, 11),
     "split_20_6": Arm("20 + 6", SIX, 20),
     "frozen_11_4": Arm("11 + 4, frozen encoder", FOUR, 11, training=FROZEN),
-    "half_11_4": Arm("11 + 4, frozen for 70 steps", FOUR, 11, training=FROZEN | {"unfreeze_encoder_after": 70}),
+    "frozen_5_6": Arm("5 + 6, frozen encoder", SIX, SIX[:-1], training=FROZEN),
+    "half_5_6": Arm("5 + 6, frozen for 100 steps", SIX, SIX[:-1], training=FROZEN | {"unfreeze_encoder_after": 100}),
     "frozen_20_6": Arm("20 + 6, frozen encoder", SIX, 20, training=FROZEN),
     "frozen_20_8": Arm("20 + 8, frozen encoder", EIGHT, 20, training=FROZEN),
     "whole_6": Arm("whole frozen encoder + 6", SIX, ALL, training=FROZEN),
     "whole_8": Arm("whole frozen encoder + 8", EIGHT, ALL, training=FROZEN),
-    "plain_11_4": Arm("11 + 4, not fitted", FOUR, 11, heal=None),
+    "plain_5_6": Arm("5 + 6, not fitted", SIX, SIX[:-1], heal=None),
     "plain_only_6": Arm("decoder-only 6, not fitted", SIX, heal=None),
-    "muon_11_4": Arm("11 + 4, Muon", FOUR, 11, training={"optim": "muon"}),
-    "qat_11_4": Arm("11 + 4, trained for int4", FOUR, 11, training={"qat": "int4"}),
+    "muon_5_6": Arm("5 + 6, Muon", SIX, SIX[:-1], training={"optim": "muon"}),
+    "qat_5_6": Arm("5 + 6, trained for int4", SIX, SIX[:-1], training={"qat": "int4"}),
 }
 SHAPES = {"64/128": (64, 128), "128/32": (128, 32), "512/64": (512, 64), "2048/64": (2048, 64)}
 MEASURES = {"ce": (1, 3), "kl": (1, 3), "teacher_agreement": (100, 1), "rouge_l": (100, 1), "distinct": (100, 0)}
@@ -98,6 +108,7 @@ MEASURES = {"ce": (1, 3), "kl": (1, 3), "teacher_agreement": (100, 1), "rouge_l"
 BATCH_SIZE, LEARNING_RATE, WARMUP = 8, 1e-3, 0.1  # the last is a share of the time
 HEAL_ROWS = 200
 TEST_ROWS, GENERATED = 96, 48
+STEPS = 16  # of an answer, from which the time of all its tokens is taken
 
 
 def main() -> None:
@@ -109,7 +120,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=4.0, help="CPU time of each run, on one thread")
     parser.add_argument("--latency", action="store_true", help="only measure the time of requests")
-    parser.add_argument("--rounds", type=int, default=5, help="of --latency")
+    parser.add_argument("--rounds", type=int, default=3, help="of --latency")
     parser.add_argument("--table", action="store_true", help="only write tables and plots")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -118,14 +129,15 @@ def main() -> None:
     elif not args.table:
         torch.set_num_threads(1)
         task, file = load_task(args.task, args.work), _file(args)
-        results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        results.setdefault("setting", _setting(args, task))
+        if not file.exists():
+            write_json(file, {"setting": _setting(args, task), "arms": {}})
         for seed in args.seeds:
             for name in args.arms:
-                runs = results.setdefault("arms", {}).setdefault(name, {})
-                if str(seed) not in runs:
-                    runs[str(seed)] = run(ARMS[name], task, seed, args)
-                    print(name, seed, runs[str(seed)], flush=True)
+                if str(seed) not in _read(file)["arms"].get(name, {}):
+                    result = run(ARMS[name], task, seed, args)
+                    print(name, seed, result, flush=True)
+                    results = _read(file)  # another process may have added to it
+                    results["arms"].setdefault(name, {})[str(seed)] = result
                     write_json(file, results)
     for file in sorted(args.output.glob("*-*.json")):
         report(file, args.output / "latency.json")
@@ -135,81 +147,96 @@ def _file(args: argparse.Namespace) -> Path:
     return args.output / f"{args.task}-{args.minutes:g}.json"
 
 
+def _read(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 # --- training ---
 
 
 class _CpuTime(TrainerCallback):
     """Ends training when the CPU seconds since `start` are used; the learning rate follows them."""
 
-    def __init__(self, start: float, seconds: float):
-        self.start, self.seconds = start, seconds
+    def __init__(self, seconds: float):
+        self.start, self.seconds = time.process_time(), seconds
 
     @property
     def used(self) -> float:
         return (time.process_time() - self.start) / self.seconds
 
-    def rate(self, begin: float) -> float:
-        """A rise over the first tenth of the time that is left at `begin`, then a line to zero."""
-        done = (self.used - begin) / max(1 - begin, 1e-9)
-        return max(min(done / WARMUP, (1 - done) / (1 - WARMUP)), 0.01)
+    def rate(self) -> float:
+        """A rise over the first tenth of the time, then a line to zero."""
+        return max(min(self.used / WARMUP, (1 - self.used) / (1 - WARMUP)), 0.01)
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = self.used >= 1
 
 
 def run(arm: Arm, task: Task, seed: int, args: argparse.Namespace) -> dict:
-    """Fit, train and measure one student; the seed orders its rows."""
+    """Train and measure one student from its fit; the seed orders its rows."""
     set_seed(seed)
-    tokenizer, records = _tokenizer(task.teacher), _records(task)
-    teacher = AutoModelForCausalLM.from_pretrained(task.teacher, dtype=torch.float32)
-    clock = _CpuTime(time.process_time(), 60 * args.minutes)
-    student = _student(arm, teacher, task, tokenizer)
-    del teacher
-    fitted = clock.used
-    start = measure(student, task)
-    clock.start += clock.seconds * (clock.used - fitted)  # what measuring took is not the student's
-
-    folder = args.work / task.name / "heal"
-    frozen = {"encoder_states": str(folder / "states")} if "freeze_encoder" in arm.training else {}
-    trainer = DistillationTrainer(
-        student,
-        DistillationTrainingArguments(
-            **{
-                "output_dir": str(folder),
-                "max_steps": 100_000,
-                "per_device_train_batch_size": BATCH_SIZE,
-                "learning_rate": LEARNING_RATE,
-                "seed": seed,
-                "prompt_template": task.prompt_template,
-                "max_source_length": MAX_SOURCE,
-                "max_target_length": MAX_TARGET,
-                "use_cpu": True,
-                "logging_steps": 10,
-                "save_strategy": "no",
-                "report_to": [],
-                "disable_tqdm": True,
-                **frozen,
-                **arm.training,
-            }
-        ),
-        train_dataset=task.rows["train"].shuffle(seed=seed),
-        processing_class=getattr(student, "tokenizer", tokenizer),
-        teacher=str(records),
-        teacher_processing_class=tokenizer,
-        callbacks=[clock],
-    )
-    begin = clock.used
-    trainer.create_optimizer()
-    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: clock.rate(begin))
-    trainer.train()
-    shutil.rmtree(folder, ignore_errors=True)
+    records = _records(task)
+    student, tokenizer, start = _fitted(arm, task)
+    clock = _CpuTime(60 * args.minutes)
+    with tempfile.TemporaryDirectory() as folder:
+        frozen = {"encoder_states": f"{folder}/states"} if "freeze_encoder" in arm.training else {}
+        trainer = DistillationTrainer(
+            student,
+            DistillationTrainingArguments(
+                **{
+                    "output_dir": folder,
+                    "max_steps": 100_000,
+                    "per_device_train_batch_size": BATCH_SIZE,
+                    "learning_rate": LEARNING_RATE,
+                    "seed": seed,
+                    "prompt_template": task.prompt_template,
+                    "max_source_length": MAX_SOURCE,
+                    "max_target_length": MAX_TARGET,
+                    "use_cpu": True,
+                    "logging_steps": 10,
+                    "save_strategy": "no",
+                    "report_to": [],
+                    "disable_tqdm": True,
+                    **frozen,
+                    **arm.training,
+                }
+            ),
+            train_dataset=task.rows["train"].shuffle(seed=seed),
+            processing_class=tokenizer,
+            teacher=str(records),
+            teacher_processing_class=_tokenizer(task.teacher),
+            callbacks=[clock],
+        )
+        trainer.create_optimizer()
+        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: clock.rate())
+        clock.start = time.process_time()
+        trainer.train()
     return {
         **measure(student, task),
         "steps": trainer.state.global_step,
-        "fit_seconds": round(fitted * clock.seconds, 1),
         "start": start,
         "parameters": student.num_parameters(),
     }
+
+
+def _fitted(arm: Arm, task: Task):
+    """The arm's student as the closed form makes it, once for all seeds, its tokenizer, and what it measures."""
+    sides = "-".join(str(side).replace(" ", "") for side in (arm.encoder, arm.decoder))
+    folder = task.teacher.parent / "fits" / f"{sides}-{arm.heal}"
+    if not folder.exists():
+        teacher = AutoModelForCausalLM.from_pretrained(task.teacher, dtype=torch.float32)
+        begun = time.process_time()
+        student = _student(arm, teacher, task, _tokenizer(task.teacher))
+        seconds = round(time.process_time() - begun, 1)
+        folder.parent.mkdir(exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent))
+        student.save_pretrained(partial)
+        student.tokenizer.save_pretrained(partial)
+        write_json(partial / "start.json", measure(student, task) | {"fit_seconds": seconds})
+        os.replace(partial, folder)
+    load = load_teacher if arm.encoder is None else load_student
+    student, tokenizer = load(folder, dtype=torch.float32), load_tokenizer(folder, PreTrainedTokenizerFast)
+    return student, tokenizer, _read(folder / "start.json")
 
 
 def _student(arm: Arm, teacher, task: Task, tokenizer):
@@ -242,7 +269,7 @@ def _records(task: Task) -> Path:
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.partial")
         capture(
-            LiveTeacher.load(task.teacher, "float32"),
+            LiveTeacher.load(task.teacher, str(best_cpu_dtype()).removeprefix("torch.")),
             task.rows["train"],
             partial,
             _tokenizer(task.teacher),
@@ -312,22 +339,26 @@ def _setting(args: argparse.Namespace, task: Task) -> dict:
 
 
 def measure_latency(rounds: int) -> dict:
-    """First token and step of each split and shape in milliseconds, by round, interleaved; weights do not matter."""
+    """First token, step and request of each split and shape in milliseconds, by round, interleaved.
+
+    Weights do not matter, so they are random; of a long answer the first `STEPS` are measured.
+    """
     teacher = AutoConfig.from_pretrained(fetch_builtin_teacher())
     splits = {(0, teacher.num_hidden_layers), *(arm.layers for arm in ARMS.values())}
-    models = {split: _untrained(teacher, *split) for split in sorted(splits)}
+    models = {split: _untrained(*split) for split in sorted(splits)}
+    for model in models.values():  # what happens once has happened
+        greedy_decode(model, torch.ones(1, 8, dtype=torch.long), 2)
     measured: dict[str, dict[str, list]] = {shape: {_split(*split): [] for split in models} for shape in SHAPES}
-    for number in range(rounds + 1):
+    for number in range(rounds):
         for shape, (prompt, answer) in SHAPES.items():
             ids = torch.randint(teacher.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(number))
             for split, model in models.items():
                 inputs = ids[:, :-1] if split[0] else ids
-                _, times = greedy_decode(model, inputs, answer)
-                step = (times[-1] - times[0]) / (answer - 1)
-                if number:  # the first round warms up
-                    timing = {"first_token_ms": 1e3 * times[0], "step_ms": 1e3 * step, "request_ms": 1e3 * times[-1]}
-                    measured[shape][_split(*split)].append(timing)
-        print(f"round {number} of {rounds}", flush=True)
+                _, times = greedy_decode(model, inputs, min(answer, STEPS))
+                first, step = 1e3 * times[0], 1e3 * (times[-1] - times[0]) / (len(times) - 1)
+                timing = {"first_token_ms": first, "step_ms": step, "request_ms": first + (answer - 1) * step}
+                measured[shape][_split(*split)].append(timing)
+        print(f"round {number + 1} of {rounds}", flush=True)
     return {
         "runtime": "PyTorch, float32, batch 1",
         "teacher": _split(0, teacher.num_hidden_layers),
@@ -340,18 +371,16 @@ def _split(encoder: int, decoder: int) -> str:
     return f"{encoder} + {decoder}" if encoder else f"{decoder}"
 
 
-def _untrained(teacher, encoder: int, decoder: int):
+def _untrained(encoder: int, decoder: int):
     """A model of the teacher's widths with random weights."""
-    with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(teacher)
-    whole = whole.to_empty(device="cpu").eval()
-    for parameter in whole.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    if not encoder:
-        return prune_decoder_only(whole, layers=list(range(decoder)), heal=None)
-    return RopeEncDecForConditionalGeneration.from_decoder_only(
-        whole, encoder_layers=list(range(encoder)), decoder_layers=list(range(decoder)), heal=None
-    )
+    config = AutoConfig.from_pretrained(fetch_builtin_teacher())
+    config.num_hidden_layers = decoder
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    if encoder:
+        config = RopeEncDecForConditionalGeneration.from_decoder_only(model).config
+        config.encoder_num_hidden_layers = encoder
+        model = RopeEncDecForConditionalGeneration(config).eval()
+    return model
 
 
 # --- tables and plots ---
@@ -401,14 +430,25 @@ def tables(results: Mapping, latency: Mapping | None) -> str:
         f"{setting['generated_rows']} of them), fitted on {setting['heal_rows']} rows. Means over the seeds, in "
         f"brackets the least and the largest. The teacher: {teacher}.\n",
     ]
-    header = ["", "M parameters", "start: KL, agreement", "steps", "seeds", "CE", "KL", "agreement, %", "ROUGE-L"]
+    header = [
+        "",
+        "M parameters",
+        "fit, s",
+        "start: KL, agreement",
+        "steps",
+        "seeds",
+        "CE",
+        "KL",
+        "agreement, %",
+        "ROUGE-L",
+    ]
     lines = [_line(header), _line(["---"] * len(header))]
     for name, arm in ARMS.items():
         runs = list(results["arms"].get(name, {}).values())
         if not runs:
             continue
         start = [statistics.mean(run["start"][measure] for run in runs) for measure in ("kl", "teacher_agreement")]
-        cells = [arm.label, f"{runs[0]['parameters'] / 1e6:.0f}"]
+        cells = [arm.label, f"{runs[0]['parameters'] / 1e6:.0f}", f"{runs[0]['start']['fit_seconds']:.0f}"]
         cells += [f"{_number(start[0], 'kl')}, {_number(start[1], 'teacher_agreement')}"]
         cells += [f"{statistics.mean(run['steps'] for run in runs):.0f}", str(len(runs))]
         cells += [_spread([run[measure] for run in runs], measure) for measure in MEASURES if measure != "distinct"]

@@ -130,12 +130,16 @@ class Pipeline:
         self.state, self.settings, self.folder = state, state.settings, state.folder
         self.work = state.folder / "work"
         self._stage, self._fraction = "", 0.0
-        open_stages = len(TITLES) - len(state.results)
+        open_stages = len(self._stages) - len(state.results)
         self.display = Display(self.seconds_to_go, open_stages, seconds_late=self.seconds_late)
+
+    @property
+    def _stages(self) -> list[str]:
+        return [name for name in TITLES if name != "twin" or self.state.has_twin]
 
     def run(self) -> dict:
         stages: dict[str, Callable[[Callable[[float, str], None]], dict]] = {
-            name: getattr(self, name) for name in TITLES
+            name: getattr(self, name) for name in self._stages
         }
         to_do = [name for name in stages if name not in self.state.results]
         for name in to_do:
@@ -176,7 +180,7 @@ class Pipeline:
         plan, results = self.plan, self.state.results
         seconds = {"evaluate": plan.evaluation(plan.held_out), "latency": plan.latency()}
         seconds["report"] = recipe.REPORT_SECONDS
-        if "distill" in results:
+        if "distill" in results and self.state.has_twin:
             distill, steps = results["distill"], results["distill"]["steps"] - self.state.earlier["steps"]
             seconds["twin"] = results["start"]["overhead"] + steps * distill["step_seconds"] * distill["twin_cost"]
         return {name: seconds[name] for name in seconds if name not in results}
@@ -191,7 +195,7 @@ class Pipeline:
         if "before" not in results:  # nothing is known of the others
             return max(left, recipe.REPORT_SECONDS)
         to_come, used = self._to_come(), self.state.seconds_used
-        for name in {"teach", "start", "distill", "twin"} - results.keys() - to_come.keys():
+        for name in {"teach", "start", *self.state.trainings} - results.keys() - to_come.keys():
             to_come[name] = self.plan.smallest_training()
         spent = used - self.state.begun.get(stage, used)
         if self._fraction:
@@ -316,7 +320,8 @@ class Pipeline:
                 request = now() - times[-1]
             # The first rows, with all that happens once, only count as long as there are no others.
             of_text, of_score = (sum(s[1:] or s) / sum(counts[1:] or counts) for s in seconds_of.values())
-            plan = Plan(load, of_score, of_text, request, size).for_run(seconds, len(texts), len(rows))
+            plan = Plan(load, of_score, of_text, request, size, len(self.state.trainings))
+            plan = plan.for_run(seconds, len(texts), len(rows))
             limit = plan.held_out
             update(len(texts) / limit, f"{len(texts)} of {limit} rows")
         entry = self._entry({"ce": np.array(sums)}, texts, rows[: len(texts)])
@@ -359,7 +364,8 @@ class Pipeline:
         return result | {"note": f"{result['steps']} steps of {recipe.BATCH_SIZE}, {loss}"}
 
     def start(self, update) -> dict:
-        """Make the student, and measure a step of the twin: the time has to last for both."""
+        """Make the student. A short run records rows for it; in others a step of its twin is measured: the time has to
+        last for both."""
         teacher = self.load_teacher(self.work / "teacher", torch.float32)
         rows = self.rows["train"]
         drawn = np.random.default_rng(self.settings.seed).permutation(len(rows))[: recipe.HEAL_ROWS]
@@ -382,7 +388,7 @@ class Pipeline:
             recorded = self._record(teacher, student)
             note += f", {recorded} rows recorded"
         del teacher, student
-        twin_step, overhead = self._time_twin(update, recorded)
+        twin_step, overhead = self._time_twin(update) if self.state.has_twin else (0.0, 2 * self.plan.load)
         return {
             "parameters": parameters,
             "healing": healing,
@@ -423,18 +429,13 @@ class Pipeline:
         order = np.random.default_rng(self.settings.seed + 2).permutation(len(rows))
         return [{"input_ids": rows[index]["inputs"], "labels": rows[index]["labels"]} for index in order]
 
-    @property
-    def _recorded(self) -> int:
-        """Rows that this round trains on, if it does so on records; else 0."""
-        return self.state.results["start"]["recorded"] if self.state.is_frozen else 0
-
-    def _time_twin(self, update, recorded: int) -> tuple[float, float]:
+    def _time_twin(self, update) -> tuple[float, float]:
         """Seconds of a step of the twin, and of loading and saving around it."""
         peak, now = recipe.STUDENT_LEARNING_RATE, self.state.now
         one = TimeShare(float("inf"), 1, peak, update, goes_on=True, now=now)
         with tempfile.TemporaryDirectory(dir=self.work) as name:
             begun, folder = now(), Path(name)
-            step = self._train_student(one, 0.0, folder / "training", folder / "twin", recorded)["step_seconds"]
+            step = self._train_student(one, 0.0, folder / "training", folder / "twin")["step_seconds"]
             return step, now() - begun - step
 
     def _share(self, seconds: float, steps: int, update, replay: list[float] | None = None, **more) -> TimeShare:
@@ -445,18 +446,15 @@ class Pipeline:
 
     def distill(self, update) -> dict:
         start, earlier = self.state.results["start"], self.state.earlier
-        twin_step = start["twin_step"]
-        if earlier["rounds"] and not earlier["twin_cost"]:  # its steps were others
-            twin_step, _ = self._time_twin(update, self._recorded)
         share = self._share(
-            max(self._seconds_to_train() - 2 * start["overhead"], 1.0),
+            max(self._seconds_to_train() - len(self.state.trainings) * start["overhead"], 1.0),
             earlier["steps"] + self._most_steps(),
             update,
-            twin_step=twin_step,
+            twin_step=start["twin_step"],
             twin_cost=earlier["twin_cost"] or None,
         )
         training, target = self.work / TRAININGS["distill"], self.folder / "student"
-        result = self._train_student(share, recipe.DISTILL_WEIGHT, training, target, self._recorded)
+        result = self._train_student(share, recipe.DISTILL_WEIGHT, training, target)
         note = f"{result['steps']} steps of {recipe.BATCH_SIZE}"
         note += f", {earlier['steps']} of them before" if earlier["rounds"] else ""
         return result | {"twin_cost": share.twin_cost, "note": note}
@@ -470,12 +468,11 @@ class Pipeline:
         rates = self.state.results["distill"]["rates"]
         replay = self._share(float("inf"), len(rates), update, rates)
         training, target = self.work / TRAININGS["twin"], self.work / "student-ce"
-        return self._train_student(replay, 0.0, training, target, self._recorded)
+        return self._train_student(replay, 0.0, training, target)
 
-    def _train_student(
-        self, share: TimeShare, distill_weight: float, training: Path, target: Path, recorded: int
-    ) -> dict:
-        """From `start`, or from the last checkpoint in `training` if there is one; on `recorded` rows, or on all."""
+    def _train_student(self, share: TimeShare, distill_weight: float, training: Path, target: Path) -> dict:
+        """From `start`, or from the last checkpoint in `training` if there is one."""
+        recorded = self.state.results["start"]["recorded"] if self.state.is_frozen else 0
         student = self.load_student(self.work / "start", torch.float32)
         tokenizer = load_tokenizer(self.work / "start", PreTrainedTokenizerFast)
         rows, size = self._ready[: recorded or None], recipe.BATCH_SIZE
@@ -519,12 +516,11 @@ class Pipeline:
         end = self.state.seconds_used + self.state.seconds_left - sum(later.values())
         held_out, dtype = self.held_out, working_dtype()
         teacher = self.load_teacher(self.work / "teacher", dtype)
-        students = {
-            "student_start": self.load_student(self.work / "start", dtype),
-            "student_ce": self.load_student(self.work / "student-ce", dtype),
-            "student_kd": self.load_student(self.folder / "student", dtype),
-        }
-        writers = {"teacher": teacher, **{name: students[name] for name in ("student_ce", "student_kd")}}
+        students = {"student_start": self.load_student(self.work / "start", dtype)}
+        if self.state.has_twin:
+            students["student_ce"] = self.load_student(self.work / "student-ce", dtype)
+        students["student_kd"] = self.load_student(self.folder / "student", dtype)
+        writers = {"teacher": teacher} | {name: model for name, model in students.items() if name != "student_start"}
         found: list[tuple[dict, dict[str, list[str]]]] = []
         done: list[int] = []
         groups = groups_of_like_length([len(row["prompt"]) for row in held_out], EVALUATION_BATCH, self.settings.seed)
@@ -553,22 +549,25 @@ class Pipeline:
         models = {"teacher_before": self._entry(sums_before, [before["texts"][index] for index in done], rows)}
         models |= {name: self._entry(sums.get(name, {}), texts.get(name), rows) for name in [*sums, "lead_baseline"]}
 
-        tokens = np.array([len(row["labels"]) for row in rows])
-        difference: dict[str, Any] = {"of": "student_kd", "minus": "student_ce"}
-        for measure in sums["student_kd"]:
-            kd, ce = (mean(sums[name][measure], tokens) for name in ("student_kd", "student_ce"))
-            difference[measure] = interval(kd, ce)
-        kd, ce = (measure_texts(["rouge_l"], texts[name], rows)["rouge_l"] for name in ("student_kd", "student_ce"))
-        difference["rouge_l"] = interval(kd, ce)
-
+        differences = [self._difference("student_kd", "student_ce", sums, texts, rows)] if self.state.has_twin else []
         samples = [
             {"source": row["source"], "reference": row["target"], **{name: texts[name][index] for name in texts}}
             for index, row in enumerate(rows[: recipe.SAMPLES])
         ]
-        result = {"rows": len(rows), "models": models, "differences": [difference], "samples": samples}
+        result = {"rows": len(rows), "models": models, "differences": differences, "samples": samples}
         if len(rows) < len(held_out):
             result["note"] = f"{len(rows)} of {len(held_out)} rows, for all models: the time was over"
         return result
+
+    def _difference(self, of: str, minus: str, sums, texts, rows: list[dict]) -> dict:
+        """Of two models, row by row."""
+        difference: dict[str, Any] = {"of": of, "minus": minus}
+        tokens = np.array([len(row["labels"]) for row in rows])
+        for measure in sums[of]:
+            first, second = (mean(sums[name][measure], tokens) for name in (of, minus))
+            difference[measure] = interval(first, second)
+        first, second = (measure_texts(["rouge_l"], texts[name], rows)["rouge_l"] for name in (of, minus))
+        return difference | {"rouge_l": interval(first, second)}
 
     def _entry(self, sums: Mapping[str, np.ndarray], texts: list[str] | None, rows: list[dict]) -> dict:
         """One model of metrics.json, see `hf_encdec_distill.cards.model_card`."""
@@ -608,8 +607,9 @@ class Pipeline:
         teacher = FACTS if settings.teacher == BUILT_IN else teacher_entry(settings.teacher)
         config = load_config(self.folder / "student")
         held_out, models = results["evaluate"]["rows"], results["evaluate"]["models"]
-        for name in ("student_start", "student_ce", "student_kd"):
-            models[name]["parameters"] = results["start"]["parameters"]
+        for name in models:
+            if name.startswith("student_"):
+                models[name]["parameters"] = results["start"]["parameters"]
         teacher_parameters = results["latency"]["cost"]["teacher"]["parameters"]["total"]
         models["teacher_before"]["parameters"] = models["teacher"]["parameters"] = teacher_parameters
         sizes = results["data"]["sizes"]
@@ -648,7 +648,11 @@ class Pipeline:
             "latency": results["latency"]["latency"],
             "cost": results["latency"]["cost"],
             "machine": machine_description(),
-            "curves": {"student_ce": results["twin"]["curve"], "student_kd": results["distill"]["curve"]},
+            "curves": {
+                name: results[stage]["curve"]
+                for name, stage in (("student_ce", "twin"), ("student_kd", "distill"))
+                if stage in results
+            },
             "samples": results["evaluate"]["samples"],
             "figures": {"Loss": "loss.png", "Quality": "quality.png"},
         }

@@ -19,6 +19,7 @@ class Plan:
         score, generate: a row.
         request: an answer of `recipe.LATENCY_TOKENS` at batch 1.
         student_size: the student's layers, in those of the teacher.
+        trained: students that are, 2 where there is a twin.
         held_out: rows on which all models are measured.
         rounds: of the latency.
     """
@@ -28,6 +29,7 @@ class Plan:
     generate: float
     request: float
     student_size: float
+    trained: int
     held_out: int = 0
     rounds: int = 0
 
@@ -48,9 +50,10 @@ class Plan:
         return dataclasses.replace(self, held_out=rows, rounds=min(max(rounds, 2), recipe.LATENCY_ROUNDS, rows))
 
     def evaluation(self, rows: int) -> float:
-        """The teacher twice, as a model and as what others are compared with; three students, of which two write."""
-        passes = (2 + 3 * self.student_size) * self.score + (1 + 2 * self.student_size) * self.generate
-        return 4 * self.load + rows * passes
+        """The teacher twice, as a model and as what others are compared with; the student before and after training,
+        and its twin. What is not trained does not write."""
+        score, generate = 2 + (1 + self.trained) * self.student_size, 1 + self.trained * self.student_size
+        return (2 + self.trained) * self.load + rows * (score * self.score + generate * self.generate)
 
     def smallest_training(self) -> float:
         """One step, between loading and saving a model: backward is twice forward, and the optimizer has its share."""

@@ -46,8 +46,10 @@ def summary(metrics: Mapping, folder: Path) -> str:
         [model_label(key, models), *(_cell(models[key].get(name), *METRICS[name][1:3]) for name in shown)]
         for key in model_order(models)
     ]
-    difference = metrics["differences"][0]
-    differences = [[METRICS[name][0], *_spread(difference.get(name), *METRICS[name][1:3])] for name in shown]
+    against_twin = ""
+    for difference in metrics["differences"]:  # a short run has none
+        rows = [[METRICS[name][0], *_spread(difference.get(name), *METRICS[name][1:3])] for name in shown]
+        against_twin = f"\n{table(['distilled minus cross-entropy alone', '', ''], rows)}\n"
     ratio, cost = metrics["latency"]["ratio"], metrics["cost"]
     speed = [
         [
@@ -70,15 +72,13 @@ def summary(metrics: Mapping, folder: Path) -> str:
     )
     recipe, latency = metrics["recipe"], metrics["latency"]
     request = f"{latency['prompt_length']:.0f} tokens in, {latency['new_tokens']} out, {latency['dtype']}"
-    rows = next(iter(models.values()))["n"]
+    counted = next(iter(models.values()))["n"]
     return f"""
 {table(header, body)}
-
-{table(["distilled minus cross-entropy alone", "", ""], differences)}
-
-{rows} held-out rows, seed {metrics["seeds"][0]}.
+{against_twin}
+{counted} held-out rows, seed {metrics["seeds"][0]}.
 {wrap(f"In brackets: {metrics['spread']}.")}
-Steps: teacher {recipe["teacher_steps"]}, each student {recipe["steps"]}, batch size {recipe["batch_size"]}.
+Steps: teacher {recipe["teacher_steps"]}, student {recipe["steps"]}, batch size {recipe["batch_size"]}.
 {_of_teacher(models)}{_said(metrics.get("verdict"), folder)}
 
 {table(["", "parameters", "first token, ms", "further token, ms", "tokens/s"], speed)}

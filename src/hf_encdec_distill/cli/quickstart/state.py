@@ -54,7 +54,7 @@ class State:
 
     A run has rounds: the first, and one for each time that it was continued after its end. `settings.minutes` are
     those of the round that is under way, `earlier` sums up the others: `rounds`, `minutes`, `seconds`, `steps` of each
-    student, `twin_cost` (a step of the twin, in steps of the student; 0 where it is not known), and the seconds of the
+    student, `twin_cost` (a step of the twin, in steps of the student; 0 where there is none), and the seconds of the
     `stages`.
     """
 
@@ -102,6 +102,16 @@ class State:
         """Whether the encoder is, in this round."""
         return self.settings.minutes < FROZEN_BELOW_MINUTES and not self.earlier["rounds"]
 
+    @property
+    def has_twin(self) -> bool:
+        """A short run has no time for a student that only shows what the teacher is worth, nor has what follows it."""
+        return not (self.is_frozen or self.results.get("start", {}).get("recorded"))
+
+    @property
+    def trainings(self) -> list[str]:
+        """Stages that train a student."""
+        return [name for name in TRAININGS if name != "twin" or self.has_twin]
+
     def begin(self, stage: str) -> None:
         self.begun.setdefault(stage, self.seconds_used)
         if self.results:  # nothing is written before the first stage is done: a wrong path leaves no run behind
@@ -125,25 +135,25 @@ class State:
         Raises:
             ValueError: the last checkpoints are not there any more.
         """
-        for folder in TRAININGS.values():
-            checkpoint, steps = last_whole_checkpoint(self.folder / "work" / folder), self.results["distill"]["steps"]
+        for stage in self.trainings:
+            folder, steps = TRAININGS[stage], self.results["distill"]["steps"]
+            checkpoint = last_whole_checkpoint(self.folder / "work" / folder)
             if checkpoint is None or int(checkpoint.rpartition("-")[2]) != steps:
                 raise ValueError(
                     f"{self.folder / 'work' / folder} has no whole checkpoint of step {steps}, from which the run "
                     "could go on: begin another run in another folder with --output"
                 )
-        distill, twin = (self.results[name] for name in TRAININGS)
+        distill = self.results["distill"]
         self.earlier = {
             "rounds": self.earlier["rounds"] + 1,
             "minutes": self.minutes,
             "seconds": self._seconds_before,
             "steps": distill["steps"],
-            # Of other steps than those to come where the encoder was frozen.
-            "twin_cost": 0.0 if self.is_frozen else twin["step_seconds"] / distill["step_seconds"],
+            "twin_cost": self.results["twin"]["step_seconds"] / distill["step_seconds"] if self.has_twin else 0.0,
             "stages": {name: self.stage_seconds(name) for name in self.results},
         }
         for name in _ONCE_A_ROUND:
-            del self.results[name]
+            self.results.pop(name, None)
         self._plan_rows(60.0 * minutes)
         for name in self.results:  # what is not done again
             del self.earlier["stages"][name]
