@@ -480,7 +480,9 @@ def heal_encoder_decoder(student, teacher, kept, rows) -> Healing | None:
     """
 
     def fit(batches):
-        return fit_encoder_decoder(student, _as_causal_encoder(teacher), kept, batches)
+        merged = student.config.cross_attention == "merged"
+        alone = _as_causal_encoder(teacher, kept["decoder"], share_memory=False) if merged else None
+        return fit_encoder_decoder(student, _as_causal_encoder(teacher), kept, batches, alone)
 
     return _unless_it_harms(student, student.model.decoder.norm, teacher, fit, _target_logits, rows)
 
@@ -494,11 +496,12 @@ def heal_decoder_only(student, teacher, kept, rows) -> Healing | None:
     return _unless_it_harms(student, student.model.norm, teacher, fit, predicting_logits, rows)
 
 
-def _as_causal_encoder(model):
-    """A decoder-only model's layers as an encoder of ours, which shares their memory."""
-    every = list(range(model.config.num_hidden_layers))
-    config = _student_config(model, every, every[-1:], "merged", encoder_attention="causal")
-    whole = _load(RopeEncDecForConditionalGeneration, config, model, every, every[-1:], share_memory=True)
+def _as_causal_encoder(model, layers=None, share_memory=True):
+    """Layers of a decoder-only model, all by default, as an encoder of ours."""
+    if layers is None:
+        layers = list(range(model.config.num_hidden_layers))
+    config = _student_config(model, layers, layers[-1:], "merged", encoder_attention="causal")
+    whole = _load(RopeEncDecForConditionalGeneration, config, model, layers, layers[-1:], share_memory=share_memory)
     return whole.model.encoder
 
 

@@ -11,6 +11,7 @@ Related: ReplaceMe (arXiv 2505.02819) fits one linear map in the place of a bloc
 Shapes: B rows and L positions of a batch, N of these fitted, H hidden size, W inputs of a projection.
 """
 
+import heapq
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -79,12 +80,16 @@ class Healing:
 
 
 @torch.no_grad()
-def fit_encoder_decoder(student, teacher, kept, batches) -> list[Gap]:
+def fit_encoder_decoder(student, teacher, kept, batches, decoder_alone=None) -> list[Gap]:
     """Fit the layers of an encoder-decoder to the teacher's states, in place.
 
     The encoder is fitted on prompt positions but the first, an attention sink whose state has another magnitude; the
     decoder on the positions that predict the target, reading the fitted encoder, its last layer towards the state that
     enters the teacher's final norm.
+
+    Those positions are few. A `merged` decoder does what a decoder-only model of its layers does, but for the states
+    of the prompt that it reads. So that model is fitted as well, as in `fit_decoder_only`, where prompts count too,
+    and the decoder then towards its weights.
 
     Memory does not grow with the rows: their states wait in a temporary folder.
 
@@ -93,10 +98,12 @@ def fit_encoder_decoder(student, teacher, kept, batches) -> list[Gap]:
         teacher ([`RopeEncDecEncoder`]): All layers of the teacher, as a causal encoder.
         kept (`dict`): `{"encoder": layers, "decoder": layers}`, by the teacher's indices.
         batches (`list[dict]`): From `calibration_batches`.
+        decoder_alone ([`RopeEncDecEncoder`], *optional*): The decoder's layers as a causal encoder, for a `merged`
+            student. Its weights change.
 
     Returns:
-        `list[Gap]`: One for each layer that was fitted. Layers that compute just what the teacher's do are not, nor
-        are those of an encoder whose output nothing reads.
+        `list[Gap]`: One for each layer of the student that was fitted. Layers that compute just what the teacher's do
+        are not, nor are those of an encoder whose output nothing reads.
 
     Raises:
         ValueError: where a state is not finite.
@@ -104,7 +111,8 @@ def fit_encoder_decoder(student, teacher, kept, batches) -> list[Gap]:
     encoder, decoder, depth = student.model.encoder, student.model.decoder, len(teacher.layers)
     goals = _goals(student.config, kept, depth)
     to_fit = _layers_to_fit(student.config, kept, goals)
-    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, _progress(*kept.values()) as progress:
+    columns = [*kept.values()] if decoder_alone is None else [*kept.values(), kept["decoder"]]
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, _progress(*columns) as progress:
         ascent = _Ascent(teacher, batches, goals["decoder"], folder)
         prompts = [_without_first(batch["attention_mask"]) for batch in batches]
         column = _Column(
@@ -118,8 +126,14 @@ def fit_encoder_decoder(student, teacher, kept, batches) -> list[Gap]:
             # Rows are padded on the right: a prompt's position is the same column for both.
             return ascent.to(goal)[batch][:, : prompts[batch].shape[1]][prompts[batch].cpu()]
 
-        gaps = _fit_column("encoder", column, kept, goals, to_fit, lambda _: prompts, of_prompt, progress)
+        fits = [_fits("encoder", column, kept, goals, to_fit, lambda _: prompts, of_prompt, progress)]
+        if decoder_alone is not None:
+            fits.append(_fits_of_decoder_only(decoder_alone, kept["decoder"], ascent, batches, folder, progress))
+        gaps = [gap for gap in _run(fits) if gap.side == "encoder"]
         ascent.to(depth)
+        if decoder_alone is not None:
+            for layer, alone in zip(decoder.layers, decoder_alone.layers):
+                layer.mlp.down_proj.weight.copy_(alone.mlp.down_proj.weight)
 
         outputs = (encoder(batch["input_ids"], attention_mask=batch["attention_mask"]) for batch in batches)
         read = _on_disk((_read_by_decoder(output) for output in outputs), folder)
@@ -141,7 +155,7 @@ def fit_encoder_decoder(student, teacher, kept, batches) -> list[Gap]:
         def of_target(goal: int, batch: int) -> Tensor:
             return ascent.predicting[goal][batch]
 
-        return gaps + _fit_column("decoder", column, kept, goals, to_fit, lambda _: targets, of_target, progress)
+        return gaps + _run([_fits("decoder", column, kept, goals, to_fit, lambda _: targets, of_target, progress)])
 
 
 @torch.no_grad()
@@ -163,26 +177,31 @@ def fit_decoder_only(student, teacher, kept, batches) -> list[Gap]:
     Raises:
         ValueError: where a state is not finite.
     """
-    layers, goals = {"decoder": kept}, {"decoder": [*kept[1:], len(teacher.layers)]}
-    to_fit = {"decoder": range(_exact_layers(kept, goals["decoder"]), len(kept))}
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder, _progress(kept) as progress:
         ascent = _Ascent(teacher, batches, [], folder)
-        inner = [_without_first(batch["sequence_mask"]) for batch in batches]
-        predicting = [batch["predicting"] for batch in batches]
-        column = _Column(
-            student,
-            (student.embed_tokens(batch["sequence"]) for batch in batches),
-            [{"attention_mask": batch["sequence_mask"]} for batch in batches],
-            folder,
-        )
+        return _run([_fits_of_decoder_only(student, kept, ascent, batches, folder, progress)])
 
-        def positions(goal: int) -> list[Tensor]:
-            return predicting if goal == len(teacher.layers) else inner
 
-        def of_sequence(goal: int, batch: int) -> Tensor:
-            return ascent.to(goal)[batch][positions(goal)[batch].cpu()]
+def _fits_of_decoder_only(student, kept: list[int], ascent: "_Ascent", batches: list[dict], folder: str, progress):
+    depth = ascent.depth
+    layers, goals = {"decoder": kept}, {"decoder": [*kept[1:], depth]}
+    to_fit = {"decoder": range(_exact_layers(kept, goals["decoder"]), len(kept))}
+    inner = [_without_first(batch["sequence_mask"]) for batch in batches]
+    predicting = [batch["predicting"] for batch in batches]
+    column = _Column(
+        student,
+        (student.embed_tokens(batch["sequence"]) for batch in batches),
+        [{"attention_mask": batch["sequence_mask"]} for batch in batches],
+        folder,
+    )
 
-        return _fit_column("decoder", column, layers, goals, to_fit, positions, of_sequence, progress)
+    def positions(goal: int) -> list[Tensor]:
+        return predicting if goal == depth else inner
+
+    def of_sequence(goal: int, batch: int) -> Tensor:
+        return ascent.to(goal)[batch][positions(goal)[batch].cpu()]
+
+    return _fits("decoder", column, layers, goals, to_fit, positions, of_sequence, progress)
 
 
 def _goals(config, kept: dict, depth: int) -> dict[str, list[int]]:
@@ -310,21 +329,22 @@ class _Ascent:
             [{"attention_mask": batch["sequence_mask"]} for batch in batches],
             folder,
         )
-        self._depth = 0
+        self.depth = len(teacher.layers)
+        self._at = 0
         self.predicting: dict[int, list[Tensor]] = {}
 
     def to(self, depth: int) -> list[Tensor]:
         """Climb to `depth`, not below where it is; the states `(B, L, H)` of each batch there."""
-        while self._depth < depth:
-            self._column.climb(self._depth)
-            self._depth += 1
-            if self._depth in self._noted:
+        while self._at < depth:
+            self._column.climb(self._at)
+            self._at += 1
+            if self._at in self._noted:
                 states = (state[batch["predicting"].cpu()] for state, batch in zip(self._column.states, self._batches))
-                self.predicting[self._depth] = _on_disk(states, self._folder)
+                self.predicting[self._at] = _on_disk(states, self._folder)
         return self._column.states
 
 
-def _fit_column(
+def _fits(
     side: str,
     column: _Column,
     kept: dict,
@@ -333,16 +353,18 @@ def _fit_column(
     positions: Callable[[int], list[Tensor]],
     target: Callable[[int, int], Tensor],
     progress: tqdm,
-) -> list[Gap]:
-    """Fit the layers of a column from the bottom up, each on what the fitted ones below it give.
+) -> list[tuple[int, Callable[[], list[Gap]]]]:
+    """For each layer of a column, from the bottom up, the depth of its goal and what fits it on what the fitted ones
+    below it give.
 
     Args:
         kept, goals, to_fit: by side, as above.
         positions: where a fit to this depth looks, `(B, L)` of each batch.
         target: the teacher's states `(N, H)` there, by depth and batch.
     """
-    gaps = []
-    for index, (layer, goal) in enumerate(zip(kept[side], goals[side])):
+
+    def fit(index: int, layer: int, goal: int) -> list[Gap]:
+        gaps = []
         if index in to_fit[side]:
             shares = []
             for name, linear in column.layers[index].named_modules():
@@ -352,7 +374,16 @@ def _fit_column(
         if any(above > index for above in to_fit[side]):
             column.climb(index)
         progress.update()
-    return gaps
+        return gaps
+
+    return [
+        (goal, partial(fit, index, layer, goal)) for index, (layer, goal) in enumerate(zip(kept[side], goals[side]))
+    ]
+
+
+def _run(fits: list[list[tuple[int, Callable[[], list[Gap]]]]]) -> list[Gap]:
+    """Those of all columns in the order of their goals, for the teacher climbs once."""
+    return [gap for _, fit in heapq.merge(*fits, key=lambda item: item[0]) for gap in fit()]
 
 
 def _fit_projection(
