@@ -1,11 +1,15 @@
 """Seconds and peak memory of a training step, for each source of the teacher's signal and against TRL's trainers.
 
+The floating-point operations of a step are counted as they run, backward, teacher and rollouts included, and compared
+with what large matrix products reach on the same machine in the same dtype: the use of the machine.
+
     python studies/cost.py --work runs/studies
 
-Equal parameters: a student of 20 + 10 layers out of SmolLM2-135M, and for TRL that model itself, 30 layers; each
+Equal parameters: a student of 20 + 10 layers of SmolLM2-135M's, and for TRL that model itself, 30 layers; each
 with the tuned SmolLM2-135M as teacher, the same rows of 200 to 256 prompt tokens, AdamW, fp32 weights, autocast to the
-CPU's fast dtype (bfloat16 on a GPU), no gradient checkpointing. Each measurement is a process of its own; rounds are
-interleaved. TRL needs the newest transformers: `pip install "trl>=1.16"`; without it its rows are left out.
+CPU's fast dtype (bfloat16 on a GPU), no gradient checkpointing. A frozen encoder has read its rows before. Each
+measurement is a process of its own; rounds are interleaved. TRL needs the newest transformers:
+`pip install "trl>=1.16"`; without it its rows are left out.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ OURS = {
     "cache, top 32": ({}, "top_k"),
     "cache, 32 samples": ({}, "sampled"),
     "cache, dense": ({}, "dense"),
+    "cache, top 32, frozen encoder's states kept": ({"freeze_encoder": True}, "top_k"),
     "on-policy, live teacher": ({"on_policy_fraction": 1.0}, "live"),
 }
 TRL = ("TRL GKDTrainer, off-policy", "TRL DistillationTrainer, on-policy")
@@ -85,6 +90,15 @@ def prepare(work: Path) -> None:
             partial = folder.with_name(f"{kind}.partial")
             capture(teacher, rows, partial, tokenizer, kind=kind, **_lengths(task.prompt_template))
             os.replace(partial, folder)
+    if not _states(work).exists():
+        for name, (changes, _) in OURS.items():
+            if "freeze_encoder" in changes:
+                measure(name, work)
+
+
+def _states(work: Path) -> Path:
+    """Of the frozen encoder."""
+    return work / "cost" / "states"
 
 
 def _lengths(template: str) -> dict:
@@ -109,8 +123,10 @@ def _rows(work: Path, template: str):
 
 
 def measure(name: str, work: Path) -> dict:
-    """Median seconds of a step after the first `SKIPPED`; peak memory in MB, and what of it came with training."""
+    """Median seconds of a step after the first `SKIPPED`; peak memory in MB, and what of it came with training; FLOPs
+    of one more step, and those per second that matrix products reach."""
     import torch
+    from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 
     set_seed(0)
@@ -120,7 +136,7 @@ def measure(name: str, work: Path) -> dict:
     cuda = torch.cuda.is_available()
     shared = {
         "output_dir": str(work / "cost" / "run"),
-        "max_steps": STEPS,
+        "max_steps": STEPS + 1,
         "per_device_train_batch_size": BATCH,
         "learning_rate": 1e-4,
         "bf16": True,
@@ -134,14 +150,19 @@ def measure(name: str, work: Path) -> dict:
     }
     before: list[float] = []
     ends: list[float] = []
+    counter = FlopCounterMode(display=False)
 
     class Clock(TrainerCallback):
-        """Notes when steps end: what lies between two of them has the making of a batch in it, rollouts included."""
+        """Notes when steps end: what lies between two of them has the making of a batch in it, rollouts included. The
+        last step is counted instead."""
 
         def on_step_end(self, *_args, **_kwargs):
             if cuda:
                 torch.cuda.synchronize()
-            ends.append(time.perf_counter())
+            if len(ends) < STEPS:
+                ends.append(time.perf_counter())
+            if len(ends) == STEPS:
+                counter.__enter__()
 
         def on_train_begin(self, *_args, **_kwargs):
             before.append(_memory(cuda))
@@ -150,13 +171,29 @@ def measure(name: str, work: Path) -> dict:
     trainer = build(name, task, rows, tokenizer, shared, AutoModelForCausalLM)
     trainer.add_callback(Clock())
     trainer.train()
+    counter.__exit__(None, None, None)
     seconds = [end - start for start, end in zip(ends, ends[1:])][SKIPPED - 1 :]
     return {
         "seconds": statistics.median(seconds),
+        "flops": counter.get_total_flops(),
+        "matrix_rate": _matrix_rate("cuda" if cuda else "cpu"),
         "peak_mb": _memory(cuda),
         "before_training_mb": before[0],
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
     }
+
+
+def _matrix_rate(device: str) -> float:
+    """FLOPs per second of products of large bfloat16 matrices, the best of some."""
+    import torch
+
+    size, rates = 2048, []
+    one = torch.ones(size, size, dtype=torch.bfloat16, device=device)
+    for _ in range(5):
+        start = time.perf_counter()
+        (one @ one)[0, 0].item()
+        rates.append(2 * size**3 / (time.perf_counter() - start))
+    return max(rates)
 
 
 def _memory(cuda: bool) -> float:
@@ -178,6 +215,8 @@ def _our_trainer(name, task, rows, tokenizer, shared, causal):
     )
 
     changes, teacher = OURS[name]
+    if "freeze_encoder" in changes:
+        changes = {**changes, "encoder_states": str(_states(task.teacher.parents[1]))}
     student = RopeEncDecForConditionalGeneration.from_decoder_only(
         causal.from_pretrained(task.teacher, dtype=torch.float32),
         tokenizer=tokenizer,
@@ -258,8 +297,9 @@ def table(taken: dict[str, list[dict]]) -> str:
     lines = [
         f"Batch {BATCH}, {len(base)} rounds; in brackets the least and the largest of them. Memory is the process's "
         "peak.\n",
-        "| | parameters, M | seconds a step | against cross-entropy alone | examples/s | peak memory, GB |",
-        "|---|---|---|---|---|---|",
+        "| | parameters, M | seconds a step | against cross-entropy alone | examples/s | peak memory, GB | TFLOP | "
+        "use of the machine, % |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, runs in taken.items():
         seconds = [run["seconds"] for run in runs]
@@ -271,6 +311,8 @@ def table(taken: dict[str, list[dict]]) -> str:
             f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]",
             f"{BATCH / statistics.median(seconds):.2f}",
             f"{statistics.median(run['peak_mb'] for run in runs) / 1e3:.2f}",
+            f"{runs[0]['flops'] / 1e12:.2f}",
+            f"{100 * statistics.median(run['flops'] / run['seconds'] / run['matrix_rate'] for run in runs):.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "# Cost of a step\n\n" + "\n".join(lines) + "\n"

@@ -121,10 +121,11 @@ def test_cost_table(studies):
     import cost
 
     def run(seconds):
-        return {"seconds": seconds, "peak_mb": 2000.0, "before_training_mb": 1000.0, "parameters": 5_000_000}
+        sizes = {"peak_mb": 2000.0, "before_training_mb": 1000.0, "parameters": 5_000_000}
+        return {"seconds": seconds, "flops": 1.2e12, "matrix_rate": 2e12, **sizes}
 
     table = cost.table({"cross-entropy alone": [run(1.0), run(2.0)], "live teacher": [run(1.5), run(4.0)]})
-    assert "| live teacher | 5.0 | 2.75 [1.50, 4.00] | 1.75 [1.50, 2.00] | 2.91 | 2.00 |" in table
+    assert "| live teacher | 5.0 | 2.75 [1.50, 4.00] | 1.75 [1.50, 2.00] | 2.91 | 2.00 | 1.20 | 28 |" in table
 
 
 def test_chunked_loss(studies, tmp_path, monkeypatch):
