@@ -48,6 +48,7 @@ from hf_encdec_distill import (
 from hf_encdec_distill.bench import best_cpu_dtype, greedy_decode, machine_description, plot_front
 from hf_encdec_distill.data import fetch_builtin_teacher
 from hf_encdec_distill.distillation import LiveTeacher, capture
+from hf_encdec_distill.distillation.options.fake_quantization import fake_quantized
 from hf_encdec_distill.evaluation import encode_rows, generate, score
 from hf_encdec_distill.files import write_json
 from hf_encdec_distill.metrics import distinct_share, pareto_front, rouge_l
@@ -64,6 +65,7 @@ class Arm:
     encoder: int | tuple[int, ...] | None = None  # None: a decoder-only model
     heal: str | None = "least_squares"
     training: dict = field(default_factory=dict)  # of `DistillationTrainingArguments`
+    also_int4: bool = False  # whether it is measured with weights rounded to 4 bits, too
 
     @property
     def layers(self) -> tuple[int, int]:
@@ -93,7 +95,7 @@ ARMS = {
     "frozen_5_4": Arm("5 + 4, frozen encoder", FOUR, SIX[:-1], training=FROZEN),
     "frozen_11_4": Arm("11 + 4, frozen encoder", FOUR, 11, training=FROZEN),
     "frozen_11_6": Arm("11 + 6, frozen encoder", SIX, 11, training=FROZEN),
-    "frozen_5_6": Arm("5 + 6, frozen encoder", SIX, SIX[:-1], training=FROZEN),
+    "frozen_5_6": Arm("5 + 6, frozen encoder", SIX, SIX[:-1], training=FROZEN, also_int4=True),
     "half_5_6": Arm("5 + 6, frozen for 100 steps", SIX, SIX[:-1], training=FROZEN | {"unfreeze_encoder_after": 100}),
     "frozen_20_6": Arm("20 + 6, frozen encoder", SIX, 20, training=FROZEN),
     "frozen_20_8": Arm("20 + 8, frozen encoder", EIGHT, 20, training=FROZEN),
@@ -101,10 +103,13 @@ ARMS = {
     "whole_8": Arm("whole frozen encoder + 8", EIGHT, ALL, training=FROZEN),
     "plain_5_6": Arm("5 + 6, not fitted", SIX, SIX[:-1], heal=None),
     "plain_only_6": Arm("decoder-only 6, not fitted", SIX, heal=None),
-    "muon_5_6": Arm("5 + 6, Muon", SIX, SIX[:-1], training={"optim": "muon"}),
-    "qat_5_6": Arm("5 + 6, trained for int4", SIX, SIX[:-1], training={"qat": "int4"}),
+    "muon_5_6": Arm("5 + 6, frozen encoder, Muon", SIX, SIX[:-1], training=FROZEN | {"optim": "muon"}),
+    "qat_5_6": Arm(
+        "5 + 6, frozen encoder, trained for int4", SIX, SIX[:-1], training=FROZEN | {"qat": "int4"}, also_int4=True
+    ),
 }
 SHAPES = {"64/128": (64, 128), "128/32": (128, 32), "512/64": (512, 64), "2048/64": (2048, 64)}
+_IN_WORDS = {"ce": "CE", "kl": "KL", "teacher_agreement": "agreement", "rouge_l": "ROUGE-L"}
 MEASURES = {"ce": (1, 3), "kl": (1, 3), "teacher_agreement": (100, 1), "rouge_l": (100, 1), "distinct": (100, 0)}
 
 BATCH_SIZE, LEARNING_RATE, WARMUP = 8, 1e-3, 0.1  # the last is a share of the time
@@ -213,8 +218,12 @@ def run(arm: Arm, task: Task, seed: int, args: argparse.Namespace) -> dict:
         trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: clock.rate())
         clock.start = time.process_time()
         trainer.train()
+    result = measure(student, task)
+    if arm.also_int4:
+        with torch.no_grad(), fake_quantized(student, "int4"):
+            result["int4"] = measure(student, task)
     return {
-        **measure(student, task),
+        **result,
         "steps": trainer.state.global_step,
         "start": start,
         "parameters": student.num_parameters(),
@@ -456,6 +465,12 @@ def tables(results: Mapping, latency: Mapping | None) -> str:
         cells += [_spread([run[measure] for run in runs], measure) for measure in MEASURES if measure != "distinct"]
         lines.append(_line(cells))
     parts.append("\n".join(lines) + "\n")
+    for name, by_seed in results["arms"].items():
+        runs = [run["int4"] for run in by_seed.values() if "int4" in run]
+        if not runs:
+            continue
+        spreads = (f"{words} {_spread([run[key] for run in runs], key)}" for key, words in _IN_WORDS.items())
+        parts.append(f"With weights rounded to int4, {ARMS[name].label}: {', '.join(spreads)}.\n")
     if latency is not None:
         parts.append(_times(results, latency))
     return "\n".join(parts)

@@ -419,11 +419,11 @@ def test_as_many_rows_as_the_time_allows():
     a_row = 1.0 + 3.5 * 0.3 + 2 * 0.7
     assert slow.evaluation(10) == pytest.approx(8 + 10 * (a_row - 1.0))
     two_hours = slow.for_run(7200.0, 8, 10_000)
-    assert two_hours.held_out == int((0.2 * 7200 - 8) / a_row) > 64
+    assert two_hours.held_out == int((recipe.EVALUATION_SHARE * 7200 - 8) / a_row) > 64
     assert slow.for_run(7200.0, 8, 229).held_out == 229
     assert slow.for_run(1e9, 8, 10_000).held_out == recipe.MOST_ROWS
     twelve = slow.for_run(720.0, 8, 229)
-    assert twelve.held_out == 64 and twelve.rounds == 4  # a fifth would be 39 rows
+    assert twelve.held_out == 64 and twelve.rounds == 4  # its share would be fewer
     four = slow.for_run(240.0, 8, 229)
     assert four.held_out == int((0.35 * 240 - 8) / a_row) < 64
     assert slow.for_run(5.0, 8, 229).held_out == 8 and slow.for_run(5.0, 8, 229).rounds == 2

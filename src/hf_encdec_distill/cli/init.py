@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 SUMMARY = "make an untrained student from a decoder-only model"
-EXAMPLE = "hf-encdec-distill init built-in --encoder-layers 11 --decoder-layers 4 --output student"
+EXAMPLE = "hf-encdec-distill init built-in --encoder-layers 5 --decoder-layers 6 --output student"
 
 _ROWS_TO_CHOOSE_LAYERS = 32
 _SIDES = ("encoder", "decoder")

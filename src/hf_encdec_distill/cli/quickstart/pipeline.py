@@ -399,8 +399,9 @@ class Pipeline:
         }
 
     def _record(self, teacher, student) -> int:
-        """Keep what teacher and encoder say of training rows, as many as pay; returns their number."""
-        begun, seconds = self.state.now(), recipe.RECORDED_SHARE * self._seconds_to_train()
+        """Keep what teacher and encoder say of training rows, as many as there is time for; returns their number."""
+        now = self.state.now
+        end = now() + recipe.RECORDED_SHARE * self._seconds_to_train()
         live = LiveTeacher(teacher.to(working_dtype()))
         start = student.config.decoder_start_token_id
         collator = DistillationCollator(student.tokenizer, self.tokenizer, start_token_id=start)
@@ -415,11 +416,13 @@ class Pipeline:
                 student, rows, self.work / "states", collator, accelerator=accelerator, progress=False
             )
 
-        first = min(recipe.FIRST_RECORDED, len(self._ready))
-        record(first)
-        a_row = (self.state.now() - begun) / first
-        count = min(max(int(seconds / max(a_row, 1e-9)), first), len(self._ready))
-        record(count)
+        count, more = 0, recipe.FIRST_RECORDED
+        while more >= recipe.FIRST_RECORDED and count < len(self._ready):
+            begun, before = now(), count
+            count = min(count + more, len(self._ready))
+            record(count)
+            a_row = (now() - begun) / (count - before)
+            more = int(min((end - now()) / max(a_row, 1e-9), 3 * count))  # the first rows are slow: step by step
         return count
 
     @cached_property

@@ -1,7 +1,7 @@
 """Everything that decides how good the quickstart's student becomes, and for what its time is spent. All in one place:
 the other files of this folder say how, this one says how much."""
 
-ENCODER_LAYERS, DECODER_LAYERS = 11, 4
+ENCODER_LAYERS, DECODER_LAYERS = 5, 6
 MAX_PROMPT, MAX_TARGET = 256, 32  # tokens
 OTHER_TEMPLATE = "{source}\n\nAnswer:"  # for data that is not the built-in task
 
@@ -12,12 +12,12 @@ TEACHER_PASSES = 3
 STUDENT_LEARNING_RATE = 1e-3
 WARMUP = 0.1  # of the steps that fit into the time; the rest falls linearly to zero
 DIVERGENCE, DISTILL_WEIGHT = "forward_kl", 0.9
-HEAL_ROWS = 200  # the layers are chosen and fitted on
+HEAL_ROWS = 100  # the layers are chosen and fitted on
 # In a shorter run the encoder stays as the fit left it. What it and the teacher say of some rows is recorded, and many
 # cheap steps are made on these; a longer run trains all weights, on rows that are mostly read once.
 FROZEN_BELOW_MINUTES = 30
-RECORDED_SHARE = 0.35  # of the students' time, for the recording
-FIRST_RECORDED = 16  # rows from whose cost the others are planned
+RECORDED_SHARE = 0.55  # of the student's time, for the recording: each row is then read some three times
+FIRST_RECORDED = 16  # rows from whose cost the next ones are planned
 TOP_K = 32  # tokens that are recorded of the teacher
 VALIDATION_ROWS = 96  # at most, and as many as take `VALIDATION_SHARE` of the teacher's time
 VALIDATION_SHARE = 0.1
@@ -26,7 +26,7 @@ VALIDATION_SHARE = 0.1
 PARTS = {"teach": 16, "start": 2, "students": 56}
 
 # Evaluation: all its rows, of all models, before and after.
-EVALUATION_SHARE = 0.2  # of the time
+EVALUATION_SHARE = 0.15  # of the time
 ENOUGH_ROWS = 64  # are measured even if they take up to `LARGEST_EVALUATION_SHARE` of it
 LARGEST_EVALUATION_SHARE = 0.35
 MOST_ROWS = 500
