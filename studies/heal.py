@@ -103,6 +103,7 @@ ARMS = {
     "whole_8": Arm("whole frozen encoder + 8", EIGHT, ALL, training=FROZEN),
     "plain_5_6": Arm("5 + 6, not fitted", SIX, SIX[:-1], heal=None),
     "plain_only_6": Arm("decoder-only 6, not fitted", SIX, heal=None),
+    "fast_5_6": Arm("5 + 6, frozen encoder, twice the rate", SIX, SIX[:-1], training=FROZEN | {"learning_rate": 2e-3}),
     "muon_5_6": Arm("5 + 6, frozen encoder, Muon", SIX, SIX[:-1], training=FROZEN | {"optim": "muon"}),
     "qat_5_6": Arm(
         "5 + 6, frozen encoder, trained for int4", SIX, SIX[:-1], training=FROZEN | {"qat": "int4"}, also_int4=True

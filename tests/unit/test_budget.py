@@ -53,19 +53,21 @@ def test_splits_are_the_largest_that_are_fast_enough(prompt, answer, speedup):
     assert sorted(budget.splits(teacher, student_config())) == sorted(largest)
 
 
-def test_the_nearest_of_three_is_taken():
+def test_the_nearest_of_three_splits_with_either_layers_is_taken():
     budget, teacher, config = Budget(60, 10, 2.0), teacher_config(depth=6), student_config()
     gaps = {side: torch.rand(6, 7) for side in ("encoder", "decoder")}
     splits = budget.splits(teacher, config)
     assert len(splits) > 3
-    tried = []
+    tried, by_influence = [], lambda encoder, decoder: {"encoder": range(encoder), "decoder": range(decoder)}
 
     def divergence(kept):
         tried.append(copy.deepcopy(kept))
         return -len(tried)  # the last one is the nearest
 
-    kept = layers_within(budget, teacher, config, gaps, divergence)
-    assert kept == tried[-1] and len(tried) == 3
+    kept = layers_within(budget, teacher, config, gaps, by_influence, divergence)
+    assert kept == tried[-1] and len(tried) == 6
+    assert [{side: range(len(layers)) for side, layers in kept.items()} for kept in tried[::2]] == tried[1::2]
+    tried = tried[::2]
     most = {decoder: encoder for encoder, decoder in splits}
     assert len({len(kept["decoder"]) for kept in tried}) == 3
     for kept in tried:

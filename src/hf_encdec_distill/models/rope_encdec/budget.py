@@ -92,16 +92,19 @@ def layers_within(
     teacher_config,
     student_config,
     gaps: dict[str, Tensor],
+    by_influence: Callable[[int, int], dict[str, list[int]]],
     divergence: Callable[[dict[str, list[int]]], float],
 ) -> dict[str, list[int]]:
     """`{"encoder": layers, "decoder": layers}` of the best student that meets a budget.
 
-    Each of the budget's splits gets the layers on the cheapest paths; of the `_TRIALS` splits with the cheapest ones,
-    that with the least `divergence` is taken.
+    Each of the budget's splits gets the layers on the cheapest paths. The `_TRIALS` splits with the cheapest ones are
+    tried, with these layers and with those of most influence: neither choice is the better one of all. What has the
+    least `divergence` is taken.
 
     Args:
         teacher_config, student_config: As for [`Budget.splits`].
         gaps (`dict`): From `measure_gaps`.
+        by_influence: The layers of most influence for numbers of encoder and decoder layers.
         divergence: Of a student with such layers from its teacher.
 
     Raises:
@@ -115,5 +118,7 @@ def layers_within(
             encoder = min(encoder, max(writing[-1], 1))
         reading, cost_of_reading = encoder_path(gaps, encoder, writing if merged else None)
         candidates.append((cost_of_writing + cost_of_reading, {"encoder": reading, "decoder": writing}))
-    best = [kept for _, kept in sorted(candidates, key=lambda candidate: candidate[0])[:_TRIALS]]
-    return best[0] if len(best) == 1 else min(best, key=divergence)
+    trials = []
+    for _, kept in sorted(candidates, key=lambda candidate: candidate[0])[:_TRIALS]:
+        trials += [kept, by_influence(len(kept["encoder"]), len(kept["decoder"]))]
+    return min(trials, key=divergence)

@@ -176,13 +176,18 @@ def from_decoder_only(
             held_out = calibration_batches(rows[::_HELD_OUT_EVERY][:MEASURED_ROWS], device)
             held_out_logprobs, _ = measure_teacher(teacher, held_out)
 
+            def by_influence(encoder, decoder):
+                kept = {"decoder": decoder, "encoder": encoder}
+                choose_layers(kept, "influence", depth, cross_attention == "merged", influence, None)
+                return kept
+
             def divergence(kept):
                 student = build(encoder_layers=kept["encoder"], decoder_layers=kept["decoder"])
                 if heal == "least_squares":
                     heal_encoder_decoder(student, teacher, kept, rows)
                 return _best_scale(_target_logits(student, held_out), held_out_logprobs)[1]
 
-            kept = layers_within(budget, teacher.config, config, gaps, divergence)
+            kept = layers_within(budget, teacher.config, config, gaps, by_influence, divergence)
     student = build(encoder_layers=kept["encoder"], decoder_layers=kept["decoder"])
     student.healing = None
     if batches:
