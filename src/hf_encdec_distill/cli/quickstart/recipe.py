@@ -16,7 +16,7 @@ HEAL_ROWS = 100  # the layers are chosen and fitted on
 # In a shorter run the encoder stays as the fit left it. What it and the teacher say of some rows is recorded, and many
 # cheap steps are made on these; a longer run trains all weights, on rows that are mostly read once.
 FROZEN_BELOW_MINUTES = 30
-RECORDED_SHARE = 0.55  # of the student's time, for the recording: each row is then read some three times
+RECORDED_SHARE = 0.5  # of the student's time, for the recording: each row is then read some three times
 FIRST_RECORDED = 16  # rows from whose cost the next ones are planned
 TOP_K = 32  # tokens that are recorded of the teacher
 VALIDATION_ROWS = 96  # at most, and as many as take `VALIDATION_SHARE` of the teacher's time
@@ -26,7 +26,7 @@ VALIDATION_SHARE = 0.1
 PARTS = {"teach": 16, "start": 2, "students": 56}
 
 # Evaluation: all its rows, of all models, before and after.
-EVALUATION_SHARE = 0.15  # of the time
+EVALUATION_SHARE = 0.12  # of the time
 ENOUGH_ROWS = 64  # are measured even if they take up to `LARGEST_EVALUATION_SHARE` of it
 LARGEST_EVALUATION_SHARE = 0.35
 MOST_ROWS = 500
