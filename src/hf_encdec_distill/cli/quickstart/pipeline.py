@@ -407,9 +407,8 @@ class Pipeline:
         collator = DistillationCollator(student.tokenizer, self.tokenizer, start_token_id=start)
         accelerator = Accelerator(mixed_precision="bf16" if precision_arguments()["bf16"] else "no")
 
-        def record(count: int) -> None:
-            # Rows of like length together: little is padded.
-            rows = sorted(self._ready[:count], key=lambda row: len(row["input_ids"]))
+        def record(rows: list[dict]) -> None:
+            rows = sorted(rows, key=lambda row: len(row["input_ids"]))  # those of like length together: little padding
             options: dict[str, Any] = {"kind": "top_k", "k": recipe.TOP_K, "start_token_id": start, "progress": False}
             capture(live, rows, self.work / "records", self.tokenizer, **options)
             capture_encoder_states(
@@ -420,7 +419,7 @@ class Pipeline:
         while more >= recipe.FIRST_RECORDED and count < len(self._ready):
             begun, before = now(), count
             count = min(count + more, len(self._ready))
-            record(count)
+            record(self._ready[before:count])
             a_row = (now() - begun) / (count - before)
             more = int(min((end - now()) / max(a_row, 1e-9), 3 * count))  # the first rows are slow: step by step
         return count
