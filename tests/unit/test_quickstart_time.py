@@ -32,6 +32,7 @@ class Machine:
 
     def __init__(self, factor=1.0):
         self.now, self.factor, self.rows_trained, self.interrupt_at = 5000.0, factor, [], None
+        self.rows_read: list[int] = []
 
     def __call__(self):
         return self.now
@@ -73,7 +74,14 @@ def build(monkeypatch, machine):
             signal.raise_signal(signal.SIGINT)
         return step(self, model, inputs, *args, **kwargs)
 
+    capture = pipeline.capture
+
+    def capturing(teacher, rows, *args, **kwargs):
+        machine.rows_read.append(len(rows))
+        return capture(teacher, rows, *args, **kwargs)
+
     monkeypatch.setattr(Trainer, "training_step", training_step)
+    monkeypatch.setattr(pipeline, "capture", capturing)
     monkeypatch.setattr(pipeline, "generate", generate)
     slower(pipeline, "score", scoring)
     slower(pipeline, "greedy_decode", machine.request)
@@ -145,6 +153,7 @@ def finished(request, given, tmp_path_factory):
         said=said.getvalue(),
         shown=shown,
         results=results(folder),
+        rows_read=machine.rows_read,
     )
 
 
@@ -181,6 +190,7 @@ def test_a_short_run_trains_the_decoder_alone_on_recorded_rows(finished):
         return
     assert frozen and all(frozen)
     assert finished.results["start"]["recorded"] == 300
+    assert sum(finished.rows_read) == 300 and len(finished.rows_read) > 2  # step by step, none a second time
     assert len(CachedTeacher(finished.folder / "work" / "records")) == 300
     (states,) = (finished.folder / "work" / "states").iterdir()
     assert sum(len(load_file(file)) for file in states.iterdir()) == 300
