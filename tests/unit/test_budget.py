@@ -75,6 +75,20 @@ def test_the_nearest_of_three_splits_with_either_layers_is_taken():
         assert kept["encoder"][-1] < max(kept["decoder"][-1], 1)  # all of the encoder is read
 
 
+def test_no_layers_are_tried_twice():
+    budget, teacher, config = Budget(60, 10, 2.0), teacher_config(depth=6), student_config()
+    gaps = {side: torch.rand(6, 7) for side in ("encoder", "decoder")}
+    tried = []
+
+    def divergence(kept):
+        tried.append(kept)
+        return len(tried)
+
+    same = {"encoder": [0], "decoder": [0]}
+    layers_within(budget, teacher, config, gaps, lambda *_: same, divergence)
+    assert len(tried) >= 3 and tried.count(same) == 1
+
+
 @pytest.mark.parametrize("cross_attention", ["merged", "separate"])
 def test_a_student_within_a_budget(cross_attention):
     teacher, budget = LlamaForCausalLM(teacher_config(depth=5)).eval(), Budget(30, 10, 1.5)

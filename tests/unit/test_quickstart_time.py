@@ -167,7 +167,8 @@ def test_twelve_minutes_are_twelve_on_a_slow_machine(finished):
     # Few steps: the learning rate arrives all the same, and falls.
     for stage, peak in (("teach", recipe.TEACHER_LEARNING_RATE), ("distill", recipe.STUDENT_LEARNING_RATE)):
         rates = done[stage]["rates"]
-        assert 4 <= len(rates) < 50 and max(rates) > 0.8 * peak and rates[-1] < 0.4 * peak
+        most = 50 if finished.is_short and stage == "distill" else 25  # with the time of the twin
+        assert 4 <= len(rates) < most and max(rates) > 0.8 * peak and rates[-1] < 0.4 * peak
         assert rates.index(max(rates)) <= len(rates) // 3
     assert done["distill"]["steps"] == metrics["recipe"]["steps"]
     if not finished.is_short:

@@ -118,7 +118,9 @@ def layers_within(
             encoder = min(encoder, max(writing[-1], 1))
         reading, cost_of_reading = encoder_path(gaps, encoder, writing if merged else None)
         candidates.append((cost_of_writing + cost_of_reading, {"encoder": reading, "decoder": writing}))
-    trials = []
+    trials: list[dict[str, list[int]]] = []
     for _, kept in sorted(candidates, key=lambda candidate: candidate[0])[:_TRIALS]:
-        trials += [kept, by_influence(len(kept["encoder"]), len(kept["decoder"]))]
-    return min(trials, key=divergence)
+        for layers in (kept, by_influence(len(kept["encoder"]), len(kept["decoder"]))):
+            if layers not in trials:  # each costs a fit
+                trials.append(layers)
+    return trials[0] if len(trials) == 1 else min(trials, key=divergence)
