@@ -46,11 +46,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker("quick")
 
 
-def pytest_collection_finish(session):
-    # Each training collects garbage, and would look through half a million objects of what was imported: 0.4 s.
-    gc.freeze()
-
-
 started = []  # processes of Python, by the test that runs
 
 
@@ -74,6 +69,13 @@ def pytest_runtest_call(item):
     if started and item.get_closest_marker("quick"):
         pytest.fail(f"it starts {started[0]}: mark it with @pytest.mark.process")
     return result
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_garbage_is_looked_for_in_imports():
+    # Each training collects garbage, and would look through the millions of objects of all that is imported by then.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
