@@ -16,7 +16,7 @@ HEAL_ROWS = 100  # the layers are chosen and fitted on
 # In a shorter run the encoder stays as the fit left it. What it and the teacher say of some rows is recorded, and many
 # cheap steps are made on these; a longer run trains all weights, on rows that are mostly read once.
 FROZEN_BELOW_MINUTES = 30
-RECORDED_SHARE = 0.5  # of the student's time, for the recording: each row is then read some three times
+RECORDED_SHARE = 0.6  # of the student's time, for the recording: each row is then trained on twice or less
 FIRST_RECORDED = 16  # rows from whose cost the next ones are planned
 TOP_K = 32  # tokens that are recorded of the teacher
 VALIDATION_ROWS = 96  # at most, and as many as take `VALIDATION_SHARE` of the teacher's time
