@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
 from tasks import MAX_SOURCE, MAX_TARGET, Task, load_task, remembering_teacher
 from transformers import (
     AutoConfig,
@@ -47,7 +48,7 @@ from hf_encdec_distill import (
 )
 from hf_encdec_distill.bench import best_cpu_dtype, greedy_decode, machine_description, plot_front
 from hf_encdec_distill.data import fetch_builtin_teacher
-from hf_encdec_distill.distillation import LiveTeacher, capture
+from hf_encdec_distill.distillation import LiveTeacher, TargetGeneration, capture
 from hf_encdec_distill.distillation.options.fake_quantization import fake_quantized
 from hf_encdec_distill.evaluation import encode_rows, generate, score
 from hf_encdec_distill.files import write_json
@@ -66,6 +67,7 @@ class Arm:
     heal: str | None = "least_squares"
     training: dict = field(default_factory=dict)  # of `DistillationTrainingArguments`
     also_int4: bool = False  # whether it is measured with weights rounded to 4 bits, too
+    targets: str = "references"  # or the teacher's "greedy" answers, or the "likely" half of those
 
     @property
     def layers(self) -> tuple[int, int]:
@@ -104,6 +106,13 @@ ARMS = {
     "plain_5_6": Arm("5 + 6, not fitted", SIX, SIX[:-1], heal=None),
     "plain_only_6": Arm("decoder-only 6, not fitted", SIX, heal=None),
     "fast_5_6": Arm("5 + 6, frozen encoder, twice the rate", SIX, SIX[:-1], training=FROZEN | {"learning_rate": 2e-3}),
+    # The time in which the teacher writes its answers is not counted.
+    "greedy_5_6": Arm(
+        "5 + 6, frozen encoder, the teacher's answers", SIX, SIX[:-1], training=FROZEN, targets="greedy"
+    ),
+    "likely_5_6": Arm(
+        "5 + 6, frozen encoder, the teacher's likelier answers", SIX, SIX[:-1], training=FROZEN, targets="likely"
+    ),
     "muon_5_6": Arm("5 + 6, frozen encoder, Muon", SIX, SIX[:-1], training=FROZEN | {"optim": "muon"}),
     "qat_5_6": Arm(
         "5 + 6, frozen encoder, trained for int4", SIX, SIX[:-1], training=FROZEN | {"qat": "int4"}, also_int4=True
@@ -183,7 +192,7 @@ class _CpuTime(TrainerCallback):
 def run(arm: Arm, task: Task, seed: int, args: argparse.Namespace) -> dict:
     """Train and measure one student from its fit; the seed orders its rows."""
     set_seed(seed)
-    records = _records(task)
+    records, rows = _records(task, arm.targets), _train_rows(task, arm.targets)
     student, tokenizer, start = _fitted(arm, task)
     clock = _CpuTime(60 * args.minutes)
     with tempfile.TemporaryDirectory() as folder:
@@ -209,7 +218,7 @@ def run(arm: Arm, task: Task, seed: int, args: argparse.Namespace) -> dict:
                     **arm.training,
                 }
             ),
-            train_dataset=task.rows["train"].shuffle(seed=seed),
+            train_dataset=rows.shuffle(seed=seed),
             processing_class=tokenizer,
             teacher=str(records),
             teacher_processing_class=_tokenizer(task.teacher),
@@ -275,9 +284,10 @@ def _tokenizer(folder: Path):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def _records(task: Task) -> Path:
-    """The teacher's top 32 at each target token of the training rows, captured once."""
-    folder = task.teacher.parent / "cache-top_k"
+def _records(task: Task, targets: str) -> Path:
+    """The teacher's top 32 at each target token of the training rows or of its answers to them, captured once."""
+    written = targets != "references"
+    folder = task.teacher.parent / ("cache-written" if written else "cache-top_k")
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.partial")
         capture(
@@ -287,6 +297,7 @@ def _records(task: Task) -> Path:
             _tokenizer(task.teacher),
             kind="top_k",
             k=32,
+            generation=TargetGeneration(max_new_tokens=MAX_TARGET) if written else None,
             prompt_template=task.prompt_template,
             max_source_length=MAX_SOURCE,
             max_target_length=MAX_TARGET,
@@ -295,6 +306,23 @@ def _records(task: Task) -> Path:
         )
         os.replace(partial, folder)
     return folder
+
+
+def _train_rows(task: Task, targets: str) -> Dataset:
+    if targets == "references":
+        return task.rows["train"]
+    folder = _records(task, targets)
+    rows = Dataset.from_parquet([str(file) for file in sorted(folder.glob("generated-train-*.parquet"))])
+    if targets == "greedy":
+        return rows
+    likelihoods = folder / "mean_log_probs.json"
+    if not likelihoods.exists():
+        encoded = encode_rows(rows, _tokenizer(task.teacher), task.prompt_template, MAX_SOURCE, MAX_TARGET)
+        teacher = load_teacher(task.teacher, dtype=best_cpu_dtype())
+        sums = score({"teacher": teacher}, encoded)["teacher"]["ce"]
+        write_json(likelihoods, [-float(ce) / len(row["labels"]) for ce, row in zip(sums, encoded, strict=True)])
+    order = np.argsort(json.loads(likelihoods.read_text(encoding="utf-8")))
+    return rows.select(order[len(rows) // 2 :])
 
 
 # --- quality ---

@@ -85,6 +85,7 @@ def test_heal(studies, toy_task, tmp_path, monkeypatch):
     import heal
 
     arms = {"only": heal.Arm("decoder-only 2", 2), "split": heal.Arm("2 + 1", 1, 2)}
+    arms["likely"] = heal.Arm("2 + 1, likely answers", 1, 2, targets="likely")
     monkeypatch.setattr(heal, "ARMS", arms)
     monkeypatch.setattr(heal, "HEAL_ROWS", 40)
     monkeypatch.setattr(heal, "TEST_ROWS", 6)

@@ -253,6 +253,20 @@ def test_the_teacher_of_the_quickstart_does_not_become_nan(tmp_path, make_bpe_to
         )
 
 
+def test_an_interrupted_tuning_knows_its_best_pass(tmp_path, make_bpe_tokenizer):
+    rows = [{"prompt": row["input_ids"], "labels": row["labels"]} for row in ROWS]
+    model = make_teacher()
+    best = tuning._BestPass(model, rows[:4], 1, tmp_path)
+    best.measure()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():  # the pass after that makes it worse
+        model.lm_head.weight.mul_(100)
+    again = tuning._BestPass(model, rows[:4], 1, tmp_path)
+    again.restore()
+    assert again.losses[0] == best.losses[0] < again.losses[1]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
 # Folders -------------------------------------------------------------------------------------------------------------
 
 

@@ -374,8 +374,56 @@ def test_other_families_are_refused_by_name():
         ({"decoder_num_hidden_layers": 2}, "tokenizer="),
         ({"decoder_num_hidden_layers": 2, "calibration": [("text", "target")]}, "tokenizer="),
         ({"decoder_num_hidden_layers": 2, "calibration": [([1], [])]}, "calibration"),
+        ({"decoder_num_hidden_layers": 2, "calibration": [{"source": [4, 5], "target": [6]}]}, "expected pairs"),
+        ({"decoder_num_hidden_layers": 2, "calibration": [([4] * 99, [6])], "positions": 90}, "fits .* 90 positions"),
     ],
 )
 def test_what_cannot_work_is_a_value_error(arguments, message):
+    teacher = make_teacher(max_position_embeddings=arguments.pop("positions", 512))
     with pytest.raises(ValueError, match=message):
-        RopeEncDecForConditionalGeneration.from_decoder_only(make_teacher(), **arguments)
+        RopeEncDecForConditionalGeneration.from_decoder_only(teacher, **arguments)
+
+
+def test_rows_beyond_the_teachers_positions_count_for_nothing(caplog):
+    teacher = make_teacher(max_position_embeddings=64)
+
+    def student(rows):
+        return RopeEncDecForConditionalGeneration.from_decoder_only(
+            teacher, encoder_num_hidden_layers=2, decoder_num_hidden_layers=2, calibration=rows
+        )
+
+    rows = calibration_rows()
+    expected, found = student(rows), student([*rows, ([5] * 60, [6] * 5)])
+    assert all(torch.equal(weight, found.get_parameter(name)) for name, weight in expected.named_parameters())
+    assert f"1 of {len(rows) + 1} calibration rows do not fit" in caplog.text
+
+
+@pytest.mark.parametrize("selection", ["influence", "least_squares", "greedy", "even", "first"])
+def test_the_only_layer_of_a_merged_decoder_reads_the_encoder(selection, caplog):
+    """The states of a layer 0 are the embeddings, and no encoder layer would matter."""
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(
+        make_teacher(),
+        encoder_num_hidden_layers=3,
+        decoder_num_hidden_layers=1,
+        layer_selection=selection,
+        calibration=calibration_rows(),
+    )
+    assert student.config.cross_attention_layers == [3] and "do nothing" not in caplog.text
+    inputs = {"input_ids": torch.randint(4, VOCAB, (1, 6)), "decoder_input_ids": torch.randint(4, VOCAB, (1, 3))}
+    student(**inputs).logits.sum().backward()
+    assert all(layer.self_attn.k_proj.weight.grad.abs().max() > 0 for layer in student.model.encoder.layers)
+
+
+def test_encoder_layers_that_nothing_reads_are_named(caplog):
+    RopeEncDecForConditionalGeneration.from_decoder_only(
+        make_teacher(), encoder_num_hidden_layers=3, decoder_layers=[0, 1], calibration=calibration_rows()
+    )
+    assert "The last 2 of the encoder's 3 layers do nothing" in caplog.text
+
+
+def test_without_the_layer_that_nothing_reads_it_is_the_teacher_still():
+    teacher = make_teacher()
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(
+        teacher, encoder_layers=list(range(DEPTH - 1)), calibration=calibration_rows()
+    )
+    assert torch.equal(student.model.decoder.norm.weight, teacher.model.norm.weight)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from test_files import PAGE, POINTER
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_encdec_distill.cli.main import main
 
@@ -76,11 +77,23 @@ def test_a_folder_without_a_config(refused, tmp_path, command):
     assert "bare holds no model, there is no config.json" in refused(command, student=tmp_path / "bare")
 
 
-@pytest.mark.parametrize("command", [command for name, command in OF_TEACHER.items() if name != "quickstart"])
+@pytest.mark.parametrize("command", OF_TEACHER.values())
 def test_a_student_in_place_of_the_teacher_is_called_one(refused, whole, command):
     said = refused(command, teacher=whole / "student")
     assert "is an encoder-decoder as students are (rope_encdec): give a decoder-only model" in said
     assert "AutoModel" not in said
+
+
+@pytest.mark.parametrize("command", ["init", "quickstart"])
+def test_a_teacher_of_another_family_is_refused_at_once(refused, whole, tmp_path, command):
+    folder = shutil.copytree(whole / "teacher", tmp_path / "gpt2")
+    GPT2LMHeadModel(GPT2Config(n_layer=4, n_head=1, n_embd=8, vocab_size=300)).save_pretrained(folder)
+    assert "model_type='gpt2' is not supported" in refused(OF_TEACHER[command], teacher=folder)
+
+
+def test_numbers_that_cannot_work_are_refused_at_once(refused):
+    assert "seed=-1 is out of range" in refused(OF_TEACHER["quickstart"] + " --seed -1")
+    assert "--eval-rows -1 is below 0" in refused(OF_TEACHER["heal"].replace("--eval-rows 0", "--eval-rows -1"))
 
 
 def test_a_teacher_in_place_of_the_student_is_called_one(refused, whole):
@@ -171,6 +184,10 @@ def test_a_state_that_is_none(refused, tmp_path, content):
     assert "state.json" in refused("quickstart --resume --output run")
 
 
+# As an earlier version wrote it.
+PLAN = {"load": 1.0, "score": 1.0, "generate": 1.0, "request": 1.0, "student_size": 0.5, "held_out": 8, "rounds": 2}
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -180,6 +197,9 @@ def test_a_state_that_is_none(refused, tmp_path, content):
         ({"results": {"teacher": "built-in"}}, "as 'teacher', expected type object"),
         ({"begun": {"teacher": "long"}}, "as 'teacher', expected type number"),
         ({"earlier": {}}, "earlier has no 'rounds'"),
+        ({"results": {"before": {"ce": []}}}, "before has no 'plan'"),
+        ({"results": {"before": {"plan": {"load": 1.0, "score": "fast"}}}}, "'fast' as 'score', expected type number"),
+        ({"results": {"before": {"plan": PLAN}}}, "before, plan has no 'trained', expected one of type integer"),
         ({"seconds_used": None}, "as 'seconds_used', expected type number"),
     ],
 )

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_encdec_distill.cards import write_model_card
 from hf_encdec_distill.cli.main import main
+from hf_encdec_distill.evaluation import generate
 from hf_encdec_distill.models.loading import load_student
 from hf_encdec_distill.models.prompts import encode_prompt
 
@@ -146,6 +147,16 @@ def test_evaluate_reads_the_prompt_of_the_training(made, capsys):
     assert json.loads(capsys.readouterr().out)["models"][student] == ours
 
 
+def test_answers_do_not_need_a_pad_token(made, make_bpe_tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(made / "teacher")
+    rows = [{"prompt": list(range(5, 5 + length))} for length in (9, 3, 6)]
+    model.generation_config.eos_token_id = eos = model.generate(torch.tensor([rows[1]["prompt"]]))[0, 5].item()
+    bare, padding = (make_bpe_tokenizer(pad_token=token) for token in (None, "<|endoftext|>"))
+    for tokenizer in (bare, padding):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
+    assert generate(model, bare, rows, 12) == generate(model, padding, rows, 12)
+
+
 def test_info_counts_it(made, capsys):
     assert main(["info", str(made / "student"), "--teacher", str(made / "teacher"), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -173,6 +184,8 @@ def test_what_needs_an_encoder_decoder_says_so(made, tmp_path, capsys):
     assert "Optimum exports that as it is" in one_line_error(
         capsys, "export", student, str(tmp_path / "out"), "--target", "onnx"
     )
+    record = ["cache", str(made / "teacher"), "--encoder-states", student, "--output", str(tmp_path / "states")]
+    assert "has no encoder states to keep" in one_line_error(capsys, *record, *data(made))
     assert "the page is for encoder-decoders" in one_line_error(capsys, "demo", student, *data(made))
     with pytest.raises(ValueError, match="is a decoder-only model"):
         load_student(student)

@@ -52,6 +52,14 @@ def test_text_rows_of_a_separate_student(make_bpe_tokenizer):
     assert decoded == "<s><|im_start|>user\nz<|im_end|>\n<|im_start|>assistant\nZed<|im_end|>"
 
 
+def test_a_tokenizer_without_a_pad_token(make_bpe_tokenizer):
+    """As those of Llama 3 and Mistral: the same batch, and the tokenizer stays as it is."""
+    bare, padding = (make_bpe_tokenizer(add_bos=True, pad_token=token) for token in (None, "<|endoftext|>"))
+    batch, expected = (DistillationCollator(each, each)(TEXT) for each in (bare, padding))
+    assert bare.pad_token is None and set(batch) == set(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in batch.items())
+
+
 @pytest.mark.parametrize("template", [None, "Summarise:\n{source}\nSummary:", "Seam: {source}\nSummary:"])
 def test_text_rows_of_a_merged_student(make_bpe_tokenizer, template):
     """Its encoder reads the teacher's prompt but the last token, which its decoder starts with."""

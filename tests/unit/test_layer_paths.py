@@ -142,10 +142,11 @@ def test_paths_of_both_sides():
             shares = [1 - float(gaps[side][i, j]) for i, j in itertools.pairwise([*path, 6])]
             kept.setdefault(side, {})[tuple(path)] = np.prod(shares)
     best = {side: max(of_side, key=of_side.get) for side, of_side in kept.items()}
-    path, cost = decoder_path(gaps, 3)
+    path, cost = decoder_path(gaps, 3, merged=True)
     assert tuple(path) == best["decoder"]
     assert np.exp(-cost) == pytest.approx(kept["decoder"][best["decoder"]], rel=1e-4)
     assert tuple(encoder_path(gaps, 3, None)[0]) == best["encoder"]
+    assert decoder_path(gaps, 1, merged=True)[0] == [5] and decoder_path(gaps, 1, merged=False)[0] == [0]
 
 
 def test_a_step_that_leaves_more_than_all_is_possible_but_dear():

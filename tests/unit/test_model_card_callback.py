@@ -65,6 +65,8 @@ def test_it_tells_what_the_trainer_knows(train, tmp_path, make_bpe_tokenizer):
         distill_weight=0.75,
         learning_rate=2e-3,
         hub_token="hf_secret",
+        freeze_encoder=True,
+        encoder_states=str(tmp_path / "states"),
     )
     measured = trainer.evaluate()
     card = card_of(trainer)

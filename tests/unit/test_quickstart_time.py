@@ -15,7 +15,7 @@ from distillation_toys import write_pairs, write_teacher
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, Trainer
 
-from hf_encdec_distill.cli.quickstart import pipeline, planning, recipe, state, timed_training
+from hf_encdec_distill.cli.quickstart import pipeline, planning, recipe, recording, state, timed_training
 from hf_encdec_distill.cli.quickstart.pipeline import Pipeline, quickstart
 from hf_encdec_distill.cli.quickstart.planning import Plan
 from hf_encdec_distill.cli.quickstart.state import open_run
@@ -74,14 +74,14 @@ def build(monkeypatch, machine):
             signal.raise_signal(signal.SIGINT)
         return step(self, model, inputs, *args, **kwargs)
 
-    capture = pipeline.capture
+    capture = recording.capture
 
     def capturing(teacher, rows, *args, **kwargs):
         machine.rows_read.append(len(rows))
         return capture(teacher, rows, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "training_step", training_step)
-    monkeypatch.setattr(pipeline, "capture", capturing)
+    monkeypatch.setattr(recording, "capture", capturing)
     monkeypatch.setattr(pipeline, "generate", generate)
     slower(pipeline, "score", scoring)
     slower(pipeline, "greedy_decode", machine.request)

@@ -349,6 +349,14 @@ def test_an_option_counts_for_more_than_the_recipe(folder, tmp_path):
     assert resolve("--student", "that") == {**{k: v for k, v in unchanged.items() if k != "init"}, "student": "that"}
 
 
+def test_states_of_an_encoder_that_are_reproduced_stay_in_the_output(folder, tmp_path):
+    recipe = contents(folder, freeze_encoder=True, encoder_states=str(tmp_path / "elsewhere"))
+    write(tmp_path / "recipe.yaml", recipe)
+    words = ["distill", "--reproduce", str(tmp_path), "--output", str(tmp_path / "again")]
+    args, args.extra = build_parser().parse_known_args(words)
+    assert distill._recipe(args)["encoder_states"] == str(tmp_path / "again" / "encoder_states")
+
+
 def test_what_is_lacking_is_asked_for(folder, tmp_path, capsys):
     assert "required: --teacher, --output" in error_of(capsys, "student")
     bare = write(tmp_path / "r.yaml", contents(folder, teacher=None, init=None, output=None))

@@ -21,7 +21,7 @@ from .model_card import check, teacher_entry, write_model_card
 MARK = "<!-- Written by ModelCardCallback, which rewrites it until you delete this line. -->"
 # In every card, since few know these defaults; other fields only where they are not at theirs.
 _ALWAYS = ("divergence", "distill_weight", "distill_temperature")
-_ELSEWHERE = {"prompt_template", "source_column", "target_column"}  # in the card, or about this copy of the data
+_ELSEWHERE = {"prompt_template", "source_column", "target_column", "encoder_states"}  # in the card, or of this copy
 # As RopeEncDec, BART and T5 call them.
 _ENCODER_LAYERS = ("encoder_num_hidden_layers", "encoder_layers", "num_layers")
 _DECODER_LAYERS = ("decoder_num_hidden_layers", "decoder_layers", "num_decoder_layers")

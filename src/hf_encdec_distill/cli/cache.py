@@ -195,7 +195,7 @@ def _record_encoder_states(args: argparse.Namespace) -> None:
     from ..distillation import DistillationCollator
     from ..distillation.alignment.vocabularies import SharedVocabulary, check_vocab_policy
     from ..distillation.options.encoder_states import capture_encoder_states
-    from ..distillation.teachers.recorded import is_cache, recorded_prompt_date
+    from ..distillation.teachers.recorded import is_cache, local_cache, recorded_prompt_date
     from ..models.loading import load_tokenizer
     from ..models.prompts import frozen_prompt_date
     from .distill import student_and_tokenizer
@@ -207,6 +207,7 @@ def _record_encoder_states(args: argparse.Namespace) -> None:
         raise ValueError(f"--{other.replace('_', '-')} with --encoder-states, which records no teacher: leave one out")
     splits = _splits(args)
     path = teacher_path(args.teacher or args.teacher_option)
+    path = str(local_cache(path)) if is_cache(path) else path
     student, tokenizer = student_and_tokenizer(args.encoder_states)
     teacher_tokenizer = load_tokenizer(path)
     template = prompt_template(args.prompt_template, args.dataset)

@@ -195,6 +195,8 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     if "student" in said:
         recipe.pop("init", None)
     recipe = {**DATA, **recipe, **said}
+    if args.reproduce is not None and "encoder_states" in recipe and "output" in recipe:
+        recipe["encoder_states"] = str(Path(recipe["output"]) / "encoder_states")  # not where a stranger says
     if init:
         recipe["init"] = {**recipe.get("init", {}), **init}
     if "student" in recipe and "init" in recipe:

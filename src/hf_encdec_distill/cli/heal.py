@@ -102,6 +102,8 @@ def run(args: argparse.Namespace) -> None:
     output = Path(args.output)
     checkpoint = checkpoint_in(output, args.resume)
     training = training_arguments(DistillationTrainingArguments, args, _TRAINING, output)
+    if args.eval_rows < 0:
+        raise ValueError(f"--eval-rows {args.eval_rows} is below 0: give a number of rows, 0 for no evaluation")
     if training.max_steps < 1:
         raise ValueError("text is read without end: say with --max-steps how many steps to train for")
     processes = training.accelerator_config

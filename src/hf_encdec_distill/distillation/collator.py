@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import DataCollatorForSeq2Seq, default_data_collator
 from transformers.utils import logging
 
-from ..models.prompts import check_limit, encode_prompt, prompt_start_token_id, reads_bare_source
+from ..models.prompts import check_limit, encode_prompt, prompt_start_token_id, reads_bare_source, with_pad_token
 from .alignment.boundaries import offsets_encoder, same_text_so_far, text_boundaries
 from .alignment.positions import IGNORED, TEACHER_COLUMNS
 from .alignment.vocabularies import SharedVocabulary, UniversalVocabulary
@@ -98,7 +98,9 @@ class DistillationCollator:
         self._prompt_checked = False
         if student_collator is None:
             student_collator = (
-                default_data_collator if self.tokenizer is None else DataCollatorForSeq2Seq(self.tokenizer)
+                default_data_collator
+                if self.tokenizer is None
+                else DataCollatorForSeq2Seq(with_pad_token(self.tokenizer))
             )
         self.student_collator = student_collator
 

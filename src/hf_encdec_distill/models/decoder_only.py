@@ -77,7 +77,8 @@ def prune_decoder_only(
     teacher.eval()
     batches = []
     if kept != list(range(depth)):
-        rows = calibration_rows(calibration, tokenizer, prompt_template, prompt_date, None)
+        positions = getattr(teacher.config, "max_position_embeddings", None)
+        rows = calibration_rows(calibration, tokenizer, prompt_template, prompt_date, None, positions)
         if isinstance(kept, int):
             check_rows_to_measure_on(rows, layer_selection)
         batches = calibration_batches(rows[:MEASURED_ROWS], next(teacher.parameters()).device)

@@ -71,6 +71,16 @@ def load_generation_config(name: str | os.PathLike) -> GenerationConfig:
         return GenerationConfig.from_pretrained(name)
 
 
+def check_decoder_only(name, config) -> None:
+    """Raises ValueError where the config of the teacher `name` is that of an encoder-decoder."""
+    if getattr(config, "is_encoder_decoder", False):
+        student = " as students are" if config.model_type == "rope_encdec" else ""
+        raise ValueError(
+            f"the teacher {name} is an encoder-decoder{student} ({config.model_type}): give a decoder-only model, as "
+            "the student was made from"
+        )
+
+
 def load_teacher(name: str | os.PathLike, **options: Any):
     """A decoder-only model with its head, in eval mode; a PEFT adapter on its base.
 
@@ -86,12 +96,7 @@ def load_teacher(name: str | os.PathLike, **options: Any):
     folder = find(name)
     base = _base_of_adapter(folder) if (folder / _ADAPTER).is_file() else name
     config = load_config(base)
-    if getattr(config, "is_encoder_decoder", False):
-        student = " as students are" if config.model_type == "rope_encdec" else ""
-        raise ValueError(
-            f"the teacher {name} is an encoder-decoder{student} ({config.model_type}): give a decoder-only model, as "
-            "the student was made from"
-        )
+    check_decoder_only(name, config)
     check_rope_is_read(config)
     model = _load(AutoModelForCausalLM, name, "a teacher", options)
     if base != name:

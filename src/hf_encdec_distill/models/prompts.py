@@ -153,6 +153,15 @@ def distinct_pad_token(tokenizer) -> str | None:
     return tokenizer.pad_token or tokenizer.eos_token
 
 
+def with_pad_token(tokenizer):
+    """The tokenizer, or a copy that has a pad token where it has none, as those of Llama and Mistral."""
+    if tokenizer.pad_token is not None:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = distinct_pad_token(tokenizer)
+    return tokenizer
+
+
 def student_tokenizer(
     tokenizer, prompt_template=None, cross_attention="merged", prompt_date=None
 ) -> PreTrainedTokenizerFast:

@@ -19,7 +19,6 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from accelerate import Accelerator
 
 from ...bench import (
     compare_cost,
@@ -34,14 +33,7 @@ from ...data import lead_sentence
 from ...data.builtin_teacher import FACTS
 from ...data.python_docstrings import ROWS_LICENSE
 from ...devices import device, precision_arguments, working_dtype
-from ...distillation import (
-    DistillationCollator,
-    DistillationTrainer,
-    DistillationTrainingArguments,
-    LiveTeacher,
-    capture,
-    capture_encoder_states,
-)
+from ...distillation import DistillationTrainer, DistillationTrainingArguments
 from ...evaluation.scoring import BATCH_SIZE as EVALUATION_BATCH
 from ...evaluation.scoring import encode_rows, generate, score
 from ...files import write_json
@@ -50,13 +42,15 @@ from ...metrics.significance import interval, mean
 from ...metrics.texts import distinct_share
 from ...metrics.verdict import verdict
 from ...models.either_version import save_teacher
-from ...models.loading import load_config, load_student, load_teacher, load_tokenizer
+from ...models.loading import check_decoder_only, load_config, load_student, load_teacher, load_tokenizer
 from ...models.prompts import PreTrainedTokenizerFast, encode_prompt, prompt_start_token_id
 from ...models.rope_encdec import RopeEncDecForConditionalGeneration
+from ...models.rope_encdec.initialization import check_family
 from ...progress import Display, clock
 from .._inputs import BUILT_IN, dataset_name, load_splits, prompt_template, teacher_path
 from . import recipe
 from .planning import Plan, groups_of_like_length
+from .recording import record
 from .report import continuation, percent, samples_page
 from .state import TRAININGS, State, open_run
 from .timed_training import InOrder, TimeShare, train, training_order
@@ -266,6 +260,8 @@ class Pipeline:
     def teacher(self, update) -> dict:
         path = teacher_path(self.settings.teacher)
         config = load_config(path)
+        check_decoder_only(path, config)
+        check_family(config)
         depth = config.get_text_config(decoder=True).num_hidden_layers
         for side in ("encoder_layers", "decoder_layers"):
             if getattr(self.settings, side) > depth:
@@ -385,7 +381,9 @@ class Pipeline:
             note += f", KL from the teacher {healing['kl_before']:.2f}, fitted {healing['kl_after']:.2f}"
         recorded = 0
         if self.state.is_frozen:
-            recorded = self._record(teacher, student)
+            seconds = recipe.RECORDED_SHARE * self._seconds_to_train()
+            places = self.work / "records", self.work / "states"
+            recorded = record(teacher, student, self._ready, self.tokenizer, *places, seconds, self.state.now)
             note += f", {recorded} rows recorded"
         del teacher, student
         twin_step, overhead = self._time_twin(update) if self.state.has_twin else (0.0, 2 * self.plan.load)
@@ -397,32 +395,6 @@ class Pipeline:
             "overhead": overhead,
             "note": note,
         }
-
-    def _record(self, teacher, student) -> int:
-        """Keep what teacher and encoder say of training rows, as many as there is time for; returns their number."""
-        now = self.state.now
-        end = now() + recipe.RECORDED_SHARE * self._seconds_to_train()
-        live = LiveTeacher(teacher.to(working_dtype()))
-        start = student.config.decoder_start_token_id
-        collator = DistillationCollator(student.tokenizer, self.tokenizer, start_token_id=start)
-        accelerator = Accelerator(mixed_precision="bf16" if precision_arguments()["bf16"] else "no")
-
-        def record(rows: list[dict]) -> None:
-            rows = sorted(rows, key=lambda row: len(row["input_ids"]))  # those of like length together: little padding
-            options: dict[str, Any] = {"kind": "top_k", "k": recipe.TOP_K, "start_token_id": start, "progress": False}
-            capture(live, rows, self.work / "records", self.tokenizer, **options)
-            capture_encoder_states(
-                student, rows, self.work / "states", collator, accelerator=accelerator, progress=False
-            )
-
-        count, more = 0, recipe.FIRST_RECORDED
-        while more >= recipe.FIRST_RECORDED and count < len(self._ready):
-            begun, before = now(), count
-            count = min(count + more, len(self._ready))
-            record(self._ready[before:count])
-            a_row = (now() - begun) / (count - before)
-            more = int(min((end - now()) / max(a_row, 1e-9), 3 * count))  # the first rows are slow: step by step
-        return count
 
     @cached_property
     def _ready(self) -> list[dict]:

@@ -40,6 +40,8 @@ class Settings:
     def __post_init__(self):
         if not 0 < self.minutes < float("inf"):
             raise ValueError(f"minutes={self.minutes} is no time to work in: give a number above 0")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} is out of range: give one from 0 to {2**32 - 1}")
         for side in ("encoder_layers", "decoder_layers"):
             if getattr(self, side) < 1:
                 raise ValueError(f"{side}={getattr(self, side)}: a student needs at least one layer on either side")
@@ -217,6 +219,12 @@ def open_run(
     check_fields(results, dict.fromkeys(results, dict), f"{where}, results")
     check_fields(begun, dict.fromkeys(begun, float), f"{where}, begun")
     check_fields(earlier, _EARLIER, f"{where}, earlier")
+    if "before" in results:  # else there is no plan yet
+        check_fields(results["before"], {"plan": dict}, f"{where}, results, before")
+        try:
+            check_fields(results["before"]["plan"], get_type_hints(Plan), f"{where}, results, before, plan")
+        except ValueError as error:
+            raise ValueError(f"{error}: another version began this run; begin one with another --output") from None
     hints = get_type_hints(Settings)
     settings = Settings(**checked(content["settings"], hints, f"{where}, settings", "those of `quickstart --help`"))
     is_finished = "report" in results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ...devices import precision_arguments, working_dtype
 from ...distillation.alignment.positions import IGNORED
 from ...distillation.checks.finite_training import FiniteTraining
 from ...evaluation.scoring import completion_batch, score
+from ...files import read_json, write_json
 from .timed_training import InOrder, TimeShare, train
 
 
@@ -29,12 +31,16 @@ def completion_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Ten
 
 
 class _BestPass(TrainerCallback):
-    """Measures after each pass over the data and, in the end, gives the model back as it was after the best one."""
+    """Measures after each pass over the data and, in the end, gives the model back as it was after the best one.
 
-    def __init__(self, model, held_out: Sequence[dict], steps_a_pass: int):
+    The best weights and the losses are kept in `folder`, for a training that is interrupted in a later pass.
+    """
+
+    def __init__(self, model, held_out: Sequence[dict], steps_a_pass: int, folder: Path):
         self.model, self.held_out, self.steps_a_pass = model, held_out, steps_a_pass
-        self.losses: list[float] = []
-        self._best: dict[str, torch.Tensor] | None = None
+        self._weights, self._record = folder / "best.pt", folder / "passes.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.losses: list[float] = read_json(self._record, list) if self._record.exists() else []
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.steps_a_pass == 0:
@@ -43,12 +49,15 @@ class _BestPass(TrainerCallback):
     def measure(self) -> None:
         self.losses.append(held_out_loss(self.model, self.held_out))
         if self.losses[-1] == min(self.losses):
-            self._best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+            partial = self._weights.with_suffix(".partial")
+            torch.save(self.model.state_dict(), partial)
+            os.replace(partial, self._weights)
+        write_json(self._record, self.losses)
 
     def restore(self) -> None:
-        if self._best is not None:
+        if self.losses:
             self.measure()  # what came after the last whole pass
-            self.model.load_state_dict(self._best)
+            self.model.load_state_dict(torch.load(self._weights, weights_only=True))
 
 
 def held_out_loss(model, rows: Sequence[dict]) -> float:
@@ -107,10 +116,10 @@ def tune_teacher(
         model=model,
         args=args,
         train_dataset=rows,
-        data_collator=lambda batch: completion_batch(batch, tokenizer.pad_token_id),
+        data_collator=lambda batch: completion_batch(batch, tokenizer.pad_token_id or 0),
         compute_loss_func=completion_loss,
     )
-    best = _BestPass(model, held_out, steps_a_pass)
+    best = _BestPass(model, held_out, steps_a_pass, folder)
     trainer.add_callback(best)
     result = train(trainer, share)
     best.restore()

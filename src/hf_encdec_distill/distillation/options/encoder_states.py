@@ -309,8 +309,13 @@ def capture_encoder_states(
         How many rows the folder then has for this encoder.
 
     Raises:
-        ValueError: see `EncoderStates.encoder_outputs`.
+        ValueError: the student has no encoder; and see `EncoderStates.encoder_outputs`.
     """
+    if not student.config.is_encoder_decoder:
+        raise ValueError(
+            f"the student is a decoder-only model ({student.config.model_type}), which has no encoder states to keep: "
+            "record its teacher alone."
+        )
     accelerator = accelerator or Accelerator()
     splits = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
     numbered = [(rows, number) for rows in splits for number in range(len(rows))]

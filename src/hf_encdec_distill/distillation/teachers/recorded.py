@@ -69,7 +69,7 @@ class CachedTeacher(TeacherSignal):
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = _local(folder)
+        self.folder = local_cache(folder)
         self.manifest = read_manifest(self.folder)
         self.vocab_size = self.manifest["vocab_size"]
         self.prompt_date = self.manifest.get("prompt_date")
@@ -196,13 +196,14 @@ def is_cache(folder: Any) -> TypeGuard[str | os.PathLike]:
     return is_on_hub(folder) or (isinstance(folder, str | os.PathLike) and (Path(folder) / MANIFEST).is_file())
 
 
-def _local(folder: str | os.PathLike) -> Path:
+def local_cache(folder: str | os.PathLike) -> Path:
+    """The folder of a cache, fetched first where it is an address on the Hub."""
     return fetch(folder) if is_on_hub(folder) else Path(folder)
 
 
 def recorded_prompt_date(folder: str | os.PathLike) -> str | None:
     """The day that the prompts of a cache name, if they name one; raises what `CachedTeacher` raises."""
-    return read_manifest(_local(folder)).get("prompt_date")  # which older caches do not say
+    return read_manifest(local_cache(folder)).get("prompt_date")  # which older caches do not say
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

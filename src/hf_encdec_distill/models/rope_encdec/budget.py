@@ -113,7 +113,7 @@ def layers_within(
     candidates = []
     merged = student_config.cross_attention == "merged"
     for encoder, decoder in budget.splits(teacher_config, student_config):
-        writing, cost_of_writing = decoder_path(gaps, decoder)
+        writing, cost_of_writing = decoder_path(gaps, decoder, merged)
         if merged:  # nothing reads what an encoder layer above the last decoder layer's depth gives
             encoder = min(encoder, max(writing[-1], 1))
         reading, cost_of_reading = encoder_path(gaps, encoder, writing if merged else None)

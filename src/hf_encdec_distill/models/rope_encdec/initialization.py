@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 HEALING = ("least_squares", None)
 
-_NORM_SCALES = [0.02 * 1.15**step for step in range(36)]  # 0.02 to 2.7, each 15 % above the last
+_NORM_SCALES = [1.15**step for step in range(-28, 8)]  # 0.02 to 2.7, each 15 % above the last
 MEASURED_ROWS = 64  # their log-probabilities over the vocabulary are in memory
 _HELD_OUT_EVERY = 5
 _FITTED_WEIGHTS = tuple(f"{name}.weight" for name in FITTED)
@@ -152,7 +152,12 @@ def from_decoder_only(
     batches = []
     if budget is not None or any(layers != list(range(depth)) for layers in kept.values()):
         rows = calibration_rows(
-            calibration, tokenizer, prompt_template, prompt_date, special_tokens["decoder_start_token_id"]
+            calibration,
+            tokenizer,
+            prompt_template,
+            prompt_date,
+            special_tokens["decoder_start_token_id"],
+            getattr(teacher.config, "max_position_embeddings", None),
         )
         open_sides = [side for side, layers in kept.items() if isinstance(layers, int)]
         if budget is not None or open_sides:
@@ -189,6 +194,13 @@ def from_decoder_only(
 
             kept = layers_within(budget, teacher.config, config, gaps, by_influence, divergence)
     student = build(encoder_layers=kept["encoder"], decoder_layers=kept["decoder"])
+    unread = student.config.encoder_num_hidden_layers - student.config.encoder_states_read[-1]
+    if unread and encoder_layers is None and len(kept["encoder"]) < depth:
+        logger.warning(
+            f"The last {unread} of the encoder's {len(kept['encoder'])} layers do nothing: the decoder, of the "
+            f"teacher's layers {kept['decoder']}, reads none of their states. Ask for fewer encoder layers, or for "
+            "more or other decoder layers."
+        )
     student.healing = None
     if batches:
         if heal == "least_squares":
@@ -226,14 +238,19 @@ def load_with_tokenizer(teacher, tokenizer):
     return teacher, tokenizer
 
 
+def check_family(config) -> None:
+    """Raises ValueError where a student cannot hold the layers of a teacher of this config."""
+    if config.model_type not in SUPPORTED_FAMILIES:
+        raise ValueError(
+            f"A teacher of model_type={config.model_type!r} is not supported: its block has to be one of those that a "
+            f"student can hold, {', '.join(SUPPORTED_FAMILIES)}."
+        )
+    check_rope_is_read(config)
+
+
 def check_teacher(teacher, layer_selection, heal) -> None:
     """Raises ValueError where no student can be made of this teacher, or not in this way."""
-    if teacher.config.model_type not in SUPPORTED_FAMILIES:
-        raise ValueError(
-            f"A teacher of model_type={teacher.config.model_type!r} is not supported: its block has to be one of "
-            f"those that a student can hold, {', '.join(SUPPORTED_FAMILIES)}."
-        )
-    check_rope_is_read(teacher.config)
+    check_family(teacher.config)
     if layer_selection not in LAYER_SELECTIONS:
         raise ValueError(f"layer_selection={layer_selection!r} is not one of {', '.join(LAYER_SELECTIONS)}.")
     if heal not in HEALING:

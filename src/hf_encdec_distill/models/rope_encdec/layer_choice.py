@@ -3,26 +3,40 @@
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ..prompts import encode_prompt
 from .layer_paths import decoder_path, encoder_path
 
+
+logger = logging.get_logger(__name__)
 
 LAYER_SELECTIONS = ("influence", "least_squares", "greedy", "even", "first")
 
 _CALIBRATION_ROWS = 32
 _CALIBRATION_PROMPT, _CALIBRATION_TARGET = 128, 32  # tokens
 _CALIBRATION_BATCH = 8
+_MOST_TARGET = 64
 
 
 def calibration_rows(
-    calibration, tokenizer, prompt_template, prompt_date, start_token_id
+    calibration, tokenizer, prompt_template, prompt_date, start_token_id, positions=None
 ) -> list[tuple[list[int], list[int]]]:
-    """`(what the teacher reads before the target, target)` as ids. The prompt of a text ends in `start_token_id`."""
+    """`(what the teacher reads before the target, target)` as ids. The prompt of a text ends in `start_token_id`.
+
+    Targets are cut to `_MOST_TARGET` tokens, whose distributions over the vocabulary are held in memory. Rows that do
+    not fit the teacher's `positions` are left out, with a warning.
+    """
     if calibration is None:
         return [] if tokenizer is None else _documentation_rows(tokenizer)
     rows = []
-    for source, target in calibration:
+    for row in calibration:
+        if not (isinstance(row, (tuple, list)) and len(row) == 2):
+            raise ValueError(
+                f"calibration has {row!r:.100}, expected pairs: make them with "
+                '[(row["source"], row["target"]) for row in dataset].'
+            )
+        source, target = row
         if isinstance(source, str):
             if tokenizer is None:
                 raise ValueError("calibration has texts, but there is no tokenizer to encode them; pass tokenizer=.")
@@ -32,10 +46,20 @@ def calibration_rows(
             rows.append((prompt, tokenizer(target, add_special_tokens=False)["input_ids"]))
         else:
             rows.append((list(source), list(target)))
-    rows = [(prompt, target) for prompt, target in rows if len(prompt) > 1 and target]
+    rows = [(prompt, target[:_MOST_TARGET]) for prompt, target in rows if len(prompt) > 1 and target]
     if not rows:
         raise ValueError("calibration has no row with a prompt of two tokens or more and a target; pass some dozen.")
-    return rows
+    fitting = [row for row in rows if positions is None or len(row[0]) + len(row[1]) <= positions]
+    if not fitting:
+        raise ValueError(
+            f"calibration has no row that fits the teacher's {positions} positions, the shortest has "
+            f"{min(len(prompt) + len(target) for prompt, target in rows)} tokens: cut the prompts."
+        )
+    if len(fitting) < len(rows):
+        logger.warning(
+            f"{len(rows) - len(fitting)} of {len(rows)} calibration rows do not fit the teacher's positions."
+        )
+    return fitting
 
 
 def check_rows_to_measure_on(rows, layer_selection) -> None:
@@ -147,8 +171,10 @@ def choose_layers(kept, layer_selection, depth, merged, influence, greedy, gaps=
         if side == "encoder" and merged:
             # No decoder layer reads what leaves the encoder above the last one's own depth.
             candidates = candidates[: max(kept["decoder"][-1], count)]
-        if layer_selection == "least_squares" and side == "decoder":
-            kept[side], _ = decoder_path(gaps, count)
+        if side == "decoder" and merged and count == 1:
+            kept[side] = candidates[-1:]  # layer 0 would read the prompt's embeddings, and nothing the encoder
+        elif layer_selection == "least_squares" and side == "decoder":
+            kept[side], _ = decoder_path(gaps, count, merged)
         elif layer_selection == "least_squares":
             kept[side], _ = encoder_path(gaps, count, kept["decoder"] if merged else None)
         elif layer_selection == "influence":

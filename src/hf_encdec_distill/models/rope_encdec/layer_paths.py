@@ -142,9 +142,15 @@ def step_costs(gaps: Tensor) -> Tensor:
     return (-torch.log((1 - gaps).clamp(min=1e-3))).where(gaps.isfinite(), torch.inf)
 
 
-def decoder_path(gaps: dict[str, Tensor], count: int) -> tuple[list[int], float]:
-    """`count` layers for the decoder, and the cost of their path."""
-    return shortest_path(step_costs(gaps["decoder"]), count, len(gaps["decoder"]))
+def decoder_path(gaps: dict[str, Tensor], count: int, merged: bool) -> tuple[list[int], float]:
+    """`count` layers for the decoder, and the cost of their path.
+
+    The only layer of a decoder that is merged with its encoder is the last, where it can read one; that costs what the
+    first would, which is all that was measured.
+    """
+    depth = len(gaps["decoder"])
+    path, cost = shortest_path(step_costs(gaps["decoder"]), count, depth)
+    return [depth - 1] if merged and count == 1 else path, cost
 
 
 def encoder_path(gaps: dict[str, Tensor], count: int, decoder: Sequence[int] | None) -> tuple[list[int], float]:

@@ -1,0 +1,53 @@
+"""Records for a short run: teacher and frozen encoder on as many training rows as there is time for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from ...devices import precision_arguments, working_dtype
+from ...distillation import DistillationCollator, LiveTeacher, capture, capture_encoder_states
+from . import recipe
+
+
+def record(
+    teacher,
+    student,
+    rows: list[dict],
+    tokenizer,
+    records: Path,
+    states: Path,
+    seconds: float,
+    now: Callable[[], float] = time.monotonic,
+) -> int:
+    """Read the first of `rows`, once each, for about `seconds`; returns how many.
+
+    Args:
+        teacher, student: the student's encoder stays as it is.
+        rows: `input_ids` and `labels`.
+        tokenizer: the teacher's.
+        records, states: folders for what the teacher and what the encoder says.
+        seconds: `FIRST_RECORDED` rows are read in any case; from their cost the next ones are planned.
+        now: the clock.
+    """
+    end = now() + seconds
+    live = LiveTeacher(teacher.to(working_dtype()))
+    start = student.config.decoder_start_token_id
+    collator = DistillationCollator(student.tokenizer, tokenizer, start_token_id=start)
+    accelerator = Accelerator(mixed_precision="bf16" if precision_arguments()["bf16"] else "no")
+    options: dict[str, Any] = {"kind": "top_k", "k": recipe.TOP_K, "start_token_id": start, "progress": False}
+    count, more = 0, recipe.FIRST_RECORDED
+    while more >= recipe.FIRST_RECORDED and count < len(rows):
+        begun = now()
+        # Those of like length together: little padding.
+        chunk = sorted(rows[count : count + more], key=lambda row: len(row["input_ids"]))
+        capture(live, chunk, records, tokenizer, **options)
+        capture_encoder_states(student, chunk, states, collator, accelerator=accelerator, progress=False)
+        count += len(chunk)
+        a_row = (now() - begun) / len(chunk)
+        more = int(min((end - now()) / max(a_row, 1e-9), 3 * count))  # the first rows are slow: step by step
+    return count
