@@ -15,7 +15,7 @@ EXAMPLE = 'hf-encdec-distill generate exported "def area(radius): return 3.14159
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="DIR", help="exported folder, or folder or Hub id of a student")
+    parser.add_argument("model", metavar="MODEL", help="exported folder, or folder or Hub id of a student")
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="what to answer")
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="TOKENS", help="default: %(default)s")
     parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="default: %(default)s, greedy")

@@ -1,10 +1,10 @@
 """Distil the built-in task end to end within a wall-clock budget, and measure the result.
 
 A decoder-only teacher (by default SmolLM2-135M-Instruct) is taught the task, cut down to an encoder-decoder, and
-distilled into it. These are measured on the same held-out rows: the student, a twin trained without the teacher, the
-teacher before and after, and a one-line baseline. The output folder gets the student (loads anywhere), its model card,
-metrics.json, plots and samples. Ctrl-C stops a run; --resume continues it. A finished run trains on with --resume
---minutes 60. On a machine with other load, set OMP_WAIT_POLICY=PASSIVE in the environment: waiting threads then leave
+distilled into it. These are measured on the same held-out rows: the student, the teacher before and after, a one-line
+baseline and, from 30 minutes on, a twin of the student trained without the teacher. The output folder gets the student (loads anywhere), its model card,
+metrics.json, plots and samples. Ctrl-C stops a run; --resume continues it. --resume --minutes 60 trains a finished
+run for 60 more minutes. On a machine with other load, set OMP_WAIT_POLICY=PASSIVE in the environment: waiting threads then leave
 the cores to others.
 """
 

@@ -66,7 +66,7 @@ TITLES = {
     "data": "mine the data",
     "before": "evaluate the teacher as it is",
     "teach": "teach the teacher the task",
-    "start": "cut the student out of the teacher",
+    "start": "cut the student from the teacher",
     "distill": "train the student on the teacher",
     "twin": "train its twin on the labels alone",
     "evaluate": "evaluate on held-out rows",
