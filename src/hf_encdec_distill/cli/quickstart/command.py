@@ -2,10 +2,10 @@
 
 A decoder-only teacher (by default SmolLM2-135M-Instruct) is taught the task, cut down to an encoder-decoder, and
 distilled into it. These are measured on the same held-out rows: the student, the teacher before and after, a one-line
-baseline and, from 30 minutes on, a twin of the student trained without the teacher. The output folder gets the student (loads anywhere), its model card,
-metrics.json, plots and samples. Ctrl-C stops a run; --resume continues it. --resume --minutes 60 trains a finished
-run for 60 more minutes. On a machine with other load, set OMP_WAIT_POLICY=PASSIVE in the environment: waiting threads then leave
-the cores to others.
+baseline and, from 30 minutes on, a twin of the student trained without the teacher. The output folder gets the
+student (loads anywhere), its model card, metrics.json, plots and samples. Ctrl-C stops a run; --resume continues it.
+--resume --minutes 60 trains a finished run for 60 more minutes. On a machine with other load, set
+OMP_WAIT_POLICY=PASSIVE in the environment: waiting threads then leave the cores to others.
 """
 
 from __future__ import annotations
