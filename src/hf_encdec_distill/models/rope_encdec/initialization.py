@@ -89,7 +89,8 @@ def from_decoder_only(
             the decoder, always with the first two and the last; `"greedy"` takes out, one by one, the layer whose
             absence raises the KL divergence from the teacher least; `"least_squares"` keeps those that a linear fit
             joins best ([`~hf_encdec_distill.models.rope_encdec.layer_paths`]); `"even"` spaces them evenly; `"first"`
-            keeps the first ones and the last.
+            keeps the first ones and the last. The only layer of a `merged` decoder is the last: layer 0 would read no
+            encoder layer.
         budget ([`~hf_encdec_distill.models.rope_encdec.budget.Budget`], *optional*): A request, and how many times
             faster than the teacher the student has to answer it, instead of numbers of layers. Of the splits that are
             fast enough, the three with the best layers by `"least_squares"` are tried, and the one nearest to the
@@ -100,7 +101,8 @@ def from_decoder_only(
             is not nearer to the teacher on these than the plain one, a warning says so and the plain one is returned.
             `None` leaves the teacher's weights as they are. A student of full depth is never fitted.
         calibration (`list` of pairs, *optional*): `(source, target)` texts, or `(prompt ids, target ids)` as lists. By
-            default 32 passages of the Python documentation that the standard library carries.
+            default 32 passages of the Python documentation that the standard library carries. The first 64 tokens of a
+            target count; rows longer than the teacher's `max_position_embeddings` are left out, with a warning.
         tokenizer (`PreTrainedTokenizerFast`, *optional*): The teacher's; by default the one saved with it.
         trimmed_tokenizer (`PreTrainedTokenizerFast`, *optional*): One whose tokens are all the teacher's, such as
             [`~hf_encdec_distill.models.vocabulary.trim_tokenizer`] makes: the student gets the embedding rows of these
