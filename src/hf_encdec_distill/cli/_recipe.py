@@ -77,8 +77,8 @@ def training_part(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in recipe.items() if name not in _RUN and name != "init"}
 
 
-def kept_to_itself(recipe: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A stranger's recipe without what would publish the run, report on it or write outside of its output.
+def kept_to_itself(recipe: Mapping[str, Any], where: str, output: str) -> dict[str, Any]:
+    """A stranger's recipe without what would publish the run, report on it or write outside of `output`.
 
     Raises:
         ValueError: a DeepSpeed configuration, which has reports and folders of its own.
@@ -89,6 +89,8 @@ def kept_to_itself(recipe: Mapping[str, Any], where: str) -> dict[str, Any]:
             "`distill RECIPE --output NEW` if that is what you want"
         )
     kept = {name: value for name, value in recipe.items() if not name.startswith(_LEADS_OUT)}
+    if "encoder_states" in kept:
+        kept["encoder_states"] = str(Path(output) / "encoder_states")
     return {**kept, "report_to": "none"}  # which is not the default of transformers 4.57
 
 

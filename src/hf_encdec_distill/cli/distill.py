@@ -186,7 +186,8 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
         if surplus:
             args.parser.error(f"--reproduce does what was recorded: leave {min(surplus)} out")
         file = Path(args.reproduce) / RECIPE
-        recipe = kept_to_itself(read_recipe(file), str(file))
+        # Without an output, which is asked for below, nothing is written.
+        recipe = kept_to_itself(read_recipe(file), str(file), said.get("output", ""))
         recipe.pop("output", None)
     elif args.begin.endswith(SUFFIXES):
         recipe = read_recipe(Path(args.begin))
@@ -195,8 +196,6 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     if "student" in said:
         recipe.pop("init", None)
     recipe = {**DATA, **recipe, **said}
-    if args.reproduce is not None and "encoder_states" in recipe and "output" in recipe:
-        recipe["encoder_states"] = str(Path(recipe["output"]) / "encoder_states")  # not where a stranger says
     if init:
         recipe["init"] = {**recipe.get("init", {}), **init}
     if "student" in recipe and "init" in recipe:

@@ -185,10 +185,8 @@ def generate(
     side = _side(model)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
     options["eos_token_id"] = tokenizer.eos_token_id
-    # What follows an end of sequence is left out of the text, as padding is.
-    filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     for indices, batch in batches(rows, update, "generating"):
-        tokens = generate_tokens(model, [row[side] for row in batch], filler, **options)
+        tokens = generate_tokens(model, [row[side] for row in batch], tokenizer.pad_token_id, **options)
         for index, text in zip(indices, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
             answers[index] = text.strip()
     return answers

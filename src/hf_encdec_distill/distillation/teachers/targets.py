@@ -310,11 +310,10 @@ def _write(
             [_numbers(request.key, generation.seed, count, generation.max_new_tokens) for request in requests]
         )
         options = {"logits_processor": LogitsProcessorList([_Draw(numbers, generation.sampling_temperature)])}
-    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return generate_tokens(
         teacher.model,
         prompts,
-        pad,
+        tokenizer.pad_token_id,
         max_new_tokens=generation.max_new_tokens,
         do_sample=False,
         use_cache=True,
@@ -350,14 +349,18 @@ class _Draw(LogitsProcessor):
 
 
 def generate_tokens(
-    model: "GenerativeModel", prompts: Sequence[Sequence[int]], pad_token_id: int, **options: Any
+    model: "GenerativeModel", prompts: Sequence[Sequence[int]], pad_token_id: int | None, **options: Any
 ) -> Tensor:
     """What a decoder-only model or an encoder-decoder writes after each prompt, `[B, T]`, padded on the right.
 
     Args:
         prompts: ragged ids; what an encoder reads where there is one.
+        pad_token_id: the tokenizer's; where it has none, rows are padded with the end of sequence in `options`.
         options: of `generate`; with `num_return_sequences`, B is that many for each prompt.
     """
+    if pad_token_id is None:
+        ends = options["eos_token_id"]
+        pad_token_id = ends if isinstance(ends, int) else ends[0]
     encdec = model.config.is_encoder_decoder
     rows, side = [torch.tensor(prompt) for prompt in prompts], "right" if encdec else "left"
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)

@@ -171,9 +171,9 @@ def choose_layers(kept, layer_selection, depth, merged, influence, greedy, gaps=
         if side == "encoder" and merged:
             # No decoder layer reads what leaves the encoder above the last one's own depth.
             candidates = candidates[: max(kept["decoder"][-1], count)]
-        if side == "decoder" and merged and count == 1:
-            kept[side] = candidates[-1:]  # layer 0 would read the prompt's embeddings, and nothing the encoder
-        elif layer_selection == "least_squares" and side == "decoder":
+        elif merged and count == 1:
+            candidates = candidates[-1:]  # layer 0 would read the prompt's embeddings, and no encoder layer
+        if layer_selection == "least_squares" and side == "decoder":
             kept[side], _ = decoder_path(gaps, count, merged)
         elif layer_selection == "least_squares":
             kept[side], _ = encoder_path(gaps, count, kept["decoder"] if merged else None)
