@@ -105,14 +105,15 @@ class _Tokens(BaseStreamer):
         pass  # the end of the thread is the end, with an error too
 
 
-def stream(model, ids: Sequence[int], tokenizer, max_new_tokens: int) -> Iterator[Answer]:
-    """`model.generate`, greedily, as it goes: the same answer again and again, with what has come since.
+def stream(model, ids: Sequence[int], tokenizer, max_new_tokens: int, **sampling) -> Iterator[Answer]:
+    """`model.generate` as it goes, greedily by default: the same answer again and again, with what has come since.
 
     Whoever stops asking stops the model.
 
     Args:
         model: an encoder-decoder, exported or not, or a decoder-only model.
         ids: what its encoder reads, or the whole prompt.
+        sampling: options of `generate` that make it draw tokens.
     """
     tokens, stopped = _Tokens(), threading.Event()
     prompt = torch.tensor([ids], device=model.device)
@@ -124,8 +125,8 @@ def stream(model, ids: Sequence[int], tokenizer, max_new_tokens: int) -> Iterato
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
             num_beams=1,
+            **{"do_sample": False, **sampling},
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             streamer=tokens,

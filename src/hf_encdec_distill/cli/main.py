@@ -28,6 +28,7 @@ from . import (
     info,
     init,
     push,
+    serve,
     teach,
 )
 from ._display import wrap
@@ -47,6 +48,7 @@ COMMANDS = {
     "generate": generate,
     "push": push,
     "demo": demo,
+    "serve": serve,
     "convert-mu": convert_mu,
     "info": info,
     "doctor": doctor,

@@ -1,0 +1,315 @@
+"""Serve a student or an exported folder over HTTP, as OpenAI's API has it: /v1/completions, /v1/chat/completions.
+
+A prompt is the text that the student answers; of a chat it is the one message of the user, since a student answers a
+text and holds no conversation. Answers can be streamed. Without `temperature` they are greedy. Requests wait for each
+other. There is no authentication: put it behind something that has one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from ._display import say_result
+from ._inputs import check_at_least_one, public_name
+
+
+SUMMARY = "an OpenAI-compatible server for a student"
+EXAMPLE = "hf-encdec-distill serve exported"
+_LARGEST = 2**24  # bytes of a request
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="exported folder, or folder or Hub id of a student")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="TOKENS", help="most tokens of an answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0 is any free one (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    check_at_least_one(args, "max_new_tokens")
+    service = load_service(args.model, args.max_new_tokens)
+    try:
+        server = make_server(service, args.host, args.port)
+    except OSError as error:
+        raise ValueError(f"cannot listen on {args.host}:{args.port} ({error.strerror}): choose another --port") from error
+    address = f"http://{args.host}:{server.server_port}/v1"
+    say_result(args, {"url": address}, f"{address} (Ctrl-C ends it)")
+    with server:
+        server.serve_forever()
+
+
+class BadRequest(ValueError):
+    """A request that cannot be answered; the message goes back to who sent it."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a request asks for."""
+
+    texts: list[str]
+    max_tokens: int
+    stream: bool
+    stop: list[str]
+    sampling: dict[str, Any]
+
+
+@dataclass
+class Service:
+    """A loaded student. One answer is written at a time: an export keeps the keys and values of one.
+
+    Args:
+        most: tokens of an answer that no request may exceed.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    most: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def read(self, text: str) -> list[int]:
+        """
+        Raises:
+            BadRequest: the prompt is longer than the model takes.
+        """
+        from ..distillation.checks.limits import check_rows
+
+        ids = self.tokenizer(text)["input_ids"]
+        try:
+            check_rows(self.name, self.model.config, [len(ids)], [1], "send a shorter prompt")
+        except ValueError as error:
+            raise BadRequest(str(error)) from error
+        return ids
+
+    def answer(self, ids: list[int], asked: Completion) -> Iterator[tuple[str, int, str | None]]:
+        """Pieces of text as they come, each with the number of tokens so far and, with the last, why it ended."""
+        from ._answers import stream, token_texts
+
+        room = getattr(self.model.config, "max_position_embeddings", None)
+        most = asked.max_tokens if room is None else max(1, min(asked.max_tokens, room - len(ids)))
+        sent = ""
+        hold = max(map(len, asked.stop), default=1) - 1  # what may be the beginning of a stop
+        count, text, cut = 0, "", None
+        answers = stream(self.model, ids, self.tokenizer, most, **asked.sampling)
+        try:
+            for answer in answers:
+                count = len(answer.ids)
+                text = "".join(token_texts(self.tokenizer, answer.ids)).lstrip()
+                ends = [place for place in (text.find(stop) for stop in asked.stop) if place >= 0]
+                if ends:
+                    cut = text[: min(ends)]
+                    break
+                ready = text.rstrip("\N{REPLACEMENT CHARACTER}")  # of a character that is not whole yet
+                ready = ready[: len(ready) - hold]
+                if len(ready) > len(sent):
+                    yield ready[len(sent) :], count, None
+                    sent = ready
+        finally:
+            answers.close()
+        last = cut if cut is not None else text
+        ended = cut is not None or (count > 0 and answer.ids[-1] == self.tokenizer.eos_token_id)
+        yield last[len(sent) :], count, "stop" if ended else "length"
+
+
+def load_service(name: str, most: int) -> Service:
+    """
+    Raises:
+        ValueError: it is a decoder-only model.
+    """
+    from ..models.loading import load_config, load_tokenizer
+    from .generate import load_answering
+
+    config = load_config(name)
+    if not config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} is a decoder-only model ({config.model_type}): serve it with `transformers serve`, or with "
+            "llama.cpp or vLLM, which know its architecture"
+        )
+    return Service(public_name(name), load_answering(name), load_tokenizer(name), most)
+
+
+def _field(body: Mapping, name: str, kinds: tuple[type, ...], default, what: str, low=None, high=None):
+    value = body.get(name)
+    if value is None:
+        return default
+    is_number = bool not in kinds and isinstance(value, bool)
+    outside = (low is not None and isinstance(value, (int, float)) and value < low) or (
+        high is not None and isinstance(value, (int, float)) and value > high
+    )
+    if is_number or not isinstance(value, kinds) or outside:
+        raise BadRequest(f"{name}={value!r}: expected {what}")
+    return value
+
+
+def parse(path: str, body: Any, most: int) -> Completion:
+    """What the body of a request asks for.
+
+    Raises:
+        BadRequest: a field is wrong, or asks for what is not offered.
+    """
+    if not isinstance(body, dict):
+        raise BadRequest("the body has to be a JSON object")
+    if path == "/v1/chat/completions":
+        texts = [_only_message(body.get("messages"))]
+    else:
+        prompt = body.get("prompt")
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise BadRequest(f"prompt={prompt!r}: expected a text, or a list of texts")
+    for name, only in (("n", 1), ("best_of", 1), ("echo", False), ("logprobs", False)):
+        if body.get(name) not in (None, only):
+            raise BadRequest(f"{name}={body[name]!r}: this server takes {only!r} alone")
+    limit = _field(body, "max_completion_tokens", (int,), None, "a whole number of at least 1", low=1)
+    limit = limit or _field(body, "max_tokens", (int,), most, "a whole number of at least 1", low=1)
+    stop = _field(body, "stop", (str, list), [], "a text, or a list of texts")
+    stop = [stop] if isinstance(stop, str) else stop
+    if not all(isinstance(text, str) and text for text in stop):
+        raise BadRequest(f"stop={stop!r}: expected texts that are not empty")
+    temperature = _field(body, "temperature", (int, float), 0, "a number from 0 to 2", low=0, high=2)
+    top_p = _field(body, "top_p", (int, float), 1, "a number above 0, up to 1", low=1e-6, high=1)
+    sampling = {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p)} if temperature else {}
+    stream = _field(body, "stream", (bool,), False, "true or false")
+    if stream and len(texts) > 1:
+        raise BadRequest("stream with several prompts: send them one by one")
+    return Completion(texts, min(limit, most), stream, stop, sampling)
+
+
+def _only_message(messages: Any) -> str:
+    if not isinstance(messages, list) or len(messages) != 1 or not isinstance(messages[0], dict):
+        raise BadRequest(
+            "messages: expected one message, of the user; a student answers a text and holds no conversation, and its "
+            "system prompt is built into its tokenizer"
+        )
+    [message] = messages
+    content = message.get("content")
+    if isinstance(content, list):  # parts, as newer clients send them
+        parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+        content = "".join(parts) if parts and all(isinstance(part, str) for part in parts) else None
+    if message.get("role") != "user" or not isinstance(content, str):
+        raise BadRequest(f"messages[0]={message!r}: expected the role 'user' with a text as content")
+    return content
+
+
+def make_server(service: Service, host: str, port: int) -> ThreadingHTTPServer:
+    class Handler(_Handler):
+        pass
+
+    Handler.service = service
+    server = ThreadingHTTPServer((host, port), Handler)
+    server.daemon_threads = True
+    return server
+
+
+class _Handler(BaseHTTPRequestHandler):
+    service: Service
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args) -> None:
+        pass  # prompts are nobody's business
+
+    def do_GET(self) -> None:
+        if self.path == "/health":
+            self._send(200, {"status": "ok"})
+        elif self.path == "/v1/models":
+            model = {"id": self.service.name, "object": "model", "created": 0, "owned_by": "hf-encdec-distill"}
+            self._send(200, {"object": "list", "data": [model]})
+        else:
+            self._refuse(404, f"no such path: {self.path}")
+
+    def do_POST(self) -> None:
+        if self.path not in ("/v1/completions", "/v1/chat/completions"):
+            self._refuse(404, f"no such path: {self.path}")
+            return
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > _LARGEST:
+            self.close_connection = True
+            self._refuse(413, f"Content-Length={length!r}: expected at most {_LARGEST} bytes")
+            return
+        content = self.rfile.read(int(length))
+        try:
+            try:
+                body = json.loads(content)
+            except ValueError as error:
+                raise BadRequest(f"the body is no JSON: {error}") from error
+            asked = parse(self.path, body, self.service.most)
+            prompts = [self.service.read(text) for text in asked.texts]
+        except BadRequest as error:
+            self._refuse(400, str(error))
+            return
+        with self.service.lock:
+            if asked.stream:
+                self._stream(prompts[0], asked)
+            else:
+                self._answer(prompts, asked)
+
+    def _answer(self, prompts: list[list[int]], asked: Completion) -> None:
+        choices, written = [], 0
+        for index, ids in enumerate(prompts):
+            pieces = list(self.service.answer(ids, asked))
+            text = "".join(piece for piece, _, _ in pieces)
+            _, count, reason = pieces[-1]
+            written += count
+            content = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+            choices.append({"index": index, **content, "finish_reason": reason, "logprobs": None})
+        read = sum(map(len, prompts))
+        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+        self._send(200, {**self._head(""), "choices": choices, "usage": usage})
+
+    def _stream(self, ids: list[int], asked: Completion) -> None:
+        head = self._head(".chunk")
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Cache-Control", "no-cache")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        pieces = self.service.answer(ids, asked)
+        try:
+            first = {"role": "assistant"}
+            for text, _, reason in pieces:
+                content = {"delta": {**first, "content": text}} if self._chat else {"text": text}
+                first = {}
+                self._event(json.dumps({**head, "choices": [{"index": 0, **content, "finish_reason": reason}]}))
+            self._event("[DONE]")
+            self.wfile.write(b"0\r\n\r\n")
+        except OSError:  # who asked is gone
+            self.close_connection = True
+        finally:
+            pieces.close()
+
+    @property
+    def _chat(self) -> bool:
+        return self.path == "/v1/chat/completions"
+
+    def _head(self, suffix: str) -> dict[str, Any]:
+        kind = f"chat.completion{suffix}" if self._chat else "text_completion"
+        name = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
+        return {"id": name, "object": kind, "created": int(time.time()), "model": self.service.name}
+
+    def _event(self, data: str) -> None:
+        content = f"data: {data}\n\n".encode()
+        self.wfile.write(f"{len(content):x}\r\n".encode() + content + b"\r\n")
+        self.wfile.flush()
+
+    def _refuse(self, status: int, message: str) -> None:
+        kind = "invalid_request_error"
+        self._send(status, {"error": {"message": message, "type": kind, "param": None, "code": None}})
+
+    def _send(self, status: int, content: dict[str, Any]) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)

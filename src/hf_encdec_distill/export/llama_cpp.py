@@ -1,0 +1,290 @@
+"""One GGUF file on llama.cpp, through the C interface that llama-cpp-python declares: tokens, logits, sequence states."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+
+_LEAST_CONTEXT = 512  # cells
+_BATCH = 512  # tokens of one call into llama.cpp, where attention is causal
+_MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
+_GGML_TYPES = {"float32": 0, "float16": 1}
+
+
+@dataclass(frozen=True)
+class PromptState:
+    """Keys and values of one sequence at positions 0, 1, ...: for each layer an array `(positions, G * D)`."""
+
+    keys: Sequence[np.ndarray]
+    values: Sequence[np.ndarray]
+
+
+class LlamaCpp:
+    """A model and its context, which grows with what is put into it.
+
+    Args:
+        path: a GGUF file.
+        threads: that compute.
+        dtype: of keys and values, float16 or float32. Flash attention computes with float16, so that float32 does
+            without it.
+
+    Raises:
+        ValueError: llama.cpp cannot read the file.
+    """
+
+    def __init__(self, path: Path, threads: int, dtype: DTypeLike = np.float16):
+        import llama_cpp.llama_cpp as api
+
+        self._api, self.path, self.threads, self.dtype = api, path, threads, np.dtype(dtype)
+        self._context = self._model = None
+        _quiet(api)
+        api.llama_backend_init()
+        self._model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
+        if not self._model:
+            raise ValueError(f"llama.cpp cannot read {path}{_error()}: export the model again")
+        self.vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
+        self._layers = api.llama_model_n_layer(self._model)
+        self._causal = self.metadata(f"{self.metadata('general.architecture')}.attention.causal") != "false"
+        self._sequences = self._cells = self._used = 0
+        self.clear()
+
+    @staticmethod
+    def has_gpu() -> bool:
+        import llama_cpp.llama_cpp as api
+
+        return bool(api.llama_supports_gpu_offload())
+
+    def __del__(self):
+        if getattr(self, "_context", None):
+            self._api.llama_free(self._context)
+        if getattr(self, "_model", None):
+            self._api.llama_model_free(self._model)
+
+    def metadata(self, key: str) -> str | None:
+        """A value of the file's header, as text; `None` where it has none."""
+        text = ctypes.create_string_buffer(4096)
+        length = self._api.llama_model_meta_val_str(self._model, key.encode(), text, len(text))
+        return None if length < 0 else text.value.decode()
+
+    def clear(self, sequences: int = 1) -> None:
+        """Forget all, and make room for so many sequences.
+
+        Raises:
+            ValueError: they are more than llama.cpp takes.
+        """
+        if sequences > _MAX_SEQUENCES:
+            raise ValueError(f"{sequences} sequences at once: llama.cpp takes {_MAX_SEQUENCES}; use smaller batches")
+        self._used = 0
+        if sequences > self._sequences:
+            self._open(max(self._cells, _LEAST_CONTEXT), sequences)
+        else:
+            self._api.llama_memory_clear(self._memory, True)
+
+    def evaluate(self, tokens: Sequence[tuple[int, int, int, bool]]) -> np.ndarray:
+        """Run tokens, each `(sequence, position, id, whether its logits are wanted)`.
+
+        Returns:
+            the wanted logits `(wanted, V)`, float32.
+
+        Raises:
+            RuntimeError: llama.cpp fails, with what it says.
+        """
+        self._reserve(len(tokens))
+        wanted = []
+        size = _BATCH if self._causal else len(tokens)
+        for first in range(0, len(tokens), size):
+            part = tokens[first : first + size]
+            count = sum(token[3] for token in part)
+            if self._api.llama_decode(self._context, self._batch(part)) != 0:
+                raise RuntimeError(f"llama.cpp could not run {len(part)} tokens{_error()}")
+            if count:
+                pointer = self._api.llama_get_logits(self._context)
+                wanted.append(np.ctypeslib.as_array(pointer, (count, self.vocab_size)).copy())
+        self._used += len(tokens)
+        return np.concatenate(wanted) if wanted else np.zeros((0, self.vocab_size), np.float32)
+
+    def state(self, sequence: int) -> PromptState:
+        """Keys and values of a sequence.
+
+        Raises:
+            ValueError: this llama.cpp writes them in a form that is not known here.
+        """
+        return _parse(self._state_bytes(sequence), self._layers, self.dtype)
+
+    def set_state(self, sequence: int, state: PromptState) -> None:
+        """Begin a sequence with keys and values.
+
+        Raises:
+            ValueError: this llama.cpp does not take them.
+        """
+        positions = len(state.keys[0])
+        self._reserve(positions)
+        self._set_state_bytes(sequence, _serialize(state, sequence, self.dtype))
+        self._used += positions
+
+    def copy_sequences(self, sources: Mapping[int, int]) -> None:
+        """Sequence `new` becomes what sequence `old` is, for each `new: old`; all sequences but these are forgotten."""
+        for new, old in sources.items():
+            self._api.llama_memory_seq_cp(self._memory, old, new, -1, -1)
+        for sequence in range(self._sequences):
+            if sequence not in sources:
+                self._api.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+
+    @property
+    def _memory(self):
+        return self._api.llama_get_memory(self._context)
+
+    def _open(self, cells: int, sequences: int) -> None:
+        api = self._api
+        parameters = api.llama_context_default_params()
+        parameters.n_ctx, parameters.n_seq_max = cells, sequences
+        parameters.n_batch = parameters.n_ubatch = _BATCH if self._causal else cells
+        parameters.n_threads = parameters.n_threads_batch = self.threads
+        parameters.type_k = parameters.type_v = _GGML_TYPES[self.dtype.name]
+        flash = not _without_flash(self.dtype)
+        parameters.flash_attn_type = (
+            api.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        parameters.kv_unified = True  # sequences share cells, so that beams cost none
+        parameters.no_perf = True
+        context = api.llama_init_from_model(self._model, parameters)
+        if not context:
+            raise RuntimeError(f"llama.cpp could not make a context of {cells} cells{_error()}")
+        if self._context:
+            api.llama_free(self._context)
+        self._context, self._cells, self._sequences = context, cells, sequences
+
+    def _reserve(self, cells: int) -> None:
+        """Room for so many more cells. llama.cpp's contexts have a fixed size, so a larger one takes over."""
+        if self._used + cells <= self._cells:
+            return
+        last = {row: self._api.llama_memory_seq_pos_max(self._memory, row) for row in range(self._sequences)}
+        kept = {row: self._state_bytes(row) for row in last if last[row] >= 0}
+        self._used = sum(last[row] + 1 for row in kept)
+        self._open(max(2 * self._cells, 2 * (self._used + cells)), self._sequences)
+        for row, content in kept.items():
+            self._set_state_bytes(row, content)
+
+    def _state_bytes(self, sequence: int) -> np.ndarray:
+        content = np.empty(self._api.llama_state_seq_get_size(self._context, sequence), np.uint8)
+        pointer = content.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        size = self._api.llama_state_seq_get_data(self._context, pointer, len(content), sequence)
+        return content[:size]
+
+    def _set_state_bytes(self, sequence: int, content: np.ndarray) -> None:
+        pointer = content.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if not self._api.llama_state_seq_set_data(self._context, pointer, len(content), sequence):
+            raise ValueError(f"this llama.cpp does not take the prompt's keys and values{_error()}: {_MEND}")
+
+    def _batch(self, tokens: Sequence[tuple[int, int, int, bool]]):
+        api = self._api
+        sequences, positions, ids, wanted = (np.array(column, np.int32) for column in zip(*tokens, strict=True))
+        counts, wanted = np.ones_like(ids), wanted.astype(np.int8)
+        pointers = sequences.ctypes.data + sequences.itemsize * np.arange(len(tokens), dtype=np.uintp)
+
+        def pointer(array, kind):
+            return array.ctypes.data_as(ctypes.POINTER(kind))
+
+        batch = api.llama_batch(
+            n_tokens=len(tokens),
+            token=pointer(ids, ctypes.c_int32),
+            pos=pointer(positions, ctypes.c_int32),
+            n_seq_id=pointer(counts, ctypes.c_int32),
+            seq_id=pointer(pointers, ctypes.POINTER(ctypes.c_int32)),
+            logits=pointer(wanted, ctypes.c_int8),
+        )
+        batch.arrays = sequences, positions, ids, wanted, counts, pointers  # for as long as the batch
+        return batch
+
+
+_MEND = 'pip install "hf-encdec-distill[gguf]" installs a version that fits'
+
+
+def _parse(content: np.ndarray, layers: int, dtype: np.dtype) -> PromptState:
+    """The form is that of `llama_kv_cache::state_write` (src/llama-kv-cache.cpp): a magic number and the sequence,
+    streams, cells, for each cell its position and sequences, then the keys of each layer, then the values. Without
+    flash attention values are transposed, feature by feature."""
+
+    def unknown(what: str) -> ValueError:
+        return ValueError(f"this llama.cpp writes sequence states with {what}, which is not known here: {_MEND}")
+
+    _, _, streams, cells = struct.unpack_from("<IiII", content)
+    offset = 16
+    if streams != 1:
+        raise unknown(f"{streams} streams")
+    for cell in range(cells):
+        position, sequences, _ = struct.unpack_from("<iIi", content, offset)
+        if (position, sequences) != (cell, 1):
+            raise unknown(f"position {position} of {sequences} sequences in cell {cell}")
+        offset += 12
+    transposed, count = struct.unpack_from("<II", content, offset)
+    offset += 8
+    if (transposed, count) != (_without_flash(dtype), layers):
+        raise unknown(f"{count} layers, values {'transposed' if transposed else 'by position'}")
+    sides = []
+    for is_transposed in (False, bool(transposed)):
+        arrays = []
+        for _ in range(layers):
+            kind, *sizes = struct.unpack_from("<iII" if is_transposed else "<iQ", content, offset)
+            offset += 12
+            if kind != _GGML_TYPES[dtype.name]:
+                raise unknown(f"numbers of type {kind}")
+            size = cells * math.prod(sizes)
+            array = content[offset : offset + size].view(dtype)
+            arrays.append(array.reshape(-1, cells).T if is_transposed else array.reshape(cells, -1))
+            offset += size
+        sides.append(arrays)
+    if offset != len(content):
+        raise unknown(f"{len(content) - offset} bytes more")
+    return PromptState(*sides)
+
+
+def _serialize(state: PromptState, sequence: int, dtype: np.dtype) -> np.ndarray:
+    """What `_parse` reads."""
+    cells = len(state.keys[0])
+    header = struct.pack("<IiII", _MAGIC, sequence, 1, cells)
+    cell = np.stack([np.arange(cells), np.ones(cells), np.full(cells, sequence)], axis=1).astype("<i4")
+    parts = [header, cell.tobytes(), struct.pack("<II", _without_flash(dtype), len(state.keys))]
+    kind, size = _GGML_TYPES[dtype.name], dtype.itemsize
+    for side, is_transposed in ((state.keys, False), (state.values, _without_flash(dtype))):
+        for array in side:
+            width = array.shape[1]
+            parts.append(
+                struct.pack("<iII", kind, size, width) if is_transposed else struct.pack("<iQ", kind, width * size)
+            )
+            parts.append(np.ascontiguousarray(array.T if is_transposed else array, dtype).tobytes())
+    return np.frombuffer(b"".join(parts), np.uint8)
+
+
+def _without_flash(dtype: np.dtype) -> bool:
+    return dtype == np.float32
+
+
+_MAGIC = 0xAF143CD8  # `io_magic` of src/llama-context.cpp
+_errors: list[str] = []  # of llama.cpp, since the last time that one was told; the first says most
+
+
+def _quiet(api) -> None:
+    """llama.cpp says much on stderr; what it says of errors is kept for ours."""
+    if not hasattr(_quiet, "callback"):
+
+        def keep(level, text, _):
+            if level == 4:  # GGML_LOG_LEVEL_ERROR
+                _errors.append(text.decode(errors="replace").strip())
+
+        _quiet.callback = api.llama_log_callback(keep)
+    api.llama_log_set(_quiet.callback, ctypes.c_void_p(0))
+
+
+def _error() -> str:
+    text = f" ({_errors[0]})" if _errors else ""
+    _errors.clear()
+    return text

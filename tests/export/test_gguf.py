@@ -1,0 +1,207 @@
+"""Students and decoder-only models in llama.cpp: the files are read by llama.cpp itself, the answers are PyTorch's."""
+
+import numpy as np
+import pytest
+import torch
+from architectures import LLAMA_3
+from toys import make_llama, make_model, random_ids, stir
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from hf_encdec_distill import RopeEncDecForConditionalGeneration
+from hf_encdec_distill.export import gguf as target
+from hf_encdec_distill.export import llama_cpp
+from hf_encdec_distill.export.exporting import export_model
+from hf_encdec_distill.export.runtime import ExportedForConditionalGeneration
+
+
+TOLERANCE = 1e-5  # of the largest logit
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "llama": lambda: make_llama(4),
+    "llama 3": lambda: make_llama(4, max_position_embeddings=4096, rope_scaling=LLAMA_3 | {"rope_theta": 1e4}),
+    "llama with a head": lambda: make_llama(4, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
+    "llama of wide heads": lambda: make_llama(4, head_dim=16),
+    "qwen2": lambda: stir(Qwen2ForCausalLM(Qwen2Config(**SIZES))).eval(),
+    "qwen3": lambda: stir(Qwen3ForCausalLM(Qwen3Config(**SIZES))).eval(),
+}
+
+
+def exported(model, folder, variant="fp32"):
+    model.generation_config.eos_token_id = None
+    export_model(model, getattr(model, "tokenizer", None), "gguf", folder, variant)
+    return ExportedForConditionalGeneration.from_pretrained(folder)
+
+
+@torch.no_grad()
+def assert_logits_equal(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decoder_only_model_of_each_family(family, tmp_path):
+    """As llama-cpp-python's own class reads and runs it."""
+    from llama_cpp import Llama
+
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    target.write_decoder_only(model, tmp_path / "model.gguf", "fp32")
+    ids = random_ids(1, 40)
+    runtime = Llama(str(tmp_path / "model.gguf"), n_ctx=64, logits_all=True, verbose=False, type_k=0, type_v=0)
+    runtime.eval(ids[0].tolist())
+    assert_logits_equal(torch.from_numpy(runtime.scores[:40]), model(ids).logits[0])
+
+
+@pytest.mark.parametrize("encoder_attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_of_each_family(family, encoder_attention, tmp_path):
+    torch.manual_seed(0)
+    teacher = FAMILIES[family]()
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(
+        teacher,
+        encoder_layers=[0, 1, 3],
+        decoder_layers=[1, 3],
+        encoder_attention=encoder_attention,
+        decoder_start_token_id=1,
+    )
+    stir(student)  # so that no decoder layer is like an encoder layer
+    runtime = exported(student, tmp_path / "exported")
+    for length in (1, 5, 40):
+        ids, labels = random_ids(2, length), random_ids(2, 6)
+        mask = torch.ones_like(ids)
+        mask[1, : length // 3] = 0
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        assert_logits_equal(
+            runtime(**inputs, decoder_input_ids=labels).logits, student(**inputs, decoder_input_ids=labels).logits
+        )
+        for beams in (1, 3):
+            options = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams}
+            assert runtime.generate(**inputs, **options).tolist() == student.generate(**inputs, **options).tolist()
+
+
+def test_layers_that_read_as_the_encoder_does_are_not_written_twice(tmp_path):
+    """A student that is not trained yet has its teacher's projections on both sides."""
+    torch.manual_seed(0)
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(
+        make_llama(6),
+        encoder_layers=[0, 1, 4],
+        decoder_layers=[0, 1, 4, 5],
+        decoder_start_token_id=1,
+    )
+    rows, sources = target.encoder_rows(student)
+    read = student.config.encoder_state_of_decoder_layer
+    assert read == [0, 1, 2, 3] and len(rows) == 4 and sources == [0, 1, 2, 3]
+    assert [row.rest is None for row in rows] == [False, False, False, True]
+    runtime = exported(student, tmp_path / "exported")
+    ids, labels = random_ids(2, 9), random_ids(2, 5)
+    inputs = {"input_ids": ids, "decoder_input_ids": labels}
+    assert_logits_equal(runtime(**inputs).logits, student(**inputs).logits)
+
+
+@pytest.mark.parametrize("encoder_attention", ["causal", "bidirectional"])
+def test_prompts_and_answers_longer_than_a_context(encoder_attention, tmp_path):
+    """The contexts begin with 512 cells, and a call takes 512 tokens."""
+    torch.manual_seed(0)
+    model = make_model("merged", max_position_embeddings=2048, encoder_attention=encoder_attention)
+    runtime = exported(model, tmp_path / "exported")
+    ids = random_ids(2, 700)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    labels = random_ids(2, 600)
+    found, expected = (one(**inputs, decoder_input_ids=labels).logits for one in (runtime, model))
+    # Angles at position 1000 have lost two digits in either.
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-3 * float(expected.abs().max()))
+    options = {"max_new_tokens": 12, "do_sample": False, "num_beams": 3}
+    assert runtime.generate(**inputs, **options).tolist() == model.generate(**inputs, **options).tolist()
+
+
+def test_one_context_serves_one_generation(tmp_path):
+    torch.manual_seed(0)
+    runtime = exported(make_model("merged"), tmp_path / "exported")
+    inputs = {"input_ids": random_ids(1, 4), "decoder_input_ids": random_ids(1, 1)}
+    first = runtime(**inputs)
+    runtime(**inputs)
+    cache = first.get("cache", first.get("past_key_values"))
+    with pytest.raises(ValueError, match="another generation has begun on this decoder"):
+        runtime(**inputs, past_key_values=cache)
+    with pytest.raises(ValueError, match="llama.cpp takes 256"):
+        runtime(input_ids=random_ids(200, 2), decoder_input_ids=random_ids(200, 1))
+
+
+@pytest.mark.parametrize(
+    "options,problem",
+    [
+        ({"kind": "separate"}, "cross_attention 'separate', whose block llama.cpp lacks"),
+        ({"kind": "merged", "gated_mlp": False}, "an MLP without a gate"),
+        ({"kind": "merged", "hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"kind": "merged", "decoder_no_rope_layers": [0]}, "layers without RoPE"),
+        (
+            {"kind": "merged", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "RoPE on a part of each head",
+        ),
+        ({"kind": "merged", "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE of type 'dynamic'"),
+        ({"kind": "merged", "qk_norm": True, "attention_bias": True}, "biases with qk_norm"),
+        ({"kind": "merged", "qk_norm": True, "rope_parameters": LLAMA_3}, "RoPE of type 'llama3' with qk_norm"),
+    ],
+)
+def test_blocks_that_llama_cpp_lacks_are_refused(options, problem, tmp_path):
+    with pytest.raises(ValueError, match=f"{problem}.*onnx and openvino serve it"):
+        export_model(make_model(**options), None, "gguf", tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
+def test_llama_cpp_knows_the_tokens(make_bpe_tokenizer, tmp_path):
+    """Text, special tokens and bytes come out as the tokenizer has them."""
+    from llama_cpp import Llama
+
+    tokenizer = make_bpe_tokenizer()
+    model = make_model("merged", vocab_size=len(tokenizer) + 3, eos_token_id=tokenizer.eos_token_id)
+    model.tokenizer = tokenizer
+    export_model(model, tokenizer, "gguf", tmp_path / "exported")
+    runtime = Llama(str(tmp_path / "exported" / target.DECODER), n_ctx=64, verbose=False, vocab_only=True)
+    ids = tokenizer("def area(x):\n    return 12 * x  # ünï", add_special_tokens=False)["input_ids"]
+    assert runtime.detokenize(ids).decode() == tokenizer.decode(ids)
+    assert runtime.token_eos() == tokenizer.eos_token_id
+    assert runtime.metadata["hf_encdec_distill.decoder_start_token_id"] == str(model.config.decoder_start_token_id)
+
+
+def test_states_of_another_form_are_refused():
+    keys = [np.arange(6, dtype=np.float16).reshape(3, 2)]
+    state = llama_cpp.PromptState(keys, [key + 10 for key in keys])
+    content = llama_cpp._serialize(state, 0, np.dtype(np.float16))
+    back = llama_cpp._parse(content, 1, np.dtype(np.float16))
+    assert np.array_equal(back.keys[0], keys[0]) and np.array_equal(back.values[0], keys[0] + 10)
+    assert len(content) == 60 + 2 * (12 + 12)
+    for place, value, problem in ((8, 2, "2 streams"), (16, 5, "position 5"), (52, 1, "transposed"), (56, 2, "2 layers"), (60, 8, "numbers of type 8")):
+        other = content.copy()
+        other[place] = value
+        with pytest.raises(ValueError, match=f"{problem}.*pip install"):
+            llama_cpp._parse(other, 1, np.dtype(np.float16))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_states_are_those_of_llama_cpp(dtype, tmp_path):
+    """Byte by byte, with values by position and transposed."""
+    torch.manual_seed(0)
+    target.write_decoder_only(make_llama(2), tmp_path / "model.gguf", "fp32")
+    runtime = llama_cpp.LlamaCpp(tmp_path / "model.gguf", 1, dtype)
+    runtime.evaluate([(0, position, 3 + position, False) for position in range(5)])
+    content = runtime._state_bytes(0)
+    assert np.array_equal(llama_cpp._serialize(runtime.state(0), 0, np.dtype(dtype)), content)
+
+
+def test_a_file_that_llama_cpp_cannot_read(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(ValueError, match="llama.cpp cannot read .*model.gguf"):
+        llama_cpp.LlamaCpp(tmp_path / "model.gguf", 1)
