@@ -93,8 +93,8 @@ def export(student, out, *options):
     return main(["export", str(student.folder), str(out), "--target", "toy", *data, *options])
 
 
-def test_a_fourth_target_is_exported_proven_and_answers(toy, student, tmp_path):
-    assert targets() == ("onnx", "openvino", "coreml", "toy")
+def test_a_target_more_is_exported_proven_and_answers(toy, student, tmp_path):
+    assert targets() == ("onnx", "openvino", "coreml", "gguf", "toy")
     folder = export_model(student, None, "toy", tmp_path / "exported")
     manifest = json.loads((folder / "exported.json").read_text())
     assert manifest["target"] == "toy" and set(manifest["files"]) == {"encoder.pt2", "decoder.pt2"}
@@ -156,7 +156,7 @@ def test_what_a_fourth_target_lacks_is_named(toy, student, tmp_path, monkeypatch
         export_model(student, None, "toy", tmp_path / "exported")
 
 
-def test_a_fourth_target_is_in_help_and_doctor(toy, capsys, monkeypatch):
+def test_a_target_more_is_in_help_and_doctor(toy, capsys, monkeypatch):
     from hf_encdec_distill.cli import doctor
 
     with pytest.raises(SystemExit):

@@ -183,7 +183,13 @@ def test_states_of_another_form_are_refused():
     back = llama_cpp._parse(content, 1, np.dtype(np.float16))
     assert np.array_equal(back.keys[0], keys[0]) and np.array_equal(back.values[0], keys[0] + 10)
     assert len(content) == 60 + 2 * (12 + 12)
-    for place, value, problem in ((8, 2, "2 streams"), (16, 5, "position 5"), (52, 1, "transposed"), (56, 2, "2 layers"), (60, 8, "numbers of type 8")):
+    for place, value, problem in (
+        (8, 2, "2 streams"),
+        (16, 5, "position 5"),
+        (52, 1, "transposed"),
+        (56, 2, "2 layers"),
+        (60, 8, "numbers of type 8"),
+    ):
         other = content.copy()
         other[place] = value
         with pytest.raises(ValueError, match=f"{problem}.*pip install"):

@@ -310,6 +310,30 @@ def test_tokens_that_are_written_the_same(make_bpe_tokenizer):
         same_tokens(wordpiece(), tokenizer)
 
 
+def test_a_vocabulary_of_a_given_size(make_bpe_tokenizer):
+    """What is frequent stays, then what the tokenizer learnt first, and every text can still be written."""
+    tokenizer = make_bpe_tokenizer()
+    texts = ["Return the sum", "Return", "Return"]
+    least = 256 + 4  # bytes and special tokens
+    count = len(tokenizer)
+    assert trim_tokenizer(tokenizer, texts, count).get_vocab().keys() == tokenizer.get_vocab().keys()
+    [learnt_first] = (
+        trim_tokenizer(tokenizer, [], least + 1).get_vocab().keys()
+        - trim_tokenizer(tokenizer, [], least).get_vocab().keys()
+    )
+    assert learnt_first == min(
+        (token for token in tokenizer.get_vocab() if len(token) == 2), key=tokenizer.get_vocab().get
+    )
+    for size in (least, least + 4, least + 9):
+        small = trim_tokenizer(tokenizer, texts, size)
+        assert least <= len(small) <= size
+        for text in (*texts, "def ünï(x): return 7"):
+            assert small.decode(small(text)["input_ids"]) == text
+    assert small.tokenize("Return") == ["Return"] != trim_tokenizer(tokenizer, [], size).tokenize("Return")
+    with pytest.raises(ValueError, match=f"size=9: the characters and added tokens of this tokenizer are {least}"):
+        trim_tokenizer(tokenizer, texts, 9)
+
+
 def test_an_end_that_is_spelt_in_another_way():
     class Tokenizer(dict):
         get_vocab, bos_token = dict.copy, None

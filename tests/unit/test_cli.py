@@ -283,6 +283,51 @@ def test_init_fits_the_layers_that_are_kept(teacher_folder, data_arguments, tmp_
     assert "heal_rows=-1 does not work" in error
 
 
+def test_a_student_of_fewer_tokens(teacher_folder, data_arguments, tmp_path, capsys):
+    """It is made, distilled and asked as any other; a recipe that makes it compares by token without being told."""
+    data = [
+        *data_arguments,
+        "--teacher",
+        str(teacher_folder),
+        "--max-steps",
+        "2",
+        "--per-device-train-batch-size",
+        "4",
+    ]
+    shape = ["--encoder-layers", "2", "--decoder-layers", "2", "--heal-rows", "8"]
+    student = str(tmp_path / "student")
+    assert (
+        main(["init", str(teacher_folder), *data_arguments, *shape, "--vocabulary", "270", "--output", student]) == 0
+    )
+    config = AutoConfig.from_pretrained(student)
+    assert config.vocab_size <= 270 < AutoConfig.from_pretrained(teacher_folder).vocab_size
+    assert len(AutoTokenizer.from_pretrained(student)) == config.vocab_size
+    distilled = str(tmp_path / "distilled")
+    assert main(["distill", student, *data, "--vocab-policy", "id_map", "--output", distilled]) == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        json.dumps({"init": {"encoder_layers": 2, "decoder_layers": 2, "heal_rows": 8, "vocabulary": 270}})
+    )
+    again = str(tmp_path / "again")
+    assert main(["distill", str(recipe), *data, "--output", again]) == 0
+    assert AutoConfig.from_pretrained(again).vocab_size == config.vocab_size
+    capsys.readouterr()
+    assert main(["generate", distilled, "def add(a, b): return a + b", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["answers"]) == 1
+    error = one_line_error(
+        capsys,
+        "init",
+        str(teacher_folder),
+        "--decoder-only",
+        "2",
+        "--vocabulary",
+        "270",
+        "--output",
+        str(tmp_path / "x"),
+    )
+    assert "vocabulary=270 is for one that has it" in error
+
+
 def test_info_counts_what_the_models_have(student_folder, teacher_folder, capsys):
     assert main(["info", str(student_folder), "--teacher", str(teacher_folder), "--json"]) == 0
     content = json.loads(capsys.readouterr().out)

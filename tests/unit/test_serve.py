@@ -134,7 +134,9 @@ def test_sampling_draws(running):
         post(port, "/v1/completions", {"prompt": TEXT, "temperature": 2.0})[1]["choices"][0]["text"] for _ in range(4)
     }
     assert len(drawn) > 1
-    greedy = {post(port, "/v1/completions", {"prompt": TEXT, "temperature": 0})[1]["choices"][0]["text"] for _ in range(2)}
+    greedy = {
+        post(port, "/v1/completions", {"prompt": TEXT, "temperature": 0})[1]["choices"][0]["text"] for _ in range(2)
+    }
     assert len(greedy) == 1
 
 
@@ -188,10 +190,16 @@ def test_bad_requests(running, body, problem):
 
 def test_conversations_are_refused(running):
     address, port = running
-    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "y"},
+        {"role": "user", "content": "z"},
+    ]
     with pytest.raises(HfHubHTTPError, match="one message, of the user"):
         InferenceClient(base_url=address).chat_completion(messages)
-    assert post(port, "/v1/chat/completions", {"messages": messages})[1]["error"]["message"].startswith("messages: expected")
+    assert post(port, "/v1/chat/completions", {"messages": messages})[1]["error"]["message"].startswith(
+        "messages: expected"
+    )
     assert post(port, "/v1/embeddings", {})[0] == 404
 
 

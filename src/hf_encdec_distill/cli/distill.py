@@ -198,6 +198,8 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     recipe = {**DATA, **recipe, **said}
     if init:
         recipe["init"] = {**recipe.get("init", {}), **init}
+    if recipe.get("init", {}).get("vocabulary"):
+        recipe.setdefault("vocab_policy", "id_map")  # the one for a part of the teacher's tokens
     if "student" in recipe and "init" in recipe:
         args.parser.error(f"both a student, {recipe['student']!r}, and --init options that would make one")
     missing = [f"--{name}" for name in ("teacher", "output") if name not in recipe]

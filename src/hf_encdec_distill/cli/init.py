@@ -40,12 +40,13 @@ class Shape:
     encoder_attention: Literal["causal", "bidirectional"] = "causal"
     layer_selection: Literal["influence", "least_squares", "greedy", "even", "first"] = "influence"
     heal_rows: int = 200
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for a decoder-only student with a field of encoder-decoders, or too few rows."""
         if self.heal_rows < 0:
             raise ValueError(f"heal_rows={self.heal_rows} does not work: a number of rows, or 0 for none, is needed.")
-        for name in ("encoder_layers", "decoder_layers", "cross_attention", "encoder_attention"):
+        for name in ("encoder_layers", "decoder_layers", "cross_attention", "encoder_attention", "vocabulary"):
             value = getattr(self, name)
             if self.decoder_only is not None and value != getattr(Shape, name):
                 raise ValueError(
@@ -64,6 +65,8 @@ _HELP = {
     "least_squares (those that a linear fit joins best), greedy, even or first",
     "heal_rows": "training rows on which the layers that are kept are fitted to the teacher (default: "
     f"{Shape.heal_rows}; 0: no fit)",
+    "vocabulary": "most tokens of the student's vocabulary: those most frequent in the training rows. It is then "
+    "distilled with --vocab-policy id_map (default: the teacher's)",
 }
 
 
@@ -175,14 +178,21 @@ def make_student(
 
     from ..models.decoder_only import prune_decoder_only
     from ..models.loading import load_teacher, load_tokenizer
+    from ..models.prompts import render_prompt
     from ..models.rope_encdec import RopeEncDecForConditionalGeneration
+    from ..models.vocabulary import trim_tokenizer
     from ..models.whole_weights import whole_on_each_process
 
+    tokenizer = load_tokenizer(teacher)
+    trimmed = {}
+    if shape.vocabulary is not None:
+        texts = [render_prompt(tokenizer, source, template, prompt_date) for source in rows["source"]]
+        trimmed["trimmed_tokenizer"] = trim_tokenizer(tokenizer, [*texts, *rows["target"]], shape.vocabulary)
     rows = rows.shuffle(seed=0).select(range(min(shape.heal_rows or _ROWS_TO_CHOOSE_LAYERS, len(rows))))
     with whole_on_each_process():
         model = load_teacher(teacher, dtype=torch.float32)
     shared: dict[str, Any] = {
-        "tokenizer": load_tokenizer(teacher),
+        "tokenizer": tokenizer,
         "layer_selection": shape.layer_selection,
         "heal": "least_squares" if shape.heal_rows else None,
         "prompt_template": template,
@@ -198,6 +208,7 @@ def make_student(
         cross_attention=shape.cross_attention,
         encoder_attention=shape.encoder_attention,
         budget=budget,
+        **trimmed,
         **shared,
     )
 

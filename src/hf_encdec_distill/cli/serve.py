@@ -29,7 +29,11 @@ _LARGEST = 2**24  # bytes of a request
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="exported folder, or folder or Hub id of a student")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="TOKENS", help="most tokens of an answer (default: %(default)s)"
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="TOKENS",
+        help="most tokens of an answer (default: %(default)s)",
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)"
@@ -43,7 +47,9 @@ def run(args: argparse.Namespace) -> None:
     try:
         server = make_server(service, args.host, args.port)
     except OSError as error:
-        raise ValueError(f"cannot listen on {args.host}:{args.port} ({error.strerror}): choose another --port") from error
+        raise ValueError(
+            f"cannot listen on {args.host}:{args.port} ({error.strerror}): choose another --port"
+        ) from error
     address = f"http://{args.host}:{server.server_port}/v1"
     say_result(args, {"url": address}, f"{address} (Ctrl-C ends it)")
     with server:
@@ -195,7 +201,9 @@ def _only_message(messages: Any) -> str:
     [message] = messages
     content = message.get("content")
     if isinstance(content, list):  # parts, as newer clients send them
-        parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+        parts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+        ]
         content = "".join(parts) if parts and all(isinstance(part, str) for part in parts) else None
     if message.get("role") != "user" or not isinstance(content, str):
         raise BadRequest(f"messages[0]={message!r}: expected the role 'user' with a text as content")

@@ -1,9 +1,9 @@
 """GGUF for llama.cpp: `encoder.gguf` and `decoder.gguf`, two models of architectures that llama.cpp has already.
 
 A `merged` decoder is a decoder-only model whose cache begins with the prompt. So the decoder is a plain Llama, and the
-encoder is one whose cache holds the keys and values that the decoder reads: behind the layers that make an encoder state
-stand layers that only project it, one for each decoder layer that reads it. llama.cpp keeps such layers' keys and values
-as it does all others. The prompt's part of the encoder's cache, copied, is where the decoder goes on.
+encoder is one whose cache holds the keys and values that the decoder reads: behind the layers that make an encoder
+state stand layers that only project it, one for each decoder layer that reads it. llama.cpp keeps the keys and
+values of such layers as those of all others. The decoder goes on from a copy of them.
 
 What that takes in llama.cpp (0c1e570, which llama-cpp-python 0.3.36 builds): the architecture `deci` is a Llama whose
 layers may each have their own heads and MLP width, and leaves the residual stream as it is where a layer has no MLP
@@ -106,8 +106,8 @@ class _Row:
 def encoder_rows(model) -> tuple[list[_Row], list[int]]:
     """The layers of `encoder.gguf`, and for each decoder layer the one whose keys and values are its prompt's.
 
-    A decoder layer whose norm, key and value projection are those of the encoder layer that begins at the state that it
-    reads needs no row of its own: that layer's keys and values are the same.
+    A decoder layer whose norm, key and value projection are those of the encoder layer that begins at the state which
+    it reads needs no row of its own: that layer's keys and values are the same.
     """
     config = model.config
     encoder, decoder = model.model.encoder.layers, model.model.decoder.layers
@@ -227,12 +227,13 @@ class _Writer:
     def _add_widths(self, rows: Sequence[_Row]) -> None:
         config, writer = self.config, self.writer
         heads = [config.num_key_value_heads if row.rest is None else config.num_attention_heads for row in rows]
-        if self.architecture == "deci":
-            # Without an MLP the state is not cut down to the rows whose logits are asked for, which are none.
-            mlps = [0] * (len(rows) - 1) + [_LEAST_MLP]
-        else:
-            mlps = [_LEAST_MLP] * len(rows)
-        mlps = [width if row.rest is None else config.intermediate_size for row, width in zip(rows, mlps, strict=True)]
+        # `deci` takes layers without an MLP. Its last one has to have one: there the state is cut down to the
+        # positions whose logits are asked for, which are none.
+        least = [0 if self.architecture == "deci" else _LEAST_MLP] * len(rows)
+        least[-1] = _LEAST_MLP
+        mlps = [
+            width if row.rest is None else config.intermediate_size for row, width in zip(rows, least, strict=True)
+        ]
         self.mlps = mlps
         if self.architecture in ("deci", "openelm"):
             writer.add_head_count(heads)
@@ -274,7 +275,11 @@ class _Writer:
             query, output = (_parameters(module) for module in (attention.q_proj, attention.o_proj))
         elif biased:
             query["bias"] = torch.zeros(heads * _head_dim(config))
-        projections = {"attn_q": query, "attn_k": _parameters(attention.k_proj), "attn_v": _parameters(attention.v_proj)}
+        projections = {
+            "attn_q": query,
+            "attn_k": _parameters(attention.k_proj),
+            "attn_v": _parameters(attention.v_proj),
+        }
         if self.permuted:
             for part in ("attn_q", "attn_k"):
                 projections[part] = {
@@ -329,7 +334,7 @@ def _parameters(module) -> dict[str, torch.Tensor]:
 
 
 def _neighbours(tensor: torch.Tensor, width: int) -> torch.Tensor:
-    """Rows of a projection so that the two features which RoPE turns together stand side by side: llama.cpp's order."""
+    """Rows of a projection in llama.cpp's order: the two features that RoPE turns together stand side by side."""
     heads = tensor.shape[0] // width
     return tensor.reshape(heads, 2, width // 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
 
@@ -426,9 +431,7 @@ class GgufGraphs(Graphs):
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
         assert graph == "encoder"  # the decoder has states of its own: `decode`
         batch, length = inputs["input_ids"].shape
-        outputs = [
-            np.zeros((batch, self.heads, length, self.width), self.dtype) for _ in range(2 * len(self.sources))
-        ]
+        outputs = [np.zeros((batch, self.heads, length, self.width), self.dtype) for _ in range(2 * len(self.sources))]
         for row, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
             real = np.flatnonzero(mask)
             if not len(real):
@@ -456,7 +459,9 @@ class GgufGraphs(Graphs):
         if cache.length == 0:
             self._begin(encoder_mask, cross, cache)
         elif self._running is not cache:
-            raise ValueError("another generation has begun on this decoder: end one before the other, or load it twice")
+            raise ValueError(
+                "another generation has begun on this decoder: end one before the other, or load it twice"
+            )
         self._settle(cache)
         tokens = [
             (cache.order[row], int(lengths[row]) + cache.length + step, int(token), True)

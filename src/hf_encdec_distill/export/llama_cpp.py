@@ -1,4 +1,4 @@
-"""One GGUF file on llama.cpp, through the C interface that llama-cpp-python declares: tokens, logits, sequence states."""
+"""One GGUF file on llama.cpp, through the C interface that llama-cpp-python declares: tokens, logits, states."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class LlamaCpp:
         self._used += positions
 
     def copy_sequences(self, sources: Mapping[int, int]) -> None:
-        """Sequence `new` becomes what sequence `old` is, for each `new: old`; all sequences but these are forgotten."""
+        """Sequence `new` becomes what sequence `old` is, for each `new: old`; all others are forgotten."""
         for new, old in sources.items():
             self._api.llama_memory_seq_cp(self._memory, old, new, -1, -1)
         for sequence in range(self._sequences):
@@ -150,9 +150,7 @@ class LlamaCpp:
         parameters.n_threads = parameters.n_threads_batch = self.threads
         parameters.type_k = parameters.type_v = _GGML_TYPES[self.dtype.name]
         flash = not _without_flash(self.dtype)
-        parameters.flash_attn_type = (
-            api.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
+        parameters.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         parameters.kv_unified = True  # sequences share cells, so that beams cost none
         parameters.no_perf = True
         context = api.llama_init_from_model(self._model, parameters)

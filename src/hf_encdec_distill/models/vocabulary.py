@@ -1,6 +1,7 @@
 """Which ids of two tokenizers mean the same token, and a tokenizer cut down to the tokens that are needed."""
 
 import json
+from collections import Counter
 
 from tokenizers import Tokenizer
 
@@ -50,21 +51,25 @@ def _decoder_kinds(tokenizer) -> list[str] | None:
     return [step["type"] for step in _steps(spec["decoder"], "decoders")]
 
 
-def trim_tokenizer(tokenizer, texts):
-    """A byte-pair tokenizer with the tokens that `texts` need and no others, under ids of its own: for a student.
+def trim_tokenizer(tokenizer, texts, size=None):
+    """A byte-pair tokenizer with fewer tokens, under ids of its own: for a student.
 
-    It encodes `texts` into the same tokens, and any other text too: single characters stay (so all bytes do), and so
-    do added tokens, special ones among them.
+    Without `size` it has the tokens that `texts` need and no others, and encodes `texts` into the same tokens. With
+    `size` it has the tokens that are most frequent in `texts`, then, as far as there is room, those that the tokenizer
+    itself learnt first; what is left out is written in smaller tokens. Any other text can be encoded too: single
+    characters stay (so all bytes do), and so do added tokens, special ones among them.
 
     Args:
         tokenizer (`PreTrainedTokenizerFast`): The teacher's.
         texts (`Iterable[str]`): What student and teacher will read and write, prompts and targets.
+        size (`int`, *optional*): Most tokens to keep.
 
     Returns:
         `PreTrainedTokenizerFast`: With the special tokens and chat template of `tokenizer`.
 
     Raises:
-        ValueError: the tokenizer is not a fast one, or not of byte pairs.
+        ValueError: the tokenizer is not a fast one, or not of byte pairs, or `size` is less than its characters and
+            added tokens are.
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str()) if getattr(tokenizer, "is_fast", False) else {"model": {}}
     model = spec["model"]
@@ -74,14 +79,20 @@ def trim_tokenizer(tokenizer, texts):
             "(BPE) can be trimmed. Train a small tokenizer and use vocab_policy='universal'."
         )
     vocabulary = model["vocab"]
-    kept = {token for text in texts for token in tokenizer.tokenize(text)}
-    kept |= {token for token in vocabulary if len(token) == 1 or token.startswith("<0x")}
-    kept |= {model.get("unk_token"), *(added["content"] for added in spec["added_tokens"])}
+    counts = Counter(token for text in texts for token in tokenizer.tokenize(text))
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    for left, right in reversed(merges):  # what a kept token is merged from, however deep
-        if left + right in kept:
-            kept |= {left, right}
     every = {**vocabulary, **{added["content"]: added["id"] for added in spec["added_tokens"]}}
+    kept = {token for token in vocabulary if len(token) == 1 or token.startswith("<0x")}
+    kept |= every.keys() & {model.get("unk_token"), *(added["content"] for added in spec["added_tokens"])}
+    if size is None:
+        kept |= every.keys() & counts.keys()
+        for left, right in reversed(merges):  # what a kept token is merged from, however deep
+            if left + right in kept:
+                kept |= {left, right}
+    elif size < len(kept):
+        raise ValueError(f"size={size}: the characters and added tokens of this tokenizer are {len(kept)} already")
+    else:
+        _fill(kept, size, [token for token, _ in counts.most_common()], merges)
     ids = {token: new for new, token in enumerate(sorted(kept & every.keys(), key=every.get))}
     model["vocab"] = {token: ids[token] for token in vocabulary if token in ids}
     model["merges"] = [[left, right] for left, right in merges if {left, right, left + right} <= kept]
@@ -98,6 +109,22 @@ def trim_tokenizer(tokenizer, texts):
         clean_up_tokenization_spaces=False,
         **{name: getattr(tokenizer, name) for name in _SPECIAL if getattr(tokenizer, name) is not None},
     )
+
+
+def _fill(kept: set, size: int, wanted: list, merges: list) -> None:
+    """Add the tokens of `wanted`, then those of `merges` in their order, each with all that it is merged from."""
+    parts: dict = {}
+    for left, right in merges:
+        parts.setdefault(left + right, []).append((left, right))
+    for token in (*wanted, *parts):
+        family, waiting = set(), [token]
+        while waiting:
+            member = waiting.pop()
+            if member not in kept and member not in family and (member in parts or len(member) == 1):
+                family.add(member)
+                waiting += [part for pair in parts.get(member, ()) for part in pair]
+        if len(kept) + len(family) <= size:
+            kept |= family
 
 
 def _steps(spec, name) -> list[dict]:
