@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .. import __version__
 from . import (
+    bench,
     cache,
     convert_mu,
     demo,
@@ -49,6 +50,7 @@ COMMANDS = {
     "demo": demo,
     "convert-mu": convert_mu,
     "info": info,
+    "bench": bench,
     "doctor": doctor,
 }
 _SYNONYMS = {"adapt": "heal"}  # what it was called before 0.1.0
