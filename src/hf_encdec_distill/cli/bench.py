@@ -144,6 +144,8 @@ def _chosen(found: Sequence[Contender], args: argparse.Namespace) -> list[Conten
     Raises:
         ValueError: a backend or precision that no model has.
     """
+    from ..bench.contenders import PRECISIONS
+
     kept = list(found)
     for name in ("backend", "precision"):
         if getattr(args, name) is None:
@@ -155,9 +157,14 @@ def _chosen(found: Sequence[Contender], args: argparse.Namespace) -> list[Conten
         kept = [contender for contender in kept if getattr(contender, name) in words]
     if not kept:
         raise ValueError(f"no model has --backend {args.backend} in --precision {args.precision}: name others")
-    # The student and its like first: if time runs short, it is the teacher that is missing.
+    # Should time run short, it is the rarest precision and the teacher that are missing.
     first = ("student", _OF_SIZE)
-    return sorted(kept, key=lambda contender: first.index(contender.model) if contender.model in first else len(first))
+
+    def order(contender: Contender) -> tuple[int, int]:
+        whose = first.index(contender.model) if contender.model in first else len(first)
+        return list(PRECISIONS).index(contender.precision), whose
+
+    return sorted(kept, key=order)
 
 
 def _models(args: argparse.Namespace) -> dict[str, Model]:
