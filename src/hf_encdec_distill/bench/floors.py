@@ -13,18 +13,18 @@ from ..models.cost import ModelCost
 from .contenders import PRECISIONS
 
 
-_TRIES = 5
+_TRIES = 15
 _SIZE = 2048  # of square matrices
 _READ = 2**28  # bytes
 
 
-def measure_rates(threads: int) -> dict[str, float]:
+def measure_rates(threads: int, device: str = "cpu") -> dict[str, float]:
     """Bytes a second (`read`), and FLOPs a second of large matrix products in `fp32`, `bf16` and, where this torch has
     them, `int8`."""
     import torch
 
     torch.set_num_threads(threads)
-    memory = torch.ones(_READ // 4)
+    memory = torch.ones(_READ // 4, device=device)
     matrix = memory.view(2**13, -1)
     seconds = min(_best(memory.sum), _best(lambda: matrix @ matrix[0]))
     rates = {"read": _READ / seconds}
@@ -35,7 +35,7 @@ def measure_rates(threads: int) -> dict[str, float]:
     if hasattr(torch, "_int_mm"):  # torch has no public product of int8; without one, floors of int8 are those of bf16
         products["int8"] = (torch.int8, torch._int_mm)
     for name, (dtype, product) in products.items():
-        one = torch.ones(_SIZE, _SIZE, dtype=dtype)
+        one = torch.ones(_SIZE, _SIZE, device=device).to(dtype)
         rates[name] = 2 * _SIZE**3 / _best(lambda one=one, product=product: product(one, one))
     return rates
 
@@ -44,7 +44,7 @@ def _best(run: Callable) -> float:
     seconds = []
     for _ in range(_TRIES):
         start = time.perf_counter()
-        run()
+        run().view(-1)[0].item()  # which waits for a GPU
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 

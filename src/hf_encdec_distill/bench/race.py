@@ -93,8 +93,6 @@ def race(
 
     machine = {**machine_description(), "threads": threads}
     with stage("convert") as show:
-        with Worker(None, threads) as worker:
-            rates = worker.ask("rates", threads=threads)
         ready = []
         for index, contender in enumerate(contenders):
             show(index / len(contenders), _name(contender))
@@ -106,6 +104,9 @@ def race(
                 except Failed as failure:
                     why = str(failure)
             leave_out(contender, why)
+        with Worker(None, threads) as worker:
+            devices = dict.fromkeys(["cpu", *(contender.device for contender, _ in ready)])
+            rates = {device: worker.ask("rates", threads=threads, device=device) for device in devices}
 
     with ExitStack() as stack:
         runners = []
@@ -155,7 +156,10 @@ def race(
                     show((number - 1 + index / len(turns)) / rounds, f"{_name(runner.contender)}, {request}")
                     if not turn(runner, request, number):
                         turns.remove((runner, request))
-    rows = [_row(runner, request, models[runner.contender.model], rates) for runner, request in turns]
+    rows = [
+        _row(runner, request, models[runner.contender.model], rates[runner.contender.device])
+        for runner, request in turns
+    ]
     if not rows:
         reasons = "; ".join(f"{out['model']}, {out['backend']} {out['precision']}: {out['why']}" for out in left_out)
         raise ValueError(f"nothing could be measured: {reasons}")

@@ -92,10 +92,10 @@ class _Served:
     def __init__(self, contender: Contender | None):
         self.contender = contender
 
-    def rates(self, threads: int) -> dict[str, float]:
+    def rates(self, threads: int, device: str) -> dict[str, float]:
         from .floors import measure_rates
 
-        return measure_rates(threads)
+        return measure_rates(threads, device)
 
     def prepare(self, folder: str) -> None:
         assert self.contender is not None

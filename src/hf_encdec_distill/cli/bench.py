@@ -259,7 +259,7 @@ def _prompts(student: Model) -> Callable[[Model, Request, int], list[list[int]]]
             try:
                 tokenizer = load_tokenizer(model.folder)
                 source = Path(argparse.__file__).read_text(encoding="utf-8") + Path(textwrap.__file__).read_text()
-                ids = tokenizer(source, add_special_tokens=False, truncation=False)["input_ids"]
+                ids = tokenizer(source, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
             except OSError:
                 ids = torch.randint(
                     model.config.vocab_size, (2**14,), generator=torch.Generator().manual_seed(0)
@@ -284,7 +284,7 @@ def _prompts(student: Model) -> Callable[[Model, Request, int], list[list[int]]]
 def _page(report: dict[str, Any]) -> str:
     header = ["", "first token, ms", "step, ms", "request, ms", "requests/s", "x floor", "memory, MB", "disk, MB"]
     blocks = []
-    rates, machine = report["rates"], report["machine"]
+    rates, machine = report["rates"]["cpu"], report["machine"]
     products = ", ".join(f"{name} {rates[name] / 1e9:.0f}" for name in rates if name != "read")
     blocks.append(
         wrap(

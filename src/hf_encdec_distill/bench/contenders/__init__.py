@@ -49,6 +49,7 @@ class Contender(ABC):
         backend: the name of the runtime.
         precision: of its weights, of `PRECISIONS`.
         packages: modules that it needs -> the distribution that has them.
+        device: on which it computes, as torch names it.
     """
 
     model: str
@@ -56,6 +57,10 @@ class Contender(ABC):
     backend: str
     precision: str
     packages: ClassVar[Mapping[str, str]] = MappingProxyType({})
+
+    @property
+    def device(self) -> str:
+        return "cpu"
 
     def missing(self) -> str | None:
         """What to install before it can run, in a sentence; None if nothing is missing."""

@@ -16,14 +16,6 @@ _END = 2**31 - 1  # of an axis, whatever its length
 class OptimumOpenVino(Contender):
     packages = {"openvino": "openvino", "optimum.intel": '"hf-encdec-distill[optimum]"'}
 
-    def missing(self) -> str | None:
-        import importlib.util
-
-        # A submodule can be looked for only where its package is there.
-        if importlib.util.find_spec("optimum.exporters") and importlib.util.find_spec("optimum.intel"):
-            return super().missing()
-        return f"optimum.intel not installed: pip install {self.packages['optimum.intel']}"
-
     def import_packages(self) -> None:
         import openvino  # noqa: F401  # which alone runs an export
 

@@ -14,10 +14,14 @@ _CUDA = "pytorch cuda"
 class PyTorch(Contender):
     packages = {"torch": "torch", "transformers": "transformers"}
 
+    @property
+    def device(self) -> str:
+        return "cuda" if self.backend == _CUDA else "cpu"
+
     def missing(self) -> str | None:
         import torch
 
-        return "no CUDA device here" if self.backend == _CUDA and not torch.cuda.is_available() else None
+        return "no CUDA device here" if self.device == "cuda" and not torch.cuda.is_available() else None
 
     def load(self, folder: Path, threads: int) -> None:
         import torch
@@ -26,8 +30,7 @@ class PyTorch(Contender):
 
         torch.set_num_threads(threads)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.precision]
-        device = "cuda" if self.backend == _CUDA else "cpu"
-        self.loaded = load_student_of_any_kind(self.source, dtype=dtype).eval().to(device)
+        self.loaded = load_student_of_any_kind(self.source, dtype=dtype).eval().to(self.device)
 
     def answer(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[list[int]], list[float]]:
         import torch
