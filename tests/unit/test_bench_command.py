@@ -91,19 +91,23 @@ def expected(folder, name, ids, new_tokens):
 
 @pytest.mark.export
 @pytest.mark.parametrize(
-    ("name", "backend", "precision", "agreement"),
+    ("name", "backend"),
     [
-        ("student", "pytorch", "fp32", 1.0),
-        ("student", "onnx", "fp32", 1.0),
-        ("student", "openvino", "fp32", 1.0),
-        ("teacher", "pytorch", "fp32", 1.0),
-        ("teacher", "onnxruntime-genai", "fp32", 1.0),
-        ("teacher", "ctranslate2", "int8", 0.25),  # eight bits may turn a token, and all that follow
-        ("teacher", "openvino", "int8", 0.25),
+        ("student", "pytorch"),
+        ("student", "onnx"),
+        ("student", "openvino"),
+        ("teacher", "pytorch"),
+        ("teacher", "onnxruntime-genai"),
+        ("teacher", "ctranslate2"),
+        ("teacher", "openvino"),
     ],
 )
-def test_a_contender_answers_as_transformers_does(folder, tmp_path, name, backend, precision, agreement):
-    contender = find(folder, name, backend, precision)
+def test_a_contender_answers_as_transformers_does(folder, tmp_path, name, backend):
+    """In fp32: fewer bits turn a token, and all that follow."""
+    if backend == "ctranslate2":
+        contender = CTranslate2(name, str(folder / name), backend, "float32")
+    else:
+        contender = find(folder, name, backend, "fp32")
     if why := contender.missing():
         pytest.skip(why)
     contender = contender_of(json.loads(json.dumps(contender.to_dict())))
@@ -120,9 +124,7 @@ def test_a_contender_answers_as_transformers_does(folder, tmp_path, name, backen
     for rows in (ids, ids[:1]):
         tokens, times = contender.answer(rows.tolist(), 8)
         assert all(early < late for early, late in zip([0.0, *times], times, strict=False)) and len(times) == 8
-        assert [len(row) for row in tokens] == [8] * len(rows)
-        equal = [mine == their for row, of in zip(tokens, theirs) for mine, their in zip(row, of)]
-        assert sum(equal) >= agreement * len(equal)
+        assert tokens == theirs[: len(rows)]
     assert len({token for row in theirs for token in row}) > 2
 
 
