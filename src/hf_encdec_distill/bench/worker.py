@@ -79,8 +79,11 @@ class Worker:
         return self
 
     def __exit__(self, *_exception) -> None:
-        self._process.kill()
-        self._process.wait()
+        if self._process.poll() is None:
+            if hasattr(os, "killpg"):
+                os.killpg(self._process.pid, signal.SIGKILL)  # with what it has started
+            self._process.kill()
+            self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._said):
             with contextlib.suppress(BrokenPipeError):
                 stream.close()  # type: ignore[union-attr]  # pipes are there, since we asked for them
@@ -133,6 +136,16 @@ def memory() -> dict[str, float]:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"now": peak, "peak": peak}
+
+
+def available_memory() -> float:
+    """Bytes that this machine could still give to a process; infinity where the system does not say."""
+    file = Path("/proc/meminfo")
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * float(line.split()[1])
+    return float("inf")
 
 
 def main(contender: Mapping[str, str] | None) -> None:
