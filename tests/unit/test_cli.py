@@ -92,6 +92,7 @@ def test_the_commands_are_those_that_work():
         "demo",
         "convert-mu",
         "info",
+        "bench",
         "doctor",
     }
 

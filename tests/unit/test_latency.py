@@ -83,12 +83,12 @@ def separate():
 @pytest.mark.parametrize("name", ["llama", "bart", "merged", "separate"])
 def test_greedy_decode_gives_the_tokens_of_generate(name, request):
     model = request.getfixturevalue(name)
-    ids = torch.randint(1, 120, (1, 17), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(1, 120, (2, 17), generator=torch.Generator().manual_seed(2))
     tokens, times = greedy_decode(model, ids, 9)
     mask = torch.ones_like(ids)
     theirs = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=9, min_new_tokens=9)
-    assert len(set(tokens)) > 2
-    assert tokens == theirs[0, -9:].tolist()
+    assert len(set(tokens[0])) > 2
+    assert tokens == theirs[:, -9:].tolist()
     assert len(times) == 9 and all(early < late for early, late in zip(times, times[1:], strict=False))
 
 

@@ -20,7 +20,7 @@ PACKAGES = {path.stem for path in ROOT.iterdir()} - {"__init__"}
 ARROWS = {
     "cli": "cards bench evaluation export distillation data metrics models hub files devices progress",
     "cards": "bench export distillation metrics files",
-    "bench": "metrics models devices",
+    "bench": "export metrics models files devices",
     "evaluation": "distillation metrics models devices progress",
     "export": "metrics models files",
     "distillation": "metrics models hub files",

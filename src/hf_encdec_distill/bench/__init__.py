@@ -1,4 +1,5 @@
-"""Latency, size and FLOPs of a student held against the decoder-only model it came from, and the plots of a run.
+"""Latency, size and FLOPs of a student held against the decoder-only model it came from and against what
+else people run, and the plots of a run.
 
 Everything here is imported on first use: plots need matplotlib (`pip install "hf-encdec-distill[demo]"`), the rest
 torch and transformers.
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .latency import compare_latency as compare_latency
     from .latency import greedy_decode as greedy_decode
     from .latency import machine_description as machine_description
+    from .plots import plot_bench as plot_bench
     from .plots import plot_front as plot_front
     from .plots import plot_latency as plot_latency
     from .plots import plot_loss_curves as plot_loss_curves
@@ -33,7 +35,7 @@ else:
         {
             ".energy": ["EnergyMeter"],
             ".latency": ["LatencyComparison", "compare_latency", "greedy_decode", "machine_description"],
-            ".plots": ["plot_front", "plot_latency", "plot_loss_curves", "plot_quality"],
+            ".plots": ["plot_bench", "plot_front", "plot_latency", "plot_loss_curves", "plot_quality"],
             "..models.cost": ["CostComparison", "ModelCost", "compare_cost", "decoder_only_config", "model_cost"],
             "..devices": ["best_cpu_dtype", "bf16_unit", "cpu_flags"],
         },

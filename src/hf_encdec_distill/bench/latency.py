@@ -62,23 +62,30 @@ def _gpus() -> str | None:
     return ", ".join(f"{count} x {name}" for name, count in Counter(names).items()) or None
 
 
+def read_by(config, prompts):
+    """What a model reads of prompts, `(batch, length)` of any array: a `merged` student all but the last token, with
+    which its decoder starts."""
+    return prompts[:, :-1] if getattr(config, "cross_attention", None) == "merged" else prompts
+
+
 @torch.inference_mode()
-def greedy_decode(model, input_ids: torch.Tensor, new_tokens: int) -> tuple[list[int], list[float]]:
+def greedy_decode(model, input_ids: torch.Tensor, new_tokens: int) -> tuple[list[list[int]], list[float]]:
     """Decodes greedily with the model's own cache, to a fixed length, and notes when each token was there.
 
     Args:
         model: an encoder-decoder or decoder-only model of transformers' forward signature.
-        input_ids: `(1, length)`, no padding: the encoder's input, or the decoder-only prompt.
+        input_ids: `(batch, length)`, no padding: the encoder's input, or the decoder-only prompt.
         new_tokens: tokens to generate; end of sequence does not stop it.
 
     Returns:
-        The token ids, and for each the seconds since the call, measured when its id was an `int` in Python.
+        The token ids of each row, and for each step the seconds since the call, measured when the ids of all rows were
+        `int`s in Python.
     """
-    start, tokens, times = time.perf_counter(), [], []
+    start, steps, times = time.perf_counter(), [], []
     if model.config.is_encoder_decoder:
         fixed = {"encoder_outputs": model.get_encoder()(input_ids=input_ids, return_dict=True)}
         name, first = "decoder_input_ids", {}
-        step_ids = input_ids.new_tensor([[model.config.decoder_start_token_id]])
+        step_ids = input_ids.new_full((len(input_ids), 1), model.config.decoder_start_token_id)
     else:
         # The prompt's last position predicts the first token; logits of the others would be thrown away.
         name, fixed, first, step_ids = "input_ids", {}, {"logits_to_keep": 1}, input_ids
@@ -87,12 +94,13 @@ def greedy_decode(model, input_ids: torch.Tensor, new_tokens: int) -> tuple[list
         outputs = model(**{name: step_ids}, **fixed, **first)
         fixed[CACHE_FIELD], first = outputs[CACHE_FIELD], {}
         step_ids = outputs.logits[:, -1:].argmax(dim=-1)
-        tokens.append(int(step_ids))
+        steps.append(step_ids[:, 0].tolist())
         times.append(time.perf_counter() - start)
-    return tokens, times
+    return [list(row) for row in zip(*steps, strict=True)], times
 
 
-def _quartiles(values: Sequence[float]) -> dict[str, float]:
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Median (`value`) and quartiles (`low`, `high`)."""
     low, value, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
     return {"value": value.item(), "low": low.item(), "high": high.item()}
 
@@ -100,7 +108,8 @@ def _quartiles(values: Sequence[float]) -> dict[str, float]:
 _TIMINGS = ("first_token_ms", "step_ms", "tokens_per_second", "request_ms")
 
 
-def _timings(times: list[float]) -> dict[str, float]:
+def timings(times: Sequence[float]) -> dict[str, float]:
+    """What the times of `greedy_decode` come to, in milliseconds: the first token, a step, the request."""
     step = (times[-1] - times[0]) / (len(times) - 1)
     return dict(zip(_TIMINGS, (1e3 * times[0], 1e3 * step, 1 / step, 1e3 * times[-1]), strict=True))
 
@@ -126,13 +135,13 @@ class LatencyComparison:
 
     def summary(self, side: str) -> dict[str, dict[str, float]]:
         """Median (`value`) and quartiles (`low`, `high`) of each timing of `"student"` or `"teacher"`."""
-        return {name: _quartiles([measured[side][name] for measured in self.rounds]) for name in _TIMINGS}
+        return {name: quartiles([measured[side][name] for measured in self.rounds]) for name in _TIMINGS}
 
     @property
     def ratio(self) -> dict[str, dict[str, float]]:
         """Student / teacher within each round, then median and quartiles: below 1 the student is faster."""
         return {
-            name: _quartiles([measured["student"][key] / measured["teacher"][key] for measured in self.rounds])
+            name: quartiles([measured["student"][key] / measured["teacher"][key] for measured in self.rounds])
             for name, key in (("first_token", "first_token_ms"), ("step", "step_ms"), ("request", "request_ms"))
         }
 
@@ -193,12 +202,11 @@ def compare_latency(
     dtype, reason = _dtype(student, dtype)
     machine = machine_description()
     models = {"teacher": _ready(teacher, dtype), "student": _ready(student, dtype)}
-    merged = getattr(student.config, "cross_attention", None) == "merged"
     measured = []
     for index in range(rounds + 1):
         ids = torch.tensor([prompts[index % len(prompts)]], device=student.device)
-        inputs = {"teacher": ids, "student": ids[:, :-1] if merged else ids}
-        measured.append({side: _timings(greedy_decode(models[side], inputs[side], new_tokens)[1]) for side in models})
+        inputs = {"teacher": ids, "student": read_by(student.config, ids)}
+        measured.append({side: timings(greedy_decode(models[side], inputs[side], new_tokens)[1]) for side in models})
     return LatencyComparison(
         dtype=str(dtype).removeprefix("torch."),
         dtype_reason=reason,

@@ -266,3 +266,50 @@ def _draw_front(points: Mapping[str, tuple[float, tuple[float, float, float]]], 
     axis.margins(x=0.14)
     axis.grid(linewidth=0.8)
     return figure
+
+
+def plot_bench(report: Mapping, path: str | Path) -> Path:
+    """A report of `bench` as bars, a panel a request: the first token and, behind it, all further ones; a line across
+    each bar is the floor of the request.
+
+    Args:
+        report: see docs/bench.md.
+        path: ends in `.png` or `.svg`; both are written, and `-dark` versions of both beside them.
+
+    Raises:
+        ValueError: for another suffix.
+    """
+    return _save(partial(_draw_bench, report), path)
+
+
+def _draw_bench(report: Mapping) -> Figure:
+    requests: dict[tuple, list[Mapping]] = {}
+    for row in report["rows"]:
+        requests.setdefault((row["source"], row["target"], row["batch"]), []).append(row)
+    most = max(map(len, requests.values()))
+    figure, axes = _figure(2.4 + 4.0 * min(3, len(requests)), 1.2 + 0.3 * most, len(requests))
+    for axis, ((source, target, batch), rows) in zip(axes, requests.items(), strict=True):
+        rows = sorted(rows, key=lambda row: row["request_ms"]["value"])
+        for position, row in enumerate(rows):
+            colour = _colour("student_kd" if row["model"] == "student" else "teacher_before", [])
+            first, request = row["first_token_ms"]["value"], row["request_ms"]
+            axis.barh(position, first, height=0.62, color=colour)
+            axis.barh(position, request["value"] - first, left=first, height=0.62, color=colour, alpha=0.55)
+            spread = [[request["value"] - request["low"]], [request["high"] - request["value"]]]
+            line = matplotlib.rcParams["text.color"]
+            axis.errorbar(request["value"], position, xerr=spread, color=line, elinewidth=1.4, capsize=3)
+            axis.vlines(row["floor"]["request_ms"], position - 0.42, position + 0.42, color="#D55E00", linewidth=2)
+            axis.annotate(f"{request['value']:.0f}", (request["high"], position), (5, 0), **_NOTE)
+        names = [f"{row['model']}, {row['backend']} {row['precision']}" for row in rows]
+        axis.set_yticks(range(len(rows)), names)
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.set_xlim(0, 1.2 * max(row["request_ms"]["high"] for row in rows))
+        axis.set_title(f"{source} in, {target} out, batch {batch}: request, ms", fontsize=9.5, loc="left")
+        axis.grid(axis="x", linewidth=0.8)
+        axis.tick_params(axis="y", length=0)
+    figure.supxlabel(
+        f"dark: first token; light: all further ones; orange: floor of this machine; {report['machine']['threads']} "
+        f"threads, {report['spread']}",
+        fontsize=8.5,
+    )
+    return figure

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .. import __version__
 from . import (
+    bench,
     cache,
     convert_mu,
     demo,
@@ -51,6 +52,7 @@ COMMANDS = {
     "serve": serve,
     "convert-mu": convert_mu,
     "info": info,
+    "bench": bench,
     "doctor": doctor,
 }
 _SYNONYMS = {"adapt": "heal"}  # what it was called before 0.1.0

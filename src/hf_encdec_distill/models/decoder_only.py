@@ -8,6 +8,7 @@ import copy
 import torch
 from transformers import PreTrainedModel
 
+from .cost import model_cost
 from .prompts import frozen_prompt_date, with_prompt_as_chat_template
 from .rope_encdec.initialization import (
     MEASURED_ROWS,
@@ -96,6 +97,32 @@ def prune_decoder_only(
     if prompt_date is not None:
         student.config.prompt_date = prompt_date
     return student
+
+
+def config_of_size(config, parameters):
+    """The config of the largest model of a decoder-only model's own layers, as many of them as it takes, that has no
+    more than so many parameters.
+
+    Returns:
+        A copy; None if not even one layer fits.
+
+    Raises:
+        ValueError: for an unsupported family.
+    """
+    config = copy.deepcopy(config)
+    totals = []
+    for config.num_hidden_layers in (1, 2):
+        totals.append(model_cost(config, prompt_length=2).parameters["total"])
+    layer = totals[1] - totals[0]
+    layers = (parameters - totals[0]) // layer + 1
+    if layers < 1:
+        return None
+    for name in _PER_LAYER:
+        if getattr(config, name, None) is not None:
+            pattern = getattr(config, name)
+            setattr(config, name, [pattern[index % len(pattern)] for index in range(layers)])
+    config.num_hidden_layers = layers
+    return config
 
 
 def _choose(teacher, count, layer_selection, rows, batches, teacher_logprobs, influence) -> list[int]:

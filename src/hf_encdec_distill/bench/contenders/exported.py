@@ -1,0 +1,83 @@
+"""The student on the runtimes of its export targets: a tight loop over the exported graphs, PyTorch not in it."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import PRECISIONS, Contender, Model
+
+
+class Exported(Contender):
+    """Of the target that its backend is named after."""
+
+    def missing(self) -> str | None:
+        from ...export.backends import check_installed
+
+        try:
+            check_installed(self.backend)
+        except ImportError as error:
+            return str(error)
+        if self.backend == "coreml" and platform.system() != "Darwin":
+            return "Core ML runs on macOS alone"  # elsewhere its programs are interpreted, for the proof
+        return None
+
+    def import_packages(self) -> None:
+        from ...export import runtime  # noqa: F401  # with torch and transformers, which are no part of the answer
+        from ...export.backends import backend_of
+
+        importlib.import_module(backend_of(self.backend).packages[0])
+
+    def prepare(self, folder: Path) -> None:
+        import torch
+
+        from ...export.exporting import export_model
+        from ...models.loading import load_student
+
+        export_model(load_student(self.source, dtype=torch.float32), None, self.backend, folder, self.precision)
+
+    def load(self, folder: Path, threads: int) -> None:
+        import torch
+
+        from ...export.recipe import Shapes, graphs
+        from ...export.runtime import load_graphs, read_manifest
+        from ...models.loading import load_config
+
+        torch.set_num_threads(threads)  # from which the targets take theirs
+        manifest, self.config = read_manifest(folder), load_config(folder)
+        shapes = Shapes.parse(manifest["shapes"])
+        self.graphs = load_graphs(folder, manifest, graphs(self.config, shapes), shapes)
+
+    def answer(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[list[int]], list[float]]:
+        import numpy as np
+
+        from ..latency import read_by
+
+        start, steps, times = time.perf_counter(), [], []
+        ids = read_by(self.config, np.array(prompts, dtype=np.int64))
+        cross, mask = self.graphs.encode(ids, np.ones_like(ids))
+        cache = self.graphs.new_cache(len(ids))
+        step = np.full((len(ids), 1), self.config.decoder_start_token_id, dtype=np.int64)
+        for _ in range(new_tokens):
+            step = self.graphs.decode(step, mask, cross, cache)[:, -1:].argmax(-1)
+            steps.append(step[:, 0].tolist())
+            times.append(time.perf_counter() - start)
+        return [list(row) for row in zip(*steps, strict=True)], times
+
+
+def contenders(model: Model) -> list[Contender]:
+    """On each target the student quantised, where the target can do that, and in its widest precision."""
+    from ...export.backends import backend_of, targets
+
+    if not model.is_student:
+        return []
+    found: list[Contender] = []
+    for target in targets():
+        variants = [variant for variant in backend_of(target).variants if variant in PRECISIONS]
+        widest = max(variants, key=lambda variant: PRECISIONS[variant])
+        kept = [variant for variant in variants if variant in ("int8", "int4", widest)]
+        found += [Exported(model.name, str(model.folder), target, variant) for variant in kept]
+    return found

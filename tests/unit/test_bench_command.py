@@ -1,0 +1,438 @@
+"""`bench`: contenders answer as transformers does, what is missing is named, and its numbers by hand."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from distillation_toys import spread
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from hf_encdec_distill import RopeEncDecForConditionalGeneration
+from hf_encdec_distill.bench import contenders as registry
+from hf_encdec_distill.bench import model_cost
+from hf_encdec_distill.bench.contenders import Model, contender_of, contenders
+from hf_encdec_distill.bench.contenders.ctranslate2 import CTranslate2
+from hf_encdec_distill.bench.floors import counted, floor, measure_rates
+from hf_encdec_distill.bench.race import Request, check_answer, plan
+from hf_encdec_distill.bench.results import check_against, compare, headlines, read_report
+from hf_encdec_distill.bench.worker import Failed, Worker
+from hf_encdec_distill.cli.main import main
+from hf_encdec_distill.models.decoder_only import config_of_size
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, make_bpe_tokenizer):
+    """A teacher, and a student of it, `merged`, whose prompts end in its start token."""
+    folder = tmp_path_factory.mktemp("bench")
+    tokenizer = make_bpe_tokenizer(pad_token="<|endoftext|>")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    teacher = spread(LlamaForCausalLM(config), std=0.3)
+    teacher.save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(
+        teacher,
+        tokenizer=tokenizer,
+        encoder_num_hidden_layers=2,
+        decoder_num_hidden_layers=2,
+        layer_selection="even",
+        heal=None,
+    )
+    student.save_pretrained(folder / "student")
+    return folder
+
+
+def model(folder, name):
+    from hf_encdec_distill.models.loading import load_config
+
+    return Model(name, folder / name, load_config(folder / name))
+
+
+def find(folder, name, backend, precision):
+    return next(
+        contender
+        for contender in contenders(model(folder, name))
+        if (contender.backend, contender.precision) == (backend, precision)
+    )
+
+
+def prompts_for(student, rows=2, length=12):
+    """Of ordinary tokens, with the student's start token at the end."""
+    ids = torch.randint(4, 260, (rows, length), generator=torch.Generator().manual_seed(1))
+    ids[:, -1] = student.decoder_start_token_id
+    return ids
+
+
+# Contenders ----------------------------------------------------------------------------------------------------------
+
+
+def expected(folder, name, ids, new_tokens):
+    """Greedy tokens of transformers' own `generate`, in fp32. No token ends an answer, and none is chosen to."""
+    options = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    if name == "student":
+        loaded = RopeEncDecForConditionalGeneration.from_pretrained(folder / name).eval()
+        ids = ids[:, :-1]
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(folder / name).eval()
+    return loaded.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, -new_tokens:].tolist()
+
+
+@pytest.mark.export
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("student", "pytorch"),
+        ("student", "onnx"),
+        ("student", "openvino"),
+        ("teacher", "pytorch"),
+        ("teacher", "onnxruntime-genai"),
+        ("teacher", "ctranslate2"),
+        ("teacher", "openvino"),
+    ],
+)
+def test_a_contender_answers_as_transformers_does(folder, tmp_path, name, backend):
+    """In fp32: fewer bits turn a token, and all that follow."""
+    if backend == "ctranslate2":
+        contender = CTranslate2(name, str(folder / name), backend, "float32")
+    else:
+        contender = find(folder, name, backend, "fp32")
+    if why := contender.missing():
+        pytest.skip(why)
+    contender = contender_of(json.loads(json.dumps(contender.to_dict())))
+    (tmp_path / "converted").mkdir()
+    try:
+        contender.prepare(tmp_path / "converted")
+    except ValueError as error:
+        if "its builder" not in str(error):
+            raise
+        pytest.skip(str(error))  # it wants a newer transformers
+    contender.load(tmp_path / "converted", threads=1)
+    ids = prompts_for(model(folder, "student").config)
+    theirs = expected(folder, name, ids, 8)
+    for rows in (ids, ids[:1]):
+        tokens, times = contender.answer(rows.tolist(), 8)
+        assert all(early < late for early, late in zip([0.0, *times], times, strict=False)) and len(times) == 8
+        assert tokens == theirs[: len(rows)]
+    assert len({token for row in theirs for token in row}) > 2
+
+
+def test_every_target_has_a_contender_of_the_student(folder):
+    from hf_encdec_distill.export.backends import targets
+
+    found = contenders(model(folder, "student"))
+    assert {contender.backend for contender in found} == {*targets(), "pytorch", "pytorch cuda"}
+    assert ("onnx", "int8") in {(contender.backend, contender.precision) for contender in found}
+
+
+def test_what_people_deploy_is_made_ready_first(folder):
+    """So that a bench that is short of time has both sides in 8 bits."""
+    from types import SimpleNamespace
+
+    from hf_encdec_distill.cli.bench import _chosen
+
+    found = [contender for name in ("teacher", "student") for contender in contenders(model(folder, name))]
+    chosen = _chosen(found, SimpleNamespace(backend="onnx,ctranslate2,pytorch", precision="fp32,int8"))
+    assert [(contender.model, contender.backend, contender.precision) for contender in chosen] == [
+        ("student", "onnx", "int8"),
+        ("teacher", "ctranslate2", "int8"),
+        ("student", "onnx", "fp32"),
+        ("student", "pytorch", "fp32"),
+        ("teacher", "pytorch", "fp32"),
+    ]
+
+
+def test_what_is_missing_is_named(folder, monkeypatch):
+    names = {"onnxruntime_genai", "ctranslate2", "optimum.intel", "onnxruntime"}
+    real = registry.importlib.util.find_spec
+    monkeypatch.setattr(
+        registry.importlib.util, "find_spec", lambda name, *more: None if name in names else real(name, *more)
+    )
+    found = [*contenders(model(folder, "teacher")), *contenders(model(folder, "student"))]
+    said = {contender.backend: contender.missing() for contender in found if contender.missing()}
+    assert said["ctranslate2"] == "ctranslate2 not installed: pip install ctranslate2"
+    assert said["onnxruntime-genai"] == "onnxruntime_genai not installed: pip install onnxruntime-genai"
+    assert "hf-encdec-distill[optimum]" in said["openvino"]
+    assert said["onnx"].startswith("onnx needs onnxruntime") and "hf-encdec-distill[onnx]" in said["onnx"]
+    assert "pytorch" not in said
+    if not torch.cuda.is_available():
+        assert said["pytorch cuda"] == "no CUDA device here"
+
+
+# Processes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.process
+def test_a_worker_has_the_threads_it_is_told_and_its_own_memory(folder):
+    contender = find(folder, "student", "pytorch", "fp32")
+    ids = prompts_for(model(folder, "student").config, rows=1).tolist()
+    with Worker(contender, threads=1) as worker:
+        worker.ask("load", folder=str(folder / "student"), threads=1)
+        answers = [worker.ask("answer", prompts=ids, new_tokens=4) for _ in range(3)]
+        with open(f"/proc/{worker._process.pid}/environ", "rb") as stream:
+            environment = stream.read().split(b"\0")
+        assert b"OMP_NUM_THREADS=1" in environment and b"OMP_WAIT_POLICY=PASSIVE" in environment
+        # The last one: caches of the first are being filled.
+        assert answers[-1]["cores"] < 1.5
+        assert answers[-1]["tokens"] == expected(folder, "student", torch.tensor(ids), 4)
+        assert 0 < answers[-1]["memory_mb"] < answers[-1]["peak_mb"]
+        with pytest.raises(Failed, match="too many dimensions"):
+            worker.ask("answer", prompts=[["no token"]], new_tokens=4)
+        os.kill(worker._process.pid, signal.SIGKILL)
+        with pytest.raises(Failed, match="SIGKILL"):
+            worker.ask("answer", prompts=ids, new_tokens=4)
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def output(folder):
+    """Where a bench has been run: PyTorch and ONNX, two requests, and CTranslate2 as if it were not installed."""
+    words = ["bench", folder / "student", "--teacher", folder / "teacher", "--output", folder / "bench"]
+    words += ["--source", "12,16", "--target", "3,4", "--batch", "1,2", "--rounds", 3, "--threads", 1]
+    words += ["--backend", "pytorch,onnx,ctranslate2", "--precision", "fp32,int8", "--minutes", 5]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CTranslate2, "packages", {"no_such_module": "ctranslate2"})
+        assert main([str(word) for word in words]) == 0
+    return folder / "bench"
+
+
+@pytest.mark.process
+@pytest.mark.export
+def test_a_whole_bench(folder, output):
+    report = read_report(output / "bench.json")
+    assert report["rounds"] == 3 and report["machine"]["threads"] == 1
+    rows = [row for row in report["rows"] if row["precision"] == "fp32"]
+    assert {(row["model"], row["backend"]) for row in rows} == {
+        ("student", "onnx"),
+        ("student", "pytorch"),
+        ("teacher", "pytorch"),
+        ("same-size decoder", "pytorch"),
+    }
+    assert {(row["source"], row["target"], row["batch"]) for row in rows} == {(12, 3, 1), (16, 4, 2)}
+    for row in rows:
+        assert len(row["measured"]) == 3
+        assert 0 < row["first_token_ms"]["value"] < row["request_ms"]["value"]
+        assert row["request_ms"]["low"] <= row["request_ms"]["value"] <= row["request_ms"]["high"]
+        assert row["requests_per_second"] == pytest.approx(1e3 * row["batch"] / row["request_ms"]["value"])
+        assert row["over_floor"]["step_ms"] == pytest.approx(row["step_ms"]["value"] / row["floor"]["step_ms"])
+        assert row["disk_mb"] > 0 and row["memory_mb"] > 0
+    student, decoder = (
+        next(row["parameters"] for row in rows if row["model"] == name) for name in ("student", "same-size decoder")
+    )
+    assert 0.6 * student < decoder <= student
+    assert {out["why"] for out in report["left_out"]} == {"no_such_module not installed: pip install ctranslate2"}
+    assert {out["model"] for out in report["left_out"]} == {"teacher", "same-size decoder"}
+    assert all(entry["student"]["model"] == "student" for entry in report["headlines"])
+    for name in ("bench.png", "bench.svg", "bench-dark.svg"):
+        assert (output / name).stat().st_size > 1000
+    assert not list(output.rglob("*.new")) and not list(output.rglob("*.tmp"))
+
+
+@pytest.mark.process
+@pytest.mark.export
+def test_a_second_bench_converts_nothing_again_and_is_held_against_the_first(folder, output, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (output / "converted").rglob("*") if path.is_file()}
+    report = read_report(output / "bench.json")
+    for entry in report["headlines"]:  # as if the student had been a thousand times faster
+        entry["ratio"] = {name: value / 1000 for name, value in entry["ratio"].items()}
+    (folder / "baseline.json").write_text(json.dumps(report))
+    words = ["bench", folder / "student", "--teacher", folder / "teacher", "--output", output]
+    words += ["--source", "12", "--target", "3", "--rounds", 3, "--threads", 1, "--backend", "onnx,pytorch"]
+    words += ["--precision", "fp32", "--minutes", 5, "--against", folder / "baseline.json"]
+    assert main([str(word) for word in words]) == 2
+    said = capsys.readouterr()
+    assert "student / decoder-only rose by more than its spread: 12 in, 3 out, batch 1" in said.err
+    assert "student, onnx fp32" in said.out and "of the time of the fastest decoder-only model" in " ".join(
+        said.out.split()
+    )
+    assert {path: path.stat().st_mtime_ns for path in (output / "converted").rglob("*") if path.is_file()} == before
+    assert main(["bench", "--compare", str(folder / "baseline.json"), str(output / "bench.json"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {(row["model"], row["source"]) for row in rows} == {
+        ("student", 12),
+        ("teacher", 12),
+        ("same-size decoder", 12),
+    }
+
+
+def test_mistakes_on_the_command_line(folder, tmp_path, capsys):
+    def error(*words):
+        assert main(["bench", *map(str, words)]) == 2
+        return capsys.readouterr().err
+
+    student = folder / "student"
+    assert "name a student to time" in error()
+    assert "is a llama, expected a student" in error(folder / "teacher")
+    assert "give whole numbers of at least 2" in error(student, "--source", "1", "--target", "4")
+    assert "give as many of each" in error(student, "--source", "16,32", "--target", "4")
+    assert "give more than 0" in error(student, "--minutes", "0")
+    assert "choose of onnx" in error(student, "--backend", "abacus", "--output", tmp_path / "out")
+    assert "'teacher' in this bench" in error(
+        student, "--teacher", folder / "teacher", "--decoder-only", folder / "teacher", "--output", tmp_path / "out"
+    )
+    (tmp_path / "no.json").write_text('{"version": 1, "rounds": 1, "headlines": [], "rows": [{"model": 3}]}')
+    assert "no.json, rows[0], has the int 3 as 'model'" in error(
+        "--compare", tmp_path / "no.json", tmp_path / "no.json"
+    )
+    (tmp_path / "no.json").write_text('{"version": 99, "rounds": 1, "headlines": [], "rows": []}')
+    assert "of version 99" in error(student, "--against", tmp_path / "no.json")
+
+
+# Numbers by hand -----------------------------------------------------------------------------------------------------
+
+
+def test_answers_of_another_length_are_refused():
+    request = Request(source=8, target=3, batch=2)
+    check_answer([[1, 2, 3], [4, 5, 6]], [0.1, 0.2, 0.3], request, "student, onnx int8")
+    for tokens, times in (
+        ([[1, 2, 3]], [0.1, 0.2, 0.3]),
+        ([[1, 2, 3], [4, 5]], [0.1, 0.2, 0.3]),
+        ([[1, 2, 3, 4], [4, 5, 6, 7]], [0.1, 0.2, 0.3]),
+        ([[1, 2, 3], [4, 5, 6]], [0.1, 0.2]),
+        ([], []),
+    ):
+        with pytest.raises(ValueError, match="student, onnx int8 answered .* expected 2 of 3"):
+            check_answer(tokens, times, request, "student, onnx int8")
+
+
+def test_rounds_are_given_up_before_contenders():
+    costs = {"a": 1.0, "b": 2.0, "c": 7.0}
+    assert plan(costs, seconds=100, rounds=5) == (5, {"a", "b", "c"})
+    assert plan(costs, seconds=35, rounds=5) == (3, {"a", "b", "c"})
+    assert plan(costs, seconds=10, rounds=5) == (1, {"a", "b", "c"})
+    assert plan(costs, seconds=9, rounds=5) == (3, {"a", "b"})
+    assert plan(costs, seconds=0, rounds=5) == (1, {"a"})
+
+
+def test_floors_by_hand():
+    """One layer: h 4, MLP 6, 2 heads of 2, vocabulary 10, all of it tied and without biases."""
+    config = LlamaConfig(
+        vocab_size=10,
+        hidden_size=4,
+        intermediate_size=6,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    cost = model_cost(config, prompt_length=3, new_tokens=3, dtype=torch.float32)
+    matrices = 4 * 16 + 3 * 24
+    first = 2 * 3 * matrices + 4 * 3 * 3 * 4 + 2 * 40
+    step = 2 * matrices + 4 * 4.5 * 4 + 2 * 40  # steps over 4 and 5 keys
+    weights = matrices + 2 * 4 + 4 + 40 + 4  # two norms, the last one, head, a row of the embedding
+    cache = 2 * 4 * 4.5
+    assert counted(cost, "fp32", batch=1) == {
+        "first_token_flops": first,
+        "step_flops": step,
+        "step_bytes": 4 * weights + 4 * cache,
+    }
+    counts = counted(cost, "int4", batch=3)
+    assert counts == {
+        "first_token_flops": 3 * first,
+        "step_flops": 3 * step,
+        "step_bytes": 0.5 * weights + 3 * 2 * cache,
+    }
+    rates = {"read": 1e3, "fp32": 1e4, "bf16": 2e4, "int8": 4e4}
+    least = floor(counts, "int4", 5, rates)
+    assert least["first_token_ms"] == pytest.approx(1e3 * 3 * first / 4e4)
+    assert least["step_ms"] == pytest.approx(1e3 * (0.5 * weights + 6 * cache) / 1e3)
+    assert least["request_ms"] == pytest.approx(least["first_token_ms"] + 4 * least["step_ms"])
+    assert floor(counts, "fp32", 5, rates)["first_token_ms"] == pytest.approx(1e3 * 3 * first / 1e4)
+    assert floor(counts, "bf16", 5, rates)["first_token_ms"] == pytest.approx(1e3 * 3 * first / 2e4)
+    # Where memory is fast, a step takes its FLOPs.
+    fast = {**rates, "read": 1e9}
+    assert floor(counts, "fp32", 5, fast)["step_ms"] == pytest.approx(1e3 * 3 * step / 1e4)
+
+
+def test_rates_are_those_of_this_machine():
+    rates = measure_rates(1)
+    assert {"read", "fp32", "bf16"} <= rates.keys()
+    assert 1e8 < rates["read"] < 1e13 and 1e8 < rates["fp32"] < 1e15
+
+
+def test_the_decoder_of_the_students_size():
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2
+    )
+
+    def parameters(layers):
+        other = config_of_size(config, 10**9)
+        other.num_hidden_layers = layers
+        return sum(p.numel() for p in LlamaForCausalLM(other).parameters())
+
+    for layers in (1, 3, 6):  # more than the teacher has, too
+        assert config_of_size(config, parameters(layers)).num_hidden_layers == layers
+        assert config_of_size(config, parameters(layers + 1) - 1).num_hidden_layers == layers
+    assert config_of_size(config, parameters(1) - 1) is None
+    assert config.num_hidden_layers == 4
+
+
+def row(model, precision, requests, backend="onnx"):
+    value = sorted(requests)[len(requests) // 2]
+    times = {"value": value, "low": min(requests), "high": max(requests)}
+    return {
+        "model": model,
+        "backend": backend,
+        "precision": precision,
+        "source": 8,
+        "target": 4,
+        "batch": 1,
+        "first_token_ms": times,
+        "step_ms": times,
+        "request_ms": times,
+        "measured": [{"request_ms": request} for request in requests],
+    }
+
+
+def test_the_headline_by_hand():
+    rows = [
+        row("student", "int8", [10.0, 20.0, 12.0]),
+        row("student", "fp32", [30.0, 30.0, 30.0]),
+        row("teacher", "fp32", [1.0, 1.0, 1.0]),  # of more bytes a weight than the student's best
+        row("teacher", "int4", [40.0, 40.0, 40.0]),
+        row("same-size decoder", "int8", [50.0, 40.0, 30.0], backend="ctranslate2"),
+        row("same-size decoder", "int8", [20.0, 80.0, 24.0]),
+    ]
+    (headline,) = headlines(rows)
+    assert headline["student"]["precision"] == "int8"
+    assert (headline["decoder_only"]["model"], headline["decoder_only"]["backend"]) == ("same-size decoder", "onnx")
+    # Within the rounds: 10 / 20, 20 / 80, 12 / 24.
+    assert headline["ratio"] == pytest.approx({"value": 0.5, "low": 0.375, "high": 0.5})
+    assert headlines(rows[:3]) == []  # nobody to be held against
+
+
+def test_two_reports_by_hand():
+    before, after = [row("student", "int8", [10.0])], [row("student", "int8", [15.0]), row("teacher", "int8", [1.0])]
+    (found,) = compare({"rows": before}, {"rows": after})
+    assert found["ratio"] == {"first_token_ms": 1.5, "step_ms": 1.5, "request_ms": 1.5}
+    with pytest.raises(ValueError, match="no row in common"):
+        compare({"rows": before}, {"rows": after[1:]})
+
+
+def test_a_ratio_may_rise_by_its_spread(tmp_path):
+    def report(value, low, high, rounds=3, source=8):
+        ratio = {"value": value, "low": low, "high": high}
+        return {"rounds": rounds, "headlines": [{"source": source, "target": 4, "batch": 1, "ratio": ratio}]}
+
+    file, baseline = tmp_path / "before.json", report(0.5, 0.45, 0.55)
+    check_against(report(0.6, 0.6, 0.6), baseline, file)
+    check_against(report(0.7, 0.6, 0.8), baseline, file)
+    with pytest.raises(ValueError, match="8 in, 4 out, batch 1: 0.50 before, 0.61 now, spread 0.10"):
+        check_against(report(0.61, 0.6, 0.62), baseline, file)
+    with pytest.raises(ValueError, match="this bench has 2 rounds"):
+        check_against(report(0.6, 0.6, 0.6, rounds=2), baseline, file)
+    with pytest.raises(ValueError, match="no request of this bench"):
+        check_against(report(0.6, 0.6, 0.6, source=9), baseline, file)
