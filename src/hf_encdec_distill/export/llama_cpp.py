@@ -35,15 +35,17 @@ class LlamaCpp:
         threads: that compute.
         dtype: of keys and values, float16 or float32. Flash attention computes with float16, so that float32 does
             without it.
+        shared: whether sequences share cells. Copies of a sequence then cost none, but each attends past the cells of
+            all others: for batches of different prompts it is slower.
 
     Raises:
         ValueError: llama.cpp cannot read the file.
     """
 
-    def __init__(self, path: Path, threads: int, dtype: DTypeLike = np.float16):
+    def __init__(self, path: Path, threads: int, dtype: DTypeLike = np.float16, shared: bool = True):
         import llama_cpp.llama_cpp as api
 
-        self._api, self.path, self.threads, self.dtype = api, path, threads, np.dtype(dtype)
+        self._api, self.path, self.threads, self.dtype, self.shared = api, path, threads, np.dtype(dtype), shared
         self._context = self._model = None
         _quiet(api)
         api.llama_backend_init()
@@ -151,7 +153,7 @@ class LlamaCpp:
         parameters.type_k = parameters.type_v = _GGML_TYPES[self.dtype.name]
         flash = not _without_flash(self.dtype)
         parameters.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        parameters.kv_unified = True  # sequences share cells, so that beams cost none
+        parameters.kv_unified = self.shared
         parameters.no_perf = True
         context = api.llama_init_from_model(self._model, parameters)
         if not context:

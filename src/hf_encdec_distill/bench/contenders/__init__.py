@@ -100,7 +100,7 @@ class Contender(ABC):
 
 
 # Modules of this folder.
-_MODULES = ("exported", "pytorch", "onnxruntime_genai", "ctranslate2", "optimum_openvino")
+_MODULES = ("exported", "pytorch", "llama_cpp", "onnxruntime_genai", "ctranslate2", "optimum_openvino")
 
 
 def contenders(model: Model) -> list[Contender]:
