@@ -1,6 +1,7 @@
 """Greedy answers of an exported folder without transformers, against those with it; and what falls back to it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.export import answering
 from hf_encdec_distill.export.answering import ExportedStudent, NeedsTransformers
 from hf_encdec_distill.export.exporting import export_model
+from hf_encdec_distill.export.graphs import threads
 from hf_encdec_distill.export.recipe import Shapes
 from hf_encdec_distill.export.runtime import ExportedForConditionalGeneration
 from hf_encdec_distill.models.prompts import student_tokenizer
@@ -22,7 +24,6 @@ from hf_encdec_distill.models.prompts import student_tokenizer
 
 TEMPLATE = "Fix this: {source} Now say it: "
 START, TOKENS = 5, 12  # no special token: it is a part of the answer's text
-TARGETS = ["onnx", "openvino"]
 
 
 @pytest.fixture(scope="module", params=[("onnx", "dynamic"), ("onnx", "fixed:60,12"), ("openvino", "dynamic")])
@@ -108,25 +109,26 @@ def test_what_it_does_not_take(folder, tmp_path):
     assert not isinstance(error.value, NeedsTransformers)
 
 
-FALL_BACK = [
-    ("generation_config.json", {"repetition_penalty": 1.7}),
-    ("generation_config.json", {"no_repeat_ngram_size": 1}),
-    ("generation_config.json", {"suppress_tokens": [9, 10]}),
-    ("generation_config.json", {"forced_eos_token_id": 7}),
-    ("generation_config.json", {"min_new_tokens": 9, "eos_token_id": list(range(60))}),
-]
+# What a generation config may ask for, given the answer without it.
+MORE_THAN_GREEDY = {
+    "repetition_penalty": lambda answer: {"repetition_penalty": 1.7},
+    "no_repeat_ngram_size": lambda answer: {"no_repeat_ngram_size": 1},
+    "suppress_tokens": lambda answer: {"suppress_tokens": [answer[1]]},
+    "forced_eos_token_id": lambda answer: {"forced_eos_token_id": answer[1]},
+    "min_new_tokens": lambda answer: {"min_new_tokens": 3, "eos_token_id": answer[1]},
+}
 
 
-@pytest.mark.parametrize(("file", "changed"), FALL_BACK, ids=lambda value: value if isinstance(value, str) else None)
-def test_more_than_greedy_search_is_left_to_transformers(file, changed, folder, tmp_path, capsys):
+@pytest.mark.parametrize("name", MORE_THAN_GREEDY)
+def test_more_than_greedy_search_is_left_to_transformers(name, folder, tmp_path, capsys):
     """The command's answer is that of transformers, which is another one than without the setting."""
-    plain = with_transformers(folder, TEXTS[0])[1]
+    answer, text = with_transformers(folder, TEXTS[0])
     folder = shutil.copytree(folder, tmp_path / "exported")
-    write(folder, file, **changed)
-    with pytest.raises(NeedsTransformers, match=next(iter(changed))):
+    write(folder, "generation_config.json", **MORE_THAN_GREEDY[name](answer))
+    with pytest.raises(NeedsTransformers, match=f"asks for {name}"):
         ExportedStudent(folder)
     expected = with_transformers(folder, TEXTS[0])[1]
-    assert expected != plain
+    assert expected != text
     assert main(["generate", str(folder), TEXTS[0], "--max-new-tokens", str(TOKENS)]) == 0
     assert capsys.readouterr().out == f"{expected}\n"
 
@@ -195,29 +197,60 @@ def test_the_command_says_the_same_with_and_without(folder, capsys, monkeypatch)
     assert capsys.readouterr().out == without
 
 
+def in_a_fresh_process(program, **environment):
+    """What it prints, as JSON."""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**os.environ, **environment}
+    )
+    return json.loads(run.stdout.splitlines()[-1])
+
+
 @pytest.mark.process
-@pytest.mark.parametrize("target", TARGETS)
-def test_a_fresh_process_needs_no_torch_and_few_threads(target, tmp_path):
-    """Of the runtime: for each of the two graphs what was asked for, of which one is the caller's own."""
+@pytest.mark.parametrize(("target", "runtime"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
+def test_the_command_loads_neither_torch_nor_transformers(target, runtime, tmp_path):
     folder = make_export(tmp_path / "exported", target, "dynamic")
-    threads = 3
     program = f"""
-import json, os, sys
-import numpy
+import io, json, sys
 from hf_encdec_distill.cli.main import main
-
-def count():
-    return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
-
-before = count()
+printed, stdout = io.StringIO(), sys.stdout
+sys.stdout = printed
 code = main(["generate", {str(folder)!r}, "a b", "--max-new-tokens", "4"])
-print(json.dumps([code, count() - before, sorted({{name.partition(".")[0] for name in sys.modules}})]))
+sys.stdout = stdout
+print(json.dumps([code, printed.getvalue(), [name.partition(".")[0] for name in sys.modules]]))
 """
-    environment = {**dict(__import__("os").environ), "OMP_NUM_THREADS": str(threads)}
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
-    code, more, modules = json.loads(run.stdout.splitlines()[-1])
-    assert code == 0 and run.stdout.splitlines()[0] == with_transformers(folder, "a b", 4)[1]
-    assert target in modules or f"{target}runtime" in modules
-    assert not {"torch", "transformers", "huggingface_hub"} & set(modules)
-    print(more)
-    assert more <= 2 * (threads - 1)
+    code, printed, modules = in_a_fresh_process(program)
+    assert code == 0 and printed == f"{with_transformers(folder, 'a b', 4)[1]}\n"
+    assert runtime in modules and not {"torch", "transformers", "huggingface_hub"} & set(modules)
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads where Linux lists them")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_as_many_threads_as_were_asked_for(threads, folder):
+    """Each of the two graphs has as many, of which one is the caller's own."""
+    program = f"""
+import json, os
+import numpy, onnxruntime
+from hf_encdec_distill.export.answering import ExportedStudent
+before = len(os.listdir("/proc/self/task"))
+student = ExportedStudent({str(folder)!r})
+student.answer("a b", 4)
+print(json.dumps(len(os.listdir("/proc/self/task")) - before))
+"""
+    assert in_a_fresh_process(program, OMP_NUM_THREADS=str(threads)) == 2 * (threads - 1)
+
+
+def test_no_thread_spins_when_its_work_is_done(folder):
+    for session in ExportedStudent(folder)._graphs.sessions.values():
+        options = session.get_session_options()
+        assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
+def test_threads_without_torch_are_as_many_as_with_it(monkeypatch):
+    assert threads() == torch.get_num_threads()
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5,2")
+    assert threads() == 5
+    for odd in ("", "0", "many"):
+        monkeypatch.setenv("OMP_NUM_THREADS", odd)
+        assert 1 <= threads() <= (os.cpu_count() or 1)
