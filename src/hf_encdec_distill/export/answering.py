@@ -139,8 +139,8 @@ def _read_search(folder: Path) -> tuple[SimpleNamespace, int, frozenset[int]]:
     if config.get("model_type") != "rope_encdec" or not all(_is_count(config.get(name)) for name in _SIZES):
         raise NeedsTransformers(f"{folder / 'config.json'} is not that of a student")
     for name, value in generation.items():
-        of_no_account = name in (*_READ, *_WITHOUT_EFFECT) or value in (None, False)
-        if not of_no_account and value != _GREEDY.get(name):
+        is_off = value is None or value is False  # 0 may be a token
+        if not is_off and name not in (*_READ, *_WITHOUT_EFFECT) and value != _GREEDY.get(name):
             raise NeedsTransformers(
                 f"{folder / 'generation_config.json'} asks for {name}={value!r}, not greedy search"
             )
