@@ -117,7 +117,7 @@ class Graphs(ABC):
             ]
             logits = np.concatenate(rows)
         cache.length += length
-        return logits.astype(np.float32, copy=False)
+        return logits.astype(np.float32)
 
     def _step(self, part, input_ids, encoder_mask, cross, cache: GraphCache, row: int, ahead: int = 0) -> np.ndarray:
         """One call of the decoder for the rows `part`, whose keys and values are the group `row` of the cache."""
