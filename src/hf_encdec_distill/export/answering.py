@@ -166,9 +166,8 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
     config = _read(folder, "tokenizer_config.json")
     if config.get("tokenizer_class") not in _TOKENIZERS or config.get("clean_up_tokenization_spaces") is not False:
         raise NeedsTransformers(f"{folder / 'tokenizer_config.json'} asks for more than tokenizer.json")
-    if (folder / "special_tokens_map.json").exists():
-        config |= _read(folder, "special_tokens_map.json")
-    for name, value in {"add_prefix_space": False, **config}.items():
+    older = _read(folder, "special_tokens_map.json") if (folder / "special_tokens_map.json").exists() else {}
+    for name, value in (*older.items(), *{"add_prefix_space": False, **config}.items()):
         if not _says_nothing_new(name, value, tokenizer):
             raise NeedsTransformers(f"the tokenizer of {folder} has {name}={value!r}, which tokenizer.json has not")
     return tokenizer
