@@ -9,7 +9,7 @@ import torch
 from toys import make_model, ragged, random_ids
 
 import hf_encdec_distill
-from hf_encdec_distill.export.exporting import write_manifest
+from hf_encdec_distill.export.manifest import write_manifest
 from hf_encdec_distill.export.recipe import Shapes
 
 

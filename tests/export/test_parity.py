@@ -19,7 +19,8 @@ from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.distillation.options.fake_quantization import fake_quantized
 from hf_encdec_distill.export import mil_interpreter
 from hf_encdec_distill.export.backends import backend_of, targets
-from hf_encdec_distill.export.exporting import export_model, write_manifest
+from hf_encdec_distill.export.exporting import export_model
+from hf_encdec_distill.export.manifest import write_manifest
 from hf_encdec_distill.export.parity import prove
 from hf_encdec_distill.export.recipe import BOUNDS, Shapes
 

@@ -26,6 +26,7 @@ import transformers
 
 from ..devices import best_cpu_dtype, bf16_unit, cpu_name
 from ..models.rope_encdec.compat_rope_encdec import CACHE_FIELD
+from .contenders import read_by
 
 
 def machine_description() -> dict:
@@ -60,12 +61,6 @@ def machine_description() -> dict:
 def _gpus() -> str | None:
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return ", ".join(f"{count} x {name}" for name, count in Counter(names).items()) or None
-
-
-def read_by(config, prompts):
-    """What a model reads of prompts, `(batch, length)` of any array: a `merged` student all but the last token, with
-    which its decoder starts."""
-    return prompts[:, :-1] if getattr(config, "cross_attention", None) == "merged" else prompts
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..export.runtime import sha256
+from ..export.manifest import sha256
 from ..models.cost import ModelCost, model_cost
 from .contenders import Contender, Model
 from .floors import counted, floor

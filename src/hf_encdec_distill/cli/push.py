@@ -183,7 +183,7 @@ def _card(folder: Path, names: list[str], repo_id: str) -> bytes:
 
 def _of_export(export: Path) -> list[str]:
     """Files of an export, all as they were when it was proven."""
-    from ..export.runtime import MANIFEST, read_manifest
+    from ..export.manifest import MANIFEST, read_manifest
 
     manifest = read_manifest(export)
     reason = why_not_proven(export)
@@ -200,7 +200,7 @@ def _left_out(folder: Path, names: list[str]) -> list[str]:
 
 def _of_earlier_student(there: list[str]) -> list[str]:
     """Weights and exports in the repository, which do not belong to the student that comes."""
-    from ..export.runtime import MANIFEST
+    from ..export.manifest import MANIFEST
 
     exports = {name.removesuffix(MANIFEST) for name in there if name.endswith(f"/{MANIFEST}")}
     return [name for name in there if re.fullmatch(r"model.*\.safetensors(\.index\.json)?", name)] + [

@@ -209,7 +209,7 @@ def _tensor_type(port: Port, prompts: Sequence[int], variant: str):
     """A new one for each conversion, since the converter changes what it is given."""
     import coremltools as ct
 
-    dtype = np.int32 if port.dtype is torch.int64 else np.dtype(_working_dtype(variant))
+    dtype = np.int32 if port.dtype == "int64" else np.dtype(_working_dtype(variant))
     if "prompt" not in port.axes:
         return ct.TensorType(name=port.name, shape=port.axes, dtype=dtype)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,11 +9,10 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..models.prompts import in_a_class_of_both_versions
 from .backends import backend_of, check_installed
+from .manifest import write_manifest
 from .recipe import Shapes, check_exportable, check_options, graphs, that_fit
-from .runtime import MANIFEST, MANIFEST_VERSION, sha256
 
 
 def export_model(
@@ -81,32 +79,3 @@ def export_model(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return folder
-
-
-def write_manifest(
-    folder: Path,
-    target: str,
-    variant: str,
-    shapes: Shapes,
-    stateful: bool,
-    cache_dtype: str,
-    options: Mapping[str, Any] | None = None,
-) -> None:
-    """`exported.json`: what the graphs are, and the hash of every file of theirs.
-
-    Args:
-        options: what else was asked for.
-    """
-    files = sorted({path for glob in backend_of(target).files for path in folder.glob(glob) if path.is_file()})
-    content = {
-        "version": MANIFEST_VERSION,
-        "package": __version__,
-        "target": target,
-        "variant": variant,
-        "shapes": str(shapes),
-        "stateful": stateful,
-        "cache_dtype": cache_dtype,
-        **(options or {}),
-        "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
-    }
-    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -16,16 +16,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from .backends import Backend, register_backend
-from .graphs import GraphCache, Graphs
+from .graphs import GraphCache, Graphs, threads
 from .llama_cpp import LlamaCpp, PromptState
 from .recipe import Graph, Shapes
 
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ENCODER, DECODER = "encoder.gguf", "decoder.gguf"
 # GGUF's name of the type of a variant's matrices; vectors are in F32.
@@ -129,6 +131,8 @@ def encoder_rows(model) -> tuple[list[_Row], list[int]]:
 
 
 def _same_keys_and_values(one, other) -> bool:
+    import torch
+
     def weights(layer):
         attention = layer.self_attn
         norms = [attention.k_norm] if attention.config.qk_norm else []
@@ -246,6 +250,8 @@ class _Writer:
 
     def _add_rope(self, model) -> None:
         """RoPE of any type whose frequencies do not depend on the length, as factors of the plain frequencies."""
+        import torch
+
         rotary = _rotary(model)
         inv_freq, scaling = rotary.inv_freq.double().cpu(), float(rotary.attention_scaling)
         width = _head_dim(self.config)
@@ -264,6 +270,8 @@ class _Writer:
             self.writer.add_rope_scaling_attn_factors(scaling)
 
     def _add_row(self, index: int, row: _Row) -> None:
+        import torch
+
         config, name = self.config, f"blk.{index}"
         attention = row.reads.self_attn
         self._add(f"{name}.attn_norm.weight", row.reads.input_layernorm.weight)
@@ -307,7 +315,7 @@ class _Writer:
             for kind, tensor in tensors.items():
                 self._add(f"{name}.{part}.{kind}", tensor, _TYPES[self.variant] if kind == "weight" else "F32")
 
-    def _add(self, name: str, tensor: torch.Tensor, kind: str = "F32") -> None:
+    def _add(self, name: str, tensor: Tensor, kind: str = "F32") -> None:
         import gguf
 
         array = tensor.detach().float().cpu().contiguous().numpy()
@@ -329,11 +337,11 @@ def _rotary(model):
     return model.model.decoder.rotary_emb if hasattr(model.model, "decoder") else model.model.rotary_emb
 
 
-def _parameters(module) -> dict[str, torch.Tensor]:
+def _parameters(module) -> dict[str, Tensor]:
     return dict(module.named_parameters())
 
 
-def _neighbours(tensor: torch.Tensor, width: int) -> torch.Tensor:
+def _neighbours(tensor: Tensor, width: int) -> Tensor:
     """Rows of a projection in llama.cpp's order: the two features that RoPE turns together stand side by side."""
     heads = tensor.shape[0] // width
     return tensor.reshape(heads, 2, width // 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
@@ -419,9 +427,8 @@ class GgufGraphs(Graphs):
 
     def __init__(self, folder: Path, graphs: Mapping[str, Graph], shapes: Shapes, dtype):
         super().__init__(graphs, shapes, dtype)
-        threads = torch.get_num_threads()
-        self.encoder = LlamaCpp(folder / ENCODER, threads, dtype)
-        self.decoder = LlamaCpp(folder / DECODER, threads, dtype)
+        self.encoder = LlamaCpp(folder / ENCODER, threads(), dtype)
+        self.decoder = LlamaCpp(folder / DECODER, threads(), dtype)
         self.sources = [int(part) for part in (self.encoder.metadata(_SOURCES) or "").split(",")]
         self.permuted = self.decoder.metadata("general.architecture") == "llama"
         key = next(port for port in graphs["encoder"].outputs)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -130,6 +133,21 @@ class Graphs(ABC):
         inputs |= {port.name: array for port, array in zip(self._own, own, strict=True)}
         logits, *own = self.run("decoder", inputs)
         return logits, own
+
+
+def threads() -> int:
+    """How many a runtime computes with: as many as torch, which a user may have told; without torch as many as torch
+    would begin with, `OMP_NUM_THREADS` or the cores that this process may run on."""
+    if "torch" in sys.modules:
+        return sys.modules["torch"].get_num_threads()
+    told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if told.isdecimal() and int(told):
+        return int(told)
+    try:  # two hardware threads of one core count once
+        topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+        return len({Path(topology.format(cpu)).read_text() for cpu in os.sched_getaffinity(0)})
+    except (AttributeError, OSError):  # Linux alone tells
+        return os.cpu_count() or 1
 
 
 @contextmanager

@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .backends import Backend, register_backend
-from .graphs import Graphs, quiet
+from .graphs import Graphs, quiet, threads
 from .recipe import Graph, Shapes
-from .tracing import export_programs
 
 
 OPSET = 18
@@ -65,6 +63,9 @@ class OnnxBackend(Backend):
     ) -> None:
         import onnx
         import onnx_ir
+        import torch
+
+        from .tracing import export_programs
 
         if variant == "fp16":
             model = copy.deepcopy(model).half()
@@ -182,7 +183,9 @@ class OnnxGraphs(Graphs):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = threads()
+        # After its work a thread would spin for a while, on a core that the other session or torch needs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.sessions = {
             name: onnxruntime.InferenceSession(
                 str(folder / file), options, providers=list(providers or ["CPUExecutionProvider"])

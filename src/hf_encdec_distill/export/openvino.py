@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .backends import Backend, register_backend
-from .graphs import GraphCache, Graphs, quiet
-from .modules import ExportedDecoder, ExportedEncoder
+from .graphs import GraphCache, Graphs, quiet, threads
 from .recipe import Graph, Shapes
-from .tracing import export_programs
 
 
 _FILES = {"encoder": "openvino_encoder_model", "decoder": "openvino_decoder_model"}
@@ -80,6 +77,8 @@ class OpenVinoBackend(Backend):
         options: Mapping[str, Any],
     ) -> None:
         import openvino
+
+        from .tracing import export_programs
 
         calibration, kv_cache_precision = options.get("calibration"), options.get("kv_cache_precision")
         programs = export_programs(model.float(), graphs, repeat=stateful and shapes.targets is None)
@@ -154,6 +153,8 @@ class _Calls:
         return sum(len(row["labels"]) if token_by_token else 1 for row in self.rows)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        import torch
+
         for row in self.rows:
             self.pytorch.calls = {"encoder": [], "decoder": []}
             prompt = np.array([row["inputs"]])
@@ -168,6 +169,8 @@ class _RecordingGraphs(Graphs):
     """The modules that the graphs are made from, which note what they are called with."""
 
     def __init__(self, model, graphs: Mapping[str, Graph], shapes: Shapes):
+        from .modules import ExportedDecoder, ExportedEncoder
+
         super().__init__(graphs, shapes)
         self.modules = {
             "encoder": ExportedEncoder(model),
@@ -175,11 +178,13 @@ class _RecordingGraphs(Graphs):
         }
         self.calls: dict[str, list[dict[str, np.ndarray]]] = {}
 
-    @torch.no_grad()
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+        import torch
+
         self.calls[graph].append(dict(inputs))
         tensors = (torch.as_tensor(inputs[port.name]) for port in self.graphs[graph].inputs)
-        return [output.numpy() for output in self.modules[graph](*tensors)]
+        with torch.no_grad():
+            return [output.numpy() for output in self.modules[graph](*tensors)]
 
 
 def _make_stateful(model, graph: Graph, batched: bool) -> None:
@@ -238,7 +243,7 @@ class OpenVinoGraphs(Graphs):
 
         self._tensor = openvino.Tensor
         core = openvino.Core()
-        exact = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+        exact = {"INFERENCE_NUM_THREADS": threads(), "INFERENCE_PRECISION_HINT": "f32"}
         models = {name: core.read_model(folder / f"{file}.xml") for name, file in _FILES.items()}
         if not models["decoder"].has_rt_info(_KV_CACHE_PRECISION):
             exact["KV_CACHE_PRECISION"] = "f32"

@@ -13,7 +13,7 @@ def refuse_our_graphs(optimum_class):
 
     @functools.wraps(load)
     def or_say_so(cls, model_id, config, **options):
-        from .runtime import MANIFEST  # when our package is imported after Optimum, it is not whole yet up there
+        from .manifest import MANIFEST  # when our package is imported after Optimum, it is not whole yet up there
 
         folder = Path(model_id, options.get("subfolder") or "")
         if (folder / MANIFEST).is_file():

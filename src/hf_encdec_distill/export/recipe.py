@@ -11,13 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
-
-from ..models.finite import check_finite
 from .backends import backend_of, targets
 
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 
@@ -121,11 +119,12 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output: its axes, by name or by size, and its dtype (`None` for the working precision)."""
+    """An input or output: its axes, by name or by size, and its dtype, as NumPy and torch name it (`None` for the
+    working precision)."""
 
     name: str
     axes: tuple[str | int, ...]
-    dtype: torch.dtype | None = None
+    dtype: str | None = None
 
     def shape(self, sizes: Mapping[str, int]) -> list[int]:
         """The sizes of the axes, given those of the named ones."""
@@ -133,7 +132,9 @@ class Port:
 
     def example(self, sizes: Mapping[str, int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor of the port's shape, its axes of the given sizes; ones, or token 1 that is real."""
-        return torch.ones(self.shape(sizes), dtype=self.dtype or dtype)
+        import torch
+
+        return torch.ones(self.shape(sizes), dtype=getattr(torch, self.dtype) if self.dtype else dtype)
 
 
 @dataclass(frozen=True)
@@ -166,19 +167,19 @@ def graphs(config: PretrainedConfig, shapes: Shapes) -> dict[str, Graph]:
 
     past = cache("past_key_values", "decoder", shapes.targets or "past")
     present = cache("present", "decoder", shapes.targets or "past + target")
-    position = (Port("position", (1,), torch.int64),) if fixed else ()
+    position = (Port("position", (1,), "int64"),) if fixed else ()
     return {
         "encoder": Graph(
             inputs=(
-                Port("input_ids", (batch, prompt), torch.int64),
-                Port("attention_mask", (batch, prompt), torch.int64),
+                Port("input_ids", (batch, prompt), "int64"),
+                Port("attention_mask", (batch, prompt), "int64"),
             ),
             outputs=cache("present", "encoder", prompt),
         ),
         "decoder": Graph(
             inputs=(
-                Port("input_ids", (batch, target), torch.int64),
-                Port("encoder_attention_mask", (batch, prompt), torch.int64),
+                Port("input_ids", (batch, target), "int64"),
+                Port("encoder_attention_mask", (batch, prompt), "int64"),
                 *position,
                 *past,
                 *cache("past_key_values", "encoder", prompt),
@@ -239,6 +240,8 @@ def check_exportable(model: PreTrainedModel, target: str, variant: str, shapes: 
         ValueError: there is no such target or variant, the target has no such variant or shapes, the model is none of
             ours, its positions are too few for the shapes, or a weight is not finite.
     """
+    from ..models.finite import check_finite
+
     backend = backend_of(target)
     if variant not in BOUNDS:
         raise ValueError(f"variant {variant!r}: choose of {', '.join(BOUNDS)}")

@@ -5,33 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from huggingface_hub.utils.sha import sha_fileobj
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.modeling_utils import PreTrainedModel
 
-from ..files import inside, read_json
 from ..models.loading import load_config, load_generation_config
 from ..models.rope_encdec import RopeEncDecConfig
 from ..models.rope_encdec.compat_rope_encdec import CACHE_FIELD
-from .backends import backend_of, check_installed, targets
 from .graphs import Graphs
-from .recipe import Shapes, graphs
-
-
-MANIFEST = "exported.json"
-MANIFEST_VERSION = 1
-_FIELDS = {
-    "version": int,
-    "target": str,
-    "shapes": str,
-    "stateful": bool,
-    "variant": str,
-    "cache_dtype": str,
-    "files": dict,
-}
+from .manifest import load_graphs, read_manifest
 
 
 class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -65,8 +48,7 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         folder = Path(folder)
         manifest = read_manifest(folder)
         config = load_config(folder)
-        shapes = Shapes.parse(manifest["shapes"])
-        model = cls(config, load_graphs(folder, manifest, graphs(config, shapes), shapes))
+        model = cls(config, load_graphs(folder, manifest, config))
         model.generation_config = load_generation_config(folder)
         model.manifest = manifest
         return model.eval()
@@ -136,43 +118,3 @@ class _Encoder(torch.nn.Module):
         for index, tensor in enumerate(others):
             outputs[f"cross_{index}"] = tensor
         return outputs
-
-
-def load_graphs(folder: Path, manifest: dict, recipe, shapes: Shapes) -> Graphs:
-    """The graphs of a folder on the runtime of their target."""
-    check_installed(manifest["target"], to_run=True)
-    dtype = np.dtype(manifest["cache_dtype"])
-    return backend_of(manifest["target"]).load(folder, recipe, shapes, dtype, manifest["stateful"])
-
-
-def read_manifest(folder: Path) -> dict:
-    """`exported.json` of a folder, after a look at every file that it names.
-
-    Raises:
-        ValueError: there is none, it is of a newer version, or a file is missing, changed or outside of the folder.
-    """
-    try:
-        manifest = read_json(folder / MANIFEST, fields=_FIELDS)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{folder} holds no export: make one with hf-encdec-distill export MODEL {folder}") from None
-    if manifest["target"] not in targets():
-        raise ValueError(f"{folder / MANIFEST} names the target {manifest['target']!r}: export it again")
-    if manifest["cache_dtype"] not in ("float32", "float16"):
-        raise ValueError(f"{folder / MANIFEST} stores keys and values as {manifest['cache_dtype']!r}: export it again")
-    if manifest["version"] > MANIFEST_VERSION:
-        raise ValueError(
-            f"{folder / MANIFEST} is of version {manifest['version']}, this package reads up to {MANIFEST_VERSION}: "
-            "pip install -U hf-encdec-distill"
-        )
-    for name, digest in manifest["files"].items():
-        file = inside(folder, name)
-        found = sha256(file) if file.is_file() else "missing"
-        if found != digest:
-            state = "missing" if found == "missing" else f"changed after the export (sha256 {found}, not {digest})"
-            raise ValueError(f"{folder / name} is {state}: export the model again")
-    return manifest
-
-
-def sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return sha_fileobj(stream).hex()

@@ -99,6 +99,12 @@ class Contender(ABC):
         return {"module": type(self).__module__.rpartition(".")[2], "kind": type(self).__name__, **asdict(self)}
 
 
+def read_by(config, prompts):
+    """What a model reads of prompts, `(batch, length)` of any array: a `merged` student all but the last token, with
+    which its decoder starts."""
+    return prompts[:, :-1] if getattr(config, "cross_attention", None) == "merged" else prompts
+
+
 # Modules of this folder.
 _MODULES = ("exported", "pytorch", "llama_cpp", "onnxruntime_genai", "ctranslate2", "optimum_openvino")
 

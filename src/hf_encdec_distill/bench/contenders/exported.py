@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import PRECISIONS, Contender, Model
+from . import PRECISIONS, Contender, Model, read_by
 
 
 class Exported(Contender):
@@ -26,7 +26,6 @@ class Exported(Contender):
         return None
 
     def import_packages(self) -> None:
-        from ...export import runtime  # noqa: F401  # with torch and transformers, which are no part of the answer
         from ...export.backends import backend_of
 
         importlib.import_module(backend_of(self.backend).packages[0])
@@ -40,21 +39,17 @@ class Exported(Contender):
         export_model(load_student(self.source, dtype=torch.float32), None, self.backend, folder, self.precision)
 
     def load(self, folder: Path, threads: int) -> None:
-        import torch
+        from types import SimpleNamespace
 
-        from ...export.recipe import Shapes, graphs
-        from ...export.runtime import load_graphs, read_manifest
-        from ...models.loading import load_config
+        from ...export.manifest import load_graphs, read_manifest
+        from ...files import read_json
 
-        torch.set_num_threads(threads)  # from which the targets take theirs
-        manifest, self.config = read_manifest(folder), load_config(folder)
-        shapes = Shapes.parse(manifest["shapes"])
-        self.graphs = load_graphs(folder, manifest, graphs(self.config, shapes), shapes)
+        self.config = SimpleNamespace(**read_json(folder / "config.json"))
+        # The targets take their threads from OMP_NUM_THREADS, which the worker has set.
+        self.graphs = load_graphs(folder, read_manifest(folder), self.config)
 
     def answer(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[list[int]], list[float]]:
         import numpy as np
-
-        from ..latency import read_by
 
         start, steps, times = time.perf_counter(), [], []
         ids = read_by(self.config, np.array(prompts, dtype=np.int64))

@@ -35,7 +35,8 @@ class PyTorch(Contender):
     def answer(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[list[int]], list[float]]:
         import torch
 
-        from ..latency import greedy_decode, read_by
+        from ..latency import greedy_decode
+        from . import read_by
 
         ids = torch.tensor(prompts, device=self.loaded.device)
         return greedy_decode(self.loaded, read_by(self.loaded.config, ids), new_tokens)

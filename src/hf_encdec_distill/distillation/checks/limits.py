@@ -1,9 +1,13 @@
 """How many tokens a model has positions for, and whether a batch keeps within that."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 _MEND = "cut texts with max_source_length and max_target_length, or leave such rows out."
@@ -35,6 +39,8 @@ def check_length(who: str, limit: int | None, what: str, *masks: Tensor) -> None
     # Mostly the shapes, which a device need not be asked for, say it already.
     if limit is None or sum(mask.shape[1] for mask in masks) <= limit:
         return
+    import torch
+
     lengths = torch.stack([mask.bool().sum(dim=1) for mask in masks]).sum(dim=0)
     row = int(lengths.argmax())
     if lengths[row] > limit:

@@ -1,0 +1,109 @@
+"""`exported.json`: what the graphs of an exported folder are, and the hash of every file of theirs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import __version__
+from ..files import inside, read_json
+from .backends import backend_of, check_installed, targets
+from .graphs import Graphs
+from .recipe import Shapes, graphs
+
+
+MANIFEST = "exported.json"
+MANIFEST_VERSION = 1
+_FIELDS = {
+    "version": int,
+    "target": str,
+    "shapes": str,
+    "stateful": bool,
+    "variant": str,
+    "cache_dtype": str,
+    "files": dict,
+}
+_READ_AT_ONCE = 1 << 20  # bytes
+
+
+def write_manifest(
+    folder: Path,
+    target: str,
+    variant: str,
+    shapes: Shapes,
+    stateful: bool,
+    cache_dtype: str,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """
+    Args:
+        options: what else was asked for.
+    """
+    files = sorted({path for glob in backend_of(target).files for path in folder.glob(glob) if path.is_file()})
+    content = {
+        "version": MANIFEST_VERSION,
+        "package": __version__,
+        "target": target,
+        "variant": variant,
+        "shapes": str(shapes),
+        "stateful": stateful,
+        "cache_dtype": cache_dtype,
+        **(options or {}),
+        "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
+    }
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict:
+    """`exported.json` of a folder, after a look at every file that it names.
+
+    Raises:
+        ValueError: there is none, it is of a newer version, or a file is missing, changed or outside of the folder.
+    """
+    try:
+        manifest = read_json(folder / MANIFEST, fields=_FIELDS)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{folder} holds no export: make one with hf-encdec-distill export MODEL {folder}") from None
+    if manifest["target"] not in targets():
+        raise ValueError(f"{folder / MANIFEST} names the target {manifest['target']!r}: export it again")
+    if manifest["cache_dtype"] not in ("float32", "float16"):
+        raise ValueError(f"{folder / MANIFEST} stores keys and values as {manifest['cache_dtype']!r}: export it again")
+    if manifest["version"] > MANIFEST_VERSION:
+        raise ValueError(
+            f"{folder / MANIFEST} is of version {manifest['version']}, this package reads up to {MANIFEST_VERSION}: "
+            "pip install -U hf-encdec-distill"
+        )
+    for name, digest in manifest["files"].items():
+        file = inside(folder, name)
+        found = sha256(file) if file.is_file() else "missing"
+        if found != digest:
+            state = "missing" if found == "missing" else f"changed after the export (sha256 {found}, not {digest})"
+            raise ValueError(f"{folder / name} is {state}: export the model again")
+    return manifest
+
+
+def load_graphs(folder: Path, manifest: Mapping[str, Any], config) -> Graphs:
+    """The graphs of a folder on the runtime of their target.
+
+    Args:
+        config: of the model, or anything with its fields.
+
+    Raises:
+        ImportError: the runtime is missing; the message has the line that installs it.
+    """
+    check_installed(manifest["target"], to_run=True)
+    shapes, dtype = Shapes.parse(manifest["shapes"]), np.dtype(manifest["cache_dtype"])
+    return backend_of(manifest["target"]).load(folder, graphs(config, shapes), shapes, dtype, manifest["stateful"])
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while content := stream.read(_READ_AT_ONCE):
+            digest.update(content)
+    return digest.hexdigest()
