@@ -97,7 +97,7 @@ class Backend(Protocol):
 
 
 # Modules of this folder, each named as its target.
-_MODULES = ("onnx", "openvino", "coreml")
+_MODULES = ("onnx", "openvino", "coreml", "genai")
 _BACKENDS: dict[str, Backend] = {}
 _BackendClass = TypeVar("_BackendClass", bound=type[Backend])
 
