@@ -1,18 +1,20 @@
-"""ONNX Runtime GenAI: a `merged` student as a pipeline of two graphs, for its C++, C#, Java, Swift and Python bindings.
+"""ONNX Runtime GenAI: a `merged` student as a pipeline of two graphs, for C++, C#, Java, Swift and Python.
 
-A `merged` decoder is a decoder-only model whose cache begins with the prompt. GenAI's model type `decoder-pipeline` runs
-`prompt_model.onnx` on the first tokens, the prompt and the start token: the encoder reads all but the last one, at which
-the decoder takes its first step, and both leave their keys and values in GenAI's cache. From then on
+A `merged` decoder is a decoder-only model whose cache begins with the prompt. GenAI's model type `decoder-pipeline`
+runs `prompt_model.onnx` on the first tokens, the prompt and the start token: the encoder reads all but the last one,
+at which the decoder takes its first step, and both leave their keys and values in GenAI's cache. From then on
 `decoder_model.onnx` takes a token at a time, and reads and writes that cache in place.
 
-GenAI behaves so in onnxruntime-genai at a0c04eb (0.16.0-dev): `src/models/kv_cache.cpp` for the cache,
-`decoder_only_pipeline.cpp` for which graph runs, `logits.cpp` for logits of the last token alone. Run with 0.18.0.
+What GenAI does with them is in onnxruntime-genai at a0c04eb (0.16.0-dev), `src/models/`: `decoder_only_pipeline.cpp`
+for which graph runs, `kv_cache.cpp` for the cache, `logits.cpp` for logits of one position. Run with 0.18.0.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..files import read_json, write_json
 from ..models.rope_encdec.modeling_rope_encdec import apply_rotary_pos_emb
 from .backends import Backend, register_backend
 from .graphs import GraphCache, Graphs
@@ -29,20 +32,32 @@ from .onnx import write_graphs
 from .recipe import Graph, Port, Shapes
 
 
+logger = logging.getLogger(__name__)
+
 CONFIG = "genai_config.json"
+TOKENIZER = "genai_tokenizer"
 _FILES = {"prompt": "prompt_model.onnx", "decoder": "decoder_model.onnx"}
 _EXAMPLE_SIZES = {"prompt + 1": 5, "past + 1": 7, "slots": 9}
-_SLOTS = 2048  # tokens of prompt and answer that an app has room for, unless it says how many
+_SLOTS = 2048  # for tokens of prompt and answer, in an app that does not say how many
+_ANSWER = 1024  # target tokens that `GenAiGraphs` has slots for; GenAI writes to all of them before the first token
+# On these GenAI's tokenizer has to agree with the student's.
+_PROBES = (
+    "def f(x):\n    return x + 1",
+    "The quick brown fox.",
+    "a",
+    "42 ways, 3.5%",
+    'Zoé, 日本  "it\'s" \\n {{ x }}',
+)
 
 
 @register_backend
-class GenAIBackend(Backend):
+class GenAiBackend(Backend):
     name = "genai"
     label = "ONNX Runtime GenAI"
     runtime = "ONNX Runtime GenAI"
     packages = ("onnxruntime_genai", "onnxruntime", "onnx", "onnxscript")
     variants = ("fp32", "fp16", "int8", "int4")
-    files = ("*.onnx", "*.onnx_data", CONFIG)
+    files = ("*.onnx", "*.onnx_data", CONFIG, f"{TOKENIZER}/*")
 
     def settle(
         self, config, variant: str, shapes: Shapes, stateful: bool | None, options: Mapping[str, Any]
@@ -60,8 +75,8 @@ class GenAIBackend(Backend):
         rope_type = config.rope_parameters["rope_type"]
         if rope_type in RULED_BY_LENGTH:
             raise ValueError(
-                f"rope_type={rope_type!r} chooses its frequencies by the longest sequence of a call, and genai's calls "
-                "have one token: choose onnx or openvino"
+                f"rope_type={rope_type!r} chooses its frequencies by the longest sequence of a call, and genai makes "
+                "one for each token: choose onnx or openvino"
             )
         if config.head_dim % 8:
             raise ValueError(
@@ -94,11 +109,34 @@ class GenAIBackend(Backend):
         modules = {"prompt": _PromptStage(model), "decoder": _DecoderStage(model)}
         programs = {name: _program(modules[name], graph, model.dtype) for name, graph in stages.items()}
         write_graphs(programs, stages, _FILES, variant, license, folder)
-        content = json.dumps(_config(model, stages), indent=1)
-        (folder / CONFIG).write_text(content + "\n", encoding="utf-8")
+        write_json(folder / CONFIG, _config(model, stages))
 
-    def load(self, folder: Path, graphs: Mapping[str, Graph], shapes: Shapes, dtype, stateful: bool) -> GenAIGraphs:
-        return GenAIGraphs(folder, graphs, shapes, dtype)
+    def write_tokenizer(self, tokenizer, model, folder: Path) -> None:
+        """The tokenizer for GenAI, which runs no post-processor: what the student's puts around a source is in a chat
+        template here, with the start token behind it. Left out, with a warning, where GenAI would not read a prompt as
+        the student does."""
+        own = folder / TOKENIZER
+        own.mkdir()
+        shutil.copy(folder / "tokenizer.json", own)
+        settings = read_json(folder / "tokenizer_config.json")
+        settings["chat_template"] = _chat_template(tokenizer, model.config.decoder_start_token_id)
+        write_json(own / "tokenizer_config.json", settings)
+        config = read_json(folder / CONFIG)
+        config["model"]["tokenizer_dir"] = TOKENIZER
+        write_json(folder / CONFIG, config)
+        difference = _difference(tokenizer, model.config.decoder_start_token_id, folder)
+        if difference:
+            logger.warning(
+                "ONNX Runtime GenAI cannot make this student's prompts from text (%s). The graphs are not concerned: "
+                "give a generator token ids, those of the student's tokenizer and decoder_start_token_id behind them.",
+                difference,
+            )
+            shutil.rmtree(own)
+            del config["model"]["tokenizer_dir"]
+            write_json(folder / CONFIG, config)
+
+    def load(self, folder: Path, graphs: Mapping[str, Graph], shapes: Shapes, dtype, stateful: bool) -> GenAiGraphs:
+        return GenAiGraphs(folder, graphs, shapes, dtype)
 
     def devices(self) -> list[str]:
         import onnxruntime_genai
@@ -278,22 +316,49 @@ def _config(model, stages: Mapping[str, Graph]) -> dict[str, Any]:
     }
 
 
+def _chat_template(tokenizer, start: int) -> str:
+    """The student's prompt and the start token around the last message, as Jinja."""
+    bare, whole = (tokenizer(_PROBES[0], add_special_tokens=special)["input_ids"] for special in (False, True))
+    begin = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    before, after = (
+        json.dumps(tokenizer.decode(ids, clean_up_tokenization_spaces=False), ensure_ascii=False)
+        for ids in (whole[:begin], [*whole[begin + len(bare) :], start])
+    )
+    return f"{{{{ {before} }}}}{{{{ messages[-1]['content'] }}}}{{{{ {after} }}}}"
+
+
+def _difference(tokenizer, start: int, folder: Path) -> str | None:
+    """A word on how GenAI's tokenizer in `folder` differs from the student's, if it does."""
+    import onnxruntime_genai
+
+    try:
+        genai = onnxruntime_genai.Tokenizer(str(folder))
+        for probe in _PROBES:
+            text = genai.apply_chat_template(json.dumps([{"role": "user", "content": probe}]))
+            found, expected = genai.encode(text).tolist(), [*tokenizer(probe)["input_ids"], start]
+            if found != expected:
+                return f"{probe!r} becomes {found}, not {expected}"
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 class _Answer:
-    """The tokens of one answer, and the generator that has read them, or none yet."""
+    """The tokens of one answer, and the generator that has read them; `None` if none has yet."""
 
     def __init__(self, tokens: Sequence[int] = (), generator=None):
         self.tokens, self.generator = list(tokens), generator
 
 
 class _Answers(GraphCache):
-    """An answer for each row, whose keys and values are GenAI's own."""
+    """An answer for each row, whose keys and values are inside its generator."""
 
     def __init__(self, batch: int):
         super().__init__([])
         self.answers = [_Answer() for _ in range(batch)]
 
     def reorder_cache(self, beam_idx) -> None:
-        """The first beam that goes on from another keeps its generator; those after it read the tokens again."""
+        """The first beam that goes on from another takes its generator; those after it read the tokens again."""
         chosen = [self.answers[index] for index in np.asarray(beam_idx)]
         self.answers = []
         for answer in chosen:
@@ -301,7 +366,7 @@ class _Answers(GraphCache):
             answer.generator = None
 
 
-class GenAIGraphs(Graphs):
+class GenAiGraphs(Graphs):
     """An exported folder on ONNX Runtime GenAI: a generator for each row, which is given tokens instead of choosing
     them."""
 
@@ -313,12 +378,13 @@ class GenAIGraphs(Graphs):
         threads = {"session_options": {"intra_op_num_threads": torch.get_num_threads()}}
         config.overlay(json.dumps({"model": {"decoder": threads}}))
         self.model = onnxruntime_genai.Model(config)
+        self.longest = read_json(folder / CONFIG)["model"]["context_length"]
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
-        raise NotImplementedError("GenAI chooses itself which graph runs")
+        raise NotImplementedError("GenAI runs its graphs itself")
 
     def encode(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """The ids `(B, S)` and the mask as they are: GenAI encodes a prompt together with the first target token."""
+        """Ids `(B, S)` and mask as they are: GenAI reads a prompt together with the first target token."""
         return [input_ids], attention_mask
 
     def new_cache(self, batch: int) -> GraphCache:
@@ -327,28 +393,42 @@ class GenAIGraphs(Graphs):
     def decode(
         self, input_ids: np.ndarray, encoder_mask: np.ndarray, cross: Sequence[np.ndarray], cache: GraphCache
     ) -> np.ndarray:
+        """As in [`Graphs`].
+
+        Raises:
+            ValueError: a prompt has no token, or prompt and answer have more than the student has positions.
+        """
         assert isinstance(cache, _Answers)
         prompts = [ids[mask > 0].tolist() for ids, mask in zip(cross[0], encoder_mask, strict=True)]
+        cache.length += input_ids.shape[1]
+        for prompt in prompts:
+            if not prompt or len(prompt) + cache.length > self._slots(prompt):
+                raise ValueError(
+                    f"{len(prompt)} prompt tokens and {cache.length} target tokens: this export takes a prompt of at "
+                    f"least 1 token, {self.longest} tokens in all and {_ANSWER} of a target; cut the prompt, or ask "
+                    "for fewer with max_new_tokens"
+                )
         logits = [
             [self._step(answer, prompt, token) for token in tokens]
             for answer, prompt, tokens in zip(cache.answers, prompts, input_ids.tolist(), strict=True)
         ]
-        cache.length += input_ids.shape[1]
         return np.array(logits, np.float32)
+
+    def _slots(self, prompt: list[int]) -> int:
+        return min(len(prompt) + _ANSWER, self.longest)
 
     def _step(self, answer: _Answer, prompt: list[int], token: int) -> np.ndarray:
         """Logits `(V,)` behind `token`, which is then the last of the answer."""
         import onnxruntime_genai
 
         answer.tokens.append(token)
+        unread = [token]
         if answer.generator is None:
-            answer.generator = onnxruntime_genai.Generator(
-                self.model, onnxruntime_genai.GeneratorParams(self.model)
-            )
-            answer.generator.append_tokens([*prompt, answer.tokens[0]])
-            unread = answer.tokens[1:]
-        else:
-            unread = [token]
+            start, *unread = answer.tokens
+            settings = onnxruntime_genai.GeneratorParams(self.model)
+            settings.set_search_options(max_length=self._slots(prompt))
+            answer.generator = onnxruntime_genai.Generator(self.model, settings)
+            answer.generator.append_tokens([*prompt, start])
         for one in unread:
             answer.generator.append_tokens([one])
         return answer.generator.get_logits()[0, 0]
