@@ -72,7 +72,7 @@ def test_an_answer_ends_at_any_end_of_sequence(tmp_path):
     export_model(model, None, "genai", tmp_path / "exported")
     ended = expected(model, prompt)
     assert ended == whole[: end + 1]
-    assert answer(og.Model(str(tmp_path / "exported")), [*prompt, start]) == ended
+    assert answer(og.Model(str(tmp_path / "exported")), [*prompt, start]) == ended[:-1]  # without what ended it
 
 
 @pytest.mark.parametrize("bos", [True, False])
