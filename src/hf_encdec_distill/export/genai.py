@@ -117,7 +117,8 @@ class GenAiBackend(Backend):
         the student does."""
         own = folder / TOKENIZER
         own.mkdir()
-        shutil.copy(folder / "tokenizer.json", own)
+        if (folder / "tokenizer.json").is_file():  # a slow tokenizer has none, and GenAI does not read it
+            shutil.copy(folder / "tokenizer.json", own)
         settings = read_json(folder / "tokenizer_config.json")
         settings["chat_template"] = _chat_template(tokenizer, model.config.decoder_start_token_id)
         write_json(own / "tokenizer_config.json", settings)
@@ -234,17 +235,17 @@ class _DecoderStage(nn.Module):
                 query, key = apply_rotary_pos_emb(query, rotary), apply_rotary_pos_emb(key, rotary)
             heads, groups = query.shape[1], key.shape[1]
             query, key, value = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
-            cache = past[2 * index : 2 * index + 2]
             # Operator of onnxruntime v1.32.0, docs/ContribOperators.md.
-            attended, *cache = torch.onnx.ops.symbolic_multi_out(
+            old_key, old_value = past[2 * index : 2 * index + 2]
+            attended, *new = torch.onnx.ops.symbolic_multi_out(
                 "com.microsoft::GroupQueryAttention",
-                (query, key, value, *cache, last, length),
+                (query, key, value, old_key, old_value, last, length),
                 {"num_heads": heads, "kv_num_heads": groups},
                 dtypes=[query.dtype] * 3,
-                shapes=[query.shape, cache[0].shape, cache[1].shape],
+                shapes=[query.shape, old_key.shape, old_value.shape],
                 version=1,
             )
-            outputs += cache
+            outputs += new
             hidden = hidden + attention.o_proj(attended)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return self.lm_head(self.decoder.norm(hidden)), *outputs
@@ -409,7 +410,7 @@ class GenAiGraphs(Graphs):
                     "for fewer with max_new_tokens"
                 )
         logits = [
-            [self._step(answer, prompt, token) for token in tokens]
+            [self._append(answer, prompt, token) for token in tokens]
             for answer, prompt, tokens in zip(cache.answers, prompts, input_ids.tolist(), strict=True)
         ]
         return np.array(logits, np.float32)
@@ -417,7 +418,7 @@ class GenAiGraphs(Graphs):
     def _slots(self, prompt: list[int]) -> int:
         return min(len(prompt) + _ANSWER, self.longest)
 
-    def _step(self, answer: _Answer, prompt: list[int], token: int) -> np.ndarray:
+    def _append(self, answer: _Answer, prompt: list[int], token: int) -> np.ndarray:
         """Logits `(V,)` behind `token`, which is then the last of the answer."""
         import onnxruntime_genai
 
