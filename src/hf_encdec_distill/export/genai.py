@@ -1,4 +1,4 @@
-"""ONNX Runtime GenAI: a `merged` student as a pipeline of two graphs, for C++, C#, Java, Swift and Python.
+"""ONNX Runtime GenAI: a `merged` student as a pipeline of two graphs, for C++, C#, Java, Objective-C and Python.
 
 A `merged` decoder is a decoder-only model whose cache begins with the prompt. GenAI's model type `decoder-pipeline`
 runs `prompt_model.onnx` on the first tokens, the prompt and the start token: the encoder reads all but the last one,
