@@ -50,7 +50,7 @@ def latest(session):
 @nox.session
 def optimum(session):
     """transformers 4.57 with Optimum, whose newest optimum-onnx admits no later one."""
-    session.install("-e", ".[coreml,demo,dev,optimum]")
+    session.install("-e", ".[coreml,demo,dev,genai,optimum]")
     session.run("pytest", *session.posargs)
 
 

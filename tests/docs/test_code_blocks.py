@@ -32,8 +32,8 @@ PAGES = sorted(
 )
 TEACHER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RUNS = ("python", "bash")
-# Shown, not run by a test of the docs: output, file trees, prompts, and Swift, which no compiler is there for.
-SHOWN = ("", "text", "swift", "yaml", "json", "bibtex")
+# Shown, not run by a test of the docs: output, file trees, prompts, and what is to be compiled.
+SHOWN = ("", "text", "swift", "cpp", "yaml", "json", "bibtex")
 BLOCK = re.compile(r"(?:^<!-- (?P<note>[^>]*?) -->\n)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.M | re.S)
 LANE = f"transformers {'4.57' if transformers.__version__.startswith('4.') else '5'}"
 

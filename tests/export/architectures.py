@@ -1,4 +1,13 @@
-"""Every option of the architecture: one by one for what is quick, and together in few toys for what is not."""
+"""Every option of the architecture: one by one for what is quick, and together in few toys for what is not; and the
+targets that they go to."""
+
+import sys
+
+from hf_encdec_distill.export.backends import targets
+
+
+# onnxruntime-genai 0.18 has no wheel for Python 3.10.
+TARGETS = [target for target in targets() if target != "genai" or sys.version_info >= (3, 11)]
 
 LLAMA_3 = {
     "rope_type": "llama3",

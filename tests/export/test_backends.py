@@ -94,7 +94,7 @@ def export(student, out, *options):
 
 
 def test_a_target_more_is_exported_proven_and_answers(toy, student, tmp_path):
-    assert targets() == ("onnx", "openvino", "coreml", "gguf", "toy")
+    assert targets() == ("onnx", "openvino", "coreml", "genai", "gguf", "toy")
     folder = export_model(student, None, "toy", tmp_path / "exported")
     manifest = json.loads((folder / "exported.json").read_text())
     assert manifest["target"] == "toy" and set(manifest["files"]) == {"encoder.pt2", "decoder.pt2"}
@@ -135,7 +135,10 @@ def test_a_fourth_target_from_the_command_line_to_the_card(toy, student, tmp_pat
 @pytest.mark.parametrize(
     "options,message",
     [
-        (["--variant", "int8"], "variant 'int8' is for onnx and openvino and coreml, not for toy: choose of fp32"),
+        (
+            ["--variant", "int8"],
+            "variant 'int8' is for onnx and openvino and coreml and genai, not for toy: choose of fp32",
+        ),
         (
             ["--shapes", "ranged:8,8"],
             "shapes ranged:8,8: toy takes dynamic and fixed:SRC,TGT; the others are for core",
@@ -161,7 +164,7 @@ def test_a_target_more_is_in_help_and_doctor(toy, capsys, monkeypatch):
 
     with pytest.raises(SystemExit):
         main(["export", "--help"])
-    assert "any of onnx, openvino, coreml and toy" in " ".join(capsys.readouterr().out.split())
+    assert "any of onnx, openvino, coreml, genai and toy" in " ".join(capsys.readouterr().out.split())
     requirements = doctor._requirements()
     monkeypatch.setattr(doctor, "_requirements", lambda: requirements | {"toy": []})
     assert main(["doctor", "--json"]) == 0
@@ -183,7 +186,7 @@ def test_a_target_that_lacks_a_part_is_refused(toy):
         register_backend(Half)
 
 
-@pytest.mark.parametrize("target", ["onnx", "openvino", "coreml"])
+@pytest.mark.parametrize("target", ["onnx", "openvino", "coreml", "genai"])
 def test_the_help_of_export_is_true_of_each_target(target, capsys):
     """What it says in words of a target's rows and variants."""
     backend = backend_of(target)

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from architectures import TARGETS
 from onnx import helper, numpy_helper
 
 from hf_encdec_distill.cards import write_model_card
@@ -25,12 +26,15 @@ from hf_encdec_distill.export.parity import prove
 from hf_encdec_distill.export.recipe import BOUNDS, Shapes
 
 
-CASES = [(target, variant) for variant in BOUNDS for target in targets() if variant in backend_of(target).variants]
+CASES = [(target, variant) for variant in BOUNDS for target in TARGETS if variant in backend_of(target).variants]
+
+
+def shapes_of(target):
+    return Shapes() if target in ("genai", "gguf") else Shapes.parse("fixed:8,8")
 
 
 def exported(model, folder, target, variant="fp32"):
-    shapes = Shapes.parse("dynamic" if target == "gguf" else "fixed:8,8")
-    return export_model(model, None, target, folder, variant, shapes)
+    return export_model(model, None, target, folder, variant, shapes_of(target))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +115,7 @@ def test_what_is_stored_in_fewer_bits_is_smaller(exported_once):
 
 def swap_one_weight(target, folder):
     """One number of one matrix, as far as it goes."""
-    if target == "onnx":
+    if target in ("onnx", "genai"):
         file = folder / "model.onnx_data"
         numbers = np.fromfile(file, np.float32)
         numbers[np.abs(numbers).argmax()] *= -1
@@ -131,12 +135,12 @@ def swap_one_weight(target, folder):
         numbers.tofile(file)
 
 
-@pytest.mark.parametrize("target", targets())
+@pytest.mark.parametrize("target", TARGETS)
 def test_one_changed_weight_is_caught(target, exported_once, trained, rows, tmp_path):
     """Even where the hashes are made to fit."""
     folder = shutil.copytree(exported_once(target, "fp32"), tmp_path / "exported")
     swap_one_weight(target, folder)
-    write_manifest(folder, target, "fp32", Shapes.parse("fixed:8,8"), target == "openvino", "float32")
+    write_manifest(folder, target, "fp32", shapes_of(target), target == "openvino", "float32")
     failures = prove(folder, trained, rows[:3], max_new_tokens=4)["failures"]
     assert any(sentence.startswith("logits differ by") for sentence in failures)
 

@@ -82,6 +82,10 @@ class Backend(Protocol):
             shapes, stateful: as `settle` gave them.
         """
 
+    def write_tokenizer(self, tokenizer, model, folder: Path) -> None:
+        """What the runtime reads in place of transformers' tokenizer, which is in the folder already; as a rule
+        nothing. Called after `export`, for a student that has a tokenizer."""
+
     @abstractmethod
     def load(self, folder: Path, graphs: Mapping[str, Graph], shapes: Shapes, dtype, stateful: bool) -> Graphs:
         """What `export` wrote, ready to run. `dtype` is that of `cache_dtype`."""
@@ -97,7 +101,7 @@ class Backend(Protocol):
 
 
 # Modules of this folder, each named as its target.
-_MODULES = ("onnx", "openvino", "coreml", "gguf")
+_MODULES = ("onnx", "openvino", "coreml", "genai", "gguf")
 _BACKENDS: dict[str, Backend] = {}
 _BackendClass = TypeVar("_BackendClass", bound=type[Backend])
 

@@ -69,6 +69,7 @@ def export_model(
         model.generation_config.save_pretrained(partial)
         if tokenizer is not None:
             in_a_class_of_both_versions(tokenizer).save_pretrained(partial)
+            backend.write_tokenizer(tokenizer, model, partial)
         if calibration is not None:
             options["calibration"] = len(options["calibration"])
         write_manifest(partial, target, variant, shapes, stateful, backend.cache_dtype(variant), options)

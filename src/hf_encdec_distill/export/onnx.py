@@ -11,13 +11,17 @@ import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .backends import Backend, register_backend
 from .graphs import Graphs, quiet, threads
 from .recipe import Graph, Shapes
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 OPSET = 18
@@ -61,32 +65,11 @@ class OnnxBackend(Backend):
         license: str,
         options: Mapping[str, Any],
     ) -> None:
-        import onnx
-        import onnx_ir
-        import torch
-
         from .tracing import export_programs
 
         if variant == "fp16":
             model = copy.deepcopy(model).half()
-        programs = export_programs(model, graphs)
-        store: dict[str, tuple[int, int]] = {}
-        with open(folder / WEIGHTS, "wb") as weights:
-            for name, graph in graphs.items():
-                with quiet():
-                    program = torch.onnx.export(programs[name], (), opset_version=OPSET, verbose=False)
-                assert program is not None  # of an exported program there is always one
-                _name_ports(program.model.graph, graph)
-                proto = program.model_proto
-                if variant in ("int8", "int4"):
-                    with quiet():
-                        proto = _quantized(proto, variant)
-                written = onnx_ir.from_proto(proto)
-                written.metadata_props["license"] = license
-                _store_weights(written, weights, store, folder)
-                onnx_ir.save(written, folder / _FILES[name])
-        for file in _FILES.values():
-            onnx.checker.check_model(str(folder / file))
+        write_graphs(export_programs(model, graphs), graphs, _FILES, variant, license, folder)
 
     def load(self, folder: Path, graphs: Mapping[str, Graph], shapes: Shapes, dtype, stateful: bool) -> OnnxGraphs:
         return OnnxGraphs(folder, graphs, shapes, dtype)
@@ -95,6 +78,38 @@ class OnnxBackend(Backend):
         import onnxruntime
 
         return onnxruntime.get_available_providers()
+
+
+def write_graphs(
+    programs: Mapping[str, torch.export.ExportedProgram],
+    graphs: Mapping[str, Graph],
+    files: Mapping[str, str],
+    variant: str,
+    license: str,
+    folder: Path,
+) -> None:
+    """Write each program as the file of its name, with the ports of its graph, and the weights of all as one more."""
+    import onnx
+    import onnx_ir
+    import torch
+
+    store: dict[str, tuple[int, int]] = {}
+    with open(folder / WEIGHTS, "wb") as weights:
+        for name, graph in graphs.items():
+            with quiet():
+                program = torch.onnx.export(programs[name], (), opset_version=OPSET, verbose=False)
+            assert program is not None  # of an exported program there is always one
+            _name_ports(program.model.graph, graph)
+            proto = program.model_proto
+            if variant in ("int8", "int4"):
+                with quiet():
+                    proto = _quantized(proto, variant)
+            written = onnx_ir.from_proto(proto)
+            written.metadata_props["license"] = license
+            _store_weights(written, weights, store, folder)
+            onnx_ir.save(written, folder / files[name])
+    for file in files.values():
+        onnx.checker.check_model(str(folder / file))
 
 
 def _name_ports(graph, recipe: Graph) -> None:

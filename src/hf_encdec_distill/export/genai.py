@@ -1,0 +1,435 @@
+"""ONNX Runtime GenAI: a `merged` student as a pipeline of two graphs, for C++, C#, Java, Objective-C and Python.
+
+A `merged` decoder is a decoder-only model whose cache begins with the prompt. GenAI's model type `decoder-pipeline`
+runs `prompt_model.onnx` on the first tokens, the prompt and the start token: the encoder reads all but the last one,
+at which the decoder takes its first step, and both leave their keys and values in GenAI's cache. From then on
+`decoder_model.onnx` takes a token at a time, and reads and writes that cache in place.
+
+What GenAI does with them is in onnxruntime-genai at a0c04eb (0.16.0-dev), `src/models/`: `decoder_only_pipeline.cpp`
+for which graph runs, `kv_cache.cpp` for the cache, `logits.cpp` for logits of one position. Run with 0.18.0.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..files import read_json, write_json
+from ..models.rope_encdec.modeling_rope_encdec import apply_rotary_pos_emb
+from .backends import Backend, register_backend
+from .graphs import GraphCache, Graphs, threads
+from .modules import RULED_BY_LENGTH, ExportedDecoder, ExportedEncoder, TraceableRotary
+from .onnx import write_graphs
+from .recipe import Graph, Port, Shapes
+
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "genai_config.json"
+TOKENIZER = "genai_tokenizer"
+_FILES = {"prompt": "prompt_model.onnx", "decoder": "decoder_model.onnx"}
+_EXAMPLE_SIZES = {"prompt + 1": 5, "past + 1": 7, "slots": 9}
+_SLOTS = 2048  # for tokens of prompt and answer, in an app that does not say how many
+_ANSWER = 1024  # target tokens that `GenAiGraphs` has slots for; GenAI writes to all of them before the first token
+# On these GenAI's tokenizer has to agree with the student's.
+_PROBES = (
+    "def f(x):\n    return x + 1",
+    "The quick brown fox.",
+    "a",
+    "42 ways, 3.5%",
+    'Zoé, 日本  "it\'s" \\n {{ x }}',
+)
+
+
+@register_backend
+class GenAiBackend(Backend):
+    name = "genai"
+    label = "ONNX Runtime GenAI"
+    runtime = "ONNX Runtime GenAI"
+    packages = ("onnxruntime_genai", "onnxruntime", "onnx", "onnxscript")
+    variants = ("fp32", "fp16", "int8", "int4")
+    files = ("*.onnx", "*.onnx_data", CONFIG, f"{TOKENIZER}/*")
+
+    def settle(
+        self, config, variant: str, shapes: Shapes, stateful: bool | None, options: Mapping[str, Any]
+    ) -> tuple[Shapes, bool]:
+        """
+        Raises:
+            ValueError: the student has a cross-attention of its own, a RoPE that is ruled by the longest sequence of a
+                call, or heads that ONNX Runtime's attention does not take; or shapes are fixed, or states asked for.
+        """
+        if config.cross_attention != "merged":
+            raise ValueError(
+                f"cross_attention={config.cross_attention!r}: genai runs students of cross_attention='merged', whose "
+                "decoder is a decoder-only model with a cache; for others choose onnx, openvino or coreml"
+            )
+        rope_type = config.rope_parameters["rope_type"]
+        if rope_type in RULED_BY_LENGTH:
+            raise ValueError(
+                f"rope_type={rope_type!r} chooses its frequencies by the longest sequence of a call, and genai makes "
+                "one for each token: choose onnx or openvino"
+            )
+        if config.head_dim % 8:
+            raise ValueError(
+                f"head_dim={config.head_dim}: ONNX Runtime's GroupQueryAttention takes multiples of 8; choose onnx, "
+                "openvino or coreml"
+            )
+        if shapes.targets is not None:
+            raise ValueError(f"shapes {shapes}: genai takes dynamic; for fixed ones choose onnx, openvino or coreml")
+        if stateful:
+            raise ValueError("GenAI holds keys and values itself: leave stateful out, or choose openvino or coreml")
+        return shapes, False
+
+    def cache_dtype(self, variant: str) -> str:
+        return "float16" if variant == "fp16" else "float32"
+
+    def export(
+        self,
+        model,
+        graphs: Mapping[str, Graph],
+        shapes: Shapes,
+        variant: str,
+        stateful: bool,
+        folder: Path,
+        license: str,
+        options: Mapping[str, Any],
+    ) -> None:
+        if variant == "fp16":
+            model = copy.deepcopy(model).half()
+        stages = _stages(model.config)
+        modules = {"prompt": _PromptStage(model), "decoder": _DecoderStage(model)}
+        programs = {name: _program(modules[name], graph, model.dtype) for name, graph in stages.items()}
+        write_graphs(programs, stages, _FILES, variant, license, folder)
+        write_json(folder / CONFIG, _config(model, stages))
+
+    def write_tokenizer(self, tokenizer, model, folder: Path) -> None:
+        """The tokenizer for GenAI, which runs no post-processor: what the student's puts around a source is in a chat
+        template here, with the start token behind it. Left out, with a warning, where GenAI would not read a prompt as
+        the student does."""
+        own = folder / TOKENIZER
+        own.mkdir()
+        if (folder / "tokenizer.json").is_file():  # a slow tokenizer has none, and GenAI does not read it
+            shutil.copy(folder / "tokenizer.json", own)
+        settings = read_json(folder / "tokenizer_config.json")
+        settings["chat_template"] = _chat_template(tokenizer, model.config.decoder_start_token_id)
+        write_json(own / "tokenizer_config.json", settings)
+        config = read_json(folder / CONFIG)
+        config["model"]["tokenizer_dir"] = TOKENIZER
+        write_json(folder / CONFIG, config)
+        difference = _difference(tokenizer, model.config.decoder_start_token_id, folder)
+        if difference:
+            logger.warning(
+                "ONNX Runtime GenAI cannot make this student's prompts from text (%s). The graphs are not concerned: "
+                "give a generator token ids, those of the student's tokenizer and decoder_start_token_id behind them.",
+                difference,
+            )
+            shutil.rmtree(own)
+            del config["model"]["tokenizer_dir"]
+            write_json(folder / CONFIG, config)
+
+    def load(self, folder: Path, graphs: Mapping[str, Graph], shapes: Shapes, dtype, stateful: bool) -> GenAiGraphs:
+        return GenAiGraphs(folder, graphs, shapes, dtype)
+
+    def devices(self) -> list[str]:
+        import onnxruntime_genai
+
+        others = {"CUDA": "cuda", "DirectML": "dml", "OpenVINO": "openvino", "QNN": "qnn"}
+        available = (name for name, short in others.items() if getattr(onnxruntime_genai, f"is_{short}_available")())
+        return ["CPU", *available]
+
+
+def _stages(config) -> dict[str, Graph]:
+    """The two graphs, under GenAI's names. Batch 1: with more rows GenAI would take every step for a prompt."""
+    heads, width, layers = config.num_key_value_heads, config.head_dim, range(config.decoder_num_hidden_layers)
+
+    def cache(prefix: str) -> tuple[Port, ...]:
+        names = (f"{prefix}.{layer}.{side}" for layer in layers for side in ("key", "value"))
+        return tuple(Port(name, (1, heads, "slots", width)) for name in names)
+
+    past, present = cache("past_key_values"), cache("present")
+    outputs = (Port("logits", (1, 1, config.vocab_size)), *present)
+    return {
+        "prompt": Graph((Port("input_ids", (1, "prompt + 1"), torch.int64), past[0]), outputs),
+        "decoder": Graph(
+            (Port("input_ids", (1, 1), torch.int64), Port("attention_mask", (1, "past + 1"), torch.int64), *past),
+            outputs,
+        ),
+    }
+
+
+class _PromptStage(nn.Module):
+    """Encoder and first step of the decoder.
+
+    Args:
+        model: its weights are used, not copied.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.encoder, self.decoder = ExportedEncoder(model), ExportedDecoder(model)
+
+    def forward(self, input_ids: Tensor, cache: Tensor) -> tuple[Tensor, ...]:
+        """
+        Args:
+            input_ids: `(1, S + 1)`, the prompt and the start token.
+            cache: any part of it, `(1, G, M, D)`, for the number M of its slots.
+
+        Returns:
+            logits `(1, 1, V)`, then for each layer key and value `(1, G, M, D)`, of which S + 1 slots are filled.
+        """
+        prompt, start = input_ids[:, :-1], input_ids[:, -1:]
+        mask = torch.ones_like(prompt)
+        cross = self.encoder(prompt, mask)
+        logits, *own = self.decoder(start, mask, *(part[:, :, :0] for part in cross), *cross)
+        free = cache.new_zeros((1, cache.shape[1], cache.shape[2] - input_ids.shape[1], cache.shape[3]))
+        return logits, *(torch.cat((*parts, free), dim=2) for parts in zip(cross, own, strict=True))
+
+
+class _DecoderStage(nn.Module):
+    """One further token. ONNX Runtime's own attention writes key and value into their slot of the cache, where
+    everything else would copy all slots at each step.
+
+    Args:
+        model: its weights are used, not copied.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.embed_tokens, self.decoder, self.lm_head = (
+            model.model.encoder.embed_tokens,
+            model.model.decoder,
+            model.lm_head,
+        )
+        self.rotary = TraceableRotary(self.decoder.rotary_emb)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """
+        Args:
+            input_ids: `(1, 1)`.
+            attention_mask: `(1, P + 1)`, one for each token so far.
+            past: for each layer key and value `(1, G, M, D)`, the first P of M slots filled.
+
+        Returns:
+            logits `(1, 1, V)`, then for each layer key and value, one more slot filled.
+        """
+        hidden = self.embed_tokens(input_ids)
+        position = attention_mask.sum(-1, keepdim=True) - 1
+        last = position[:, 0].to(torch.int32)
+        length = torch.scalar_tensor(attention_mask.shape[1], dtype=torch.int32)
+        rotary = self.rotary(hidden, position)
+        outputs: list[Tensor] = []
+        for index, layer in enumerate(self.decoder.layers):
+            attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+            query = attention.project_query(normed)
+            key, value = attention.project_key_value(normed)
+            if layer.uses_rope:
+                query, key = apply_rotary_pos_emb(query, rotary), apply_rotary_pos_emb(key, rotary)
+            heads, groups = query.shape[1], key.shape[1]
+            query, key, value = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
+            # Operator of onnxruntime v1.32.0, docs/ContribOperators.md.
+            old_key, old_value = past[2 * index : 2 * index + 2]
+            attended, *new = torch.onnx.ops.symbolic_multi_out(
+                "com.microsoft::GroupQueryAttention",
+                (query, key, value, old_key, old_value, last, length),
+                {"num_heads": heads, "kv_num_heads": groups},
+                dtypes=[query.dtype] * 3,
+                shapes=[query.shape, old_key.shape, old_value.shape],
+                version=1,
+            )
+            outputs += new
+            hidden = hidden + attention.o_proj(attended)
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return self.lm_head(self.decoder.norm(hidden)), *outputs
+
+
+@torch.no_grad()
+def _program(module: nn.Module, graph: Graph, dtype: torch.dtype) -> torch.export.ExportedProgram:
+    """The module as a `torch.export` program, its named axes free."""
+    examples = tuple(port.example(_EXAMPLE_SIZES, dtype) for port in graph.inputs)
+    free = [
+        {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(port.axes) if isinstance(axis, str)}
+        for port in graph.inputs
+    ]
+    dynamic = (*free[:2], tuple(free[2:])) if len(free) > 2 else tuple(free)  # `*past` is one argument
+    return torch.export.export(module.eval(), examples, dynamic_shapes=dynamic, strict=False)
+
+
+def _config(model, stages: Mapping[str, Graph]) -> dict[str, Any]:
+    """`genai_config.json`."""
+    config, generation = model.config, model.generation_config
+    ends = generation.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    pad = generation.pad_token_id if generation.pad_token_id is not None else config.pad_token_id
+    stage = {
+        name: {
+            "filename": _FILES[name],
+            "inputs": [port.name for port in graph.inputs],
+            "outputs": [port.name for port in graph.outputs],
+            "run_on_prompt": name == "prompt",
+            "run_on_token_gen": name == "decoder",
+        }
+        for name, graph in stages.items()
+    }
+    return {
+        "model": {
+            "type": "decoder-pipeline",
+            "bos_token_id": config.decoder_start_token_id,
+            "eos_token_id": ends,
+            "pad_token_id": pad if pad is not None else next(iter(ends), 0),
+            "vocab_size": config.vocab_size,
+            "context_length": config.max_position_embeddings,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "hidden_size": config.hidden_size,
+                "head_size": config.head_dim,
+                "num_attention_heads": config.num_attention_heads,
+                "num_key_value_heads": config.num_key_value_heads,
+                "num_hidden_layers": config.decoder_num_hidden_layers,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+                "pipeline": [stage],
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": min(config.max_position_embeddings, _SLOTS),
+            "num_beams": 1,
+            "past_present_share_buffer": True,
+        },
+    }
+
+
+def _chat_template(tokenizer, start: int) -> str:
+    """The student's prompt and the start token around the last message, as Jinja."""
+    bare, whole = (tokenizer(_PROBES[0], add_special_tokens=special)["input_ids"] for special in (False, True))
+    begin = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    before, after = (
+        json.dumps(tokenizer.decode(ids, clean_up_tokenization_spaces=False), ensure_ascii=False)
+        for ids in (whole[:begin], [*whole[begin + len(bare) :], start])
+    )
+    return f"{{{{ {before} }}}}{{{{ messages[-1]['content'] }}}}{{{{ {after} }}}}"
+
+
+def _difference(tokenizer, start: int, folder: Path) -> str | None:
+    """A word on how GenAI's tokenizer in `folder` differs from the student's, if it does."""
+    import onnxruntime_genai
+
+    try:
+        genai = onnxruntime_genai.Tokenizer(str(folder))
+        for probe in _PROBES:
+            text = genai.apply_chat_template(json.dumps([{"role": "user", "content": probe}]))
+            found, expected = genai.encode(text).tolist(), [*tokenizer(probe)["input_ids"], start]
+            if found != expected:
+                return f"{probe!r} becomes {found}, not {expected}"
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+class _Answer:
+    """The tokens of one answer, and the generator that has read them; `None` if none has yet."""
+
+    def __init__(self, tokens: Sequence[int] = (), generator=None):
+        self.tokens, self.generator = list(tokens), generator
+
+
+class _Answers(GraphCache):
+    """An answer for each row, whose keys and values are inside its generator."""
+
+    def __init__(self, batch: int):
+        super().__init__([])
+        self.answers = [_Answer() for _ in range(batch)]
+
+    def reorder_cache(self, beam_idx) -> None:
+        """The first beam that goes on from another takes its generator; those after it read the tokens again."""
+        chosen = [self.answers[index] for index in np.asarray(beam_idx)]
+        self.answers = []
+        for answer in chosen:
+            self.answers.append(_Answer(answer.tokens, answer.generator))
+            answer.generator = None
+
+
+class GenAiGraphs(Graphs):
+    """An exported folder on ONNX Runtime GenAI: a generator for each row, which is given tokens instead of choosing
+    them."""
+
+    def __init__(self, folder: Path, graphs: Mapping[str, Graph], shapes: Shapes, dtype):
+        super().__init__(graphs, shapes, dtype)
+        import onnxruntime_genai
+
+        config = onnxruntime_genai.Config(str(folder))
+        session = {"session_options": {"intra_op_num_threads": threads()}}
+        config.overlay(json.dumps({"model": {"decoder": session}}))
+        self.model = onnxruntime_genai.Model(config)
+        self.longest = read_json(folder / CONFIG)["model"]["context_length"]
+
+    def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+        raise NotImplementedError("GenAI runs its graphs itself")
+
+    def encode(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """Ids `(B, S)` and mask as they are: GenAI reads a prompt together with the first target token."""
+        return [input_ids], attention_mask
+
+    def new_cache(self, batch: int) -> GraphCache:
+        return _Answers(batch)
+
+    def decode(
+        self, input_ids: np.ndarray, encoder_mask: np.ndarray, cross: Sequence[np.ndarray], cache: GraphCache
+    ) -> np.ndarray:
+        """As in [`Graphs`].
+
+        Raises:
+            ValueError: a prompt has no token, or prompt and answer have more than the student has positions.
+        """
+        assert isinstance(cache, _Answers)
+        prompts = [ids[mask > 0].tolist() for ids, mask in zip(cross[0], encoder_mask, strict=True)]
+        cache.length += input_ids.shape[1]
+        for prompt in prompts:
+            if not prompt or len(prompt) + cache.length > self._slots(prompt):
+                raise ValueError(
+                    f"{len(prompt)} prompt tokens and {cache.length} target tokens: this export takes a prompt of at "
+                    f"least 1 token, {self.longest} tokens in all and {_ANSWER} of a target; cut the prompt, or ask "
+                    "for fewer with max_new_tokens"
+                )
+        logits = [
+            [self._append(answer, prompt, token) for token in tokens]
+            for answer, prompt, tokens in zip(cache.answers, prompts, input_ids.tolist(), strict=True)
+        ]
+        return np.array(logits, np.float32)
+
+    def _slots(self, prompt: list[int]) -> int:
+        return min(len(prompt) + _ANSWER, self.longest)
+
+    def _append(self, answer: _Answer, prompt: list[int], token: int) -> np.ndarray:
+        """Logits `(V,)` behind `token`, which is then the last of the answer."""
+        import onnxruntime_genai
+
+        answer.tokens.append(token)
+        unread = [token]
+        if answer.generator is None:
+            start, *unread = answer.tokens
+            settings = onnxruntime_genai.GeneratorParams(self.model)
+            settings.set_search_options(max_length=self._slots(prompt))
+            answer.generator = onnxruntime_genai.Generator(self.model, settings)
+            answer.generator.append_tokens([*prompt, start])
+        for one in unread:
+            answer.generator.append_tokens([one])
+        return answer.generator.get_logits()[0, 0]
