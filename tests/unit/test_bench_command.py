@@ -14,6 +14,7 @@ from hf_encdec_distill.bench import contenders as registry
 from hf_encdec_distill.bench import model_cost
 from hf_encdec_distill.bench.contenders import Model, contender_of, contenders
 from hf_encdec_distill.bench.contenders.ctranslate2 import CTranslate2
+from hf_encdec_distill.bench.contenders.onnxruntime_genai import OnnxRuntimeGenAi
 from hf_encdec_distill.bench.floors import counted, floor, measure_rates
 from hf_encdec_distill.bench.race import Request, check_answer, plan
 from hf_encdec_distill.bench.results import check_against, compare, headlines, read_report
@@ -199,12 +200,12 @@ def test_a_worker_has_the_threads_it_is_told_and_its_own_memory(folder):
 
 @pytest.fixture(scope="module")
 def output(folder):
-    """Where a bench has been run: PyTorch and ONNX, two requests, and CTranslate2 as if it were not installed."""
+    """A bench of PyTorch and ONNX with two requests, and with ONNX Runtime GenAI as if it were not installed."""
     words = ["bench", folder / "student", "--teacher", folder / "teacher", "--output", folder / "bench"]
     words += ["--source", "12,16", "--target", "3,4", "--batch", "1,2", "--rounds", 3, "--threads", 1]
-    words += ["--backend", "pytorch,onnx,ctranslate2", "--precision", "fp32,int8", "--minutes", 5]
+    words += ["--backend", "pytorch,onnx,onnxruntime-genai", "--precision", "fp32", "--minutes", 5]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CTranslate2, "packages", {"no_such_module": "ctranslate2"})
+        patch.setattr(OnnxRuntimeGenAi, "packages", {"no_such_module": "onnxruntime-genai"})
         assert main([str(word) for word in words]) == 0
     return folder / "bench"
 
@@ -214,7 +215,7 @@ def output(folder):
 def test_a_whole_bench(folder, output):
     report = read_report(output / "bench.json")
     assert report["rounds"] == 3 and report["machine"]["threads"] == 1
-    rows = [row for row in report["rows"] if row["precision"] == "fp32"]
+    rows = report["rows"]
     assert {(row["model"], row["backend"]) for row in rows} == {
         ("student", "onnx"),
         ("student", "pytorch"),
@@ -233,9 +234,11 @@ def test_a_whole_bench(folder, output):
         next(row["parameters"] for row in rows if row["model"] == name) for name in ("student", "same-size decoder")
     )
     assert 0.6 * student < decoder <= student
-    assert {out["why"] for out in report["left_out"]} == {"no_such_module not installed: pip install ctranslate2"}
+    assert {out["why"] for out in report["left_out"]} == {
+        "no_such_module not installed: pip install onnxruntime-genai"
+    }
     assert {out["model"] for out in report["left_out"]} == {"teacher", "same-size decoder"}
-    assert all(entry["student"]["model"] == "student" for entry in report["headlines"])
+    assert [entry["student"]["model"] for entry in report["headlines"]] == ["student"] * 2
     for name in ("bench.png", "bench.svg", "bench-dark.svg"):
         assert (output / name).stat().st_size > 1000
     assert not list(output.rglob("*.new")) and not list(output.rglob("*.tmp"))

@@ -6,6 +6,7 @@ a cache of the CPU holds is read faster than `read`; a model that small can be b
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 
@@ -13,7 +14,7 @@ from ..models.cost import ModelCost
 from .contenders import PRECISIONS
 
 
-_TRIES = 15
+_TRIES, _LONGEST = 15, 1.0  # of a measurement, and the seconds after which there are no more of them
 _SIZE = 2048  # of square matrices
 _READ = 2**28  # bytes
 
@@ -32,17 +33,18 @@ def measure_rates(threads: int, device: str = "cpu") -> dict[str, float]:
         "fp32": (torch.float32, torch.mm),
         "bf16": (torch.bfloat16, torch.mm),
     }
-    if hasattr(torch, "_int_mm"):  # torch has no public product of int8; without one, floors of int8 are those of bf16
+    if hasattr(torch, "_int_mm"):  # torch has no public product of int8
         products["int8"] = (torch.int8, torch._int_mm)
     for name, (dtype, product) in products.items():
         one = torch.ones(_SIZE, _SIZE, device=device).to(dtype)
-        rates[name] = 2 * _SIZE**3 / _best(lambda one=one, product=product: product(one, one))
+        with contextlib.suppress(RuntimeError):  # this device has none of that dtype
+            rates[name] = 2 * _SIZE**3 / _best(lambda one=one, product=product: product(one, one))
     return rates
 
 
 def _best(run: Callable) -> float:
-    seconds = []
-    for _ in range(_TRIES):
+    seconds: list[float] = []
+    while len(seconds) < 2 or (len(seconds) < _TRIES and sum(seconds) < _LONGEST):
         start = time.perf_counter()
         run().view(-1)[0].item()  # which waits for a GPU
         seconds.append(time.perf_counter() - start)

@@ -308,8 +308,8 @@ def _draw_bench(report: Mapping) -> Figure:
         axis.grid(axis="x", linewidth=0.8)
         axis.tick_params(axis="y", length=0)
     figure.supxlabel(
-        f"dark: first token; light: all further ones; orange: floor of this machine; {report['machine']['threads']} "
-        f"threads, {report['spread']}",
+        "dark: first token; light: all further ones; orange: the floor on this machine\n"
+        f"threads: {report['machine']['threads']}; {report['spread']}",
         fontsize=8.5,
     )
     return figure

@@ -26,6 +26,7 @@ EXAMPLE = "hf-encdec-distill bench runs/quickstart/student --teacher built-in"
 
 _OF_SIZE = "same-size decoder"  # decoder-only, with as many parameters as the student
 _STAGES = 4
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a model on the Hub
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -176,7 +177,7 @@ def _models(args: argparse.Namespace) -> dict[str, Model]:
     from ..bench.contenders import Model
     from ..models.cost import decoder_only_config, model_cost
     from ..models.decoder_only import config_of_size
-    from ..models.loading import check_decoder_only, find, load_config
+    from ..models.loading import check_decoder_only, load_config
 
     config = load_config(args.student)
     if config.model_type != "rope_encdec":
@@ -184,7 +185,7 @@ def _models(args: argparse.Namespace) -> dict[str, Model]:
             f"{args.student} is a {config.model_type}, expected a student of this package: hf-encdec-distill init "
             "makes one; give other models with --decoder-only"
         )
-    student = Model("student", find(args.student), config)
+    student = Model("student", _folder(args.student), config)
     models = {"student": student}
 
     def add(name: str, folder: Path) -> None:
@@ -193,7 +194,7 @@ def _models(args: argparse.Namespace) -> dict[str, Model]:
         models[name] = Model(name, folder, of_folder)
 
     if args.teacher is not None:
-        add("teacher", find(teacher_path(args.teacher)))
+        add("teacher", _folder(teacher_path(args.teacher)))
         teacher_config = models["teacher"].config
     else:
         teacher_config = decoder_only_config(config)
@@ -211,8 +212,19 @@ def _models(args: argparse.Namespace) -> dict[str, Model]:
         name = public_name(path)
         if name in models:
             raise ValueError(f"--decoder-only {path}: there is a {name!r} in this bench; rename the folder")
-        add(name, find(teacher_path(path)))
+        add(name, _folder(teacher_path(path)))
     return models
+
+
+def _folder(name: str) -> Path:
+    """A model's own folder, or where its files are once the Hub has been asked for all of them: converters and other
+    processes take folders."""
+    from huggingface_hub import snapshot_download
+
+    from ..models.loading import find
+
+    found = find(name)  # whose errors say what is wrong with the name
+    return found if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=_FILES))
 
 
 def _random_model(config, student: Model, output: Path) -> Path:
