@@ -137,7 +137,7 @@ def test_a_fourth_target_from_the_command_line_to_the_card(toy, student, tmp_pat
     [
         (
             ["--variant", "int8"],
-            "variant 'int8' is for onnx and openvino and coreml and genai, not for toy: choose of fp32",
+            "variant 'int8' is for onnx and openvino and coreml and genai and gguf, not for toy: choose of fp32",
         ),
         (
             ["--shapes", "ranged:8,8"],
@@ -164,7 +164,7 @@ def test_a_target_more_is_in_help_and_doctor(toy, capsys, monkeypatch):
 
     with pytest.raises(SystemExit):
         main(["export", "--help"])
-    assert "any of onnx, openvino, coreml, genai and toy" in " ".join(capsys.readouterr().out.split())
+    assert "any of onnx, openvino, coreml, genai, gguf and toy" in " ".join(capsys.readouterr().out.split())
     requirements = doctor._requirements()
     monkeypatch.setattr(doctor, "_requirements", lambda: requirements | {"toy": []})
     assert main(["doctor", "--json"]) == 0

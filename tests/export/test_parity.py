@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import gguf
 import numpy as np
 import onnx
 import pytest
@@ -127,6 +128,11 @@ def swap_one_weight(target, folder):
         size = np.where(np.isfinite(numbers) & (np.abs(numbers) < 10), np.abs(numbers), 0)
         numbers[size.argmax()] *= -1
         file.write_bytes(content)
+    elif target == "gguf":
+        reader = gguf.GGUFReader(folder / "decoder.gguf", "r+")
+        numbers = next(tensor.data for tensor in reader.tensors if tensor.name == "blk.0.ffn_down.weight")
+        numbers.flat[np.abs(numbers).argmax()] *= -1
+        reader.data.flush()
     else:
         file = folder / "decoder.mlpackage" / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
         numbers = np.fromfile(file, np.float32)

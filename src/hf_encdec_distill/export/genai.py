@@ -158,9 +158,9 @@ def _stages(config) -> dict[str, Graph]:
     past, present = cache("past_key_values"), cache("present")
     outputs = (Port("logits", (1, 1, config.vocab_size)), *present)
     return {
-        "prompt": Graph((Port("input_ids", (1, "prompt + 1"), torch.int64), past[0]), outputs),
+        "prompt": Graph((Port("input_ids", (1, "prompt + 1"), "int64"), past[0]), outputs),
         "decoder": Graph(
-            (Port("input_ids", (1, 1), torch.int64), Port("attention_mask", (1, "past + 1"), torch.int64), *past),
+            (Port("input_ids", (1, 1), "int64"), Port("attention_mask", (1, "past + 1"), "int64"), *past),
             outputs,
         ),
     }
