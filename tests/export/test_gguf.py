@@ -41,7 +41,7 @@ FAMILIES = {
 
 def exported(model, folder, variant="fp32"):
     model.generation_config.eos_token_id = None
-    export_model(model, getattr(model, "tokenizer", None), "gguf", folder, variant)
+    export_model(model, model.tokenizer, "gguf", folder, variant)
     return ExportedForConditionalGeneration.from_pretrained(folder)
 
 
@@ -167,7 +167,6 @@ def test_llama_cpp_knows_the_tokens(make_bpe_tokenizer, tmp_path):
 
     tokenizer = make_bpe_tokenizer()
     model = make_model("merged", vocab_size=len(tokenizer) + 3, eos_token_id=tokenizer.eos_token_id)
-    model.tokenizer = tokenizer
     export_model(model, tokenizer, "gguf", tmp_path / "exported")
     runtime = Llama(str(tmp_path / "exported" / target.DECODER), n_ctx=64, verbose=False, vocab_only=True)
     ids = tokenizer("def area(x):\n    return 12 * x  # ünï", add_special_tokens=False)["input_ids"]
@@ -179,8 +178,8 @@ def test_llama_cpp_knows_the_tokens(make_bpe_tokenizer, tmp_path):
 def test_states_of_another_form_are_refused():
     keys = [np.arange(6, dtype=np.float16).reshape(3, 2)]
     state = llama_cpp.PromptState(keys, [key + 10 for key in keys])
-    content = llama_cpp._serialize(state, 0, np.dtype(np.float16))
-    back = llama_cpp._parse(content, 1, np.dtype(np.float16))
+    content = llama_cpp._serialize(state, 0, np.dtype(np.float16), False)
+    back = llama_cpp._parse(content, 1, np.dtype(np.float16), False)
     assert np.array_equal(back.keys[0], keys[0]) and np.array_equal(back.values[0], keys[0] + 10)
     assert len(content) == 60 + 2 * (12 + 12)
     for place, value, problem in (
@@ -193,21 +192,21 @@ def test_states_of_another_form_are_refused():
         other = content.copy()
         other[place] = value
         with pytest.raises(ValueError, match=f"{problem}.*pip install"):
-            llama_cpp._parse(other, 1, np.dtype(np.float16))
+            llama_cpp._parse(other, 1, np.dtype(np.float16), False)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_states_are_those_of_llama_cpp(dtype, tmp_path):
+@pytest.mark.parametrize("dtype,flash", [("float16", True), ("float16", False), ("float32", False)])
+def test_states_are_those_of_llama_cpp(dtype, flash, tmp_path):
     """Byte by byte, with values by position and transposed."""
     torch.manual_seed(0)
     target.write_decoder_only(make_llama(2), tmp_path / "model.gguf", "fp32")
-    runtime = llama_cpp.LlamaCpp(tmp_path / "model.gguf", 1, dtype)
+    runtime = llama_cpp.LlamaCpp(tmp_path / "model.gguf", 1, dtype, flash)
     runtime.evaluate([(0, position, 3 + position, False) for position in range(5)])
     content = runtime._state_bytes(0)
-    assert np.array_equal(llama_cpp._serialize(runtime.state(0), 0, np.dtype(dtype)), content)
+    assert np.array_equal(llama_cpp._serialize(runtime.state(0), 0, np.dtype(dtype), not flash), content)
 
 
 def test_a_file_that_llama_cpp_cannot_read(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(ValueError, match="llama.cpp cannot read .*model.gguf"):
-        llama_cpp.LlamaCpp(tmp_path / "model.gguf", 1)
+        llama_cpp.LlamaCpp(tmp_path / "model.gguf", 1, "float16", True)

@@ -32,18 +32,19 @@ class Worker:
 
     Args:
         contender: who; None for a process that measures the machine.
-        threads: that it may compute with. `OMP_WAIT_POLICY=PASSIVE` keeps those of OpenMP from spinning, in which they
-            would take cores from whoever has its turn.
+        threads: that it may compute with. How those of OpenMP wait is left to it, and it lets them spin for some
+            milliseconds: llama.cpp's meet after each operation, and where they sleep in between a step takes four
+            times as long.
     """
 
     def __init__(self, contender: Contender | None, threads: int):
         self.threads = threads
-        fields = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+        fields = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, "-m", __name__, json.dumps(contender and contender.to_dict())]
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # what its libraries say, until `__exit__`
         self._process = subprocess.Popen(
             command,
-            env={**os.environ, **fields},
+            env={**{name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}, **fields},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,

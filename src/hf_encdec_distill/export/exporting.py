@@ -61,7 +61,10 @@ def export_model(
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    own_tokenizer = model.tokenizer
     try:
+        if tokenizer is not None:
+            model.tokenizer = tokenizer  # GGUF has the vocabulary in the file
         with torch.no_grad():
             recipe = graphs(model.config, shapes)
             backend.export(model.eval(), recipe, shapes, variant, stateful, partial, license, options)
@@ -79,4 +82,6 @@ def export_model(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        model.tokenizer = own_tokenizer
     return folder

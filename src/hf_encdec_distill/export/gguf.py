@@ -427,8 +427,8 @@ class GgufGraphs(Graphs):
 
     def __init__(self, folder: Path, graphs: Mapping[str, Graph], shapes: Shapes, dtype):
         super().__init__(graphs, shapes, dtype)
-        self.encoder = LlamaCpp(folder / ENCODER, threads(), dtype)
-        self.decoder = LlamaCpp(folder / DECODER, threads(), dtype)
+        self.encoder = LlamaCpp(folder / ENCODER, threads(), dtype, flash=self.dtype == np.float16)
+        self.decoder = LlamaCpp(folder / DECODER, threads(), dtype, flash=False)
         self.sources = [int(part) for part in (self.encoder.metadata(_SOURCES) or "").split(",")]
         self.permuted = self.decoder.metadata("general.architecture") == "llama"
         key = next(port for port in graphs["encoder"].outputs)

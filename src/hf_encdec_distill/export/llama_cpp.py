@@ -33,8 +33,9 @@ class LlamaCpp:
     Args:
         path: a GGUF file.
         threads: that compute.
-        dtype: of keys and values, float16 or float32. Flash attention computes with float16, so that float32 does
-            without it.
+        dtype: of keys and values, float16 or float32.
+        flash: whether with flash attention. On a CPU that reads a prompt faster and takes longer for a step, and it
+            computes with float16 whatever the dtype.
         shared: whether sequences share cells. Copies of a sequence then cost none, but each attends past the cells of
             all others: for batches of different prompts it is slower.
 
@@ -42,10 +43,11 @@ class LlamaCpp:
         ValueError: llama.cpp cannot read the file.
     """
 
-    def __init__(self, path: Path, threads: int, dtype: DTypeLike = np.float16, shared: bool = True):
+    def __init__(self, path: Path, threads: int, dtype: DTypeLike, flash: bool, shared: bool = True):
         import llama_cpp.llama_cpp as api
 
-        self._api, self.path, self.threads, self.dtype, self.shared = api, path, threads, np.dtype(dtype), shared
+        self._api, self.path, self.threads, self.dtype = api, path, threads, np.dtype(dtype)
+        self.flash, self.shared = flash, shared
         self._context = self._model = None
         _quiet(api)
         api.llama_backend_init()
@@ -119,7 +121,7 @@ class LlamaCpp:
         Raises:
             ValueError: this llama.cpp writes them in a form that is not known here.
         """
-        return _parse(self._state_bytes(sequence), self._layers, self.dtype)
+        return _parse(self._state_bytes(sequence), self._layers, self.dtype, transposed=not self.flash)
 
     def set_state(self, sequence: int, state: PromptState) -> None:
         """Begin a sequence with keys and values.
@@ -129,7 +131,7 @@ class LlamaCpp:
         """
         positions = len(state.keys[0])
         self._reserve(positions)
-        self._set_state_bytes(sequence, _serialize(state, sequence, self.dtype))
+        self._set_state_bytes(sequence, _serialize(state, sequence, self.dtype, transposed=not self.flash))
         self._used += positions
 
     def copy_sequences(self, sources: Mapping[int, int]) -> None:
@@ -151,8 +153,9 @@ class LlamaCpp:
         parameters.n_batch = parameters.n_ubatch = _BATCH if self._causal else cells
         parameters.n_threads = parameters.n_threads_batch = self.threads
         parameters.type_k = parameters.type_v = _GGML_TYPES[self.dtype.name]
-        flash = not _without_flash(self.dtype)
-        parameters.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        parameters.flash_attn_type = (
+            api.LLAMA_FLASH_ATTN_TYPE_ENABLED if self.flash else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
         parameters.kv_unified = self.shared
         parameters.no_perf = True
         context = api.llama_init_from_model(self._model, parameters)
@@ -208,7 +211,7 @@ class LlamaCpp:
 _MEND = 'pip install "hf-encdec-distill[gguf]" installs a version that fits'
 
 
-def _parse(content: np.ndarray, layers: int, dtype: np.dtype) -> PromptState:
+def _parse(content: np.ndarray, layers: int, dtype: np.dtype, transposed: bool) -> PromptState:
     """The form is that of `llama_kv_cache::state_write` (src/llama-kv-cache.cpp): a magic number and the sequence,
     streams, cells, for each cell its position and sequences, then the keys of each layer, then the values. Without
     flash attention values are transposed, feature by feature."""
@@ -225,12 +228,12 @@ def _parse(content: np.ndarray, layers: int, dtype: np.dtype) -> PromptState:
         if (position, sequences) != (cell, 1):
             raise unknown(f"position {position} of {sequences} sequences in cell {cell}")
         offset += 12
-    transposed, count = struct.unpack_from("<II", content, offset)
+    found, count = struct.unpack_from("<II", content, offset)
     offset += 8
-    if (transposed, count) != (_without_flash(dtype), layers):
-        raise unknown(f"{count} layers, values {'transposed' if transposed else 'by position'}")
+    if (found, count) != (transposed, layers):
+        raise unknown(f"{count} layers, values {'transposed' if found else 'by position'}")
     sides = []
-    for is_transposed in (False, bool(transposed)):
+    for is_transposed in (False, transposed):
         arrays = []
         for _ in range(layers):
             kind, *sizes = struct.unpack_from("<iII" if is_transposed else "<iQ", content, offset)
@@ -247,14 +250,14 @@ def _parse(content: np.ndarray, layers: int, dtype: np.dtype) -> PromptState:
     return PromptState(*sides)
 
 
-def _serialize(state: PromptState, sequence: int, dtype: np.dtype) -> np.ndarray:
+def _serialize(state: PromptState, sequence: int, dtype: np.dtype, transposed: bool) -> np.ndarray:
     """What `_parse` reads."""
     cells = len(state.keys[0])
     header = struct.pack("<IiII", _MAGIC, sequence, 1, cells)
     cell = np.stack([np.arange(cells), np.ones(cells), np.full(cells, sequence)], axis=1).astype("<i4")
-    parts = [header, cell.tobytes(), struct.pack("<II", _without_flash(dtype), len(state.keys))]
+    parts = [header, cell.tobytes(), struct.pack("<II", transposed, len(state.keys))]
     kind, size = _GGML_TYPES[dtype.name], dtype.itemsize
-    for side, is_transposed in ((state.keys, False), (state.values, _without_flash(dtype))):
+    for side, is_transposed in ((state.keys, False), (state.values, transposed)):
         for array in side:
             width = array.shape[1]
             parts.append(
@@ -262,10 +265,6 @@ def _serialize(state: PromptState, sequence: int, dtype: np.dtype) -> np.ndarray
             )
             parts.append(np.ascontiguousarray(array.T if is_transposed else array, dtype).tobytes())
     return np.frombuffer(b"".join(parts), np.uint8)
-
-
-def _without_flash(dtype: np.dtype) -> bool:
-    return dtype == np.float32
 
 
 _MAGIC = 0xAF143CD8  # `io_magic` of src/llama-context.cpp

@@ -10,9 +10,12 @@ from . import Contender, Model
 
 
 _FILE = "model.gguf"
+_BACKENDS = ("llama.cpp", "llama.cpp -fa off")
 
 
 class LlamaCppDecoderOnly(Contender):
+    """With flash attention as llama.cpp has it by default, or without it, which for some requests is faster."""
+
     packages = {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}
 
     def prepare(self, folder: Path) -> None:
@@ -27,7 +30,7 @@ class LlamaCppDecoderOnly(Contender):
         from ...export.llama_cpp import LlamaCpp
 
         dtype = "float32" if self.precision == "fp32" else "float16"
-        self.loaded = LlamaCpp(folder / _FILE, threads, dtype, shared=False)
+        self.loaded = LlamaCpp(folder / _FILE, threads, dtype, self.backend == _BACKENDS[0], shared=False)
 
     def answer(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[list[int]], list[float]]:
         start, steps, times = time.perf_counter(), [], []
@@ -49,6 +52,7 @@ def contenders(model: Model) -> list[Contender]:
     if model.is_student:
         return []
     return [
-        LlamaCppDecoderOnly(model.name, str(model.folder), "llama.cpp", precision)
+        LlamaCppDecoderOnly(model.name, str(model.folder), backend, precision)
         for precision in ("int8", "int4", "fp32")
+        for backend in _BACKENDS
     ]
