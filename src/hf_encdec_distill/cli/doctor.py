@@ -29,7 +29,7 @@ DISTRIBUTION = "hf-encdec-distill"
 # What the extras add, but for those of one target.
 _ADDS = {
     "demo": "the quickstart, plots, BLEU and chrF",
-    "exporters": "export to all targets",
+    "exporters": "export to all targets but llama.cpp",
     "optimum": "Optimum's own models and command line, for ONNX Runtime and OpenVINO (holds transformers at 4.57)",
     "demo-ui": "the page that `demo` opens",
     "peft": "teach, and teachers that are LoRA adapters",

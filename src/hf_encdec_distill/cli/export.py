@@ -1,4 +1,4 @@
-"""Export a student to ONNX, OpenVINO or Core ML, and prove that the export answers as PyTorch does.
+"""Export a student to ONNX, OpenVINO, Core ML, ONNX Runtime GenAI or llama.cpp, and prove that it answers as before.
 
 With several targets, each has a folder of its own in OUT. An export that is out of bounds is kept as OUT.rejected, and
 the command fails. parity.json in the folder has the comparison; docs/export.md explains it.
@@ -17,7 +17,7 @@ from ._display import say_result, table, wrap
 from ._inputs import add_data_arguments, check_at_least_one, load_splits
 
 
-SUMMARY = "export to ONNX, OpenVINO or Core ML, proven equal"
+SUMMARY = "export to ONNX, OpenVINO, Core ML, GenAI or llama.cpp"
 EXAMPLE = "hf-encdec-distill export runs/quickstart/student --target onnx,openvino --variant int8 exported"
 
 _MAX_SOURCE, _MAX_TARGET = 256, 32
