@@ -30,7 +30,9 @@ _CONVERTED, _LOADED, _WARM = 0.5, 0.65, 0.85
 # What a contender may take in memory: so many times its files, and so many bytes for the packages that it imports.
 _TIMES_FILES, _PACKAGES = 3, 5e8
 _TIMINGS = ("first_token_ms", "step_ms", "request_ms")
-_SETTLE = 0.1  # seconds; threads of OpenMP spin for 20 ms after an answer, and would take a core from the next contender
+_SETTLE = (
+    0.1  # seconds; threads of OpenMP spin for 20 ms after an answer, and would take a core from the next contender
+)
 
 Stage = Callable[[str], AbstractContextManager[Callable[[float, str], None]]]  # `progress.Display.stage`
 

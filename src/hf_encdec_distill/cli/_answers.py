@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -105,7 +105,7 @@ class _Tokens(BaseStreamer):
         pass  # the end of the thread is the end, with an error too
 
 
-def stream(model, ids: Sequence[int], tokenizer, max_new_tokens: int, **sampling) -> Iterator[Answer]:
+def stream(model, ids: Sequence[int], tokenizer, max_new_tokens: int, **sampling) -> Generator[Answer, None, None]:
     """`model.generate` as it goes, greedily by default: the same answer again and again, with what has come since.
 
     Whoever stops asking stops the model.

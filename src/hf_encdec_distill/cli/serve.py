@@ -12,7 +12,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -99,7 +99,7 @@ class Service:
             raise BadRequest(str(error)) from error
         return ids
 
-    def answer(self, ids: list[int], asked: Completion) -> Iterator[tuple[str, int, str | None]]:
+    def answer(self, ids: list[int], asked: Completion) -> Generator[tuple[str, int, str | None], None, None]:
         """Pieces of text as they come, each with the number of tokens so far and, with the last, why it ended."""
         from ._answers import stream, token_texts
 
@@ -168,11 +168,11 @@ def parse(path: str, body: Any, most: int) -> Completion:
     if not isinstance(body, dict):
         raise BadRequest("the body has to be a JSON object")
     if path == "/v1/chat/completions":
-        texts = [_only_message(body.get("messages"))]
+        texts: list[Any] = [_only_message(body.get("messages"))]
     else:
         prompt = body.get("prompt")
-        texts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        texts = prompt if isinstance(prompt, list) else [prompt]
+        if not texts or not all(isinstance(text, str) for text in texts):
             raise BadRequest(f"prompt={prompt!r}: expected a text, or a list of texts")
     for name, only in (("n", 1), ("best_of", 1), ("echo", False), ("logprobs", False)):
         if body.get(name) not in (None, only):
@@ -201,10 +201,8 @@ def _only_message(messages: Any) -> str:
     [message] = messages
     content = message.get("content")
     if isinstance(content, list):  # parts, as newer clients send them
-        parts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
-        ]
-        content = "".join(parts) if parts and all(isinstance(part, str) for part in parts) else None
+        texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        content = "".join(texts) if len(texts) == len(content) else None
     if message.get("role") != "user" or not isinstance(content, str):
         raise BadRequest(f"messages[0]={message!r}: expected the role 'user' with a text as content")
     return content

@@ -319,11 +319,11 @@ class _Writer:
         import gguf
 
         array = tensor.detach().float().cpu().contiguous().numpy()
-        kind = gguf.GGMLQuantizationType[kind]
-        block, _ = gguf.GGML_QUANT_SIZES[kind]
+        stored = gguf.GGMLQuantizationType[kind]
+        block, _ = gguf.GGML_QUANT_SIZES[stored]
         if array.shape[-1] % block:
-            kind = gguf.GGMLQuantizationType.F16  # as llama.cpp's quantiser: rows are cut into whole blocks
-        self.writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+            stored = gguf.GGMLQuantizationType.F16  # as llama.cpp's quantiser: rows are cut into whole blocks
+        self.writer.add_tensor(name, gguf.quants.quantize(array, stored), raw_dtype=stored)
 
 
 _FILE_TYPES = {"fp32": "ALL_F32", "fp16": "MOSTLY_F16", "int8": "MOSTLY_Q8_0", "int4": "MOSTLY_Q4_0"}
@@ -370,7 +370,8 @@ def _add_tokenizer(writer, model) -> None:
     import gguf
 
     tokenizer = getattr(model, "tokenizer", None)
-    content = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {}
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # a slow one has none
+    content = {} if backend is None else json.loads(backend.to_str())
     decoder = json.dumps(content.get("decoder"))
     if content.get("model", {}).get("type") != "BPE" or "ByteLevel" not in decoder:
         writer.add_tokenizer_model("no_vocab")
@@ -380,8 +381,11 @@ def _add_tokenizer(writer, model) -> None:
     tokens = [f"[unused{index}]" for index in range(model.config.vocab_size)]
     kinds = [int(gguf.TokenType.UNUSED)] * len(tokens)
     for text, index in vocabulary.items():
-        tokens[index], kinds[index] = text, int(gguf.TokenType.NORMAL)
+        if index < len(tokens):
+            tokens[index], kinds[index] = text, int(gguf.TokenType.NORMAL)
     for text, token in added.items():
+        if token["id"] >= len(tokens):
+            continue
         kind = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
         tokens[token["id"]], kinds[token["id"]] = text, int(kind)
     before = json.dumps(content.get("pre_tokenizer"), ensure_ascii=False).replace("\\\\", "\\")
@@ -422,6 +426,22 @@ class LlamaCache(GraphCache):
         self.order = [self.order[index] for index in np.asarray(beam_idx)]
 
 
+def _sources(encoder: LlamaCpp, graphs: Mapping[str, Graph]) -> list[int]:
+    """
+    Raises:
+        ValueError: the encoder does not say for each decoder layer which layer's keys and values it reads.
+    """
+    said = encoder.metadata(_SOURCES) or ""
+    sources = [int(part) if part.isdecimal() else -1 for part in said.split(",")]
+    layers = len(graphs["encoder"].outputs) // 2
+    if len(sources) != layers or not all(0 <= source < encoder.layers for source in sources):
+        raise ValueError(
+            f"{encoder.path} has {_SOURCES}={said!r}, expected {layers} numbers below {encoder.layers}: export the "
+            "model again"
+        )
+    return sources
+
+
 class GgufGraphs(Graphs):
     """An exported folder on llama.cpp. The decoder's context holds one generation at a time."""
 
@@ -429,10 +449,9 @@ class GgufGraphs(Graphs):
         super().__init__(graphs, shapes, dtype)
         self.encoder = LlamaCpp(folder / ENCODER, threads(), dtype, flash=self.dtype == np.float16)
         self.decoder = LlamaCpp(folder / DECODER, threads(), dtype, flash=False)
-        self.sources = [int(part) for part in (self.encoder.metadata(_SOURCES) or "").split(",")]
+        self.sources = _sources(self.encoder, graphs)
         self.permuted = self.decoder.metadata("general.architecture") == "llama"
-        key = next(port for port in graphs["encoder"].outputs)
-        self.heads, self.width = key.axes[1], key.axes[3]
+        _, self.heads, _, self.width = graphs["encoder"].outputs[0].shape({"batch": 1, "prompt": 1})
         self._running: LlamaCache | None = None
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:

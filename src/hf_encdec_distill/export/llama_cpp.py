@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,10 @@ class LlamaCpp:
         shared: whether sequences share cells. Copies of a sequence then cost none, but each attends past the cells of
             all others: for batches of different prompts it is slower.
 
+    Attributes:
+        layers: of the model.
+        vocab_size: V.
+
     Raises:
         ValueError: llama.cpp cannot read the file.
     """
@@ -55,7 +60,7 @@ class LlamaCpp:
         if not self._model:
             raise ValueError(f"llama.cpp cannot read {path}{_error()}: export the model again")
         self.vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
-        self._layers = api.llama_model_n_layer(self._model)
+        self.layers = api.llama_model_n_layer(self._model)
         self._causal = self.metadata(f"{self.metadata('general.architecture')}.attention.causal") != "false"
         self._sequences = self._cells = self._used = 0
         self.clear()
@@ -121,7 +126,7 @@ class LlamaCpp:
         Raises:
             ValueError: this llama.cpp writes them in a form that is not known here.
         """
-        return _parse(self._state_bytes(sequence), self._layers, self.dtype, transposed=not self.flash)
+        return _parse(self._state_bytes(sequence), self.layers, self.dtype, transposed=not self.flash)
 
     def set_state(self, sequence: int, state: PromptState) -> None:
         """Begin a sequence with keys and values.
@@ -219,16 +224,17 @@ def _parse(content: np.ndarray, layers: int, dtype: np.dtype, transposed: bool) 
     def unknown(what: str) -> ValueError:
         return ValueError(f"this llama.cpp writes sequence states with {what}, which is not known here: {_MEND}")
 
-    _, _, streams, cells = struct.unpack_from("<IiII", content)
+    buffer = content.data
+    _, _, streams, cells = struct.unpack_from("<IiII", buffer)
     offset = 16
     if streams != 1:
         raise unknown(f"{streams} streams")
     for cell in range(cells):
-        position, sequences, _ = struct.unpack_from("<iIi", content, offset)
+        position, sequences, _ = struct.unpack_from("<iIi", buffer, offset)
         if (position, sequences) != (cell, 1):
             raise unknown(f"position {position} of {sequences} sequences in cell {cell}")
         offset += 12
-    found, count = struct.unpack_from("<II", content, offset)
+    found, count = struct.unpack_from("<II", buffer, offset)
     offset += 8
     if (found, count) != (transposed, layers):
         raise unknown(f"{count} layers, values {'transposed' if found else 'by position'}")
@@ -236,7 +242,7 @@ def _parse(content: np.ndarray, layers: int, dtype: np.dtype, transposed: bool) 
     for is_transposed in (False, transposed):
         arrays = []
         for _ in range(layers):
-            kind, *sizes = struct.unpack_from("<iII" if is_transposed else "<iQ", content, offset)
+            kind, *sizes = struct.unpack_from("<iII" if is_transposed else "<iQ", buffer, offset)
             offset += 12
             if kind != _GGML_TYPES[dtype.name]:
                 raise unknown(f"numbers of type {kind}")
@@ -268,19 +274,21 @@ def _serialize(state: PromptState, sequence: int, dtype: np.dtype, transposed: b
 
 
 _MAGIC = 0xAF143CD8  # `io_magic` of src/llama-context.cpp
+_callbacks: list = []
 _errors: list[str] = []  # of llama.cpp, since the last time that one was told; the first says most
 
 
+@functools.cache
 def _quiet(api) -> None:
     """llama.cpp says much on stderr; what it says of errors is kept for ours."""
-    if not hasattr(_quiet, "callback"):
 
-        def keep(level, text, _):
-            if level == 4:  # GGML_LOG_LEVEL_ERROR
-                _errors.append(text.decode(errors="replace").strip())
+    def keep(level, text, _):
+        if level == 4:  # GGML_LOG_LEVEL_ERROR
+            _errors.append(text.decode(errors="replace").strip())
 
-        _quiet.callback = api.llama_log_callback(keep)
-    api.llama_log_set(_quiet.callback, ctypes.c_void_p(0))
+    callback = api.llama_log_callback(keep)
+    _callbacks.append(callback)  # ctypes keeps none alive
+    api.llama_log_set(callback, ctypes.c_void_p(0))
 
 
 def _error() -> str:
