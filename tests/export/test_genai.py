@@ -10,6 +10,7 @@ from architectures import LLAMA_3
 from tokenizer_toys import wordpiece
 from toys import make_model, random_ids
 
+from hf_encdec_distill.export import genai as genai_target
 from hf_encdec_distill.export.exporting import export_model
 from hf_encdec_distill.export.genai import TOKENIZER
 from hf_encdec_distill.export.recipe import Shapes
@@ -103,6 +104,14 @@ def test_a_tokenizer_that_genai_does_not_read(tmp_path, caplog):
     prompt = tokenizer("The quick brown fox")["input_ids"]
     genai = og.Model(str(tmp_path / "exported"))
     assert answer(genai, [*prompt, model.config.decoder_start_token_id], 6) == expected(model, prompt, 6)
+
+
+def test_a_tokenizer_that_ends_the_process(make_bpe_tokenizer, tmp_path, caplog, monkeypatch):
+    """GenAI's is asked in a process of its own."""
+    monkeypatch.setattr(genai_target, "_READ_PROBES", "import os\nos.abort()")
+    with caplog.at_level(logging.WARNING):
+        exported(tmp_path / "exported", make_bpe_tokenizer(), vocab_size=300, **SMALLEST)
+    assert "its process ended with exit code" in caplog.text and not (tmp_path / "exported" / TOKENIZER).exists()
 
 
 def test_both_graphs_read_one_file_of_weights(tmp_path):

@@ -15,6 +15,8 @@ import copy
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -328,19 +330,27 @@ def _chat_template(tokenizer, start: int) -> str:
     return f"{{{{ {before} }}}}{{{{ messages[-1]['content'] }}}}{{{{ {after} }}}}"
 
 
+# GenAI's tokenizer ends the process where some kinds of tokenizer.json confuse it (a WordPiece, 0.18.0).
+_READ_PROBES = """
+import json, sys, onnxruntime_genai
+tokenizer = onnxruntime_genai.Tokenizer(sys.argv[1])
+for probe in json.load(sys.stdin):
+    text = tokenizer.apply_chat_template(json.dumps([{"role": "user", "content": probe}]))
+    print(tokenizer.encode(text).tolist())
+"""
+
+
 def _difference(tokenizer, start: int, folder: Path) -> str | None:
     """A word on how GenAI's tokenizer in `folder` differs from the student's, if it does."""
-    import onnxruntime_genai
-
-    try:
-        genai = onnxruntime_genai.Tokenizer(str(folder))
-        for probe in _PROBES:
-            text = genai.apply_chat_template(json.dumps([{"role": "user", "content": probe}]))
-            found, expected = genai.encode(text).tolist(), [*tokenizer(probe)["input_ids"], start]
-            if found != expected:
-                return f"{probe!r} becomes {found}, not {expected}"
-    except RuntimeError as error:
-        return str(error)
+    command = [sys.executable, "-c", _READ_PROBES, str(folder)]
+    run = subprocess.run(command, input=json.dumps(_PROBES), capture_output=True, text=True, encoding="utf-8")
+    if run.returncode:
+        said = run.stderr.strip().splitlines()
+        return said[-1] if said else f"its process ended with exit code {run.returncode}"
+    for probe, found in zip(_PROBES, map(json.loads, run.stdout.splitlines()), strict=True):
+        expected = [*tokenizer(probe)["input_ids"], start]
+        if found != expected:
+            return f"{probe!r} becomes {found}, not {expected}"
     return None
 
 
