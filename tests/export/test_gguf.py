@@ -206,6 +206,19 @@ def test_states_are_those_of_llama_cpp(dtype, flash, tmp_path):
     assert np.array_equal(llama_cpp._serialize(runtime.state(0), 0, np.dtype(dtype), not flash), content)
 
 
+def test_torch_may_multiply_in_bfloat16_in_between(tmp_path):
+    """On a CPU with AMX both set up tiles, which belong to a thread: numbers would be wrong, or the process end."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 288}
+    runtime = exported(make_model("merged", **sizes), tmp_path / "exported", "int8")
+    inputs = {"input_ids": random_ids(1, 40), "decoder_input_ids": random_ids(1, 40)}
+    before = runtime(**inputs).logits
+    matrix = torch.randn(512, 512).bfloat16()
+    for _ in range(3):
+        matrix = torch.nn.functional.linear(matrix, matrix) / 32
+        assert torch.equal(runtime(**inputs).logits, before)
+
+
 def test_a_file_that_llama_cpp_cannot_read(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(ValueError, match="llama.cpp cannot read .*model.gguf"):

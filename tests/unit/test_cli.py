@@ -93,6 +93,7 @@ def test_the_commands_are_those_that_work():
         "convert-mu",
         "info",
         "bench",
+        "serve",
         "doctor",
     }
 

@@ -147,8 +147,10 @@ def check_block(config) -> None:
     Raises:
         ValueError: llama.cpp has no architecture with such a block.
     """
-    parameters = config.rope_parameters
-    rope = parameters["rope_type"]
+    from ..models.either_version import rope_parameters
+
+    parameters = rope_parameters(config)
+    rope = parameters.get("rope_type", "default")
     problems = {
         "cross_attention 'separate', whose block llama.cpp lacks": getattr(config, "cross_attention", "merged")
         != "merged",
@@ -185,6 +187,8 @@ class _Writer:
     def __init__(self, path: Path, model, variant: str, license: str, rows: Sequence[_Row], final_norm, has_head=True):
         import gguf
 
+        from ..models.either_version import rope_parameters
+
         self.config, self.variant = model.config, variant
         config = model.config
         qk_norm = _has_qk_norm(config)
@@ -206,7 +210,8 @@ class _Writer:
         writer.add_key_length(_head_dim(config))
         writer.add_value_length(_head_dim(config))
         writer.add_rope_dimension_count(_head_dim(config))
-        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        self.rope = rope_parameters(config)
+        writer.add_rope_freq_base(self.rope["rope_theta"])
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         self._add_widths(rows)
         _add_tokenizer(writer, model)
@@ -255,10 +260,10 @@ class _Writer:
         rotary = _rotary(model)
         inv_freq, scaling = rotary.inv_freq.double().cpu(), float(rotary.attention_scaling)
         width = _head_dim(self.config)
-        plain = 1 / self.config.rope_parameters["rope_theta"] ** (torch.arange(0, width, 2).double() / width)
+        plain = 1 / self.rope["rope_theta"] ** (torch.arange(0, width, 2).double() / width)
         factors = plain / inv_freq
         if self.architecture in ("qwen3", "openelm"):
-            if self.config.rope_parameters["rope_type"] == "linear":
+            if self.rope.get("rope_type") == "linear":
                 import gguf
 
                 self.writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)

@@ -6,7 +6,9 @@ import ctypes
 import functools
 import math
 import struct
+import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +74,8 @@ class LlamaCpp:
         return bool(api.llama_supports_gpu_offload())
 
     def __del__(self):
+        if sys.is_finalizing():  # when what frees them may be gone
+            return
         if getattr(self, "_context", None):
             self._api.llama_free(self._context)
         if getattr(self, "_model", None):
@@ -112,7 +116,7 @@ class LlamaCpp:
         for first in range(0, len(tokens), size):
             part = tokens[first : first + size]
             count = sum(token[3] for token in part)
-            if self._api.llama_decode(self._context, self._batch(part)) != 0:
+            if _own_thread().submit(self._api.llama_decode, self._context, self._batch(part)).result() != 0:
                 raise RuntimeError(f"llama.cpp could not run {len(part)} tokens{_error()}")
             if count:
                 pointer = self._api.llama_get_logits(self._context)
@@ -289,6 +293,13 @@ def _quiet(api) -> None:
     callback = api.llama_log_callback(keep)
     _callbacks.append(callback)  # ctypes keeps none alive
     api.llama_log_set(callback, ctypes.c_void_p(0))
+
+
+@functools.cache
+def _own_thread() -> ThreadPoolExecutor:
+    """The one thread that llama.cpp computes in. It sets up a thread's AMX tiles once and relies on them (0c1e570).
+    Where torch multiplies in bfloat16 they are others afterwards: numbers are wrong, or the process ends."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="llama.cpp")
 
 
 def _error() -> str:

@@ -58,6 +58,19 @@ def fields_of_4_57(model_type: str, rope_parameters: dict | None) -> dict | None
     return fields if turned == 1.0 else fields | {"partial_rotary_factor": turned}
 
 
+def rope_parameters(config) -> dict:
+    """What 5.x says in `rope_parameters`, of a config of either version."""
+    if getattr(config, "rope_parameters", None):  # transformers >= 5.0
+        return dict(config.rope_parameters)
+    scaling = getattr(config, "rope_scaling", None)
+    parameters = {**(scaling or {}), "rope_theta": config.rope_theta}
+    if getattr(config, "partial_rotary_factor", 1.0) != 1.0:
+        parameters["partial_rotary_factor"] = config.partial_rotary_factor
+    if scaling and getattr(config, "original_max_position_embeddings", None):
+        parameters["original_max_position_embeddings"] = config.original_max_position_embeddings
+    return parameters
+
+
 def check_rope_is_read(config) -> None:
     """Raises ValueError where this version computes another RoPE than the one that a teacher's config names.
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .. import SUPPORTED_FAMILIES
-from ..either_version import check_rope_is_read
+from ..either_version import check_rope_is_read, rope_parameters
 from ..loading import load_teacher, load_tokenizer
 from ..prompts import (
     distinct_pad_token,
@@ -331,7 +331,7 @@ def _student_config(teacher, encoder_layers, decoder_layers, cross_attention, **
             "attention_bias": "qkv" if family == "qwen2" else attention_bias,
             "mlp_bias": getattr(config, "mlp_bias", False),
             "qk_norm": family == "qwen3",
-            "rope_parameters": _rope_parameters(config),
+            "rope_parameters": rope_parameters(config),
             "encoder_no_rope_layers": kept_without_rope["encoder"],
             "decoder_no_rope_layers": kept_without_rope["decoder"],
             "max_position_embeddings": _max_positions(config),
@@ -349,24 +349,12 @@ def _student_config(teacher, encoder_layers, decoder_layers, cross_attention, **
     )
 
 
-def _rope_parameters(config) -> dict:
-    if getattr(config, "rope_parameters", None):  # transformers >= 5.0
-        return dict(config.rope_parameters)
-    scaling = getattr(config, "rope_scaling", None)
-    parameters = {**(scaling or {}), "rope_theta": config.rope_theta}
-    if getattr(config, "partial_rotary_factor", 1.0) != 1.0:
-        parameters["partial_rotary_factor"] = config.partial_rotary_factor
-    if scaling and getattr(config, "original_max_position_embeddings", None):
-        parameters["original_max_position_embeddings"] = config.original_max_position_embeddings
-    return parameters
-
-
 def _max_positions(config) -> int:
     """Positions up to which the student is the teacher: within a sliding window, attention is full."""
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False or window is None:
         return config.max_position_embeddings
-    if window < config.max_position_embeddings and _rope_parameters(config).get("rope_type", "default") == "default":
+    if window < config.max_position_embeddings and rope_parameters(config).get("rope_type", "default") == "default":
         logger.warning(
             "The teacher attends within a sliding window of %d tokens, the student to all of them: it is exact up to "
             "that length, which becomes its max_position_embeddings.",
