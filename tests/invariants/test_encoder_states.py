@@ -509,3 +509,4 @@ def test_two_processes_share_the_states(tmp_path):
 
 if __name__ == "__main__":
     run(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()  # or its threads may abort the process at its end

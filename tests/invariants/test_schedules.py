@@ -395,3 +395,4 @@ def test_two_processes(tmp_path):
 
 if __name__ == "__main__":
     run(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()  # or its threads may abort the process at its end

@@ -188,3 +188,4 @@ def test_evaluation_of_two_processes(runs, name):
 
 if __name__ == "__main__":
     run(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()  # or its threads may abort the process at its end

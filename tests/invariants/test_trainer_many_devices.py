@@ -243,3 +243,4 @@ if __name__ == "__main__":
 
     cpu_fsdp.admit()
     run(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()  # or its threads may abort the process at its end
