@@ -161,6 +161,12 @@ def test_blocks_that_llama_cpp_lacks_are_refused(options, problem, tmp_path):
     assert not (tmp_path / "exported").exists()
 
 
+def test_decoder_only_models_of_other_blocks_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="hidden_act 'gelu': llama.cpp has no architecture"):
+        target.write_decoder_only(make_llama(2, hidden_act="gelu"), tmp_path / "model.gguf", "fp32")
+    assert not (tmp_path / "model.gguf").exists()
+
+
 def test_llama_cpp_knows_the_tokens(make_bpe_tokenizer, tmp_path):
     """Text, special tokens and bytes come out as the tokenizer has them."""
     from llama_cpp import Llama

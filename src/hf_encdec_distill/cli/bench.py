@@ -87,17 +87,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace, requests: Sequence[Request]) -> dict[str, Any]:
-    import os
     import time
 
+    from ..bench import machine_description
     from ..bench.contenders import contenders
     from ..bench.race import race
     from ..files import write_json
 
     models = _models(args)
     chosen = _chosen([contender for model in models.values() for contender in contenders(model)], args)
-    affinity = getattr(os, "sched_getaffinity", None)
-    threads = args.threads or (len(affinity(0)) if affinity else os.cpu_count() or 1)
+    threads = args.threads or machine_description()["usable_cores"] or 1
     end = time.monotonic() + 60 * args.minutes
     display = Display(lambda: end - time.monotonic(), _STAGES, seconds_late=lambda: time.monotonic() - end)
     prompts = _prompts(models["student"])

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 ENCODER, DECODER = "encoder.gguf", "decoder.gguf"
 # GGUF's name of the type of a variant's matrices; vectors are in F32.
 _TYPES = {"fp32": "F32", "fp16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
+_FILE_TYPES = {"fp32": "ALL_F32", "fp16": "MOSTLY_F16", "int8": "MOSTLY_Q8_0", "int4": "MOSTLY_Q4_0"}
 # As llama.cpp's own quantiser, which keeps a tied embedding finer than the layers: it is the head.
 _EMBEDDING_TYPES = {**_TYPES, "int4": "Q8_0"}
 _SOURCES = "hf_encdec_distill.encoder_layer_of_decoder_layer"
 _START = "hf_encdec_distill.decoder_start_token_id"
 _LEAST_MLP = 32  # width of an MLP of zeros, one block of a quantised row
-_ELSEWHERE = "onnx and openvino serve it (hf-encdec-distill export --target onnx)"
 
 
 @register_backend
@@ -61,7 +61,11 @@ class GgufBackend(Backend):
             raise ValueError(f"shapes {shapes}: gguf takes dynamic alone; leave --shapes out")
         if stateful is False:
             raise ValueError("llama.cpp keeps keys and values itself: leave stateless out, or choose onnx")
-        check_block(config)
+        if lacking := _lacking(config):
+            raise ValueError(
+                f"{lacking}: gguf is for Llama's, Qwen2's and Qwen3's block; onnx and openvino serve it "
+                "(hf-encdec-distill export --target onnx)"
+            )
         return shapes, True
 
     def cache_dtype(self, variant: str) -> str:
@@ -82,13 +86,13 @@ class GgufBackend(Backend):
         rows, sources = encoder_rows(model)
         writer = _Writer(folder / ENCODER, model, variant, license, rows, decoder.norm, has_head=False)
         # As text: llama.cpp hands no lists of the header out.
-        writer.add_key(_SOURCES, ",".join(map(str, sources)))
+        writer.writer.add_string(_SOURCES, ",".join(map(str, sources)))
         if model.config.encoder_attention == "bidirectional":
             writer.writer.add_causal_attention(False)
         writer.write()
         layers = [_Row(layer, layer) for layer in decoder.layers]
         writer = _Writer(folder / DECODER, model, variant, license, layers, decoder.norm)
-        writer.add_key(_START, str(model.config.decoder_start_token_id))
+        writer.writer.add_string(_START, str(model.config.decoder_start_token_id))
         writer.write()
 
     def load(self, folder: Path, graphs: Mapping[str, Graph], shapes: Shapes, dtype, stateful: bool) -> GgufGraphs:
@@ -142,11 +146,9 @@ def _same_keys_and_values(one, other) -> bool:
     return all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
 
 
-def check_block(config) -> None:
-    """
-    Raises:
-        ValueError: llama.cpp has no architecture with such a block.
-    """
+def _lacking(config) -> str:
+    """What of a block no architecture of llama.cpp has; empty if nothing. The config is a student's or a decoder-only
+    model's."""
     from ..models.either_version import rope_parameters
 
     parameters = rope_parameters(config)
@@ -165,9 +167,7 @@ def check_block(config) -> None:
         "biases with qk_norm": _has_qk_norm(config)
         and bool(getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)),
     }
-    found = [problem for problem, holds in problems.items() if holds]
-    if found:
-        raise ValueError(f"{' and '.join(found)}: gguf is for Llama's, Qwen2's and Qwen3's block; {_ELSEWHERE}")
+    return " and ".join(problem for problem, holds in problems.items() if holds)
 
 
 def _has_qk_norm(config) -> bool:
@@ -189,10 +189,10 @@ class _Writer:
 
         from ..models.either_version import rope_parameters
 
-        self.config, self.variant = model.config, variant
+        self.config, self.variant, self.width = model.config, variant, rows[0].reads.self_attn.head_dim
         config = model.config
         qk_norm = _has_qk_norm(config)
-        # Rows that only project, or whose width differs, need an architecture that has a width for each layer.
+        # Rows that only project need an architecture whose layers each have a width of their own.
         partial = any(row.rest is None for row in rows)
         self.architecture = {(False, False): "llama", (True, False): "deci", (False, True): "qwen3"}.get(
             (partial, qk_norm), "openelm"
@@ -207,9 +207,9 @@ class _Writer:
         writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(config.hidden_size)
         writer.add_vocab_size(config.vocab_size)
-        writer.add_key_length(_head_dim(config))
-        writer.add_value_length(_head_dim(config))
-        writer.add_rope_dimension_count(_head_dim(config))
+        writer.add_key_length(self.width)
+        writer.add_value_length(self.width)
+        writer.add_rope_dimension_count(self.width)
         self.rope = rope_parameters(config)
         writer.add_rope_freq_base(self.rope["rope_theta"])
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -223,9 +223,6 @@ class _Writer:
             self._add("output.weight", model.get_output_embeddings().weight, _EMBEDDING_TYPES[variant])
         for index, row in enumerate(rows):
             self._add_row(index, row)
-
-    def add_key(self, name: str, value: str) -> None:
-        self.writer.add_string(name, value)
 
     def write(self) -> None:
         self.writer.write_header_to_file()
@@ -259,7 +256,7 @@ class _Writer:
 
         rotary = _rotary(model)
         inv_freq, scaling = rotary.inv_freq.double().cpu(), float(rotary.attention_scaling)
-        width = _head_dim(self.config)
+        width = self.width
         plain = 1 / self.rope["rope_theta"] ** (torch.arange(0, width, 2).double() / width)
         factors = plain / inv_freq
         if self.architecture in ("qwen3", "openelm"):
@@ -281,13 +278,13 @@ class _Writer:
         attention = row.reads.self_attn
         self._add(f"{name}.attn_norm.weight", row.reads.input_layernorm.weight)
         heads = config.num_attention_heads if row.rest is not None else config.num_key_value_heads
-        query = {"weight": torch.zeros(heads * _head_dim(config), config.hidden_size)}
-        output = {"weight": torch.zeros(config.hidden_size, heads * _head_dim(config))}
+        query = {"weight": torch.zeros(heads * self.width, config.hidden_size)}
+        output = {"weight": torch.zeros(config.hidden_size, heads * self.width)}
         biased = getattr(attention.k_proj, "bias", None) is not None
         if row.rest is not None:
             query, output = (_parameters(module) for module in (attention.q_proj, attention.o_proj))
         elif biased:
-            query["bias"] = torch.zeros(heads * _head_dim(config))
+            query["bias"] = torch.zeros(heads * self.width)
         projections = {
             "attn_q": query,
             "attn_k": _parameters(attention.k_proj),
@@ -296,7 +293,7 @@ class _Writer:
         if self.permuted:
             for part in ("attn_q", "attn_k"):
                 projections[part] = {
-                    kind: _neighbours(tensor, _head_dim(config)) for kind, tensor in projections[part].items()
+                    kind: _neighbours(tensor, self.width) for kind, tensor in projections[part].items()
                 }
         if self.architecture == "openelm":
             joined = torch.cat([projections[part]["weight"] for part in ("attn_q", "attn_k", "attn_v")])
@@ -329,13 +326,6 @@ class _Writer:
         if array.shape[-1] % block:
             stored = gguf.GGMLQuantizationType.F16  # as llama.cpp's quantiser: rows are cut into whole blocks
         self.writer.add_tensor(name, gguf.quants.quantize(array, stored), raw_dtype=stored)
-
-
-_FILE_TYPES = {"fp32": "ALL_F32", "fp16": "MOSTLY_F16", "int8": "MOSTLY_Q8_0", "int4": "MOSTLY_Q4_0"}
-
-
-def _head_dim(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _rotary(model):
@@ -411,11 +401,13 @@ def write_decoder_only(model, path: Path, variant: str, license: str = "unknown"
     """Write a decoder-only model of transformers with a Llama's, Qwen2's or Qwen3's block as one GGUF file.
 
     Raises:
-        ValueError: the block is another, or see [`GgufBackend.settle`].
+        ValueError: the block is another, or one that llama.cpp lacks.
     """
     config = model.config
     if config.model_type not in ("llama", "mistral", "qwen2", "qwen3"):
         raise ValueError(f"a {config.model_type} cannot be written as GGUF here: llama, mistral, qwen2 and qwen3 can")
+    if lacking := _lacking(config):
+        raise ValueError(f"{lacking}: llama.cpp has no architecture with such a block")
     rows = [_Row(layer, layer) for layer in model.model.layers]
     _Writer(path, model, variant, license, rows, model.model.norm).write()
 

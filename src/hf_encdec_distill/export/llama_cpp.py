@@ -278,12 +278,11 @@ def _serialize(state: PromptState, sequence: int, dtype: np.dtype, transposed: b
 
 
 _MAGIC = 0xAF143CD8  # `io_magic` of src/llama-context.cpp
-_callbacks: list = []
 _errors: list[str] = []  # of llama.cpp, since the last time that one was told; the first says most
 
 
-@functools.cache
-def _quiet(api) -> None:
+@functools.cache  # which also keeps the callback alive, as ctypes does not
+def _quiet(api):
     """llama.cpp says much on stderr; what it says of errors is kept for ours."""
 
     def keep(level, text, _):
@@ -291,8 +290,8 @@ def _quiet(api) -> None:
             _errors.append(text.decode(errors="replace").strip())
 
     callback = api.llama_log_callback(keep)
-    _callbacks.append(callback)  # ctypes keeps none alive
     api.llama_log_set(callback, ctypes.c_void_p(0))
+    return callback
 
 
 @functools.cache
