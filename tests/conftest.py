@@ -18,6 +18,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores; what they
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import traced_once  # noqa: E402, F401
+from lost_processes import (  # noqa: E402, F401
+    pytest_handlecrashitem,
+    pytest_report_teststatus,
+    pytest_terminal_summary,
+    pytest_xdist_make_scheduler,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
