@@ -129,6 +129,40 @@ def test_cost_table(studies):
     assert "| live teacher | 5.0 | 2.75 [1.50, 4.00] | 1.75 [1.50, 2.00] | 2.91 | 2.00 | 1.20 | 28 |" in table
 
 
+def test_speed_table(studies):
+    """Medians of ratios within a round, seeds in brackets, differences row by row."""
+    import speed
+
+    def run(layers, seed, scores):
+        return speed.Run("run", *layers, 16000, 12.0, seed, scores, 0.8, 1.5, 50.0)
+
+    def row(model, source, *requests):
+        measured = [{"first_token_ms": 0.1 * ms, "step_ms": 0.01 * ms, "request_ms": ms} for ms in requests]
+        values = {name: {"value": measured[0][name]} for name in speed.TIMINGS}
+        return {"model": model, "source": source, "parameters": 48_200_000, "measured": measured, **values}
+
+    small, large = [[run((5, 6), 0, [20.0, 30.0]), run((5, 6), 1, [30.0, 30.0])], [run((20, 10), 0, [30.0, 28.0])]]
+    by_label = {runs[0].label: runs for runs in (small, large)}
+    first, second = by_label
+    rows = [
+        row(model, source, *times)
+        for source in (128, 512)
+        for model, times in {
+            first: (20.0, 30.0, 25.0),
+            second: (50.0, 50.0, 50.0),
+            speed.TEACHER: (100.0, 120.0, 200.0),
+        }.items()
+    ]
+    slower = row(speed.TEACHER, 128, 400.0, 400.0, 400.0)  # its other setting in llama.cpp
+    report = {"machine": {"threads": 2, "cpu": "x"}, "spread": "3 rounds", "rows": [slower, *rows]}
+    lines = speed.tables(by_label, report).splitlines()
+    assert first == "5 + 6, 16,000 tokens, 12 minutes"
+    assert "| 2 | 27.5 [25.0, 30.0] | 80 % | 1.50 | 50.0 % | **2.0 (0.20), 0.2 (0.20), 20.0 (0.20)** |" in lines[6]
+    assert "| 1 | 29.0 | 80 % | 1.50 | 50.0 % | **5.0 (0.42), 0.5 (0.42), 50.0 (0.42)** |" in lines[7]
+    assert f"- {first}, minus {second}: -1.5 points [-5.0, +2.0]" in lines
+    assert speed.points(by_label, report, speed.REQUESTS[0])[first] == (0.2, (27.5, 25.0, 30.0))
+
+
 def test_chunked_loss(studies, tmp_path, monkeypatch):
     import chunked_loss
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from distillation_toys import EOS, arguments, make_t5, make_teacher, ragged_rows, write_teacher
 from tokenizer_toys import renumbered, unigram, wordpiece
-from transformers import T5ForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, T5ForConditionalGeneration
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
 from hf_encdec_distill.distillation.losses import select_divergence
@@ -14,7 +14,9 @@ from hf_encdec_distill.distillation.teachers.live import LiveTeacher
 from hf_encdec_distill.distillation.teachers.recorded import CachedTeacher
 from hf_encdec_distill.distillation.teachers.recorded_losses import SampledScores, TopKScores
 from hf_encdec_distill.distillation.teachers.signal import DenseScores
-from hf_encdec_distill.models.vocabulary import trim_tokenizer
+from hf_encdec_distill.models.either_version import save_teacher
+from hf_encdec_distill.models.loading import load_teacher
+from hf_encdec_distill.models.vocabulary import trim_tokenizer, trim_vocabulary
 
 
 TEXT = [
@@ -234,6 +236,28 @@ def exact_pair(tmp_path, make_bpe_tokenizer):
     )
     assert student.config.vocab_size == len(student.tokenizer) == student.lm_head.weight.shape[0]
     return student, teacher, template
+
+
+def test_a_trimmed_decoder_only_model_says_of_its_tokens_what_it_said(tmp_path, make_bpe_tokenizer):
+    """In a head of its own and in one tied to the embedding, also after saving and loading."""
+    tokenizer = make_bpe_tokenizer(add_bos=True, pad_token="<|endoftext|>")
+    text = "def add(a, b): return a"
+    small = trim_tokenizer(tokenizer, [text])
+    kept = tokenizer.convert_tokens_to_ids(small.convert_ids_to_tokens(range(len(small))))
+    for tied in (False, True):
+        config = LlamaConfig.from_pretrained(write_teacher(tmp_path / f"teacher-{tied}", tokenizer))
+        config.tie_word_embeddings = tied
+        config.eos_token_id = [tokenizer.eos_token_id, tokenizer.bos_token_id]
+        model = LlamaForCausalLM(config).eval()
+        expected = model(**tokenizer(text, return_tensors="pt")).logits[..., kept]
+        trim_vocabulary(model, tokenizer, small)
+        assert model.config.vocab_size == len(small) < len(tokenizer)
+        save_teacher(model, small, tmp_path / f"small-{tied}")
+        loaded = load_teacher(tmp_path / f"small-{tied}")
+        assert torch.equal(loaded(**small(text, return_tensors="pt")).logits, expected)
+        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
+        assert loaded.generation_config.eos_token_id == [small.eos_token_id, small.bos_token_id]
+        assert loaded.generation_config.pad_token_id == small.pad_token_id
 
 
 def test_a_trimmed_student_of_full_depth_is_its_teacher(tmp_path, exact_pair):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from distillation_toys import write_pairs, write_teacher
 from safetensors.torch import load_file
-from transformers import AutoModelForSeq2SeqLM, Trainer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, Trainer
 
 from hf_encdec_distill.cli.quickstart import pipeline, planning, recipe, recording, state, timed_training
 from hf_encdec_distill.cli.quickstart.pipeline import Pipeline, quickstart
@@ -143,7 +143,7 @@ def finished(request, given, tmp_path_factory):
 
         monkeypatch.setattr(pipeline, "Display", Watched)
         with contextlib.redirect_stderr(said):
-            metrics, minutes = run(machine, folder, {**given, "minutes": 12.0})
+            metrics, minutes = run(machine, folder, {**given, "minutes": 12.0, "vocabulary": 270 if is_short else 0})
     shown = [(machine.now - now, left) for now, left in shown]
     return SimpleNamespace(
         folder=folder,
@@ -190,12 +190,21 @@ def test_a_short_run_trains_the_decoder_alone_on_recorded_rows(finished):
         assert finished.metrics["recipe"]["encoder"] == "trained"
         return
     assert frozen and all(frozen)
-    assert finished.results["start"]["recorded"] == 300
-    assert sum(finished.rows_read) == 300 and len(finished.rows_read) > 2  # step by step, none a second time
-    assert len(CachedTeacher(finished.folder / "work" / "records")) == 300
+    recorded, steps = finished.results["start"]["recorded"], finished.results["distill"]["steps"]
+    assert sum(finished.rows_read) == recorded < 300 and len(finished.rows_read) > 2  # step by step, none again
+    assert recipe.PASSES - 0.1 < steps * recipe.BATCH_SIZE / recorded < recipe.PASSES + 0.2
+    assert len(CachedTeacher(finished.folder / "work" / "records")) == recorded
     (states,) = (finished.folder / "work" / "states").iterdir()
-    assert sum(len(load_file(file)) for file in states.iterdir()) == 300
-    assert "the decoder is trained on 300 rows" in finished.metrics["recipe"]["encoder"]
+    assert sum(len(load_file(file)) for file in states.iterdir()) == recorded
+    assert f"the decoder is trained on {recorded} rows" in finished.metrics["recipe"]["encoder"]
+
+
+def test_teacher_and_student_have_the_tokens_of_the_training_rows(finished, given):
+    sizes = [AutoConfig.from_pretrained(finished.folder / name).vocab_size for name in ("work/teacher", "student")]
+    whole = AutoConfig.from_pretrained(given["teacher"]).vocab_size
+    assert sizes == ([270, 270] if finished.is_short else [whole, whole]) and whole > 270
+    assert (f"270 of {whole} tokens" in finished.said) is finished.is_short
+    assert (f"270 of its {whole} tokens" in finished.metrics["teacher"]["adaptation"]) is finished.is_short
 
 
 def test_only_a_run_with_time_for_it_has_a_twin(finished):

@@ -7,10 +7,11 @@ import functools
 import math
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -58,7 +59,7 @@ class LlamaCpp:
         self._context = self._model = None
         _quiet(api)
         api.llama_backend_init()
-        self._model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
+        self._model = _compute(api.llama_model_load_from_file, str(path).encode(), api.llama_model_default_params())
         if not self._model:
             raise ValueError(f"llama.cpp cannot read {path}{_error()}: export the model again")
         self.vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
@@ -116,7 +117,7 @@ class LlamaCpp:
         for first in range(0, len(tokens), size):
             part = tokens[first : first + size]
             count = sum(token[3] for token in part)
-            if _own_thread().submit(self._api.llama_decode, self._context, self._batch(part)).result() != 0:
+            if _compute(self._api.llama_decode, self._context, self._batch(part)) != 0:
                 raise RuntimeError(f"llama.cpp could not run {len(part)} tokens{_error()}")
             if count:
                 pointer = self._api.llama_get_logits(self._context)
@@ -167,7 +168,7 @@ class LlamaCpp:
         )
         parameters.kv_unified = self.shared
         parameters.no_perf = True
-        context = api.llama_init_from_model(self._model, parameters)
+        context = _compute(api.llama_init_from_model, self._model, parameters)
         if not context:
             raise RuntimeError(f"llama.cpp could not make a context of {cells} cells{_error()}")
         if self._context:
@@ -299,6 +300,13 @@ def _own_thread() -> ThreadPoolExecutor:
     """The one thread that llama.cpp computes in. It sets up a thread's AMX tiles once and relies on them (0c1e570).
     Where torch multiplies in bfloat16 they are others afterwards: numbers are wrong, or the process ends."""
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="llama.cpp")
+
+
+def _compute(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A call in that thread, to load a model too: OpenMP gives each thread that computes a team of its own, and two
+    teams have more threads than there are cores. GCC's then sleep between operations, and a step takes five times as
+    long (libgomp, `gomp_throttled_spin_count_var`)."""
+    return _own_thread().submit(function, *arguments).result()
 
 
 def _error() -> str:

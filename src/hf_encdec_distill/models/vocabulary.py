@@ -3,9 +3,10 @@
 import json
 from collections import Counter
 
+import torch
 from tokenizers import Tokenizer
 
-from .prompts import PreTrainedTokenizerFast
+from .prompts import PreTrainedTokenizerFast, distinct_pad_token
 
 
 # An end of text or a beginning may be spelt in two ways and still be the same event.
@@ -109,6 +110,56 @@ def trim_tokenizer(tokenizer, texts, size=None):
         clean_up_tokenization_spaces=False,
         **{name: getattr(tokenizer, name) for name in _SPECIAL if getattr(tokenizer, name) is not None},
     )
+
+
+@torch.no_grad()
+def trim_vocabulary(model, tokenizer, trimmed) -> None:
+    """Keep the embedding rows of the tokens of `trimmed` alone, in its order, in place.
+
+    The head too, and the special tokens of `model.config` and `model.generation_config` are `trimmed`'s.
+
+    Args:
+        model (`PreTrainedModel`): A decoder-only model or a student.
+        tokenizer, trimmed (`PreTrainedTokenizerFast`): The model's, and one whose tokens are all in it, such as
+            `trim_tokenizer` makes.
+
+    Raises:
+        ValueError: `trimmed` has tokens that `tokenizer` lacks, or lacks the one from which the student's decoder
+            starts.
+    """
+    their_ids = same_tokens(trimmed, tokenizer)
+    size = 1 + max(trimmed.get_vocab().values())
+    absent = [i for i in range(size) if i not in their_ids]
+    if absent:
+        raise ValueError(
+            f"trimmed_tokenizer has {len(absent)} ids whose tokens the teacher does not have, the first of them "
+            f"{absent[0]} ({trimmed.convert_ids_to_tokens(absent[0])!r}): make it with trim_tokenizer."
+        )
+    ids = {theirs: ours for ours, theirs in their_ids.items()}
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if start is not None and start not in ids:
+        raise ValueError(
+            f"trimmed_tokenizer lacks {tokenizer.convert_ids_to_tokens(start)!r}, from which the decoder starts: trim "
+            "with texts that have the prompt in them."
+        )
+    rows = torch.tensor([their_ids[i] for i in range(size)], device=model.device)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for layer in (embedding, head):
+        layer.weight = torch.nn.Parameter(layer.weight[rows])
+    embedding.num_embeddings = head.out_features = model.config.vocab_size = size
+    model.tie_weights()
+    eos, pad = model.config.eos_token_id, trimmed.convert_tokens_to_ids(distinct_pad_token(trimmed))
+    if embedding.padding_idx is not None:
+        embedding.padding_idx = pad
+    special = {
+        "bos_token_id": ids.get(model.config.bos_token_id),
+        "eos_token_id": [ids[i] for i in eos if i in ids] if isinstance(eos, list) else ids.get(eos),
+        "pad_token_id": pad,
+        **({} if start is None else {"decoder_start_token_id": ids[start]}),
+    }
+    for name, value in special.items():
+        setattr(model.config, name, value)
+        setattr(model.generation_config, name, value)
 
 
 def _fill(kept: set, size: int, wanted: list, merges: list) -> None:

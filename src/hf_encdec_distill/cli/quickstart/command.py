@@ -35,6 +35,7 @@ _HELP = {
     "prompt_template": "the teacher's prompt, with {source} in it; it must end in fixed text",
     "encoder_layers": "number of encoder layers",
     "decoder_layers": "number of decoder layers",
+    "vocabulary": "most tokens of the vocabulary: those most frequent in the training rows; 0: the teacher's own",
 }
 
 

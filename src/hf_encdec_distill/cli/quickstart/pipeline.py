@@ -43,9 +43,10 @@ from ...metrics.texts import distinct_share
 from ...metrics.verdict import verdict
 from ...models.either_version import save_teacher
 from ...models.loading import check_decoder_only, load_config, load_student, load_teacher, load_tokenizer
-from ...models.prompts import PreTrainedTokenizerFast, encode_prompt, prompt_start_token_id
+from ...models.prompts import PreTrainedTokenizerFast, encode_prompt, prompt_start_token_id, render_prompt
 from ...models.rope_encdec import RopeEncDecForConditionalGeneration
 from ...models.rope_encdec.initialization import check_family
+from ...models.vocabulary import trim_tokenizer, trim_vocabulary
 from ...progress import Display, clock
 from .._inputs import BUILT_IN, dataset_name, load_splits, prompt_template, teacher_path
 from . import recipe
@@ -218,11 +219,12 @@ class Pipeline:
 
     @property
     def teacher_path(self) -> str:
-        return self.state.results["teacher"]["path"]
+        """Of the untuned one, with the vocabulary of this run."""
+        return self.state.results["data"]["teacher"]
 
     @cached_property
     def tokenizer(self):
-        """The teacher's."""
+        """The teacher's and the student's."""
         return load_tokenizer(self.teacher_path)
 
     @cached_property
@@ -287,7 +289,30 @@ class Pipeline:
         splits.save_to_disk(str(self.work / "data"))
         sizes = {name: len(split) for name, split in splits.items()}
         note = ", ".join(f"{size} rows to {name}" for name, size in sizes.items())
-        return {"sizes": sizes, "note": note}
+        teacher, tokens = self._with_fewer_tokens(splits["train"])
+        if tokens:
+            note += f"; a vocabulary of {tokens[0]:,} of {tokens[1]:,} tokens"
+        return {"sizes": sizes, "teacher": teacher, "tokens": tokens, "note": note}
+
+    def _with_fewer_tokens(self, rows: datasets.Dataset) -> tuple[str, list[int]]:
+        """The folder of a teacher with the tokens most frequent in `rows`, how many it has and had; where it has no
+        more than were asked for, that of the teacher itself."""
+        path, size = self.state.results["teacher"]["path"], self.settings.vocabulary
+        tokenizer = load_tokenizer(path)
+        if not size or len(tokenizer) <= size:
+            return path, []
+        texts = [render_prompt(tokenizer, source, self.template) for source in rows["source"]]
+        try:
+            trimmed = trim_tokenizer(tokenizer, [*texts, *rows["target"]], size)
+        except ValueError as error:
+            raise ValueError(f"{error} Or keep the teacher's tokens with --vocabulary 0.") from error
+        teacher = load_teacher(path, dtype="auto")
+        if not isinstance(teacher, transformers.PreTrainedModel):
+            teacher = teacher.merge_and_unload()  # an adapter, whose base has all tokens
+        trim_vocabulary(teacher, tokenizer, trimmed)
+        folder = self.work / "teacher-before"
+        save_teacher(teacher, trimmed, folder)
+        return str(folder), [len(trimmed), len(tokenizer)]
 
     def before(self, update) -> dict:
         """Measure the untuned teacher on the first rows, and plan from what they cost how many there will be."""
@@ -381,12 +406,14 @@ class Pipeline:
             note += f", KL from the teacher {healing['kl_before']:.2f}, fitted {healing['kl_after']:.2f}"
         recorded = 0
         if self.state.is_frozen:
-            seconds = recipe.RECORDED_SHARE * self._seconds_to_train()
+            seconds = self._seconds_to_train() - 2 * self.plan.load  # the student is loaded and saved for its training
             places = self.work / "records", self.work / "states"
-            recorded = record(teacher, student, self._ready, self.tokenizer, *places, seconds, self.state.now)
+            recorded = record(
+                teacher, student, self._ready, self.tokenizer, *places, seconds, self._time_row, self.state.now
+            )
             note += f", {recorded} rows recorded"
         del teacher, student
-        twin_step, overhead = self._time_twin(update) if self.state.has_twin else (0.0, 2 * self.plan.load)
+        twin_step, overhead = self._time_steps(1, 0.0, 0) if self.state.has_twin else (0.0, 2 * self.plan.load)
         return {
             "parameters": parameters,
             "healing": healing,
@@ -403,14 +430,19 @@ class Pipeline:
         order = np.random.default_rng(self.settings.seed + 2).permutation(len(rows))
         return [{"input_ids": rows[index]["inputs"], "labels": rows[index]["labels"]} for index in order]
 
-    def _time_twin(self, update) -> tuple[float, float]:
-        """Seconds of a step of the twin, and of loading and saving around it."""
+    def _time_row(self, recorded: int) -> float:
+        """Seconds for which a recorded row is trained on."""
+        step, _ = self._time_steps(recipe.TIMED_STEPS, recipe.DISTILL_WEIGHT, recorded)
+        return recipe.PASSES * step / recipe.BATCH_SIZE
+
+    def _time_steps(self, steps: int, distill_weight: float, recorded: int) -> tuple[float, float]:
+        """Seconds of a step of a student's training, and of loading and saving around it."""
         peak, now = recipe.STUDENT_LEARNING_RATE, self.state.now
-        one = TimeShare(float("inf"), 1, peak, update, goes_on=True, now=now)
+        share = TimeShare(float("inf"), steps, peak, _quiet, goes_on=not recorded, now=now)
         with tempfile.TemporaryDirectory(dir=self.work) as name:
             begun, folder = now(), Path(name)
-            step = self._train_student(one, 0.0, folder / "training", folder / "twin")["step_seconds"]
-            return step, now() - begun - step
+            result = self._train_student(share, distill_weight, recorded, folder / "training", folder / "student")
+            return result["step_seconds"], now() - begun - steps * result["step_seconds"]
 
     def _share(self, seconds: float, steps: int, update, replay: list[float] | None = None, **more) -> TimeShare:
         peak, earlier = recipe.STUDENT_LEARNING_RATE, self.state.earlier["steps"]
@@ -428,7 +460,7 @@ class Pipeline:
             twin_cost=earlier["twin_cost"] or None,
         )
         training, target = self.work / TRAININGS["distill"], self.folder / "student"
-        result = self._train_student(share, recipe.DISTILL_WEIGHT, training, target)
+        result = self._train_student(share, recipe.DISTILL_WEIGHT, self._recorded, training, target)
         note = f"{result['steps']} steps of {recipe.BATCH_SIZE}"
         note += f", {earlier['steps']} of them before" if earlier["rounds"] else ""
         return result | {"twin_cost": share.twin_cost, "note": note}
@@ -442,11 +474,17 @@ class Pipeline:
         rates = self.state.results["distill"]["rates"]
         replay = self._share(float("inf"), len(rates), update, rates)
         training, target = self.work / TRAININGS["twin"], self.work / "student-ce"
-        return self._train_student(replay, 0.0, training, target)
+        return self._train_student(replay, 0.0, self._recorded, training, target)
 
-    def _train_student(self, share: TimeShare, distill_weight: float, training: Path, target: Path) -> dict:
-        """From `start`, or from the last checkpoint in `training` if there is one."""
-        recorded = self.state.results["start"]["recorded"] if self.state.is_frozen else 0
+    @property
+    def _recorded(self) -> int:
+        """Rows that the student is trained on with its encoder frozen; 0: all, with all weights."""
+        return self.state.results["start"]["recorded"] if self.state.is_frozen else 0
+
+    def _train_student(
+        self, share: TimeShare, distill_weight: float, recorded: int, training: Path, target: Path
+    ) -> dict:
+        """From `start`, or from the last checkpoint in `training` if there is one; on the first `recorded` rows."""
         student = self.load_student(self.work / "start", torch.float32)
         tokenizer = load_tokenizer(self.work / "start", PreTrainedTokenizerFast)
         rows, size = self._ready[: recorded or None], recipe.BATCH_SIZE
@@ -592,7 +630,7 @@ class Pipeline:
             "task": self._task(),
             "teacher": {
                 **teacher,
-                "adaptation": f"all layers, {results['teach']['steps']} steps of {recipe.BATCH_SIZE}",
+                "adaptation": self._adaptation(),
             },
             "student": {
                 "encoder_layers": settings.encoder_layers,
@@ -630,6 +668,11 @@ class Pipeline:
             "samples": results["evaluate"]["samples"],
             "figures": {"Loss": "loss.png", "Quality": "quality.png"},
         }
+
+    def _adaptation(self) -> str:
+        steps = f"all layers, {self.state.results['teach']['steps']} steps of {recipe.BATCH_SIZE}"
+        tokens = self.state.results["data"]["tokens"]
+        return f"{tokens[0]:,} of its {tokens[1]:,} tokens, {steps}" if tokens else steps
 
     def _task(self) -> dict:
         read = PreTrainedTokenizerFast.from_pretrained(self.folder / "student")("a")["input_ids"]

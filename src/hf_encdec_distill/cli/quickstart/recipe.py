@@ -2,6 +2,9 @@
 the other files of this folder say how, this one says how much."""
 
 ENCODER_LAYERS, DECODER_LAYERS = 5, 6
+# Tokens of student and teacher: those most frequent in the training rows. The head reads a row of weights for each at
+# every step of training and of generation.
+VOCABULARY = 16_000
 MAX_PROMPT, MAX_TARGET = 256, 32  # tokens
 OTHER_TEMPLATE = "{source}\n\nAnswer:"  # for data that is not the built-in task
 
@@ -16,8 +19,9 @@ HEAL_ROWS = 100  # the layers are chosen and fitted on
 # In a shorter run the encoder stays as the fit left it. What it and the teacher say of some rows is recorded, and many
 # cheap steps are made on these; a longer run trains all weights, on rows that are mostly read once.
 FROZEN_BELOW_MINUTES = 30
-RECORDED_SHARE = 0.6  # of the student's time, for the recording: each row is then trained on twice or less
-FIRST_RECORDED = 16  # rows from whose cost the next ones are planned
+PASSES = 1.1  # over the recorded rows, as many of which are recorded as time allows: new ones teach more than old ones
+TIMED_STEPS = 8  # of the student, by which that is planned
+FIRST_RECORDED = 16  # rows on which those steps are made, and from whose cost the next ones are planned
 TOP_K = 32  # tokens that are recorded of the teacher
 VALIDATION_ROWS = 96  # at most, and as many as take `VALIDATION_SHARE` of the teacher's time
 VALIDATION_SHARE = 0.1

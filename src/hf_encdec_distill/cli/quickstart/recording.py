@@ -22,9 +22,10 @@ def record(
     records: Path,
     states: Path,
     seconds: float,
+    time_training: Callable[[int], float],
     now: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Read the first of `rows`, once each, for about `seconds`; returns how many.
+    """Read the first of `rows`, once each: as many as can be recorded and trained on in about `seconds`.
 
     Args:
         teacher, student: the student's encoder stays as it is.
@@ -32,7 +33,11 @@ def record(
         tokenizer: the teacher's.
         records, states: folders for what the teacher and what the encoder says.
         seconds: `FIRST_RECORDED` rows are read in any case; from their cost the next ones are planned.
+        time_training: the seconds for which a row is trained on, once so many are recorded.
         now: the clock.
+
+    Returns:
+        The number of rows.
     """
     end = now() + seconds
     live = LiveTeacher(teacher.to(working_dtype()))
@@ -40,7 +45,7 @@ def record(
     collator = DistillationCollator(student.tokenizer, tokenizer, start_token_id=start)
     accelerator = Accelerator(mixed_precision="bf16" if precision_arguments()["bf16"] else "no")
     options: dict[str, Any] = {"kind": "top_k", "k": recipe.TOP_K, "start_token_id": start, "progress": False}
-    count, more = 0, recipe.FIRST_RECORDED
+    count, more, trained = 0, recipe.FIRST_RECORDED, 0.0
     while more >= recipe.FIRST_RECORDED and count < len(rows):
         begun = now()
         # Those of like length together: little padding.
@@ -49,5 +54,7 @@ def record(
         capture_encoder_states(student, chunk, states, collator, accelerator=accelerator, progress=False)
         count += len(chunk)
         a_row = (now() - begun) / len(chunk)
-        more = int(min((end - now()) / max(a_row, 1e-9), 3 * count))  # the first rows are slow: step by step
+        trained = trained or time_training(count)
+        left = end - now() - count * trained
+        more = int(min(left / max(a_row + trained, 1e-9), 3 * count))  # the first rows are slow: step by step
     return count

@@ -13,7 +13,14 @@ from .._checkpoints import last_whole_checkpoint
 from .._inputs import BUILT_IN
 from .._recipe import checked
 from .planning import Plan
-from .recipe import DECODER_LAYERS, ENCODER_LAYERS, ENOUGH_ROWS, FIRST_ROWS, FROZEN_BELOW_MINUTES
+from .recipe import (
+    DECODER_LAYERS,
+    ENCODER_LAYERS,
+    ENOUGH_ROWS,
+    FIRST_ROWS,
+    FROZEN_BELOW_MINUTES,
+    VOCABULARY,
+)
 
 
 _FILE = "state.json"
@@ -36,6 +43,7 @@ class Settings:
     prompt_template: str | None = None
     encoder_layers: int = ENCODER_LAYERS
     decoder_layers: int = DECODER_LAYERS
+    vocabulary: int = VOCABULARY
 
     def __post_init__(self):
         if not 0 < self.minutes < float("inf"):
@@ -45,6 +53,8 @@ class Settings:
         for side in ("encoder_layers", "decoder_layers"):
             if getattr(self, side) < 1:
                 raise ValueError(f"{side}={getattr(self, side)}: a student needs at least one layer on either side")
+        if self.vocabulary < 0:
+            raise ValueError(f"vocabulary={self.vocabulary}: give a number of tokens, or 0 for the teacher's own")
         if self.prompt_template is not None and "{source}" not in self.prompt_template:
             raise ValueError(
                 f"prompt_template={self.prompt_template!r} lacks the source: put {{source}} where it goes"
@@ -219,12 +229,14 @@ def open_run(
     check_fields(results, dict.fromkeys(results, dict), f"{where}, results")
     check_fields(begun, dict.fromkeys(begun, float), f"{where}, begun")
     check_fields(earlier, _EARLIER, f"{where}, earlier")
-    if "before" in results:  # else there is no plan yet
-        check_fields(results["before"], {"plan": dict}, f"{where}, results, before")
-        try:
+    try:
+        if "data" in results:
+            check_fields(results["data"], {"sizes": dict, "teacher": str, "tokens": list}, f"{where}, results, data")
+        if "before" in results:  # else there is no plan yet
+            check_fields(results["before"], {"plan": dict}, f"{where}, results, before")
             check_fields(results["before"]["plan"], get_type_hints(Plan), f"{where}, results, before, plan")
-        except ValueError as error:
-            raise ValueError(f"{error}: another version began this run; begin one with another --output") from None
+    except ValueError as error:
+        raise ValueError(f"{error}: another version began this run; begin one with another --output") from None
     hints = get_type_hints(Settings)
     settings = Settings(**checked(content["settings"], hints, f"{where}, settings", "those of `quickstart --help`"))
     is_finished = "report" in results

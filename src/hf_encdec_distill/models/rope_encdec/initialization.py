@@ -17,7 +17,7 @@ from ..prompts import (
     prompt_start_token_id,
     student_tokenizer,
 )
-from ..vocabulary import same_tokens
+from ..vocabulary import trim_vocabulary
 from ..whole_weights import whole_on_each_process
 from .budget import layers_within
 from .configuration_rope_encdec import RopeEncDecConfig
@@ -216,7 +216,9 @@ def from_decoder_only(
     for name, value in special_tokens.items():
         setattr(student.generation_config, name, value)
     if trimmed_tokenizer is not None:
-        _trim_vocabulary(student, tokenizer, trimmed_tokenizer)
+        if tokenizer is None:
+            raise ValueError("trimmed_tokenizer needs the teacher's to find its tokens by: pass tokenizer=.")
+        trim_vocabulary(student, tokenizer, trimmed_tokenizer)
         tokenizer = trimmed_tokenizer
     if tokenizer is not None and getattr(tokenizer, "is_fast", False):
         student.tokenizer = student_tokenizer(tokenizer, prompt_template, cross_attention, prompt_date)
@@ -593,41 +595,3 @@ def _best_scale(logits, teacher_logprobs) -> tuple[float, float]:
             totals[index] += F.kl_div(logprobs, target, reduction="sum", log_target=True).item()
     least = min(totals)
     return _NORM_SCALES[totals.index(least)], least
-
-
-@torch.no_grad()
-def _trim_vocabulary(student, tokenizer, trimmed):
-    """Keep the embedding rows of the tokens of `trimmed` alone, in its order, in place."""
-    if tokenizer is None:
-        raise ValueError("trimmed_tokenizer needs the teacher's to find its tokens by: pass tokenizer=.")
-    teacher_ids = same_tokens(trimmed, tokenizer)
-    size = 1 + max(trimmed.get_vocab().values())
-    absent = [i for i in range(size) if i not in teacher_ids]
-    if absent:
-        raise ValueError(
-            f"trimmed_tokenizer has {len(absent)} ids whose tokens the teacher does not have, the first of them "
-            f"{absent[0]} ({trimmed.convert_ids_to_tokens(absent[0])!r}): make it with trim_tokenizer."
-        )
-    ids = {theirs: ours for ours, theirs in teacher_ids.items()}
-    start = student.config.decoder_start_token_id
-    if start not in ids:
-        raise ValueError(
-            f"trimmed_tokenizer lacks {tokenizer.convert_ids_to_tokens(start)!r}, from which the decoder starts: trim "
-            "with texts that have the prompt in them."
-        )
-    rows = torch.tensor([teacher_ids[i] for i in range(size)], device=student.device)
-    for layer in (student.get_input_embeddings(), student.get_output_embeddings()):
-        layer.weight = torch.nn.Parameter(layer.weight[rows])
-    student.get_input_embeddings().num_embeddings = student.get_output_embeddings().out_features = size
-    student.config.vocab_size = size
-    student.tie_weights()
-    eos = student.config.eos_token_id
-    special = {
-        "decoder_start_token_id": ids[start],
-        "bos_token_id": ids.get(student.config.bos_token_id),
-        "eos_token_id": [ids[i] for i in eos if i in ids] if isinstance(eos, list) else ids.get(eos),
-        "pad_token_id": trimmed.convert_tokens_to_ids(distinct_pad_token(trimmed)),
-    }
-    for name, value in special.items():
-        setattr(student.config, name, value)
-        setattr(student.generation_config, name, value)
