@@ -1,5 +1,9 @@
 """Students and decoder-only models in llama.cpp: the files are read by llama.cpp itself, the answers are PyTorch's."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -210,6 +214,40 @@ def test_states_are_those_of_llama_cpp(dtype, flash, tmp_path):
     runtime.evaluate([(0, position, 3 + position, False) for position in range(5)])
     content = runtime._state_bytes(0)
     assert np.array_equal(llama_cpp._serialize(runtime.state(0), 0, np.dtype(dtype), not flash), content)
+
+
+# Prints how many threads loading and running add to a process.
+THREADS = """
+import os
+import sys
+from pathlib import Path
+from hf_encdec_distill.export.llama_cpp import LlamaCpp
+def threads():
+    return len(os.listdir("/proc/self/task"))
+before = threads()
+runtime = LlamaCpp(Path(sys.argv[1]), 2, "float16", False)
+runtime.evaluate([(0, position, 3 + position, position == 39) for position in range(40)])
+print(threads() - before)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_it_computes_with_as_many_threads_as_it_is_given(tmp_path):
+    """The one that calls and one of its team. On a CPU with AMX, where loading computes too, a second team would join
+    them, and all would sleep between operations."""
+    torch.manual_seed(0)
+    model = make_llama(2, hidden_size=256, intermediate_size=512, vocab_size=512, head_dim=64)
+    target.write_decoder_only(model, tmp_path / "model.gguf", "int8")
+    run = subprocess.run(
+        [sys.executable, "-c", THREADS, str(tmp_path / "model.gguf")],
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert run.stdout.split() == ["2"], run.stdout + run.stderr
 
 
 def test_torch_may_multiply_in_bfloat16_in_between(tmp_path):
