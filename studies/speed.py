@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from datasets import DatasetDict
 
-from hf_encdec_distill.bench import machine_description, plot_front
+from hf_encdec_distill.bench import best_cpu_dtype, machine_description, plot_front
 from hf_encdec_distill.bench.contenders import Model, contenders
 from hf_encdec_distill.bench.race import Request, race
 from hf_encdec_distill.data import fetch_builtin_teacher
@@ -31,7 +31,7 @@ from hf_encdec_distill.evaluation import encode_rows, generate
 from hf_encdec_distill.files import write_json
 from hf_encdec_distill.metrics import pareto_front, rouge_l
 from hf_encdec_distill.metrics.significance import interval, mean
-from hf_encdec_distill.models.loading import load_config, load_student, load_tokenizer
+from hf_encdec_distill.models.loading import load_config, load_student, load_teacher, load_tokenizer
 
 
 TEACHER = "teacher"
@@ -46,8 +46,8 @@ class Run:
     """A quickstart: what it was asked for, and how good its student is.
 
     Attributes:
-        scores: ROUGE-L of each held-out row, 0 to 100.
-        of_teacher: ROUGE-L as a share of the teacher's, on the rows of the quickstart; `kl` and `agreement` too.
+        scores, teacher_scores: ROUGE-L of each held-out row, 0 to 100.
+        kl, agreement: from the teacher, on the fewer rows of the quickstart.
     """
 
     folder: str
@@ -57,7 +57,7 @@ class Run:
     minutes: float
     seed: int
     scores: list[float]
-    of_teacher: float
+    teacher_scores: list[float]
     kl: float
     agreement: float
 
@@ -66,7 +66,7 @@ class Run:
         """Of a quickstart's folder."""
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         settings = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))["settings"]
-        student, teacher = metrics["models"]["student_kd"], metrics["models"]["teacher"]
+        student = metrics["models"]["student_kd"]
         return cls(
             folder.name,
             settings["encoder_layers"],
@@ -74,8 +74,8 @@ class Run:
             load_config(folder / "student").vocab_size,
             settings["minutes"],
             settings["seed"],
-            _scores(folder),
-            student["rouge_l"]["value"] / teacher["rouge_l"]["value"],
+            _scores(folder, load_student(folder / "student")),
+            _scores(folder, load_teacher(folder / "work" / "teacher", dtype=best_cpu_dtype())),
             student["kl"]["value"],
             100 * student["teacher_agreement"]["value"],
         )
@@ -83,6 +83,10 @@ class Run:
     @property
     def rouge_l(self) -> float:
         return statistics.mean(self.scores)
+
+    @property
+    def of_teacher(self) -> float:
+        return self.rouge_l / statistics.mean(self.teacher_scores)
 
     @property
     def label(self) -> str:
@@ -108,27 +112,34 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     quality = {label: [asdict(run) for run in runs] for label, runs in by_label.items()}
     write_json(args.output / "speed.json", {"quality": quality, "bench": report})
-    (args.output / "speed.md").write_text(tables(by_label, report), encoding="utf-8")
+    report_on(by_label, report, args.output)
+
+
+def report_on(by_label: Mapping[str, Sequence[Run]], report: Mapping, output: Path) -> None:
+    """Table and plots in the folder `output`."""
+    (output / "speed.md").write_text(tables(by_label, report), encoding="utf-8")
     for request in REQUESTS:
         plot_front(
             points(by_label, report, request),
-            args.output / f"speed-{request.source}-{request.target}.svg",
+            output / f"speed-{request.source}-{request.target}.svg",
             across="request / teacher's request",
             up="ROUGE-L",
             title=f"{request.source} tokens in, {request.target} out, llama.cpp, 8 bits",
         )
 
 
-def _scores(folder: Path) -> list[float]:
-    """Of a run's student, on the first held-out rows of the built-in task, as the quickstart scores answers."""
+def _scores(folder: Path, model) -> list[float]:
+    """Of a run's model, on held-out rows of the built-in task, as the quickstart scores answers."""
     recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))["recipe"]
     task = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["task"]
     tokenizer = load_tokenizer(folder / "work" / "teacher")
     limits = recipe["max_prompt_tokens"], recipe["max_target_tokens"]
     held_out = DatasetDict.load_from_disk(str(folder / "work" / "data"))["test"].shuffle(seed=0)
     rows = encode_rows(held_out, tokenizer, task["prompt_template"], *limits)[:HELD_OUT]
-    texts = generate(load_student(folder / "student"), tokenizer, rows, limits[1])
-    return [100 * rouge_l(text.partition("\n")[0], row["target"]) for text, row in zip(texts, rows, strict=True)]
+    texts = [
+        text.partition('"""')[0].strip().partition("\n")[0] for text in generate(model, tokenizer, rows, limits[1])
+    ]
+    return [100 * rouge_l(text, row["target"]) for text, row in zip(texts, rows, strict=True)]
 
 
 def _model(name: str, folder: Path) -> Model:

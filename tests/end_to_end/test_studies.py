@@ -134,7 +134,7 @@ def test_speed_table(studies):
     import speed
 
     def run(layers, seed, scores):
-        return speed.Run("run", *layers, 16000, 12.0, seed, scores, 0.8, 1.5, 50.0)
+        return speed.Run("run", *layers, 16000, 12.0, seed, scores, [50.0, 50.0], 1.5, 50.0)
 
     def row(model, source, *requests):
         measured = [{"first_token_ms": 0.1 * ms, "step_ms": 0.01 * ms, "request_ms": ms} for ms in requests]
@@ -157,8 +157,8 @@ def test_speed_table(studies):
     report = {"machine": {"threads": 2, "cpu": "x"}, "spread": "3 rounds", "rows": [slower, *rows]}
     lines = speed.tables(by_label, report).splitlines()
     assert first == "5 + 6, 16,000 tokens, 12 minutes"
-    assert "| 2 | 27.5 [25.0, 30.0] | 80 % | 1.50 | 50.0 % | **2.0 (0.20), 0.2 (0.20), 20.0 (0.20)** |" in lines[6]
-    assert "| 1 | 29.0 | 80 % | 1.50 | 50.0 % | **5.0 (0.42), 0.5 (0.42), 50.0 (0.42)** |" in lines[7]
+    assert "| 2 | 27.5 [25.0, 30.0] | 55 % | 1.50 | 50.0 % | **2.0 (0.20), 0.2 (0.20), 20.0 (0.20)** |" in lines[6]
+    assert "| 1 | 29.0 | 58 % | 1.50 | 50.0 % | **5.0 (0.42), 0.5 (0.42), 50.0 (0.42)** |" in lines[7]
     assert f"- {first}, minus {second}: -1.5 points [-5.0, +2.0]" in lines
     assert speed.points(by_label, report, speed.REQUESTS[0])[first] == (0.2, (27.5, 25.0, 30.0))
 
