@@ -13,12 +13,14 @@ import pytest
 import torch
 from distillation_toys import write_pairs, write_teacher
 from safetensors.torch import load_file
+from tokenizer_toys import unigram
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, Trainer
 
 from hf_encdec_distill.cli.quickstart import pipeline, planning, recipe, recording, state, timed_training
 from hf_encdec_distill.cli.quickstart.pipeline import Pipeline, quickstart
 from hf_encdec_distill.cli.quickstart.planning import Plan
 from hf_encdec_distill.cli.quickstart.state import open_run
+from hf_encdec_distill.cli.quickstart.trimming import trim_teacher
 from hf_encdec_distill.distillation import CachedTeacher
 
 
@@ -205,6 +207,18 @@ def test_teacher_and_student_have_the_tokens_of_the_training_rows(finished, give
     assert sizes == ([270, 270] if finished.is_short else [whole, whole]) and whole > 270
     assert (f"270 of {whole} tokens" in finished.said) is finished.is_short
     assert (f"270 of its {whole} tokens" in finished.metrics["teacher"]["adaptation"]) is finished.is_short
+
+
+@pytest.mark.parametrize(
+    "tokenizer,problem", [(unigram, "only fast byte-pair tokenizers"), (None, "size=9: the characters and added")]
+)
+def test_a_vocabulary_that_cannot_be_trimmed_is_refused(tokenizer, problem, make_bpe_tokenizer, tmp_path):
+    teacher = write_teacher(tmp_path / "teacher", tokenizer() if tokenizer else make_bpe_tokenizer())
+    rows = {"source": ["a"], "target": ["b"]}
+    with pytest.raises(ValueError, match=rf"{re.escape(problem)}.*\. Keep the teacher's tokens with --vocabulary 0"):
+        trim_teacher(str(teacher), 9, rows, "{source}:", tmp_path / "trimmed")
+    assert not (tmp_path / "trimmed").exists()
+    assert trim_teacher(str(teacher), 0, rows, "{source}:", tmp_path / "trimmed") == (str(teacher), [])
 
 
 def test_only_a_run_with_time_for_it_has_a_twin(finished):

@@ -43,10 +43,9 @@ from ...metrics.texts import distinct_share
 from ...metrics.verdict import verdict
 from ...models.either_version import save_teacher
 from ...models.loading import check_decoder_only, load_config, load_student, load_teacher, load_tokenizer
-from ...models.prompts import PreTrainedTokenizerFast, encode_prompt, prompt_start_token_id, render_prompt
+from ...models.prompts import PreTrainedTokenizerFast, encode_prompt, prompt_start_token_id
 from ...models.rope_encdec import RopeEncDecForConditionalGeneration
 from ...models.rope_encdec.initialization import check_family
-from ...models.vocabulary import trim_tokenizer, trim_vocabulary
 from ...progress import Display, clock
 from .._inputs import BUILT_IN, dataset_name, load_splits, prompt_template, teacher_path
 from . import recipe
@@ -55,6 +54,7 @@ from .recording import record
 from .report import continuation, percent, samples_page
 from .state import TRAININGS, State, open_run
 from .timed_training import InOrder, TimeShare, train, training_order
+from .trimming import trim_teacher
 from .tuning import tune_teacher
 
 
@@ -289,30 +289,16 @@ class Pipeline:
         splits.save_to_disk(str(self.work / "data"))
         sizes = {name: len(split) for name, split in splits.items()}
         note = ", ".join(f"{size} rows to {name}" for name, size in sizes.items())
-        teacher, tokens = self._with_fewer_tokens(splits["train"])
+        teacher, tokens = trim_teacher(
+            self.state.results["teacher"]["path"],
+            settings.vocabulary,
+            splits["train"],
+            self.template,
+            self.work / "teacher-before",
+        )
         if tokens:
             note += f"; a vocabulary of {tokens[0]:,} of {tokens[1]:,} tokens"
         return {"sizes": sizes, "teacher": teacher, "tokens": tokens, "note": note}
-
-    def _with_fewer_tokens(self, rows: datasets.Dataset) -> tuple[str, list[int]]:
-        """The folder of a teacher with the tokens most frequent in `rows`, how many it has and had; where it has no
-        more than were asked for, that of the teacher itself."""
-        path, size = self.state.results["teacher"]["path"], self.settings.vocabulary
-        tokenizer = load_tokenizer(path)
-        if not size or len(tokenizer) <= size:
-            return path, []
-        texts = [render_prompt(tokenizer, source, self.template) for source in rows["source"]]
-        try:
-            trimmed = trim_tokenizer(tokenizer, [*texts, *rows["target"]], size)
-        except ValueError as error:
-            raise ValueError(f"{error} Or keep the teacher's tokens with --vocabulary 0.") from error
-        teacher = load_teacher(path, dtype="auto")
-        if not isinstance(teacher, transformers.PreTrainedModel):
-            teacher = teacher.merge_and_unload()  # an adapter, whose base has all tokens
-        trim_vocabulary(teacher, tokenizer, trimmed)
-        folder = self.work / "teacher-before"
-        save_teacher(teacher, trimmed, folder)
-        return str(folder), [len(trimmed), len(tokenizer)]
 
     def before(self, update) -> dict:
         """Measure the untuned teacher on the first rows, and plan from what they cost how many there will be."""
