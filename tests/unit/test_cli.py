@@ -695,16 +695,20 @@ def test_a_resumed_run_knows_what_was_done_and_asked_for(tmp_path):
     state = open_run(folder, {"minutes": 3.0, "seed": 5}, resume=False)
     assert not folder.exists()
     state.begin("data")
-    state.finish("data", {"rows": 7})
+    state.finish("data", {"sizes": {"train": 7}, "teacher": "some/teacher", "tokens": []})
     state.begin("teach")
     again = open_run(folder, {"seed": 5}, resume=True)
-    assert (again.settings.minutes, again.settings.seed, again.results["data"]["rows"]) == (3.0, 5, 7)
+    assert (again.settings.minutes, again.settings.seed, again.results["data"]["sizes"]) == (3.0, 5, {"train": 7})
     assert again.begun == state.begun and list(again.begun) == ["data", "teach"]
     assert 0 < again.seconds_used < 180 and again.seconds_left == pytest.approx(180 - again.seconds_used, abs=1)
     with pytest.raises(ValueError, match="seed=5, not 6"):
         open_run(folder, {"seed": 6}, resume=True)
     with pytest.raises(ValueError, match=r"--resume.*--output"):
         open_run(folder, {}, resume=False)
+    del state.results["data"]["teacher"]  # of a version without a smaller vocabulary
+    state.save()
+    with pytest.raises(ValueError, match="no 'teacher'.*another version began this run.*--output"):
+        open_run(folder, {}, resume=True)
 
 
 # Training within a share of the clock --------------------------------------------------------------------------------
