@@ -178,16 +178,14 @@ def make_student(
 
     from ..models.decoder_only import prune_decoder_only
     from ..models.loading import load_teacher, load_tokenizer
-    from ..models.prompts import render_prompt
     from ..models.rope_encdec import RopeEncDecForConditionalGeneration
-    from ..models.vocabulary import trim_tokenizer
+    from ..models.vocabulary import trim_to_rows
     from ..models.whole_weights import whole_on_each_process
 
     tokenizer = load_tokenizer(teacher)
     trimmed = {}
     if shape.vocabulary is not None:
-        texts = [render_prompt(tokenizer, source, template, prompt_date) for source in rows["source"]]
-        trimmed["trimmed_tokenizer"] = trim_tokenizer(tokenizer, [*texts, *rows["target"]], shape.vocabulary)
+        trimmed["trimmed_tokenizer"] = trim_to_rows(tokenizer, rows, shape.vocabulary, template, prompt_date)
     rows = rows.shuffle(seed=0).select(range(min(shape.heal_rows or _ROWS_TO_CHOOSE_LAYERS, len(rows))))
     with whole_on_each_process():
         model = load_teacher(teacher, dtype=torch.float32)

@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 from tokenizers import Tokenizer
 
-from .prompts import PreTrainedTokenizerFast, distinct_pad_token
+from .prompts import PreTrainedTokenizerFast, distinct_pad_token, render_prompt
 
 
 # An end of text or a beginning may be spelt in two ways and still be the same event.
@@ -110,6 +110,17 @@ def trim_tokenizer(tokenizer, texts, size=None):
         clean_up_tokenization_spaces=False,
         **{name: getattr(tokenizer, name) for name in _SPECIAL if getattr(tokenizer, name) is not None},
     )
+
+
+def trim_to_rows(tokenizer, rows, size, prompt_template, prompt_date=None):
+    """`trim_tokenizer` on the prompts and targets of rows; errors as of it and of `render_prompt`.
+
+    Args:
+        rows: with the columns `source` and `target`.
+        prompt_template, prompt_date: as of `render_prompt`.
+    """
+    prompts = [render_prompt(tokenizer, source, prompt_template, prompt_date) for source in rows["source"]]
+    return trim_tokenizer(tokenizer, [*prompts, *rows["target"]], size)
 
 
 @torch.no_grad()

@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 
 from ...models.either_version import save_teacher
 from ...models.loading import load_teacher, load_tokenizer
-from ...models.prompts import render_prompt
-from ...models.vocabulary import trim_tokenizer, trim_vocabulary
+from ...models.vocabulary import trim_to_rows, trim_vocabulary
 
 
 def trim_teacher(
@@ -34,9 +33,8 @@ def trim_teacher(
     tokenizer = load_tokenizer(path)
     if not size or len(tokenizer) <= size:
         return path, []
-    prompts = [render_prompt(tokenizer, source, template) for source in rows["source"]]
     try:
-        trimmed = trim_tokenizer(tokenizer, [*prompts, *rows["target"]], size)
+        trimmed = trim_to_rows(tokenizer, rows, size, template)
     except ValueError as error:
         raise ValueError(f"{str(error).rstrip('.')}. Keep the teacher's tokens with --vocabulary 0.") from error
     teacher = load_teacher(path, dtype="auto")
