@@ -4,6 +4,9 @@ It fails if it dies again. xdist would put all files of a dead process back into
 and then wait for tests that are in none (xdist 3.8, `LoadScopeScheduling.remove_node` and `_reschedule`).
 """
 
+import contextlib
+import subprocess
+
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
@@ -14,6 +17,7 @@ class Files(LoadFileScheduling):
     def __init__(self, *args):
         super().__init__(*args)
         self.lost = set()
+        self.end = None  # of the process that died last: an exit code, or minus a signal
 
     def _reschedule(self, node):
         """As upstream, but until it has three tests or is told to end: with one it would wait for the next."""
@@ -24,6 +28,8 @@ class Files(LoadFileScheduling):
     def remove_node(self, node):
         """As upstream, but it puts back what is to do, and nothing that was lost before."""
         files = self.assigned_work.pop(node)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.end = node.gateway._io.popen.wait(timeout=5)
         to_do = [(tests, test) for tests in files.values() for test, is_done in tests.items() if not is_done]
         if not to_do:
             return None
@@ -42,6 +48,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_handlecrashitem(crashitem, report, sched):
+    report.longrepr = f"{report.longrepr} (exit code {sched.end})"
     if crashitem not in sched.lost:
         sched.lost.add(crashitem)
         report.outcome = "lost"

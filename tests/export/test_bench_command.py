@@ -249,8 +249,8 @@ def test_a_whole_bench(folder, output):
 def test_a_second_bench_converts_nothing_again_and_is_held_against_the_first(folder, output, capsys):
     before = {path: path.stat().st_mtime_ns for path in (output / "converted").rglob("*") if path.is_file()}
     report = read_report(output / "bench.json")
-    for entry in report["headlines"]:  # as if the student had been a thousand times faster
-        entry["ratio"] = {name: value / 1000 for name, value in entry["ratio"].items()}
+    for entry in report["headlines"]:  # below any ratio by more than three rounds can spread on a busy machine
+        entry["ratio"] = dict.fromkeys(entry["ratio"], -1000.0)
     (folder / "baseline.json").write_text(json.dumps(report))
     words = ["bench", folder / "student", "--teacher", folder / "teacher", "--output", output]
     words += ["--source", "12", "--target", "3", "--rounds", 3, "--threads", 1, "--backend", "onnx,pytorch"]

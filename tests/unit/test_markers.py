@@ -29,6 +29,7 @@ def test_one_that_does_not_say_so_fails():
 DIES = """
 import os
 import pathlib
+import signal
 import pytest
 
 @pytest.mark.parametrize("number", range(4))
@@ -36,7 +37,7 @@ def test_number(number):
     seen = pathlib.Path(__file__).with_suffix(".seen")
     if {dies} and number == 3 and ({always} or not seen.exists()):
         seen.touch()
-        os._exit(1)
+        os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -59,4 +60,4 @@ def test_one_whose_process_dies_is_run_once_more(tmp_path, always, code, said):
         timeout=120,
     )
     assert run.returncode == code and said in run.stdout.splitlines()[-1], run.stdout + run.stderr
-    assert "LOST test_a.py::test_number[3]: worker" in run.stdout
+    assert "LOST test_a.py::test_number[3]: worker" in run.stdout and "(exit code -9)" in run.stdout
