@@ -24,7 +24,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from transformers import (
 from hf_encdec_distill import (
     DistillationTrainer,
     DistillationTrainingArguments,
+    RopeEncDecConfig,
     RopeEncDecForConditionalGeneration,
 )
 from hf_encdec_distill.bench import best_cpu_dtype, greedy_decode, machine_description, plot_front
@@ -66,6 +67,7 @@ class Arm:
     encoder: int | tuple[int, ...] | None = None  # None: a decoder-only model
     heal: str | None = "least_squares"
     training: dict = field(default_factory=dict)  # of `DistillationTrainingArguments`
+    options: dict = field(default_factory=dict)  # of the student's config
     also_int4: bool = False  # whether it is measured with weights rounded to 4 bits, too
     targets: str = "references"  # or the teacher's "greedy" answers, or the "likely" half of those
 
@@ -75,10 +77,16 @@ class Arm:
         count = [layers if isinstance(layers, int) else len(layers) for layers in (self.encoder or 0, self.decoder)]
         return count[0], count[1]
 
+    @property
+    def split(self) -> str:
+        """What its times depend on."""
+        return ", ".join([_split(*self.layers), *(f"{name}={value}" for name, value in self.options.items())])
+
 
 SIX, EIGHT = (0, 1, 20, 23, 24, 29), (0, 1, 8, 20, 23, 24, 28, 29)
 FOUR = (0, 1, 24, 29)
 FROZEN = {"freeze_encoder": True}  # on states that are kept
+POOLED = {"encoder_pooling": 2, "encoder_pooling_layer": 2}
 ALL = 30
 ARMS = {
     "only_4": Arm("decoder-only 4", FOUR),
@@ -113,6 +121,7 @@ ARMS = {
     "likely_5_6": Arm(
         "5 + 6, frozen encoder, the teacher's likelier answers", SIX, SIX[:-1], training=FROZEN, targets="likely"
     ),
+    "pooled_5_6": Arm("5 + 6, frozen encoder, prompt pooled by 2", SIX, SIX[:-1], training=FROZEN, options=POOLED),
     "muon_5_6": Arm("5 + 6, frozen encoder, Muon", SIX, SIX[:-1], training=FROZEN | {"optim": "muon"}),
     "qat_5_6": Arm(
         "5 + 6, frozen encoder, trained for int4", SIX, SIX[:-1], training=FROZEN | {"qat": "int4"}, also_int4=True
@@ -142,7 +151,7 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     if args.latency:
-        write_json(args.output / "latency.json", measure_latency(args.rounds))
+        write_json(args.output / "latency.json", measure_latency([ARMS[name] for name in args.arms], args.rounds))
     elif not args.table:
         torch.set_num_threads(1)
         task, file = load_task(args.task, args.work), _file(args)
@@ -242,7 +251,7 @@ def run(arm: Arm, task: Task, seed: int, args: argparse.Namespace) -> dict:
 
 def _fitted(arm: Arm, task: Task):
     """The arm's student as the closed form makes it, once for all seeds, its tokenizer, and what it measures."""
-    sides = "-".join(str(side).replace(" ", "") for side in (arm.encoder, arm.decoder))
+    sides = "-".join(str(side).replace(" ", "") for side in (arm.encoder, arm.decoder, *arm.options.items()))
     folder = task.teacher.parent / "fits" / f"{sides}-{arm.heal}"
     if not folder.exists():
         teacher = AutoModelForCausalLM.from_pretrained(task.teacher, dtype=torch.float32)
@@ -272,7 +281,7 @@ def _student(arm: Arm, teacher, task: Task, tokenizer):
     if arm.encoder is None:
         return prune_decoder_only(teacher, **_kept("", arm.decoder), **shared)
     sides = _kept("encoder_", arm.encoder) | _kept("decoder_", arm.decoder)
-    return RopeEncDecForConditionalGeneration.from_decoder_only(teacher, **sides, **shared)
+    return RopeEncDecForConditionalGeneration.from_decoder_only(teacher, **sides, **shared, **arm.options)
 
 
 def _kept(side: str, layers: int | tuple[int, ...]) -> dict:
@@ -378,30 +387,30 @@ def _setting(args: argparse.Namespace, task: Task) -> dict:
 # --- speed ---
 
 
-def measure_latency(rounds: int) -> dict:
+def measure_latency(arms: Sequence[Arm], rounds: int) -> dict:
     """First token, step and request of each split and shape in milliseconds, by round, interleaved.
 
     Weights do not matter, so they are random; of a long answer the first `STEPS` are measured.
     """
     teacher = AutoConfig.from_pretrained(fetch_builtin_teacher())
-    splits = {(0, teacher.num_hidden_layers), *(arm.layers for arm in ARMS.values())}
-    models = {split: _untrained(*split) for split in sorted(splits)}
+    whole = Arm("teacher", teacher.num_hidden_layers)
+    models = {arm.split: _untrained(*arm.layers, arm.options) for arm in (whole, *arms)}
     for model in models.values():  # what happens once has happened
         greedy_decode(model, torch.ones(1, 8, dtype=torch.long), 2)
-    measured: dict[str, dict[str, list]] = {shape: {_split(*split): [] for split in models} for shape in SHAPES}
+    measured: dict[str, dict[str, list]] = {shape: {split: [] for split in models} for shape in SHAPES}
     for number in range(rounds):
         for shape, (prompt, answer) in SHAPES.items():
             ids = torch.randint(teacher.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(number))
             for split, model in models.items():
-                inputs = ids[:, :-1] if split[0] else ids
+                inputs = ids[:, :-1] if model.config.is_encoder_decoder else ids
                 _, times = greedy_decode(model, inputs, min(answer, STEPS))
                 first, step = 1e3 * times[0], 1e3 * (times[-1] - times[0]) / (len(times) - 1)
                 timing = {"first_token_ms": first, "step_ms": step, "request_ms": first + (answer - 1) * step}
-                measured[shape][_split(*split)].append(timing)
+                measured[shape][split].append(timing)
         print(f"round {number + 1} of {rounds}", flush=True)
     return {
         "runtime": "PyTorch, float32, batch 1",
-        "teacher": _split(0, teacher.num_hidden_layers),
+        "teacher": whole.split,
         "rounds": measured,
         "machine": machine_description(),
     }
@@ -411,15 +420,15 @@ def _split(encoder: int, decoder: int) -> str:
     return f"{encoder} + {decoder}" if encoder else f"{decoder}"
 
 
-def _untrained(encoder: int, decoder: int):
+def _untrained(encoder: int, decoder: int, options: Mapping):
     """A model of the teacher's widths with random weights."""
     config = AutoConfig.from_pretrained(fetch_builtin_teacher())
     config.num_hidden_layers = decoder
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     if encoder:
-        config = RopeEncDecForConditionalGeneration.from_decoder_only(model).config
-        config.encoder_num_hidden_layers = encoder
-        model = RopeEncDecForConditionalGeneration(config).eval()
+        fields = RopeEncDecForConditionalGeneration.from_decoder_only(model).config.to_dict()
+        fields |= {"encoder_num_hidden_layers": encoder, "encoder_pooling_layer": None, **options}
+        model = RopeEncDecForConditionalGeneration(RopeEncDecConfig.from_dict(fields)).eval()
     return model
 
 
@@ -449,15 +458,15 @@ def _points(results: Mapping, latency: Mapping, shape: str, measure: str) -> dic
         if not runs:
             continue
         values = [MEASURES[measure][0] * run[measure] for run in runs.values()]
-        time_ratio = _ratio(latency, shape, ARMS[name].layers, "request_ms")
+        time_ratio = _ratio(latency, shape, ARMS[name].split, "request_ms")
         points[ARMS[name].label] = (time_ratio, (statistics.mean(values), min(values), max(values)))
     return points
 
 
-def _ratio(latency: Mapping, shape: str, layers: tuple[int, int], timing: str) -> float:
+def _ratio(latency: Mapping, shape: str, split: str, timing: str) -> float:
     """Of the teacher's time, within each round; the median."""
     rounds = latency["rounds"][shape]
-    pairs = zip(rounds[_split(*layers)], rounds[latency["teacher"]], strict=True)
+    pairs = zip(rounds[split], rounds[latency["teacher"]], strict=True)
     return statistics.median(own[timing] / teacher[timing] for own, teacher in pairs)
 
 
@@ -519,7 +528,7 @@ def _times(results: Mapping, latency: Mapping) -> str:
         cells = [arm.label]
         for shape in SHAPES:
             ratios = [
-                _ratio(latency, shape, arm.layers, f"{timing}_ms") for timing in ("first_token", "step", "request")
+                _ratio(latency, shape, arm.split, f"{timing}_ms") for timing in ("first_token", "step", "request")
             ]
             text = ", ".join(f"{ratio:.2f}" for ratio in ratios)
             cells.append(f"**{text}**" if arm.label in fronts[shape] else text)

@@ -419,7 +419,7 @@ MUTATIONS = [
         12,
         "the target's positions begin at 0",
         _MODELING,
-        "position_ids = position_ids + encoder_attention_mask.long().sum(-1, keepdim=True)",
+        "position_ids = position_ids + encoder_attention_mask.long().sum(-1, keepdim=True) * pooling",
         "pass",
         "model/test_from_decoder_only.py::test_merged_at_full_depth_is_the_teacher",
     ),
@@ -445,6 +445,14 @@ MUTATIONS = [
         _MODELING,
         "return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)",
         "return torch.arange(attention_mask.shape[1], device=device).expand_as(attention_mask)",
+        "model/test_cache_and_generation.py::test_generate_on_ragged_prompts_is_argmax_row_by_row",
+    ),
+    Mutation(
+        13,
+        "pads enter the means of a pooled prompt",
+        _MODELING,
+        "total, count = pool(hidden_states.transpose(1, 2) * real), pool(real)",
+        "total, count = pool(hidden_states.transpose(1, 2)), pool(real)",
         "model/test_cache_and_generation.py::test_generate_on_ragged_prompts_is_argmax_row_by_row",
     ),
     Mutation(

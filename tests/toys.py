@@ -16,6 +16,9 @@ PROMPT_LENGTHS = (7, 4, 2)
 
 
 def make_config(kind="separate", **fields):
+    """`kind` is one of `KINDS`, or `pooled` for `merged` with an encoder that pools."""
+    if kind == "pooled":
+        kind, fields = "merged", {"encoder_pooling": 2, **fields}
     defaults = {
         "vocab_size": VOCAB,
         "hidden_size": 32,

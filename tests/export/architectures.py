@@ -37,6 +37,8 @@ OPTIONS = {
     "linear RoPE": {"kind": "separate", "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
     "YaRN": {"kind": "merged", "rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
     "Llama 3's RoPE": {"kind": "merged", "rope_parameters": LLAMA_3},
+    "pooled half way up": {"kind": "merged", "encoder_pooling": 2},
+    "pooled as it leaves": {"kind": "separate", "encoder_pooling": 3, "encoder_pooling_layer": 3},
 }
 
 TOGETHER = {
@@ -47,6 +49,8 @@ TOGETHER = {
         "gated_mlp": False,
         "hidden_act": "gelu",
         "rope_parameters": {"rope_type": "linear", "factor": 4.0},
+        "encoder_pooling": 3,
+        "encoder_pooling_layer": 3,
     },
     "separate, any encoder layer": {
         "kind": "separate",
@@ -71,5 +75,6 @@ TOGETHER = {
         "qk_norm": True,
         "tie_word_embeddings": False,
         "rope_parameters": LLAMA_3,
+        "encoder_pooling": 2,
     },
 }

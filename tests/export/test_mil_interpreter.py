@@ -124,6 +124,14 @@ def sliced(reference, begin, end, **masks):
     return "slice_by_index", lambda x: mb.slice_by_index(x=x, begin=begin, end=end, **masks), reference, [X]
 
 
+def pooled(size, ceil_mode):
+    def build(x):
+        sizes = {"kernel_sizes": [size], "strides": [size]}
+        return mb.avg_pool(x=x, **sizes, pad_type="valid", ceil_mode=ceil_mode)
+
+    return "avg_pool", build, lambda x: F.avg_pool1d(x, size, ceil_mode=ceil_mode), [X]
+
+
 def added(op, weight, expected, opset=IOS18):
     """A compressed weight, decompressed and added to zeros."""
     return op, lambda x: mb.add(x=x, y=weight(x)), lambda x: x + expected.to(x.dtype), [0 * expected], opset
@@ -165,6 +173,9 @@ CASES = [
     unary("sqrt", torch.sqrt, POSITIVE),
     unary("square", torch.square),
     unary("tanh", torch.tanh),
+    pooled(2, False),
+    pooled(3, False),
+    pooled(3, True),
     binary("add", torch.add),
     binary("add", torch.add, X, ROW),
     binary("add", torch.add, INTEGERS, OTHERS),

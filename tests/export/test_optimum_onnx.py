@@ -38,6 +38,8 @@ ONNX_CASES = {
         },
         {},
     ),
+    "pooled half way up": ({"kind": "merged", "encoder_pooling": 2}, {"use_merged": True}),
+    "pooled as it leaves": ({"kind": "separate", "encoder_pooling": 3, "encoder_pooling_layer": 3}, {}),
     "RoPE that grows with the prompt": (
         {"kind": "merged", "max_position_embeddings": 6, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
         {},
@@ -77,7 +79,7 @@ def test_onnx_runtime(case, tmp_path):
 
 
 def test_onnx_runtime_writes_into_buffers_of_the_right_size(tmp_path):
-    model = make_model("merged")
+    model = make_model("pooled")
     onnx_export_from_model(model, tmp_path, do_validation=False)
     exported = ORTModelForSeq2SeqLM.from_pretrained(tmp_path, use_io_binding=True)
     prompt, mask, _ = ragged("left")

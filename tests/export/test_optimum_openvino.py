@@ -43,7 +43,7 @@ def test_openvino_stateful(stateful):
 
 
 def test_openvino_stateless(tmp_path):
-    model = make_model("merged", encoder_attention="causal")
+    model = make_model("merged", encoder_attention="causal", encoder_pooling=2)
     exported = exported_to_openvino(tmp_path, model, stateful=False)
     assert not exported.decoder.stateful
     assert_same(exported, model)

@@ -35,7 +35,7 @@ def forward(model, ids, mask, target, target_mask=None):
 
 @pytest.mark.parametrize("encoder_attention", ["bidirectional", "causal"])
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "pooled"])
 def test_eager_equals_sdpa(kind, side, encoder_attention):
     model = make_model(kind, encoder_attention=encoder_attention)
     ids, mask, _ = ragged(side)
@@ -50,7 +50,7 @@ def test_eager_equals_sdpa(kind, side, encoder_attention):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "pooled"])
 def test_a_ragged_batch_equals_its_rows_alone(kind, side, implementation):
     model = switched(make_model(kind), implementation)
     ids, mask, rows = ragged(side)
@@ -155,7 +155,7 @@ def test_probabilities_follow_the_upstream_formula(kind):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "pooled"])
 def test_flex_equals_eager(kind, side):
     """Our block masks, under torch's own uncompiled flex attention."""
     model = make_model(kind)
@@ -245,7 +245,7 @@ def flashed(model, implementation):
 
 
 @pytest.mark.parametrize("encoder_attention", ["bidirectional", "causal"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "pooled"])
 def test_flash_equals_eager(kind, encoder_attention, flash):
     model = make_model(kind, encoder_attention=encoder_attention)
     cases = [(side, length) for side in SIDES for length in (1, 5, 7, 9)]  # below, at and above the prompt's length
@@ -263,7 +263,7 @@ def test_flash_equals_eager(kind, encoder_attention, flash):
         torch.testing.assert_close(with_flash[real], eager[real], atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "pooled"])
 def test_flash_generates_what_eager_generates(kind, flash):
     model = make_model(kind)
     ids, mask, _ = ragged("left")
@@ -274,7 +274,7 @@ def test_flash_generates_what_eager_generates(kind, flash):
         assert torch.equal(with_flash, eager)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "pooled"])
 def test_flash_trains_like_eager(kind, flash):
     model = make_model(kind).train()
     ids, mask, _ = ragged("right")

@@ -12,12 +12,13 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
+from hf_encdec_distill.models.rope_encdec.modeling_rope_encdec import pooled_attention_mask
 
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*KINDS, "pooled"])
 def model(request):
     return make_model(request.param)
 
@@ -36,6 +37,11 @@ def greedy_by_hand(model, row, steps=10):
             if tokens[0, -1] == model.config.eos_token_id:
                 break
     return tokens[0].tolist()
+
+
+def read_of(model, prompt_length):
+    """Positions of a prompt that the decoder reads."""
+    return -(-prompt_length // model.config.encoder_pooling)
 
 
 def trimmed(tokens, model):
@@ -72,7 +78,7 @@ def test_token_by_token_in_chunks_and_at_once(model, implementation, name):
             torch.testing.assert_close(torch.cat(logits, dim=1), whole, atol=2e-5, rtol=1e-5)
     assert isinstance(cache, EncoderDecoderCache)
     assert cache.get_seq_length() == 8
-    assert cache.cross_attention_cache.layers[0].keys.shape == (3, 2, 7, 8)
+    assert cache.cross_attention_cache.layers[0].keys.shape == (3, 2, read_of(model, 7), 8)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -131,7 +137,7 @@ def user_cache(model, kind, prompt_length):
         return EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
     return EncoderDecoderCache(
         StaticCache(config=model.config, max_cache_len=16),
-        StaticCache(config=model.config, max_cache_len=prompt_length),
+        StaticCache(config=model.config, max_cache_len=read_of(model, prompt_length)),
     )
 
 
@@ -166,6 +172,7 @@ def test_cache_formats(model, implementation, monkeypatch):
 def test_a_compiled_decode_step_on_a_static_cache(model, backend):
     """One graph without breaks, compiled once for all steps."""
     ids, mask, _ = ragged("left")
+    read = pooled_attention_mask(mask, model.config.encoder_pooling)
     target = random_ids(3, 6)
     takes_positions = transformers.__version__.startswith("4.")
     torch._dynamo.reset()
@@ -182,7 +189,7 @@ def test_a_compiled_decode_step_on_a_static_cache(model, backend):
             embeds = model.get_input_embeddings()(target[:, step : step + 1])
             position = torch.tensor([step])  # transformers < 5.0 takes it, later ones read it off the cache
             arguments = {"cache_position": position} if takes_positions else {}
-            outputs = compiled(embeds, encoder_attention_mask=mask, past_key_values=cache, **arguments)
+            outputs = compiled(embeds, encoder_attention_mask=read, past_key_values=cache, **arguments)
             states.append(outputs.last_hidden_state)
     torch.testing.assert_close(torch.cat(states, dim=1), whole, atol=5e-5, rtol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
@@ -286,7 +293,10 @@ def test_scores_are_the_logits_of_the_whole_sequence(model):
     torch.testing.assert_close(torch.stack(out.logits, dim=1), logits, atol=5e-5, rtol=1e-5)
     torch.testing.assert_close(torch.stack(out.scores, dim=1), logits, atol=5e-5, rtol=1e-5)
     assert len(out.decoder_hidden_states) == len(out.scores)
-    assert [state.shape for state in out.encoder_hidden_states] == [(3, 7, 32)] * 4
+    assert [state.shape for state in out.encoder_hidden_states] == [
+        (3, length if index < model.config.encoder_pooling_layer else read_of(model, length), 32)
+        for index, length in enumerate([7] * 4)
+    ]
 
 
 @pytest.mark.parametrize(

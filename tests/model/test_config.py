@@ -65,6 +65,8 @@ EVERY_FIELD = {
     "tie_word_embeddings": False,
     "cross_attention_layers": [1, 3],
     "encoder_attention": "causal",
+    "encoder_pooling": 4,
+    "encoder_pooling_layer": 2,
     "pad_token_id": None,
     "bos_token_id": 5,
     "eos_token_id": [2, 3],

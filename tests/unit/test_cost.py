@@ -51,7 +51,13 @@ ENCODER_DECODER = {
         "qk_norm": True,
         "gated_mlp": False,
     },
+    "merged, pooled": {"cross_attention": "merged", "encoder_pooling": 5, "encoder_pooling_layer": 1},
     "separate": {"cross_attention": "separate"},
+    "separate, pooled as it leaves": {
+        "cross_attention": "separate",
+        "encoder_pooling": 2,
+        "encoder_pooling_layer": 3,
+    },
     "separate, every extra": {
         "cross_attention": "separate",
         "attention_bias": "qkv",

@@ -439,6 +439,8 @@ def test_the_time_lasts_for_the_twin_too():
     simulate(share, clock, lambda step: 10.0)
     assert share.twin_cost == pytest.approx(0.5)
     assert len(share.rates) == 41 and 1.5 * share.used <= 620
+    clock, share = timed(620.0, twin_step=50.0)  # measured while the machine did something else
+    assert len(simulate(share, clock, lambda step: 10.0).rates) == 31 and share.twin_cost == 1.0
     clock, share = timed(620.0, twin_cost=1.0)
     assert len(simulate(share, clock, lambda step: 10.0).rates) == 31
 

@@ -27,6 +27,10 @@ EXAMPLE = "hf-encdec-distill init built-in --encoder-layers 5 --decoder-layers 6
 
 _ROWS_TO_CHOOSE_LAYERS = 32
 _SIDES = ("encoder", "decoder")
+_OF_TWO_SIDES = (
+    *("encoder_layers", "decoder_layers", "cross_attention", "encoder_attention"),
+    *("encoder_pooling", "encoder_pooling_layer", "vocabulary"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Shape:
     decoder_layers: int | None = None
     cross_attention: Literal["merged", "separate"] = "merged"
     encoder_attention: Literal["causal", "bidirectional"] = "causal"
+    encoder_pooling: int = 1
+    encoder_pooling_layer: int | None = None
     layer_selection: Literal["influence", "least_squares", "greedy", "even", "first"] = "influence"
     heal_rows: int = 200
     vocabulary: int | None = None
@@ -46,7 +52,7 @@ class Shape:
         """Raises ValueError for a decoder-only student with a field of encoder-decoders, or too few rows."""
         if self.heal_rows < 0:
             raise ValueError(f"heal_rows={self.heal_rows} does not work: a number of rows, or 0 for none, is needed.")
-        for name in ("encoder_layers", "decoder_layers", "cross_attention", "encoder_attention", "vocabulary"):
+        for name in _OF_TWO_SIDES:
             value = getattr(self, name)
             if self.decoder_only is not None and value != getattr(Shape, name):
                 raise ValueError(
@@ -61,6 +67,9 @@ _HELP = {
     "decoder_layers": "decoder layers to keep (default: all)",
     "cross_attention": "how the decoder reads the encoder: merged (the default) or separate",
     "encoder_attention": "what an encoder token attends to: causal (the default) or bidirectional",
+    "encoder_pooling": "neighbouring prompt tokens that become one position half way up the encoder (default: "
+    f"{Shape.encoder_pooling}, no pooling)",
+    "encoder_pooling_layer": "the first encoder layer that sees the pooled positions (default: the one half way up)",
     "layer_selection": "which layers to keep: influence (the default: those that change their input most), "
     "least_squares (those that a linear fit joins best), greedy, even or first",
     "heal_rows": "training rows on which the layers that are kept are fitted to the teacher (default: "
@@ -205,6 +214,8 @@ def make_student(
         decoder_num_hidden_layers=shape.decoder_layers,
         cross_attention=shape.cross_attention,
         encoder_attention=shape.encoder_attention,
+        encoder_pooling=shape.encoder_pooling,
+        encoder_pooling_layer=shape.encoder_pooling_layer,
         budget=budget,
         **trimmed,
         **shared,

@@ -102,7 +102,12 @@ class CoreMlBackend(Backend):
         prompts, targets = shapes.prompts, shapes.targets
         assert prompts is not None and targets is not None  # `settle` leaves nothing open
         model = model.float() if variant == "fp32" else with_scaled_norms(model.float())
-        rotary = RotaryTable(model.model.encoder.rotary_emb, max(prompts) + targets)
+        pooling = model.config.encoder_pooling
+        # What the decoder reads of the prompt, and how far that reaches in positions.
+        left = range(1, -(-prompts[-1] // pooling) + 1)
+        if not isinstance(prompts, range):
+            left = tuple(sorted({-(-size // pooling) for size in prompts}))
+        rotary = RotaryTable(model.model.encoder.rotary_emb, left[-1] * pooling + targets)
         recipe = stacked(graphs)
         decoder = _StackedDecoder(ExportedDecoder(model, fixed=True, rotary=rotary))
         modules = {
@@ -111,15 +116,16 @@ class CoreMlBackend(Backend):
         }
         new = stateful or variant in ("int4", "palette4") or (len(prompts) > 1 and not isinstance(prompts, range))
         for name, graph in recipe.items():
+            lengths = prompts if name == "encoder" else left
             states = set(graph.cache) if stateful else set()
             inputs = [port for port in graph.inputs if port.name not in states]
             outputs = [port for port in graph.outputs if port.name not in {graph.cache[state] for state in states}]
-            examples = [_example(port, prompts) for port in inputs]
+            examples = [_example(port, lengths) for port in inputs]
             with quiet(), mended():
                 traced = torch.jit.trace(modules[name].eval(), tuple(examples), check_trace=False)
                 package = ct.convert(
                     traced,
-                    inputs=[_tensor_type(port, prompts, variant) for port in inputs],
+                    inputs=[_tensor_type(port, lengths, variant) for port in inputs],
                     outputs=[
                         ct.TensorType(name=port.name, dtype=np.dtype(_working_dtype(variant))) for port in outputs
                     ],

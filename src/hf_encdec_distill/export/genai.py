@@ -74,6 +74,11 @@ class GenAiBackend(Backend):
                 f"cross_attention={config.cross_attention!r}: genai runs students of cross_attention='merged', whose "
                 "decoder is a decoder-only model with a cache; for others choose onnx, openvino or coreml"
             )
+        if config.encoder_pooling > 1:
+            raise ValueError(
+                f"encoder_pooling={config.encoder_pooling}: genai gives the prompt's keys and values a place for each "
+                "of its tokens; choose onnx, openvino or coreml"
+            )
         rope_type = config.rope_parameters["rope_type"]
         if rope_type in RULED_BY_LENGTH:
             raise ValueError(

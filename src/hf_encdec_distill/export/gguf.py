@@ -157,6 +157,7 @@ def _lacking(config) -> str:
         "cross_attention 'separate', whose block llama.cpp lacks": getattr(config, "cross_attention", "merged")
         != "merged",
         f"hidden_act {config.hidden_act!r}": config.hidden_act not in ("silu", "swish"),
+        "an encoder that pools": getattr(config, "encoder_pooling", 1) > 1,
         "an MLP without a gate": not getattr(config, "gated_mlp", True),
         "layers without RoPE": bool(
             getattr(config, "encoder_no_rope_layers", ()) or getattr(config, "decoder_no_rope_layers", ())

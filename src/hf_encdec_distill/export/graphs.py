@@ -61,7 +61,7 @@ class Graphs(ABC):
 
     def encode(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         """`(B, S)` ids and mask to the cross keys and values `(B, G, S', D)`, and the mask `(B, S')`, where `S'` is
-        what the graphs pad to.
+        what the graphs pad to, or what the encoder leaves of that where it pools.
 
         Raises:
             ValueError: the prompt is longer than the graphs take.
@@ -69,15 +69,19 @@ class Graphs(ABC):
         missing = self.shapes.padded(input_ids.shape[1]) - input_ids.shape[1]
         if missing:
             input_ids, attention_mask = (np.pad(x, ((0, 0), (0, missing))) for x in (input_ids, attention_mask))
+        pooling = self.graphs["encoder"].pooling
+        if pooling > 1:  # such graphs take pads behind the prompt alone
+            order = np.argsort(attention_mask == 0, axis=1, kind="stable")
+            input_ids, attention_mask = (np.take_along_axis(x, order, 1) for x in (input_ids, attention_mask))
+        # A group of neighbours is real where its first is.
+        left = np.ascontiguousarray(attention_mask[:, ::pooling])
         if self.shapes.targets is None:
-            return list(
-                self.run("encoder", {"input_ids": input_ids, "attention_mask": attention_mask})
-            ), attention_mask
+            return list(self.run("encoder", {"input_ids": input_ids, "attention_mask": attention_mask})), left
         outputs = [
             self.run("encoder", {"input_ids": ids[None], "attention_mask": mask[None]})
             for ids, mask in zip(input_ids, attention_mask, strict=True)
         ]
-        return [np.concatenate(tensors) for tensors in zip(*outputs, strict=True)], attention_mask
+        return [np.concatenate(tensors) for tensors in zip(*outputs, strict=True)], left
 
     def new_cache(self, batch: int) -> GraphCache:
         if self.shapes.targets is None:

@@ -379,6 +379,19 @@ def _reduce(function: Callable, x, axes=None, keep_dims=False):
     return function(x, axis=None if axes is None else tuple(axes), keepdims=bool(keep_dims))
 
 
+def _avg_pool(
+    x, kernel_sizes, strides=None, pad_type="valid", pad=0, exclude_padding_from_average=False, ceil_mode=False
+):
+    if np.any(pad):
+        raise NotImplementedError("avg_pool with padding")
+    for axis, (size, stride) in enumerate(zip(kernel_sizes, strides, strict=True), start=2):
+        length = x.shape[axis]
+        windows = (length - size + (stride - 1) * bool(ceil_mode)) // stride + 1
+        means = (x.take(range(i * stride, min(i * stride + size, length)), axis).mean(axis) for i in range(windows))
+        x = np.stack(list(means), axis)
+    return x
+
+
 def _layer_norm(x, axes=None, gamma=None, beta=None, epsilon=1e-5):
     axes = tuple(range(x.ndim) if axes is None else sorted(axis % x.ndim for axis in axes))
     shape = [size if axis in axes else 1 for axis, size in enumerate(x.shape)]
@@ -570,6 +583,7 @@ OPERATIONS: dict[str, Callable] = {
     "select": lambda cond, a, b: np.where(cond, a, b),
     "sub": _of_two(np.subtract),
     # along axes
+    "avg_pool": _avg_pool,
     "cumsum": _cumsum,
     "l2_norm": _l2_norm,
     "layer_norm": _layer_norm,

@@ -4,8 +4,9 @@ They run a [`RopeEncDecForConditionalGeneration`]'s own layers on tensors alone,
 registry or anything else that a tracer would have to see through. Cross keys and values leave the encoder, so that
 the decoder needs nothing else of the prompt but its mask.
 
-Shapes are named by suffix, as in the model: B batch, S prompt, T target tokens of this call, P target tokens of
-earlier calls, M slots of a fixed cache, G key/value heads, R query heads for each of them, D head width, V vocabulary.
+Shapes are named by suffix, as in the model: B batch, S prompt, S' what the encoder leaves of it (S, or
+fewer where it pools), T target tokens of this call, P target tokens of earlier calls, M slots of a fixed cache, G
+key/value heads, R query heads for each of them, D head width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from ..models.rope_encdec.modeling_rope_encdec import (
     RopeEncDecRMSNorm,
     RopeEncDecRotaryEmbedding,
     apply_rotary_pos_emb,
+    mean_of_neighbours,
+    pooled_attention_mask,
+    pooled_position_ids,
+    pooling_layer,
 )
 
 
@@ -46,9 +51,15 @@ class ExportedEncoder(nn.Module):
         self.config = model.config
         # Layers above the highest state that is read do nothing for the decoder.
         self.depth = max(self.config.encoder_states_read)
+        # What the decoder reads is pooled in any case.
+        at = pooling_layer(self.config)
+        self.pooling_layer = None if at is None else min(at, self.depth)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """`(B, S)` ids and mask to key and value `(B, G, S, D)` of each decoder layer in turn."""
+        """`(B, S)` ids and mask to key and value `(B, G, S', D)` of each decoder layer in turn.
+
+        Where the encoder pools, pads have to stand behind a prompt.
+        """
         real = attention_mask.to(torch.int64)
         merged = self.config.cross_attention == "merged"
         if merged:
@@ -56,15 +67,19 @@ class ExportedEncoder(nn.Module):
         else:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         hidden = self.encoder.embed_tokens(input_ids)
-        rotary = self.rotary(hidden, positions)
-        visible = (real > 0)[:, None, None]
-        if self.config.encoder_attention == "causal":
-            order = torch.arange(input_ids.shape[1], device=input_ids.device)
-            visible = visible & (order[None] <= order[:, None])[None, None]
-        bias = _bias(visible, hidden)
+        rotary, bias = self.rotary(hidden, positions), self.bias(real, hidden)
 
-        entering = [hidden]
-        for layer in self.encoder.layers[: self.depth]:
+        entering = []
+        for index, layer in enumerate([*self.encoder.layers[: self.depth], None]):
+            if index == self.pooling_layer:
+                size = self.config.encoder_pooling
+                hidden, *entering = (mean_of_neighbours(state, real, size) for state in (hidden, *entering))
+                real = pooled_attention_mask(real, size)
+                positions = pooled_position_ids(torch.arange(hidden.shape[1], device=hidden.device)[None], size)
+                rotary, bias = self.rotary(hidden, positions), self.bias(real, hidden)
+            entering.append(hidden)
+            if layer is None:
+                break
             attention, normed = layer.self_attn, layer.input_layernorm(hidden)
             query = attention.project_query(normed)
             key, value = attention.project_key_value(normed)
@@ -72,7 +87,6 @@ class ExportedEncoder(nn.Module):
                 query, key = apply_rotary_pos_emb(query, rotary), apply_rotary_pos_emb(key, rotary)
             hidden = hidden + attention.o_proj(grouped_attention(query, key, value, bias))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-            entering.append(hidden)
 
         outputs = []
         for layer, state in zip(self.decoder.layers, self.config.encoder_state_of_decoder_layer, strict=True):
@@ -84,6 +98,14 @@ class ExportedEncoder(nn.Module):
                 key, value = layer.cross_attn.project_key_value(self.encoder.norm(entering[state]))
             outputs += [key, value]
         return tuple(outputs)
+
+    def bias(self, real: Tensor, hidden: Tensor) -> Tensor:
+        """What hides pads and, in a causal encoder, what is to come."""
+        visible = (real > 0)[:, None, None]
+        if self.config.encoder_attention == "causal":
+            order = torch.arange(hidden.shape[1], device=hidden.device)
+            visible = visible & (order[None] <= order[:, None])[None, None]
+        return _bias(visible, hidden)
 
 
 class ExportedDecoder(nn.Module):
@@ -120,9 +142,9 @@ class ExportedDecoder(nn.Module):
         """
         Args:
             input_ids: `(B, T)`.
-            encoder_attention_mask: `(B, S)`, 1 where the prompt is real.
+            encoder_attention_mask: `(B, S')`, 1 where the prompt is real.
             states: with a fixed cache `position` `(1,)` first, the number of earlier tokens. Then for each layer its
-                own key and value `(B, G, P or M, D)`, then for each layer the prompt's `(B, G, S, D)`.
+                own key and value `(B, G, P or M, D)`, then for each layer the prompt's `(B, G, S', D)`.
 
         Returns:
             logits `(B, T, V)`, then for each layer its own key and value, with the new tokens in them.
@@ -142,7 +164,10 @@ class ExportedDecoder(nn.Module):
             positions = torch.arange(past, past + target, device=input_ids.device)
             visible = (torch.arange(past + target, device=input_ids.device)[None] <= positions[:, None])[None, None]
         merged = self.config.cross_attention == "merged"
-        rotary = self.rotary(hidden, positions[None] + real.sum(-1, keepdim=True) if merged else positions[None])
+        positions = positions[None]
+        if merged:
+            positions = positions + real.sum(-1, keepdim=True) * self.config.encoder_pooling
+        rotary = self.rotary(hidden, positions)
         own_bias = _bias(visible, hidden)
         cross_bias = _bias((real > 0)[:, None, None], hidden)
         if merged:

@@ -177,11 +177,29 @@ def _with_one_encoder_tensor(forward, behavior):
 
 
 class DummyEncoderStatesGenerator(DummySeq2SeqDecoderTextInputGenerator):
-    """Example inputs of the decoder, the encoder's states `(B, S, R * H)` among them."""
+    """Example inputs of the decoder, the encoder's states `(B, P, R * H)` among them."""
 
     def __init__(self, task, normalized_config, **kwargs):
         super().__init__(task, normalized_config, **kwargs)
         self.hidden_size *= max(1, len(states_handed_over(normalized_config.config)))
+        self.pooling = normalized_config.config.encoder_pooling
+
+    def generate(self, input_name, **kwargs):
+        length = self.sequence_length
+        if input_name in ("encoder_outputs", "encoder_hidden_states"):
+            self.sequence_length = -(-length // self.pooling)
+        try:
+            return super().generate(input_name, **kwargs)
+        finally:
+            self.sequence_length = length
+
+
+class DummyCacheGenerator(T5DummySeq2SeqPastKeyValuesGenerator):
+    """Example caches, the prompt's as long as what leaves the encoder."""
+
+    def __init__(self, task, normalized_config, **kwargs):
+        super().__init__(task, normalized_config, **kwargs)
+        self.encoder_sequence_length = -(-self.encoder_sequence_length // normalized_config.config.encoder_pooling)
 
 
 class RopeEncDecRecipe:
@@ -200,9 +218,31 @@ class RopeEncDecRecipe:
     DUMMY_INPUT_GENERATOR_CLASSES = (
         DummyTextInputGenerator,
         DummyEncoderStatesGenerator,
-        T5DummySeq2SeqPastKeyValuesGenerator,
+        DummyCacheGenerator,
     )
-    DUMMY_PKV_GENERATOR_CLASS = T5DummySeq2SeqPastKeyValuesGenerator
+    DUMMY_PKV_GENERATOR_CLASS = DummyCacheGenerator
+
+    @property
+    def inputs(self):
+        return self._with_pooled_axes(super().inputs)
+
+    @property
+    def outputs(self):
+        return self._with_pooled_axes(super().outputs)
+
+    def _with_pooled_axes(self, ports):
+        """Where the encoder pools, what leaves it has a length of its own; with I/O binding Optimum computes it from
+        the name."""
+        pooling, whole = self._config.encoder_pooling, "encoder_sequence_length"
+        if pooling == 1:
+            return ports
+        pooled = f"( {whole} + {pooling} - 1 ) // {pooling}"
+        return {
+            name: {axis: pooled if of == whole else of for axis, of in axes.items()}
+            if name in ("encoder_outputs", "last_hidden_state") or ".encoder." in name
+            else axes
+            for name, axes in ports.items()
+        }
 
 
 def _know_our_classes(infer, answer):

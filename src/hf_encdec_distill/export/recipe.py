@@ -143,6 +143,7 @@ class Graph:
     outputs: tuple[Port, ...]
     # Input of the cache -> the output that takes its place at the next call.
     cache: Mapping[str, str] = field(default_factory=dict)
+    pooling: int = 1  # how many prompt tokens become one position in the encoder
 
 
 # Sizes of the named axes in an example. No two alike and none below 2, or a tracer takes one for the other or for 1.
@@ -153,10 +154,14 @@ def graphs(config: PretrainedConfig, shapes: Shapes) -> dict[str, Graph]:
     """The `encoder` (once for each prompt) and the `decoder` (once for each call) of a student.
 
     With `shapes.targets` the batch is 1, the decoder takes one token, and its cache has so many slots, the one at
-    `position` to be filled. One prompt length makes the axis `prompt` that number.
+    `position` to be filled. One prompt length makes the axis `prompt` that number. Where the encoder pools, the axis
+    `prompt` of the decoder counts pooled positions.
     """
-    prompts = shapes.prompts
-    prompt = prompts[0] if prompts is not None and len(prompts) == 1 else "prompt"
+    pooling = getattr(config, "encoder_pooling", 1)  # of older folders
+    prompt: str | int = "prompt"
+    left: str | int = "prompt"
+    if shapes.prompts is not None and len(shapes.prompts) == 1:
+        prompt, left = shapes.prompts[0], -(-shapes.prompts[0] // pooling)
     fixed = shapes.targets is not None
     batch, target = (1, 1) if fixed else ("batch", "target")
     heads, width = config.num_key_value_heads, config.head_dim
@@ -174,15 +179,16 @@ def graphs(config: PretrainedConfig, shapes: Shapes) -> dict[str, Graph]:
                 Port("input_ids", (batch, prompt), "int64"),
                 Port("attention_mask", (batch, prompt), "int64"),
             ),
-            outputs=cache("present", "encoder", prompt),
+            outputs=cache("present", "encoder", "pooled prompt" if pooling > 1 and left == "prompt" else left),
+            pooling=pooling,
         ),
         "decoder": Graph(
             inputs=(
                 Port("input_ids", (batch, target), "int64"),
-                Port("encoder_attention_mask", (batch, prompt), "int64"),
+                Port("encoder_attention_mask", (batch, left), "int64"),
                 *position,
                 *past,
-                *cache("past_key_values", "encoder", prompt),
+                *cache("past_key_values", "encoder", left),
             ),
             outputs=(Port("logits", (batch, target, config.vocab_size)), *present),
             cache={old.name: new.name for old, new in zip(past, present, strict=True)},
@@ -207,6 +213,7 @@ def stacked(recipe: Mapping[str, Graph]) -> dict[str, Graph]:
             of(graph.inputs, "self"),
             of(graph.outputs, "new"),
             {"self_keys": "new_keys", "self_values": "new_values"} if graph.cache else {},
+            graph.pooling,
         )
         for name, graph in recipe.items()
     }
@@ -285,4 +292,5 @@ def check_options(target: str, variant: str, options: Iterable[str]) -> None:
 def _positions(config: PretrainedConfig, shapes: Shapes) -> int:
     """`merged` decoders count on where the prompt ends, the others from 0. A length that is free needs none."""
     prompt, target = max(shapes.prompts or (0,)), shapes.targets or 0
+    prompt = -(-prompt // config.encoder_pooling) * config.encoder_pooling
     return prompt + target if config.cross_attention == "merged" else max(prompt, target)

@@ -148,7 +148,8 @@ def model_cost(
         cache         L * 2*K*d * (P + N - 1) elements
 
     Encoder-decoder, A encoder and B decoder layers; the decoder begins with its start token, so that step i has i + 1
-    keys of its own; keys and values of the prompt are made once per request, B * 2*E*kv:
+    keys of its own; keys and values of the prompt are made once per request, B * 2*E*kv. Where the
+    encoder pools by n, ceil(E / n) takes the place of E in the layers above and in all that the decoder reads:
 
         merged        one softmax over [prompt, own keys]
             first token   A * (2*E*(q+kv+o+f) + a(E, E)) + B * (2*E*kv + 2*(q+kv+o+f) + a(1, E + 1)) + 2*V*h
@@ -182,9 +183,12 @@ def model_cost(
 
     if config.model_type == "rope_encdec":
         merged = config.cross_attention == "merged"
-        encoder_length = prompt_length - merged
+        entering = prompt_length - merged
+        encoder_length = -(-entering // config.encoder_pooling)  # that leaves the encoder
         layers = config.decoder_num_hidden_layers
         encoder_layers = config.encoder_num_hidden_layers
+        below = encoder_layers if config.encoder_pooling == 1 else config.encoder_pooling_layer
+        lengths = [entering] * below + [encoder_length] * (encoder_layers - below)
         cross_step = 0 if merged else block.q + block.o
         cross_parameters = (
             0 if merged else block.q + block.kv + block.o + block.query_extras + block.key_extras + block.h
@@ -192,8 +196,8 @@ def model_cost(
         cross_idle = 0 if merged else block.kv + block.key_extras  # made once per prompt, not touched by a decode step
         keys = encoder_length + mean_step + 1
         first_keys = encoder_length + 1
-        quadratic = encoder_layers * block.attention(encoder_length, encoder_length)
-        prompt_flops = encoder_layers * 2 * encoder_length * block.matrices + layers * 2 * encoder_length * block.kv
+        quadratic = sum(block.attention(length, length) for length in lengths)
+        prompt_flops = 2 * sum(lengths) * block.matrices + layers * 2 * encoder_length * block.kv
         first_step = layers * (2 * (block.matrices + cross_step) + block.attention(1, first_keys))
         cache_length = encoder_length + new_tokens
         parameters = {

@@ -179,7 +179,8 @@ class TimeShare(TrainerCallback, ExportableState):
         self.durations.append(self.now() - self._step_begun)
         self._step_begun = self.now()
         if self.twin_cost is None:
-            self.twin_cost = self.twin_step / max(self.durations[0], 1e-9)  # first steps both, on the same rows
+            # First steps both, on the same rows. The twin's has no teacher: that it took longer was other load.
+            self.twin_cost = min(self.twin_step / max(self.durations[0], 1e-9), 1.0)
         finished = self.used + self.step_seconds > self.own_seconds or state.global_step >= self.steps
         self.interrupted = self._stop.is_set()
         control.should_training_stop = self.interrupted or finished

@@ -3,7 +3,8 @@
 A folder has a subfolder for each encoder, named by a hash of its weights, its config and the precision in which it
 computes; other weights have another one, so that no state of theirs is ever read. In it are `states-*.safetensors`,
 whose tensors are named by the key of a row (`teachers.fingerprints.row_keys` of its prompt) and hold what the decoder
-reads of its real tokens: `cross_attention_states`, or `last_hidden_state` where there are none, `[S, width]`.
+reads of its real tokens: `cross_attention_states`, or `last_hidden_state` where there are none, `[S, width]`, or of
+fewer positions where the encoder pools.
 
 A file is written under another name and appears in one rename, under a name that nobody else gives: any number of
 processes and runs may use a folder at once, and what a killed one left behind is never read.
@@ -30,6 +31,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
+from ...models.rope_encdec.modeling_rope_encdec import pooled_attention_mask
 from ..collator import DistillationCollator
 from ..teachers.fingerprints import config_digest, row_keys, weights_digest
 from .rollouts import as_it_was
@@ -131,7 +133,7 @@ class EncoderStates(TrainerCallback):
 
     def ensure(self, student: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[list[str | None], Tensor]:
         """Computes and keeps what is not there of a batch; the key of each row, None for an empty prompt, and the
-        mask of real tokens `[B, S]`, on the CPU."""
+        mask of the positions that its encoder hands over, `[B, S]` or fewer where it pools, on the CPU."""
         if self._place is None:
             self._open(student)
         others = [name for name in inputs if name not in ("input_ids", "attention_mask")]
@@ -149,6 +151,7 @@ class EncoderStates(TrainerCallback):
         missing = self._missing(keys)
         if missing and self._look():  # another process has written
             missing = self._missing(keys)
+        mask = pooled_attention_mask(mask, getattr(student.config, "encoder_pooling", 1))
         if missing:
             self._compute(student.get_encoder(), ids, given, mask, keys, missing)
         return keys, mask

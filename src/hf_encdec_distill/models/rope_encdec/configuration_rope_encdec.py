@@ -66,6 +66,12 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
             `encoder_num_hidden_layers` the one that leaves the last. `None` means the last for `separate`; for
             `merged`, the state that enters the matching layer.
         encoder_attention (`"bidirectional"` or `"causal"`, defaults to `"bidirectional"`): Mask of the encoder.
+        encoder_pooling (`int`, defaults to 1): How many neighbouring positions of the prompt become one, their mean,
+            on the way through the encoder. The layers above compute, and the decoder reads and caches, that much less.
+            Pads are never in a mean; what is left over at a prompt's end is a mean of fewer. For RoPE, position `i`
+            then stands at `(i + 1) * encoder_pooling - 1`, where its last token stood.
+        encoder_pooling_layer (`int`, *optional*): The first encoder layer that sees the pooled positions; `None` means
+            half way up. States that the decoder reads from below it are pooled as they are handed over.
         teacher_num_hidden_layers (`int`, *optional*): Depth of the decoder-only model that the layers came from, for
             those who compare costs; nothing is computed from it.
         pad_token_id, bos_token_id, eos_token_id, decoder_start_token_id: Special tokens. A decoder start is needed.
@@ -105,6 +111,8 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
         cross_attention="separate",
         cross_attention_layers=None,
         encoder_attention="bidirectional",
+        encoder_pooling=1,
+        encoder_pooling_layer=None,
         teacher_num_hidden_layers=None,
         pad_token_id=0,
         bos_token_id=1,
@@ -137,6 +145,8 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
         self.cross_attention = cross_attention
         self.cross_attention_layers = None if cross_attention_layers is None else list(cross_attention_layers)
         self.encoder_attention = encoder_attention
+        self.encoder_pooling = encoder_pooling
+        self.encoder_pooling_layer = encoder_pooling_layer
         self.teacher_num_hidden_layers = teacher_num_hidden_layers
         self._validate_sizes()
         if self.head_dim is None:
@@ -193,6 +203,7 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
             "num_attention_heads",
             "num_key_value_heads",
             "max_position_embeddings",
+            "encoder_pooling",
         ):
             _check(_is_positive_int(getattr(self, name)), name, getattr(self, name), "a whole number of at least 1")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
@@ -238,6 +249,14 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
                 layers,
                 f"one index from 0 to encoder_num_hidden_layers={encoder} for each of the {decoder} decoder layers",
             )
+        if self.encoder_pooling_layer is None:
+            self.encoder_pooling_layer = encoder // 2
+        _check(
+            isinstance(self.encoder_pooling_layer, int) and 0 <= self.encoder_pooling_layer <= encoder,
+            "encoder_pooling_layer",
+            self.encoder_pooling_layer,
+            f"the index of an encoder layer, or encoder_num_hidden_layers={encoder} to pool what leaves the last",
+        )
         for name, count in (("encoder_no_rope_layers", encoder), ("decoder_no_rope_layers", decoder)):
             layers = getattr(self, name)
             _check(

@@ -5,12 +5,13 @@ import copy
 
 from torch import nn
 
-from .modeling_rope_encdec import slots_of_states, states_handed_over
+from .modeling_rope_encdec import pooling_layer, slots_of_states, states_handed_over
 
 
 SIDES = ("encoder", "decoder")
 _FIELDS = (
     "cross_attention_layers",
+    "encoder_pooling_layer",
     *(f"{side}_{name}" for side in SIDES for name in ("num_hidden_layers", "no_rope_layers")),
 )
 
@@ -25,6 +26,7 @@ def config_without_layer(config, side, index):
     states = config.encoder_state_of_decoder_layer
     if side == "encoder":
         states = [state - (state > index) for state in states]
+        smaller.encoder_pooling_layer -= smaller.encoder_pooling_layer > index
     else:
         states = [state for layer, state in enumerate(states) if layer != index]
     # The default of `merged` spreads the decoder evenly; that of `separate` is the last state at any depth.
@@ -42,14 +44,15 @@ def without_layer(model, side, index):
     layers keep their numbers."""
     encoder, decoder = model.model.encoder, model.model.decoder
     stack = encoder if side == "encoder" else decoder
-    before = stack.layers, encoder.states_read, decoder.state_slots
+    before = stack.layers, encoder.states_read, encoder.pooling_layer, decoder.state_slots
     smaller = config_without_layer(model.config, side, index)
     try:
         stack.layers = nn.ModuleList([layer for position, layer in enumerate(stack.layers) if position != index])
         encoder.states_read, decoder.state_slots = states_handed_over(smaller), slots_of_states(smaller)
+        encoder.pooling_layer = pooling_layer(smaller)
         yield
     finally:
-        stack.layers, encoder.states_read, decoder.state_slots = before
+        stack.layers, encoder.states_read, encoder.pooling_layer, decoder.state_slots = before
 
 
 def remove_layer(model, side, index):
@@ -69,5 +72,6 @@ def remove_layer(model, side, index):
             if hasattr(layer, name):
                 getattr(layer, name).layer_idx = position
     model.model.encoder.states_read = states_handed_over(model.config)
+    model.model.encoder.pooling_layer = pooling_layer(model.config)
     model.model.decoder.state_slots = slots_of_states(model.config)
     model.tie_weights()

@@ -99,7 +99,8 @@ def from_decoder_only(
             calibration rows ([`~hf_encdec_distill.models.rope_encdec.least_squares.fit_encoder_decoder`]), with one
             pass of the teacher and no gradient. A fifth of the rows, 64 at most, is held out; where the fitted student
             is not nearer to the teacher on these than the plain one, a warning says so and the plain one is returned.
-            `None` leaves the teacher's weights as they are. A student of full depth is never fitted.
+            `None` leaves the teacher's weights as they are. A student that computes what its teacher does is never
+            fitted.
         calibration (`list` of pairs, *optional*): `(source, target)` texts, or `(prompt ids, target ids)` as lists. By
             default 32 passages of the Python documentation that the standard library carries. The first 64 tokens of a
             target count; rows longer than the teacher's `max_position_embeddings` are left out, with a warning.
@@ -152,7 +153,8 @@ def from_decoder_only(
     was_training = teacher.training
     teacher.eval()
     batches = []
-    if budget is not None or any(layers != list(range(depth)) for layers in kept.values()):
+    pools = config_overrides.get("encoder_pooling", 1) > 1
+    if budget is not None or pools or any(layers != list(range(depth)) for layers in kept.values()):
         rows = calibration_rows(
             calibration,
             tokenizer,
@@ -440,6 +442,7 @@ _ENCODER_FIELDS = (
     "rope_parameters",
     "max_position_embeddings",
     "rms_norm_eps",
+    "encoder_pooling",
 )
 
 

@@ -12,6 +12,7 @@ Shapes: B rows and L positions of a batch, N of these fitted, H hidden size, W i
 """
 
 import heapq
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from .modeling_rope_encdec import mean_of_neighbours, pooled_attention_mask, pooled_position_ids, pooling_layer
 
 
 # The penalty in units of the mean squared norm of an input: the more positions there are, the less it weighs.
@@ -103,7 +106,7 @@ def fit_encoder_decoder(student, teacher, kept, batches, decoder_alone=None) -> 
 
     Returns:
         `list[Gap]`: One for each layer of the student that was fitted. Layers that compute just what the teacher's do
-        are not, nor are those of an encoder whose output nothing reads.
+        are not, nor are those of an encoder whose output nothing reads. Where the encoder pools, its goals are pooled.
 
     Raises:
         ValueError: where a state is not finite.
@@ -114,7 +117,10 @@ def fit_encoder_decoder(student, teacher, kept, batches, decoder_alone=None) -> 
     columns = [*kept.values()] if decoder_alone is None else [*kept.values(), kept["decoder"]]
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder, _progress(*columns) as progress:
         ascent = _Ascent(teacher, batches, goals["decoder"], folder)
+        size, pooled_from = student.config.encoder_pooling, pooling_layer(student.config)
         prompts = [_without_first(batch["attention_mask"]) for batch in batches]
+        read_masks = [pooled_attention_mask(batch["attention_mask"], size) for batch in batches]
+        pooled_prompts = [_without_first(mask) for mask in read_masks]
         column = _Column(
             encoder,
             (encoder.embed_tokens(batch["input_ids"]) for batch in batches),
@@ -122,11 +128,20 @@ def fit_encoder_decoder(student, teacher, kept, batches, decoder_alone=None) -> 
             folder,
         )
 
+        def is_pooled(goal: int) -> bool:
+            return pooled_from is not None and goal >= [*goals["encoder"], math.inf][pooled_from]
+
+        def positions(goal: int) -> list[Tensor]:
+            return pooled_prompts if is_pooled(goal) else prompts
+
         def of_prompt(goal: int, batch: int) -> Tensor:
             # Rows are padded on the right: a prompt's position is the same column for both.
-            return ascent.to(goal)[batch][:, : prompts[batch].shape[1]][prompts[batch].cpu()]
+            states = ascent.to(goal)[batch][:, : prompts[batch].shape[1]]
+            if is_pooled(goal):
+                states = mean_of_neighbours(states, batches[batch]["attention_mask"].cpu(), size)
+            return states[positions(goal)[batch].cpu()]
 
-        fits = [_fits("encoder", column, kept, goals, to_fit, lambda _: prompts, of_prompt, progress)]
+        fits = [_fits("encoder", column, kept, goals, to_fit, positions, of_prompt, progress)]
         if decoder_alone is not None:
             fits.append(_fits_of_decoder_only(decoder_alone, kept["decoder"], ascent, batches, folder, progress))
         gaps = [gap for gap in _run(fits) if gap.side == "encoder"]
@@ -143,10 +158,10 @@ def fit_encoder_decoder(student, teacher, kept, batches, decoder_alone=None) -> 
             [
                 {
                     "encoder_hidden_states": state,
-                    "encoder_attention_mask": batch["attention_mask"],
+                    "encoder_attention_mask": mask,
                     "use_cache": False,
                 }
-                for batch, state in zip(batches, read)
+                for mask, state in zip(read_masks, read)
             ],
             folder,
         )
@@ -221,7 +236,9 @@ def _layers_to_fit(config, kept: dict, goals: dict) -> dict[str, range]:
     exact = {"encoder": 0, "decoder": 0}
     if config.encoder_attention == "causal":
         exact["encoder"] = _exact_layers(kept["encoder"], goals["encoder"])
-    if config.cross_attention == "merged":
+    if config.encoder_pooling > 1:
+        exact["encoder"] = min(exact["encoder"], config.encoder_pooling_layer)
+    elif config.cross_attention == "merged":
         states = config.encoder_state_of_decoder_layer
         reads_exact = [state == layer <= exact["encoder"] for layer, state in zip(kept["decoder"], states)]
         exact["decoder"] = min(_exact_layers(kept["decoder"], goals["decoder"]), [*reads_exact, False].index(False))
@@ -280,7 +297,8 @@ class _Column:
     def __init__(self, module: Any, embedded: Iterable[Tensor], inputs: list[dict], folder: str):
         self.module, self.inputs = module, inputs
         self.layers, self.slots = module.layers, getattr(module, "state_slots", None)
-        self.states = _on_disk(embedded, folder)
+        self.pooling_layer = getattr(module, "pooling_layer", None)
+        self.states, self._folder = _on_disk(embedded, folder), folder
 
     def run(self, index: int, batch: int, within: nn.Module | None = None) -> dict[str, Tensor]:
         """What is `leaving` layer `index`, `(B, L, H)`, and what is `entering` its submodule `within`, `(B, L, W)`."""
@@ -296,6 +314,7 @@ class _Column:
                 module.state_slots = [self.slots[index]]
             else:
                 module.states_read = ()
+                module.pooling_layer = 0 if index == self.pooling_layer else None
             hidden_states = self.states[batch].to(next(layer.parameters()).device)
             inputs = {name: _to(value, hidden_states.device) for name, value in self.inputs[batch].items()}
             module(inputs_embeds=hidden_states, **inputs)
@@ -304,14 +323,22 @@ class _Column:
             if self.slots is not None:
                 module.state_slots = self.slots
             else:
-                module.states_read = states_read
+                module.states_read, module.pooling_layer = states_read, self.pooling_layer
             for handle in handles:
                 handle.remove()
         return caught
 
     def climb(self, index: int) -> None:
-        for batch, states in enumerate(self.states):
-            states.copy_(self.run(index, batch)["leaving"])
+        leaving = (self.run(index, batch)["leaving"] for batch in range(len(self.states)))
+        if index != self.pooling_layer:
+            for states, new in zip(self.states, leaving):
+                states.copy_(new)
+            return
+        self.states = _on_disk(leaving, self._folder)
+        size = self.module.config.encoder_pooling
+        for inputs, states in zip(self.inputs, self.states):
+            inputs["attention_mask"] = pooled_attention_mask(inputs["attention_mask"], size)
+            inputs["position_ids"] = pooled_position_ids(torch.arange(states.shape[1])[None], size)
 
 
 class _Ascent:

@@ -3,8 +3,9 @@ self-attention.
 
 This file travels to the Hub beside the weights: it imports only torch, transformers and its own siblings.
 
-Shapes are named by suffix: B batch, S prompt (encoder) length, T target (decoder) length, K keys that a query sees,
-H hidden size, N query heads, G key/value heads, D head width, V vocabulary.
+Shapes are named by suffix: B batch, S prompt (encoder) length, P prompt positions that leave the encoder (S, or fewer
+where it pools), T target (decoder) length, K keys that a query sees, H hidden size, N query heads, G key/value heads,
+D head width, V vocabulary.
 """
 
 import re
@@ -35,10 +36,10 @@ class RopeEncDecEncoderOutput(BaseModelOutput):
     """Output of the encoder.
 
     Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(B, S, H)`): State after the last layer and the final norm.
-        hidden_states (`tuple` of `(B, S, H)`): The state that enters each layer, then `last_hidden_state`.
-        attentions (`tuple` of `(B, N, S, S)`): Attention probabilities of each layer.
-        cross_attention_states (`torch.FloatTensor` of shape `(B, S, R * H)`): The R distinct encoder states that the
+        last_hidden_state (`torch.FloatTensor` of shape `(B, P, H)`): State after the last layer and the final norm.
+        hidden_states (`tuple` of `(B, S or P, H)`): The state that enters each layer, then `last_hidden_state`.
+        attentions (`tuple` of `(B, N, S or P, S or P)`): Attention probabilities of each layer.
+        cross_attention_states (`torch.FloatTensor` of shape `(B, P, R * H)`): The R distinct encoder states that the
             decoder reads (`config.encoder_states_read`), side by side in one tensor so that `generate` expands it for
             beams; `None` where the decoder reads `last_hidden_state` alone.
     """
@@ -463,12 +464,58 @@ def _real_positions(attention_mask, length, device):
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def pool_positions(hidden_states, attention_mask, size):
+    """`(B, S, H)` to the means `(B, P, H)` of `size` neighbours each, counted from a row's first real position.
+
+    The last mean of a row is one of fewer where `size` does not divide its length; past a row's end there are zeros.
+    """
+    batch, length, _ = hidden_states.shape
+    if attention_mask is None:
+        return mean_of_neighbours(hidden_states, hidden_states.new_ones(batch, length), size)
+    # Real positions to the front, wherever the pads stand; these share a slot past the end, which is dropped.
+    real, columns = attention_mask.bool(), torch.arange(length, device=attention_mask.device)
+    slots = torch.where(real, attention_mask.long().cumsum(-1) - 1, length)
+    source = torch.zeros(batch, length + 1, dtype=torch.long, device=slots.device)
+    source = source.scatter(1, slots, columns.expand(batch, -1))[:, :-1]
+    first_of_row = torch.arange(batch, device=slots.device)[:, None] * length
+    hidden_states = hidden_states.flatten(0, 1)[source + first_of_row]
+    return mean_of_neighbours(hidden_states, columns < real.sum(-1, keepdim=True), size)
+
+
+def mean_of_neighbours(hidden_states, attention_mask, size):
+    """`pool_positions` where pads stand behind the real positions."""
+    real = attention_mask.to(hidden_states.dtype).unsqueeze(1)
+    pool = nn.AvgPool1d(size, ceil_mode=True)
+    # What it divides by at the end differs between runtimes; in both it is the same.
+    total, count = pool(hidden_states.transpose(1, 2) * real), pool(real)
+    return (total / count.clamp(min=1 / size)).transpose(1, 2)
+
+
+def pooled_attention_mask(attention_mask, size):
+    """`(B, S)`, 1 where the prompt is real, to `(B, P)`, true where a pooled position has a real token."""
+    if attention_mask is None or size == 1:
+        return attention_mask
+    groups = (attention_mask.shape[1] + size - 1) // size
+    first = torch.arange(groups, device=attention_mask.device) * size
+    return first < attention_mask.long().sum(-1, keepdim=True)
+
+
+def pooled_position_ids(positions, size):
+    """RoPE positions of pooled positions, counted from 0: each where its last token stood, had it all of them."""
+    return positions if size == 1 else (positions + 1) * size - 1
+
+
 def states_handed_over(config):
     """The encoder states that go to the decoder besides `last_hidden_state`, as indices into `hidden_states`."""
     # `separate` on the last layer needs nothing more.
     if config.cross_attention == "separate" and config.encoder_states_read == [config.encoder_num_hidden_layers]:
         return ()
     return tuple(config.encoder_states_read)
+
+
+def pooling_layer(config):
+    """The first layer of the encoder that sees pooled positions, `None` where nothing is pooled."""
+    return config.encoder_pooling_layer if config.encoder_pooling > 1 else None
 
 
 def slots_of_states(config):
@@ -490,6 +537,7 @@ class RopeEncDecEncoder(RopeEncDecPreTrainedModel):
         self.rotary_emb = RopeEncDecRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.states_read = states_handed_over(config)
+        self.pooling_layer = pooling_layer(config)
         self.post_init()
 
     @can_return_tuple
@@ -504,7 +552,8 @@ class RopeEncDecEncoder(RopeEncDecPreTrainedModel):
             [`RopeEncDecEncoderOutput`]
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, or for `position_ids` where the
+                encoder pools.
         """
         output_attentions = kwargs["output_attentions"] = _wanted(kwargs, self.config, "output_attentions")
         output_hidden_states = _wanted(kwargs, self.config, "output_hidden_states")
@@ -520,23 +569,49 @@ class RopeEncDecEncoder(RopeEncDecPreTrainedModel):
             # `merged` goes on from here.
             mask = attention_mask if self.config.cross_attention == "merged" else None
             position_ids = _real_positions(mask, hidden_states.shape[1], hidden_states.device)
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        layer_mask = make_attention_mask(
-            self.config._attn_implementation,
-            hidden_states,
-            key_length=hidden_states.shape[1],
-            padding_mask=attention_mask,
-            causal=self.config.encoder_attention == "causal",
-        )
+        elif self.pooling_layer is not None:
+            raise ValueError(
+                "An encoder that pools counts positions itself: leave position_ids out, padding is told by "
+                f"attention_mask. (config.encoder_pooling={self.config.encoder_pooling})"
+            )
 
-        entering, attentions = [hidden_states], []
-        for layer in self.layers:
-            hidden_states, weights = layer(hidden_states, position_embeddings, layer_mask, **kwargs)
-            entering.append(hidden_states)
-            attentions.append(weights)
+        entering, attentions = [], []
+
+        def climb(layers, hidden_states, position_ids, attention_mask):
+            position_embeddings = self.rotary_emb(hidden_states, position_ids)
+            layer_mask = make_attention_mask(
+                self.config._attn_implementation,
+                hidden_states,
+                key_length=hidden_states.shape[1],
+                padding_mask=attention_mask,
+                causal=self.config.encoder_attention == "causal",
+            )
+            for layer in layers:
+                entering.append(hidden_states)
+                hidden_states, weights = layer(hidden_states, position_embeddings, layer_mask, **kwargs)
+                attentions.append(weights)
+            return hidden_states
+
+        hidden_states = climb(self.layers[: self.pooling_layer], hidden_states, position_ids, attention_mask)
+        if self.pooling_layer is not None:
+            size = self.config.encoder_pooling
+            hidden_states = pool_positions(hidden_states, attention_mask, size)
+            positions = _real_positions(None, hidden_states.shape[1], hidden_states.device)
+            hidden_states = climb(
+                self.layers[self.pooling_layer :],
+                hidden_states,
+                pooled_position_ids(positions, size),
+                pooled_attention_mask(attention_mask, size),
+            )
+        entering.append(hidden_states)
         last_hidden_state = self.norm(hidden_states)
 
-        states_read = [entering[index] for index in self.states_read]
+        states_read = [
+            entering[index]
+            if self.pooling_layer is None or index >= self.pooling_layer
+            else pool_positions(entering[index], attention_mask, size)
+            for index in self.states_read
+        ]
         if self.config.cross_attention == "separate":  # its keys have no norm of their own
             states_read = [self.norm(state) for state in states_read]
         return RopeEncDecEncoderOutput(
@@ -578,13 +653,13 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
         """
         Args:
             inputs_embeds (`torch.FloatTensor` of shape `(B, T, H)`): Embedded target tokens.
-            encoder_hidden_states (`torch.FloatTensor` of shape `(B, S, R * H)`, *optional*): The states that the
+            encoder_hidden_states (`torch.FloatTensor` of shape `(B, P, R * H)`, *optional*): The states that the
                 decoder reads; may be missing once `past_key_values` holds the prompt's keys and values.
             attention_mask (`torch.Tensor` of shape `(B, past + T)` or 4D, *optional*): 1 where the target is real.
-            encoder_attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 1 where the prompt is real.
+            encoder_attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): 1 where the prompt is real.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Positions counted from the first target
                 token; `merged` adds the length of each prompt.
-            encoder_position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): RoPE positions of the prompt.
+            encoder_position_ids (`torch.LongTensor` of shape `(B, P)`, *optional*): RoPE positions of the prompt.
             past_key_values ([`EncoderDecoderCache`], *optional*): Self and cross keys and values. transformers >= 5.24
                 calls it `cache`; either name will do.
 
@@ -646,13 +721,16 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
                 position_ids = counted[:, positions.clamp(max=counted.shape[1] - 1)]
         encoder_position_embeddings = None
         if merged:
+            pooling = self.config.encoder_pooling
             if encoder_attention_mask is None:
-                position_ids = position_ids + prompt_length
+                position_ids = position_ids + prompt_length * pooling
             else:
-                position_ids = position_ids + encoder_attention_mask.long().sum(-1, keepdim=True)
+                position_ids = position_ids + encoder_attention_mask.long().sum(-1, keepdim=True) * pooling
             if not cache_holds_prompt:
                 if encoder_position_ids is None:
-                    encoder_position_ids = _real_positions(encoder_attention_mask, prompt_length, device)
+                    encoder_position_ids = pooled_position_ids(
+                        _real_positions(encoder_attention_mask, prompt_length, device), pooling
+                    )
                 encoder_position_embeddings = self.rotary_emb(hidden_states, encoder_position_ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
 
@@ -865,7 +943,7 @@ class RopeEncDecModel(RopeEncDecPreTrainedModel):
             decoder_inputs_embeds,
             encoder_hidden_states,
             attention_mask=decoder_attention_mask,
-            encoder_attention_mask=attention_mask,
+            encoder_attention_mask=pooled_attention_mask(attention_mask, self.config.encoder_pooling),
             position_ids=decoder_position_ids,
             encoder_position_ids=position_ids,
             past_key_values=past_key_values if cache is None else cache,
