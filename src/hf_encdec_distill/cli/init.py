@@ -36,6 +36,7 @@ class Shape:
     decoder_only: int | None = None
     encoder_layers: int | None = None
     decoder_layers: int | None = None
+    decoder_intermediate_size: int | None = None
     cross_attention: Literal["merged", "separate"] = "merged"
     encoder_attention: Literal["causal", "bidirectional"] = "causal"
     layer_selection: Literal["influence", "least_squares", "greedy", "even", "first"] = "influence"
@@ -46,7 +47,8 @@ class Shape:
         """Raises ValueError for a decoder-only student with a field of encoder-decoders, or too few rows."""
         if self.heal_rows < 0:
             raise ValueError(f"heal_rows={self.heal_rows} does not work: a number of rows, or 0 for none, is needed.")
-        for name in ("encoder_layers", "decoder_layers", "cross_attention", "encoder_attention", "vocabulary"):
+        names = ("encoder_layers", "decoder_layers", "decoder_intermediate_size", "vocabulary")
+        for name in (*names, "cross_attention", "encoder_attention"):
             value = getattr(self, name)
             if self.decoder_only is not None and value != getattr(Shape, name):
                 raise ValueError(
@@ -59,6 +61,7 @@ _HELP = {
     "decoder_only": "make a decoder-only student with this many layers",
     "encoder_layers": "encoder layers to keep (default: all)",
     "decoder_layers": "decoder layers to keep (default: all)",
+    "decoder_intermediate_size": "neurons to keep in each MLP of the decoder (default: all)",
     "cross_attention": "how the decoder reads the encoder: merged (the default) or separate",
     "encoder_attention": "what an encoder token attends to: causal (the default) or bidirectional",
     "layer_selection": "which layers to keep: influence (the default: those that change their input most), "
@@ -203,6 +206,7 @@ def make_student(
         model,
         encoder_num_hidden_layers=shape.encoder_layers,
         decoder_num_hidden_layers=shape.decoder_layers,
+        decoder_intermediate_size=shape.decoder_intermediate_size,
         cross_attention=shape.cross_attention,
         encoder_attention=shape.encoder_attention,
         budget=budget,
