@@ -31,6 +31,7 @@ OPTIONS = {
     "norms of queries and keys": {"kind": "merged", "qk_norm": True},
     "plain MLP": {"kind": "separate", "gated_mlp": False, "hidden_act": "gelu"},
     "head of its own": {"kind": "merged", "tie_word_embeddings": False},
+    "narrow decoder": {"kind": "merged", "decoder_intermediate_size": 40},
     "wide heads": {"kind": "merged", "head_dim": 16},
     "layers without RoPE": {"kind": "merged", "encoder_no_rope_layers": [1], "decoder_no_rope_layers": [0]},
     "half of a head turned": {"kind": "merged", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
@@ -66,6 +67,7 @@ TOGETHER = {
         "encoder_attention": "causal",
         "attention_bias": True,
         "mlp_bias": True,
+        "decoder_intermediate_size": 40,
         "rope_parameters": {"rope_type": "yarn", "factor": 4.0},
     },
     "merged, any encoder layer": {

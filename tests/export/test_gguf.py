@@ -114,6 +114,22 @@ def test_layers_that_read_as_the_encoder_does_are_not_written_twice(tmp_path):
     assert_logits_equal(runtime(**inputs).logits, student(**inputs).logits)
 
 
+@pytest.mark.parametrize("variant,coarse", [("int8", "Q8_0"), ("int4", "Q4_0")])
+def test_a_decoder_of_another_width(variant, coarse, tmp_path):
+    """Each file says its own; rows that are no whole blocks stay F16."""
+    from gguf import GGUFReader
+
+    for width, of_down in ((96, coarse), (40, "F16")):
+        folder = tmp_path / str(width)
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "decoder_intermediate_size": width}
+        exported(make_model("merged", **sizes), folder, variant)
+        for file, neurons, stored in ((target.ENCODER, 128, coarse), (target.DECODER, width, of_down)):
+            tensors = {tensor.name: tensor for tensor in GGUFReader(folder / file).tensors}
+            up, down = tensors["blk.0.ffn_up.weight"], tensors["blk.0.ffn_down.weight"]
+            assert (up.shape.tolist(), down.shape.tolist()) == ([64, neurons], [neurons, 64])
+            assert (up.tensor_type.name, down.tensor_type.name) == (coarse, stored)
+
+
 @pytest.mark.parametrize("encoder_attention", ["causal", "bidirectional"])
 def test_prompts_and_answers_longer_than_a_context(encoder_attention, tmp_path):
     """The contexts begin with 512 cells, and a call takes 512 tokens."""

@@ -359,7 +359,7 @@ def test_a_changed_file_is_found(target, exported_once, tmp_path):
         ({"target": "openvino", "variant": "int4", "calibration": []}, "none of 0 rows fits"),
         (
             {"target": "openvino", "variant": "int4"},
-            "a scale for each 32 weights of a row, and intermediate_size=48 does",
+            "a scale for each 32 weights of a row, and intermediate_size=48, decoder_intermediate_size=48 does",
         ),
         ({"kv_cache_precision": "u8"}, "a KV-cache precision is for target openvino, not for onnx"),
         ({"target": "openvino", "kv_cache_precision": "u2"}, "KV-cache precision 'u2': choose of f32, f16, bf16, u8"),

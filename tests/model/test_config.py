@@ -29,6 +29,7 @@ from hf_encdec_distill.models.rope_encdec.modeling_rope_encdec import RopeEncDec
         ({"rope_theta": -1.0}, "rope_theta", "-1.0", "positive"),
         ({"encoder_num_hidden_layers": 0}, "encoder_num_hidden_layers", "0", "at least 1"),
         ({"decoder_num_hidden_layers": 0}, "decoder_num_hidden_layers", "0", "at least 1"),
+        ({"decoder_intermediate_size": 0}, "decoder_intermediate_size", "0", "at least 1"),
         ({"vocab_size": -5}, "vocab_size", "-5", "at least 1"),
         ({"hidden_act": "relux"}, "hidden_act", "'relux'", "'silu'"),
         ({"attention_bias": "kv"}, "attention_bias", "'kv'", '"qkv"'),
@@ -50,6 +51,7 @@ def test_what_cannot_work_is_refused_with_field_value_and_mend(fields, name, val
 
 
 EVERY_FIELD = {
+    "decoder_intermediate_size": 20,
     "head_dim": 12,
     "hidden_act": "gelu_pytorch_tanh",
     "gated_mlp": False,
@@ -143,8 +145,8 @@ def test_num_hidden_layers_is_another_name_for_the_decoders_depth():
 
 
 def test_missing_sizes_are_filled_in():
-    config = RopeEncDecConfig(hidden_size=48, num_attention_heads=4)
-    assert (config.num_key_value_heads, config.head_dim) == (4, 12)
+    config = RopeEncDecConfig(hidden_size=48, intermediate_size=80, num_attention_heads=4)
+    assert (config.num_key_value_heads, config.head_dim, config.decoder_intermediate_size) == (4, 12, 80)
 
 
 @pytest.mark.parametrize(

@@ -89,12 +89,17 @@ def test_no_layers_are_tried_twice():
     assert len(tried) >= 3 and tried.count(same) == 1
 
 
-@pytest.mark.parametrize("cross_attention", ["merged", "separate"])
-def test_a_student_within_a_budget(cross_attention):
+@pytest.mark.parametrize(("cross_attention", "width"), [("merged", None), ("merged", 6), ("separate", None)])
+def test_a_student_within_a_budget(cross_attention, width):
     teacher, budget = LlamaForCausalLM(teacher_config(depth=5)).eval(), Budget(30, 10, 1.5)
     student = RopeEncDecForConditionalGeneration.from_decoder_only(
-        teacher, budget=budget, calibration=make_rows(10), cross_attention=cross_attention
+        teacher,
+        budget=budget,
+        calibration=make_rows(10),
+        cross_attention=cross_attention,
+        decoder_intermediate_size=width,
     )
+    assert student.config.decoder_intermediate_size == width or width is None
     assert budget.time(teacher.config) / budget.time(student.config) >= 1.5
     most = {decoder: encoder for encoder, decoder in budget.splits(teacher.config, student.config)}
     assert student.config.encoder_num_hidden_layers <= most[student.config.decoder_num_hidden_layers]

@@ -285,6 +285,21 @@ def test_init_fits_the_layers_that_are_kept(teacher_folder, data_arguments, tmp_
     assert "heal_rows=-1 does not work" in error
 
 
+def test_init_with_a_narrower_decoder(teacher_folder, data_arguments, tmp_path, capsys):
+    command = ["init", str(teacher_folder), *data_arguments, "--encoder-layers", "2", "--decoder-layers", "2"]
+    command += ["--heal-rows", "8", "--decoder-intermediate-size"]
+    assert main([*command, "8", "--output", str(tmp_path / "narrow")]) == 0
+    student = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "narrow")
+    teacher = AutoConfig.from_pretrained(teacher_folder)
+    widths = {
+        side: {layer.mlp.down_proj.in_features for layer in getattr(student.model, side).layers}
+        for side in ("encoder", "decoder")
+    }
+    assert widths == {"encoder": {teacher.intermediate_size}, "decoder": {8}}
+    assert main([*command, "0", "--output", str(tmp_path / "none")]) == 2
+    assert "decoder_intermediate_size=0 does not work" in capsys.readouterr().err
+
+
 def test_a_student_of_fewer_tokens(teacher_folder, data_arguments, tmp_path, capsys):
     """It is made, distilled and asked as any other; a recipe that makes it compares by token without being told."""
     data = [

@@ -62,8 +62,10 @@ def test_init_makes_a_model_of_transformers(made, tmp_path, capsys):
     teacher = AutoModelForCausalLM.from_pretrained(made / "teacher")
     for ours, theirs in zip(loaded.model.layers, [teacher.model.layers[i] for i in (0, 1, 3)], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-    told = one_line_error(capsys, "init", "x", "--decoder-only", "3", "--encoder-layers", "2", "--output", "y")
-    assert "decoder_only=3" in told and "encoder_layers=2" in told
+    for name in ("encoder_layers", "decoder_intermediate_size"):
+        option = f"--{name.replace('_', '-')}"
+        told = one_line_error(capsys, "init", "x", "--decoder-only", "3", option, "2", "--output", "y")
+        assert "decoder_only=3" in told and f"{name}=2" in told
 
 
 def test_generate_answers_with_the_prompt_of_the_training(made, capsys):

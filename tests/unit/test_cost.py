@@ -50,6 +50,7 @@ ENCODER_DECODER = {
         "mlp_bias": True,
         "qk_norm": True,
         "gated_mlp": False,
+        "decoder_intermediate_size": 24,
     },
     "merged, pooled": {"cross_attention": "merged", "encoder_pooling": 5, "encoder_pooling_layer": 1},
     "separate": {"cross_attention": "separate"},
@@ -64,6 +65,7 @@ ENCODER_DECODER = {
         "mlp_bias": True,
         "qk_norm": True,
         "tie_word_embeddings": False,
+        "decoder_intermediate_size": 24,
     },
     "separate, biases, plain MLP": {"cross_attention": "separate", "attention_bias": True, "gated_mlp": False},
 }

@@ -28,7 +28,7 @@ EXAMPLE = "hf-encdec-distill init built-in --encoder-layers 5 --decoder-layers 6
 _ROWS_TO_CHOOSE_LAYERS = 32
 _SIDES = ("encoder", "decoder")
 _OF_TWO_SIDES = (
-    *("encoder_layers", "decoder_layers", "cross_attention", "encoder_attention"),
+    *("encoder_layers", "decoder_layers", "decoder_intermediate_size", "cross_attention", "encoder_attention"),
     *("encoder_pooling", "encoder_pooling_layer", "vocabulary"),
 )
 
@@ -40,6 +40,7 @@ class Shape:
     decoder_only: int | None = None
     encoder_layers: int | None = None
     decoder_layers: int | None = None
+    decoder_intermediate_size: int | None = None
     cross_attention: Literal["merged", "separate"] = "merged"
     encoder_attention: Literal["causal", "bidirectional"] = "causal"
     encoder_pooling: int = 1
@@ -65,6 +66,7 @@ _HELP = {
     "decoder_only": "make a decoder-only student with this many layers",
     "encoder_layers": "encoder layers to keep (default: all)",
     "decoder_layers": "decoder layers to keep (default: all)",
+    "decoder_intermediate_size": "neurons to keep in each MLP of the decoder (default: all)",
     "cross_attention": "how the decoder reads the encoder: merged (the default) or separate",
     "encoder_attention": "what an encoder token attends to: causal (the default) or bidirectional",
     "encoder_pooling": "neighbouring prompt tokens that become one position half way up the encoder (default: "
@@ -212,6 +214,7 @@ def make_student(
         model,
         encoder_num_hidden_layers=shape.encoder_layers,
         decoder_num_hidden_layers=shape.decoder_layers,
+        decoder_intermediate_size=shape.decoder_intermediate_size,
         cross_attention=shape.cross_attention,
         encoder_attention=shape.encoder_attention,
         encoder_pooling=shape.encoder_pooling,

@@ -239,7 +239,8 @@ class _Writer:
         least = [0 if self.architecture == "deci" else _LEAST_MLP] * len(rows)
         least[-1] = _LEAST_MLP
         mlps = [
-            width if row.rest is None else config.intermediate_size for row, width in zip(rows, least, strict=True)
+            width if row.rest is None else row.rest.mlp.up_proj.out_features
+            for row, width in zip(rows, least, strict=True)
         ]
         self.mlps = mlps
         if self.architecture in ("deci", "openelm"):
@@ -249,7 +250,7 @@ class _Writer:
         else:
             writer.add_head_count(config.num_attention_heads)
             writer.add_head_count_kv(config.num_key_value_heads)
-            writer.add_feed_forward_length(config.intermediate_size)
+            writer.add_feed_forward_length(mlps[0])
 
     def _add_rope(self, model) -> None:
         """RoPE of any type whose frequencies do not depend on the length, as factors of the plain frequencies."""

@@ -52,7 +52,8 @@ class OpenVinoBackend(Backend):
         if "kv_cache_precision" in options:
             _check_kv_cache_precision(options["kv_cache_precision"], config, shapes, stateful)
         if variant == "int4" and shapes.targets is None:
-            widths = {name: getattr(config, name) for name in ("hidden_size", "intermediate_size")}
+            names = ("hidden_size", "intermediate_size", "decoder_intermediate_size")
+            widths = {name: getattr(config, name) for name in names}
             widths["num_attention_heads * head_dim"] = config.num_attention_heads * config.head_dim
             odd = [f"{name}={width}" for name, width in widths.items() if width % _BLOCK]
             if odd:

@@ -2,7 +2,7 @@
 
 Symbols used in the formulas below (batch 1, tokens as the unit of every length):
 
-    h, m, V       hidden size, MLP width, vocabulary
+    h, m, V       hidden size, MLP width (each side its own), vocabulary
     H, K, d       query heads, key/value heads, width of a head (grouped-query attention: K <= H)
     P, N          tokens of the decoder-only model's prompt, tokens generated
     E             tokens that the encoder reads: P for `separate`, P - 1 for `merged` (the prompt's last token is the
@@ -83,6 +83,7 @@ class _Block:
 
 
 def _block(config) -> _Block:
+    """Of a decoder, or of a decoder-only model."""
     family = config.model_type
     if family != "rope_encdec" and family not in SUPPORTED_FAMILIES:
         raise ValueError(
@@ -93,7 +94,7 @@ def _block(config) -> _Block:
     attention_bias = "qkv" if family == "qwen2" else getattr(config, "attention_bias", False)
     return _Block(
         h=config.hidden_size,
-        m=config.intermediate_size,
+        m=getattr(config, "decoder_intermediate_size", config.intermediate_size),
         H=config.num_attention_heads,
         K=config.num_key_value_heads,
         d=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -189,6 +190,7 @@ def model_cost(
         encoder_layers = config.encoder_num_hidden_layers
         below = encoder_layers if config.encoder_pooling == 1 else config.encoder_pooling_layer
         lengths = [entering] * below + [encoder_length] * (encoder_layers - below)
+        encoder_block = dataclasses.replace(block, m=config.intermediate_size)
         cross_step = 0 if merged else block.q + block.o
         cross_parameters = (
             0 if merged else block.q + block.kv + block.o + block.query_extras + block.key_extras + block.h
@@ -197,12 +199,12 @@ def model_cost(
         keys = encoder_length + mean_step + 1
         first_keys = encoder_length + 1
         quadratic = sum(block.attention(length, length) for length in lengths)
-        prompt_flops = 2 * sum(lengths) * block.matrices + layers * 2 * encoder_length * block.kv
+        prompt_flops = 2 * (sum(lengths) * encoder_block.matrices + layers * encoder_length * block.kv)
         first_step = layers * (2 * (block.matrices + cross_step) + block.attention(1, first_keys))
         cache_length = encoder_length + new_tokens
         parameters = {
             "embedding": embedding,
-            "encoder": encoder_layers * block.parameters + block.h,
+            "encoder": encoder_layers * encoder_block.parameters + block.h,
             "decoder": layers * (block.parameters + cross_parameters) + block.h,
             "head": head,
         }

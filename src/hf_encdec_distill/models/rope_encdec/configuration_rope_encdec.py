@@ -36,6 +36,7 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
         vocab_size (`int`, defaults to 32128): Rows of the one embedding that encoder and decoder share.
         hidden_size (`int`, defaults to 1024): Width of the residual stream.
         intermediate_size (`int`, defaults to 4096): Width of the MLP.
+        decoder_intermediate_size (`int`, *optional*): Width of the decoder's MLP; `None` means `intermediate_size`.
         encoder_num_hidden_layers (`int`, defaults to 20): Blocks of the encoder.
         decoder_num_hidden_layers (`int`, defaults to 10): Blocks of the decoder; also readable as `num_hidden_layers`.
         num_attention_heads (`int`, defaults to 16): Query heads.
@@ -89,6 +90,7 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
         vocab_size=32128,
         hidden_size=1024,
         intermediate_size=4096,
+        decoder_intermediate_size=None,
         encoder_num_hidden_layers=20,
         decoder_num_hidden_layers=10,
         num_attention_heads=16,
@@ -125,6 +127,9 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
+        self.decoder_intermediate_size = (
+            intermediate_size if decoder_intermediate_size is None else decoder_intermediate_size
+        )
         self.encoder_num_hidden_layers = encoder_num_hidden_layers
         self.decoder_num_hidden_layers = decoder_num_hidden_layers
         self.num_attention_heads = num_attention_heads
@@ -198,6 +203,7 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
             "vocab_size",
             "hidden_size",
             "intermediate_size",
+            "decoder_intermediate_size",
             "encoder_num_hidden_layers",
             "decoder_num_hidden_layers",
             "num_attention_heads",

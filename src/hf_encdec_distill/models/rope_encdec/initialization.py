@@ -33,6 +33,7 @@ from .layer_choice import (
 from .layer_paths import measure_gaps
 from .least_squares import FITTED, Healing, fit_decoder_only, fit_encoder_decoder
 from .modeling_rope_encdec import RopeEncDecForConditionalGeneration, RopeEncDecRotaryEmbedding
+from .narrowing import narrow_decoder
 
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def from_decoder_only(
     decoder_num_hidden_layers=None,
     encoder_layers=None,
     decoder_layers=None,
+    decoder_intermediate_size=None,
     cross_attention="merged",
     encoder_attention="causal",
     layer_selection="influence",
@@ -83,6 +85,10 @@ def from_decoder_only(
             `None` keeps all. For `merged`, layers above the last state that the decoder reads would do nothing, so
             unless all are kept the encoder chooses among those below the teacher's last.
         encoder_layers, decoder_layers (`list[int]`, *optional*): The teacher's layers to keep, instead of a number.
+        decoder_intermediate_size (`int`, *optional*): Neurons to keep in each MLP of the decoder; `None` keeps all.
+            Each layer's are chosen by what the fit cannot make up for, without a fit by what they write on the
+            calibration rows, and without rows by their weights
+            ([`~hf_encdec_distill.models.rope_encdec.narrowing`]).
         cross_attention (`str`), encoder_attention (`str`): As in [`RopeEncDecConfig`].
         layer_selection (`str`): `"influence"` keeps the layers that change their input most, `1 - cos(in, out)` on the
             calibration rows (ShortGPT, arXiv 2403.03853), on prompt tokens for the encoder and on target tokens for
@@ -120,10 +126,10 @@ def from_decoder_only(
         [`~hf_encdec_distill.models.rope_encdec.least_squares.Healing`] where layers were fitted.
 
     Raises:
-        ValueError: for an unsupported family (the message lists the supported ones), layers that are not there, a
-            selection or a budget that needs calibration rows when there is no tokenizer, a budget beside layers or
-            one that no student meets, or a trimmed tokenizer with tokens that the teacher lacks, or without the one
-            that the decoder starts from.
+        ValueError: for an unsupported family (the message lists the supported ones), layers or neurons that are not
+            there, a selection or a budget that needs calibration rows when there is no tokenizer, a budget beside
+            layers or one that no student meets, or a trimmed tokenizer with tokens that the teacher lacks, or without
+            the one that the decoder starts from.
     """
     teacher, tokenizer = load_with_tokenizer(teacher, tokenizer)
     check_teacher(teacher, layer_selection, heal)
@@ -137,6 +143,8 @@ def from_decoder_only(
         "decoder": requested_layers("decoder_", decoder_num_hidden_layers, decoder_layers, depth),
         "encoder": requested_layers("encoder_", encoder_num_hidden_layers, encoder_layers, depth),
     }
+    neurons = teacher.config.intermediate_size
+    width = _requested_width(decoder_intermediate_size, neurons)
     special_tokens = _special_tokens(teacher, tokenizer, prompt_template, config_overrides)
     prompt_date = frozen_prompt_date(tokenizer, prompt_template, prompt_date)
 
@@ -150,11 +158,18 @@ def from_decoder_only(
         )
         return _load(model_class, config, teacher, **layers, share_memory=share_memory)
 
+    def plain(kept):
+        student = build(encoder_layers=kept["encoder"], decoder_layers=kept["decoder"])
+        if width < neurons:
+            narrow_decoder(student, width, batches)
+        return student
+
     was_training = teacher.training
     teacher.eval()
     batches = []
     pools = config_overrides.get("encoder_pooling", 1) > 1
-    if budget is not None or pools or any(layers != list(range(depth)) for layers in kept.values()):
+    is_smaller = pools or width < neurons or any(layers != list(range(depth)) for layers in kept.values())
+    if budget is not None or is_smaller:
         rows = calibration_rows(
             calibration,
             tokenizer,
@@ -181,7 +196,8 @@ def from_decoder_only(
             choose_layers(kept, layer_selection, depth, cross_attention == "merged", influence, greedy, gaps)
         else:
             every = list(range(depth))
-            config = _student_config(teacher, every, every, cross_attention, **config_overrides)
+            fields = {**config_overrides, "decoder_intermediate_size": width}
+            config = _student_config(teacher, every, every, cross_attention, **fields)
             held_out = calibration_batches(rows[::_HELD_OUT_EVERY][:MEASURED_ROWS], device)
             held_out_logprobs, _ = measure_teacher(teacher, held_out)
 
@@ -191,13 +207,13 @@ def from_decoder_only(
                 return kept
 
             def divergence(kept):
-                student = build(encoder_layers=kept["encoder"], decoder_layers=kept["decoder"])
+                student = plain(kept)
                 if heal == "least_squares":
                     heal_encoder_decoder(student, teacher, kept, rows)
                 return _best_scale(_target_logits(student, held_out), held_out_logprobs)[1]
 
             kept = layers_within(budget, teacher.config, config, gaps, by_influence, divergence)
-    student = build(encoder_layers=kept["encoder"], decoder_layers=kept["decoder"])
+    student = plain(kept)
     unread = student.config.encoder_num_hidden_layers - student.config.encoder_states_read[-1]
     if unread and encoder_layers is None and len(kept["encoder"]) < depth:
         logger.warning(
@@ -283,6 +299,17 @@ def requested_layers(prefix, count, layers, depth) -> list[int] | int:
             f"{prefix}num_hidden_layers={count} does not work: the teacher has {depth} layers, keep 1 to {depth}."
         )
     return count
+
+
+def _requested_width(width, neurons) -> int:
+    if width is None:
+        return neurons
+    if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= neurons:
+        raise ValueError(
+            f"decoder_intermediate_size={width!r} does not work: the teacher's MLPs have {neurons} neurons, keep 1 to "
+            f"{neurons}."
+        )
+    return width
 
 
 def _special_tokens(teacher, tokenizer, prompt_template, given) -> dict:
@@ -484,7 +511,8 @@ def heal_encoder_decoder(student, teacher, kept, rows) -> Healing | None:
     The final norm of a student that was fitted is rescaled on the held-out rows, see `rescale_norm`.
 
     Args:
-        student ([`RopeEncDecForConditionalGeneration`]): Just built, with the layers `kept` of `teacher`.
+        student ([`RopeEncDecForConditionalGeneration`]): Just built, with the layers `kept` of `teacher`; the MLPs
+            of its decoder may be narrower.
         teacher ([`PreTrainedModel`]): A decoder-only model of a supported family.
         kept (`dict`): `{"encoder": layers, "decoder": layers}`.
         rows (`list`): From `calibration_rows`; a fifth of them, 64 at most, is held out.
@@ -497,8 +525,9 @@ def heal_encoder_decoder(student, teacher, kept, rows) -> Healing | None:
     """
 
     def fit(batches):
-        merged = student.config.cross_attention == "merged"
-        alone = _as_causal_encoder(teacher, kept["decoder"], share_memory=False) if merged else None
+        config, alone = student.config, None
+        if config.cross_attention == "merged" or config.decoder_intermediate_size < config.intermediate_size:
+            alone = _as_causal_encoder(teacher, kept["decoder"], share_memory=False)
         return fit_encoder_decoder(student, _as_causal_encoder(teacher), kept, batches, alone)
 
     return _unless_it_harms(student, student.model.decoder.norm, teacher, fit, _target_logits, rows)
@@ -535,7 +564,11 @@ def _unless_it_harms(student, norm, teacher, fit, logits, rows) -> Healing | Non
     teacher_logprobs, _ = measure_teacher(teacher, checks)
     tokens = sum(map(len, teacher_logprobs))
     _, before = _best_scale(logits(student, checks), teacher_logprobs)
-    plain = {name: tensor.clone() for name, tensor in student.state_dict().items() if name.endswith(_FITTED_WEIGHTS)}
+    # A fit writes into these weights alone; where neurons go, it makes new ones.
+    plain = {
+        name: tensor.clone() if name.endswith(_FITTED_WEIGHTS) else tensor
+        for name, tensor in student.state_dict().items()
+    }
     gaps = fit(calibration_batches(fitted, student.device))
     if not gaps:
         return None
@@ -545,7 +578,7 @@ def _unless_it_harms(student, norm, teacher, fit, logits, rows) -> Healing | Non
         norm.weight.mul_(scale)
         logger.info("Fitted %d layers by least squares. %s.", len(gaps), healing)
     else:
-        student.load_state_dict(plain, strict=False)
+        student.load_state_dict(plain)
         logger.warning(
             "heal='least_squares' is not taken: it does harm. %s. Pass more calibration rows, or rows of the task.",
             healing,

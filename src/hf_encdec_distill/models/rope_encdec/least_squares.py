@@ -6,6 +6,9 @@ nearest to the teacher's is a ridge regression: with X the inputs of the project
 layer, the change D solves `(X'X + penalty I) D = X'E`. Layers are fitted from the bottom up, each on the inputs that
 the fitted ones below it give.
 
+Where the decoder's MLPs are to be narrower, a layer is fitted with all neurons, loses those that the fit misses least,
+and is fitted again.
+
 Related: ReplaceMe (arXiv 2505.02819) fits one linear map in the place of a block of layers.
 
 Shapes: B rows and L positions of a batch, N of these fitted, H hidden size, W inputs of a projection.
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .modeling_rope_encdec import mean_of_neighbours, pooled_attention_mask, pooled_position_ids, pooling_layer
+from .narrowing import keep_neurons, neurons_to_keep
 
 
 # The penalty in units of the mean squared norm of an input: the more positions there are, the less it weighs.
@@ -44,7 +48,8 @@ class Gap:
         layer: the teacher's index of the kept layer.
         goal: the depth of the teacher that its output is fitted to; depth `i` is the state that enters layer `i`.
         before, after: squared distance on the rows of the fit, as a share of the variance of the teacher's state;
-            `after` is what the equations leave, before weights are rounded to their dtype.
+            `before` is that of the layer with all its neurons, `after` what the equations leave, before weights are
+            rounded to their dtype.
     """
 
     side: str
@@ -97,12 +102,14 @@ def fit_encoder_decoder(student, teacher, kept, batches, decoder_alone=None) -> 
     Memory does not grow with the rows: their states wait in a temporary folder.
 
     Args:
-        student ([`RopeEncDecForConditionalGeneration`]): With weights of its own.
+        student ([`RopeEncDecForConditionalGeneration`]): With weights of its own. Where its config says that the
+            decoder's MLPs are narrower than the teacher's, their neurons are chosen anew.
         teacher ([`RopeEncDecEncoder`]): All layers of the teacher, as a causal encoder.
         kept (`dict`): `{"encoder": layers, "decoder": layers}`, by the teacher's indices.
         batches (`list[dict]`): From `calibration_batches`.
-        decoder_alone ([`RopeEncDecEncoder`], *optional*): The decoder's layers as a causal encoder, for a `merged`
-            student. Its weights change.
+        decoder_alone ([`RopeEncDecEncoder`], *optional*): The decoder's layers as a causal encoder, with the teacher's
+            weights; for a `merged` student, or one whose decoder's MLPs are narrower. The student's decoder takes its
+            MLPs, which are then shared.
 
     Returns:
         `list[Gap]`: One for each layer of the student that was fitted. Layers that compute just what the teacher's do
@@ -112,9 +119,15 @@ def fit_encoder_decoder(student, teacher, kept, batches, decoder_alone=None) -> 
         ValueError: where a state is not finite.
     """
     encoder, decoder, depth = student.model.encoder, student.model.decoder, len(teacher.layers)
-    goals = _goals(student.config, kept, depth)
-    to_fit = _layers_to_fit(student.config, kept, goals)
-    columns = [*kept.values()] if decoder_alone is None else [*kept.values(), kept["decoder"]]
+    config = student.config
+    width = config.decoder_intermediate_size if config.decoder_intermediate_size < config.intermediate_size else None
+    goals = _goals(config, kept, depth)
+    to_fit = _layers_to_fit(config, kept, goals, width)
+    if decoder_alone is not None:
+        for layer, alone in zip(decoder.layers, decoder_alone.layers):
+            layer.mlp = alone.mlp.requires_grad_()
+    fitted_alone = decoder_alone is not None and config.cross_attention == "merged"
+    columns = [*kept.values(), kept["decoder"]] if fitted_alone else [*kept.values()]
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder, _progress(*columns) as progress:
         ascent = _Ascent(teacher, batches, goals["decoder"], folder)
         size, pooled_from = student.config.encoder_pooling, pooling_layer(student.config)
@@ -142,13 +155,12 @@ def fit_encoder_decoder(student, teacher, kept, batches, decoder_alone=None) -> 
             return states[positions(goal)[batch].cpu()]
 
         fits = [_fits("encoder", column, kept, goals, to_fit, positions, of_prompt, progress)]
-        if decoder_alone is not None:
-            fits.append(_fits_of_decoder_only(decoder_alone, kept["decoder"], ascent, batches, folder, progress))
+        if fitted_alone:
+            fits.append(
+                _fits_of_decoder_only(decoder_alone, kept["decoder"], ascent, batches, folder, progress, width)
+            )
         gaps = [gap for gap in _run(fits) if gap.side == "encoder"]
         ascent.to(depth)
-        if decoder_alone is not None:
-            for layer, alone in zip(decoder.layers, decoder_alone.layers):
-                layer.mlp.down_proj.weight.copy_(alone.mlp.down_proj.weight)
 
         outputs = (encoder(batch["input_ids"], attention_mask=batch["attention_mask"]) for batch in batches)
         read = _on_disk((_read_by_decoder(output) for output in outputs), folder)
@@ -170,7 +182,8 @@ def fit_encoder_decoder(student, teacher, kept, batches, decoder_alone=None) -> 
         def of_target(goal: int, batch: int) -> Tensor:
             return ascent.predicting[goal][batch]
 
-        return gaps + _run([_fits("decoder", column, kept, goals, to_fit, lambda _: targets, of_target, progress)])
+        fits = [_fits("decoder", column, kept, goals, to_fit, lambda _: targets, of_target, progress, width)]
+        return gaps + _run(fits)
 
 
 @torch.no_grad()
@@ -197,10 +210,12 @@ def fit_decoder_only(student, teacher, kept, batches) -> list[Gap]:
         return _run([_fits_of_decoder_only(student, kept, ascent, batches, folder, progress)])
 
 
-def _fits_of_decoder_only(student, kept: list[int], ascent: "_Ascent", batches: list[dict], folder: str, progress):
+def _fits_of_decoder_only(
+    student, kept: list[int], ascent: "_Ascent", batches: list[dict], folder: str, progress, width: int | None = None
+):
     depth = ascent.depth
     layers, goals = {"decoder": kept}, {"decoder": [*kept[1:], depth]}
-    to_fit = {"decoder": range(_exact_layers(kept, goals["decoder"]), len(kept))}
+    to_fit = {"decoder": range(_exact_layers(kept, goals["decoder"]) if width is None else 0, len(kept))}
     inner = [_without_first(batch["sequence_mask"]) for batch in batches]
     predicting = [batch["predicting"] for batch in batches]
     column = _Column(
@@ -216,7 +231,7 @@ def _fits_of_decoder_only(student, kept: list[int], ascent: "_Ascent", batches: 
     def of_sequence(goal: int, batch: int) -> Tensor:
         return ascent.to(goal)[batch][positions(goal)[batch].cpu()]
 
-    return _fits("decoder", column, layers, goals, to_fit, positions, of_sequence, progress)
+    return _fits("decoder", column, layers, goals, to_fit, positions, of_sequence, progress, width)
 
 
 def _goals(config, kept: dict, depth: int) -> dict[str, list[int]]:
@@ -231,14 +246,15 @@ def _goals(config, kept: dict, depth: int) -> dict[str, list[int]]:
     return goals
 
 
-def _layers_to_fit(config, kept: dict, goals: dict) -> dict[str, range]:
-    """Of each side, by position: those above the exact ones, up to the last that is read."""
+def _layers_to_fit(config, kept: dict, goals: dict, width: int | None) -> dict[str, range]:
+    """Of each side, by position: those above the exact ones, up to the last that is read. No layer that loses neurons
+    is exact."""
     exact = {"encoder": 0, "decoder": 0}
     if config.encoder_attention == "causal":
         exact["encoder"] = _exact_layers(kept["encoder"], goals["encoder"])
     if config.encoder_pooling > 1:
         exact["encoder"] = min(exact["encoder"], config.encoder_pooling_layer)
-    elif config.cross_attention == "merged":
+    elif config.cross_attention == "merged" and width is None:
         states = config.encoder_state_of_decoder_layer
         reads_exact = [state == layer <= exact["encoder"] for layer, state in zip(kept["decoder"], states)]
         exact["decoder"] = min(_exact_layers(kept["decoder"], goals["decoder"]), [*reads_exact, False].index(False))
@@ -380,6 +396,7 @@ def _fits(
     positions: Callable[[int], list[Tensor]],
     target: Callable[[int, int], Tensor],
     progress: tqdm,
+    width: int | None = None,
 ) -> list[tuple[int, Callable[[], list[Gap]]]]:
     """For each layer of a column, from the bottom up, the depth of its goal and what fits it on what the fitted ones
     below it give.
@@ -388,6 +405,7 @@ def _fits(
         kept, goals, to_fit: by side, as above.
         positions: where a fit to this depth looks, `(B, L)` of each batch.
         target: the teacher's states `(N, H)` there, by depth and batch.
+        width: of the MLPs afterwards, where neurons are to go.
     """
 
     def fit(index: int, layer: int, goal: int) -> list[Gap]:
@@ -396,7 +414,8 @@ def _fits(
             shares = []
             for name, linear in column.layers[index].named_modules():
                 if name in FITTED:
-                    shares.append(_fit_projection(column, index, linear, positions(goal), partial(target, goal)))
+                    of_goal = partial(target, goal)
+                    shares.append(_fit_projection(column, index, linear, positions(goal), of_goal, width))
             gaps.append(Gap(side, layer, goal, shares[0][0], shares[-1][1]))
         if any(above > index for above in to_fit[side]):
             column.climb(index)
@@ -414,9 +433,15 @@ def _run(fits: list[list[tuple[int, Callable[[], list[Gap]]]]]) -> list[Gap]:
 
 
 def _fit_projection(
-    column: _Column, index: int, linear: nn.Linear, positions: list[Tensor], target: Callable[[int], Tensor]
+    column: _Column,
+    index: int,
+    linear: nn.Linear,
+    positions: list[Tensor],
+    target: Callable[[int], Tensor],
+    width: int | None,
 ) -> tuple[float, float]:
-    """Fit one linear submodule of a layer in place; the shares of `Gap` before and after."""
+    """Fit one linear submodule of a layer in place, an MLP of more than `width` neurons without those that go; the
+    shares of `Gap` before and after."""
     # Sums are in float64, which Apple's GPUs do not have.
     device = linear.weight.device if linear.weight.is_cuda else torch.device("cpu")
     gram = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64, device=device)
@@ -440,12 +465,19 @@ def _fit_projection(
             f"layer {index}: load the teacher in another dtype, such as dtype=torch.float32, or pass heal=None."
         )
     variance = max(squared - total.square().sum().item() / max(count, 1), torch.finfo(torch.float32).tiny)
-    penalty = RIDGE * gram.diagonal().sum().item() / max(count, 1)
-    if penalty == 0.0:  # no position, or no input: nothing to fit
-        return missing_squared / variance, missing_squared / variance
+    penalty = RIDGE * gram.diagonal().sum().item() / max(count, 1) or 1.0  # no position or no input: nothing changes
     gram.diagonal().add_(penalty)
     change = torch.cholesky_solve(moment, torch.linalg.cholesky(gram))
-    linear.weight.copy_(linear.weight.to(device, torch.float64) + change.T)
-    # By the normal equations.
-    left = missing_squared - (change * moment).sum().item() - penalty * change.square().sum().item()
+    weight, mlp, kept = linear.weight.to(device, torch.float64).T, column.layers[index].mlp, None
+    if width is not None and linear is mlp.down_proj and linear.in_features > width:
+        kept = neurons_to_keep(gram, weight + change, width)
+        change = -weight  # of those that go
+        change[kept] = 0.0
+        of_kept = torch.linalg.cholesky(gram[kept][:, kept])
+        change[kept] = torch.cholesky_solve((moment - gram @ change)[kept], of_kept)
+    linear.weight.copy_((weight + change).T)
+    if kept is not None:
+        keep_neurons(mlp, kept)
+    left = missing_squared - (change * (2 * moment - gram @ change)).sum().item()
+    left -= penalty * change.square().sum().item()
     return missing_squared / variance, max(left, 0.0) / variance

@@ -317,12 +317,12 @@ def _once_per_prompt(cache, layer_idx, project):
 class RopeEncDecMLP(nn.Module):
     """`down(act(gate(x)) * up(x))`, or `down(act(up(x)))` without a gate."""
 
-    def __init__(self, config: RopeEncDecConfig):
+    def __init__(self, config: RopeEncDecConfig, width: int):
         super().__init__()
         if config.gated_mlp:
-            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+            self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.gated = config.gated_mlp
 
@@ -339,7 +339,7 @@ class RopeEncDecEncoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = RopeEncDecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = RopeEncDecSelfAttention(config, layer_idx, is_causal)
         self.post_attention_layernorm = RopeEncDecRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = RopeEncDecMLP(config)
+        self.mlp = RopeEncDecMLP(config, config.intermediate_size)
         self.uses_rope = layer_idx not in config.encoder_no_rope_layers
 
     def forward(self, hidden_states, position_embeddings, attention_mask, **kwargs):
@@ -366,7 +366,7 @@ class RopeEncDecDecoderLayer(GradientCheckpointingLayer):
             self.cross_attn_layernorm = RopeEncDecRMSNorm(config.hidden_size, config.rms_norm_eps)
             self.cross_attn = RopeEncDecCrossAttention(config, layer_idx, is_causal=False)
         self.post_attention_layernorm = RopeEncDecRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = RopeEncDecMLP(config)
+        self.mlp = RopeEncDecMLP(config, config.decoder_intermediate_size)
         self.uses_rope = layer_idx not in config.decoder_no_rope_layers
 
     # The two differentiable inputs come first: reentrant checkpointing sees only positional arguments. Before 5.24
