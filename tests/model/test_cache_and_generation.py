@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import transformers
-from toys import KINDS, make_llama, make_model, merged_twin, ragged, random_ids
+from toys import KINDS, SLIDING, make_llama, make_model, merged_twin, ragged, random_ids
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
@@ -20,6 +20,17 @@ GREEDY = {"max_new_tokens": 10, "do_sample": False}
 @pytest.fixture(params=KINDS)
 def model(request):
     return make_model(request.param)
+
+
+@pytest.mark.parametrize("cache_implementation", [None, "static"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encoder_that_slides(kind, cache_implementation):
+    """Its decoder sees all that it has written, also with a cache of transformers' own making."""
+    model = make_model(kind, **SLIDING)
+    ids, mask, rows = ragged("left")
+    together = generate(model, ids, mask, cache_implementation=cache_implementation)
+    for tokens, row in zip(together, rows):
+        assert trimmed(tokens, model) == greedy_by_hand(model, row)
 
 
 def generate(model, ids, mask=None, **settings):

@@ -256,6 +256,8 @@ def fitted_layers(student):
         ([2], [3], {}, {"encoder": [2], "decoder": [3]}),
         ([2], [3], {"cross_attention": "separate"}, {"encoder": [2], "decoder": [3]}),
         ([0, 1], [0, 1], {"encoder_attention": "bidirectional"}, {"encoder": [0], "decoder": [1]}),
+        # From the layer on that slides, nothing is what the teacher computes.
+        ([0, 1, 2, 3], [0, 1, 2, 5], {"encoder_sliding_window": 3}, {"encoder": [1, 2, 3], "decoder": [2, 5]}),
         ([0, 1, 2], [0, 1, 2], {"cross_attention_layers": [1, 1, 1]}, {"encoder": [0], "decoder": [0, 1, 2]}),
     ],
 )

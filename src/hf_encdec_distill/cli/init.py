@@ -38,6 +38,7 @@ class Shape:
     decoder_layers: int | None = None
     cross_attention: Literal["merged", "separate"] = "merged"
     encoder_attention: Literal["causal", "bidirectional"] = "causal"
+    encoder_sliding_window: int | None = None
     layer_selection: Literal["influence", "least_squares", "greedy", "even", "first"] = "influence"
     heal_rows: int = 200
     vocabulary: int | None = None
@@ -46,7 +47,8 @@ class Shape:
         """Raises ValueError for a decoder-only student with a field of encoder-decoders, or too few rows."""
         if self.heal_rows < 0:
             raise ValueError(f"heal_rows={self.heal_rows} does not work: a number of rows, or 0 for none, is needed.")
-        for name in ("encoder_layers", "decoder_layers", "cross_attention", "encoder_attention", "vocabulary"):
+        of_encoder_decoders = ("encoder_layers", "decoder_layers", "cross_attention", "encoder_attention")
+        for name in (*of_encoder_decoders, "encoder_sliding_window", "vocabulary"):
             value = getattr(self, name)
             if self.decoder_only is not None and value != getattr(Shape, name):
                 raise ValueError(
@@ -61,6 +63,8 @@ _HELP = {
     "decoder_layers": "decoder layers to keep (default: all)",
     "cross_attention": "how the decoder reads the encoder: merged (the default) or separate",
     "encoder_attention": "what an encoder token attends to: causal (the default) or bidirectional",
+    "encoder_sliding_window": "tokens that two of three encoder layers attend to: of each three the first attends to "
+    "all (default: all do)",
     "layer_selection": "which layers to keep: influence (the default: those that change their input most), "
     "least_squares (those that a linear fit joins best), greedy, even or first",
     "heal_rows": "training rows on which the layers that are kept are fitted to the teacher (default: "
@@ -205,6 +209,7 @@ def make_student(
         decoder_num_hidden_layers=shape.decoder_layers,
         cross_attention=shape.cross_attention,
         encoder_attention=shape.encoder_attention,
+        encoder_sliding_window=shape.encoder_sliding_window,
         budget=budget,
         **trimmed,
         **shared,

@@ -7,6 +7,7 @@ states (iOS 18, macOS 15) or, stateless, takes and returns them (iOS 16, macOS 1
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -102,7 +103,7 @@ class CoreMlBackend(Backend):
         prompts, targets = shapes.prompts, shapes.targets
         assert prompts is not None and targets is not None  # `settle` leaves nothing open
         model = model.float() if variant == "fp32" else with_scaled_norms(model.float())
-        rotary = RotaryTable(model.model.encoder.rotary_emb, max(prompts) + targets)
+        rotary = functools.partial(RotaryTable, length=max(prompts) + targets)
         recipe = stacked(graphs)
         decoder = _StackedDecoder(ExportedDecoder(model, fixed=True, rotary=rotary))
         modules = {

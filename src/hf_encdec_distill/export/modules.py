@@ -11,6 +11,7 @@ earlier calls, M slots of a fixed cache, G key/value heads, R query heads for ea
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +37,23 @@ class ExportedEncoder(nn.Module):
 
     Args:
         model: its weights are used, not copied.
-        rotary: gives cosines and sines; the model's own by default, or a [`RotaryTable`].
+        rotary: makes of the model's RoPE what gives cosines and sines: [`TraceableRotary`], or a [`RotaryTable`].
     """
 
-    def __init__(self, model: RopeEncDecForConditionalGeneration, rotary: nn.Module | None = None):
+    def __init__(
+        self,
+        model: RopeEncDecForConditionalGeneration,
+        rotary: Callable[[RopeEncDecRotaryEmbedding], nn.Module] | None = None,
+    ):
         super().__init__()
         self.encoder, self.decoder = model.model.encoder, model.model.decoder
-        self.rotary = rotary or TraceableRotary(self.encoder.rotary_emb)
+        self.rotary = nn.ModuleDict(
+            {
+                name: (rotary or TraceableRotary)(module)
+                for name, module in self.encoder.named_children()
+                if isinstance(module, RopeEncDecRotaryEmbedding)
+            }
+        )
         self.config = model.config
         # Layers above the highest state that is read do nothing for the decoder.
         self.depth = max(self.config.encoder_states_read)
@@ -56,21 +67,20 @@ class ExportedEncoder(nn.Module):
         else:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         hidden = self.encoder.embed_tokens(input_ids)
-        rotary = self.rotary(hidden, positions)
-        visible = (real > 0)[:, None, None]
-        if self.config.encoder_attention == "causal":
-            order = torch.arange(input_ids.shape[1], device=input_ids.device)
-            visible = visible & (order[None] <= order[:, None])[None, None]
-        bias = _bias(visible, hidden)
+        rotary = {name: module(hidden, positions) for name, module in self.rotary.items()}
+        layers = self.encoder.layers[: self.depth]
+        windows = dict.fromkeys(layer.sliding_window for layer in layers)
+        biases = {window: _bias(self._visible(real, window), hidden) for window in windows}
 
         entering = [hidden]
-        for layer in self.encoder.layers[: self.depth]:
+        for layer in layers:
             attention, normed = layer.self_attn, layer.input_layernorm(hidden)
             query = attention.project_query(normed)
             key, value = attention.project_key_value(normed)
             if layer.uses_rope:
-                query, key = apply_rotary_pos_emb(query, rotary), apply_rotary_pos_emb(key, rotary)
-            hidden = hidden + attention.o_proj(grouped_attention(query, key, value, bias))
+                tables = rotary[layer.rotary]
+                query, key = apply_rotary_pos_emb(query, tables), apply_rotary_pos_emb(key, tables)
+            hidden = hidden + attention.o_proj(grouped_attention(query, key, value, biases[layer.sliding_window]))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
             entering.append(hidden)
 
@@ -78,12 +88,25 @@ class ExportedEncoder(nn.Module):
         for layer, state in zip(self.decoder.layers, self.config.encoder_state_of_decoder_layer, strict=True):
             if merged:
                 key, value = layer.self_attn.project_prompt(
-                    layer.input_layernorm(entering[state]), rotary if layer.uses_rope else None
+                    layer.input_layernorm(entering[state]), rotary["rotary_emb"] if layer.uses_rope else None
                 )
             else:
                 key, value = layer.cross_attn.project_key_value(self.encoder.norm(entering[state]))
             outputs += [key, value]
         return tuple(outputs)
+
+    def _visible(self, real: Tensor, window: int | None) -> Tensor:
+        """Keys that a query sees: `(B, 1, 1 or S, S)` of a mask `(B, S)`."""
+        visible = (real > 0)[:, None, None]
+        order = torch.arange(real.shape[1], device=real.device)
+        keys, queries = order[None], order[:, None]
+        if self.config.encoder_attention == "causal":
+            visible = visible & (keys <= queries)[None, None]
+        elif window is not None:
+            visible = visible & (keys < queries + window)[None, None]
+        if window is not None:
+            visible = visible & (keys > queries - window)[None, None]
+        return visible
 
 
 class ExportedDecoder(nn.Module):
@@ -105,7 +128,7 @@ class ExportedDecoder(nn.Module):
         model: RopeEncDecForConditionalGeneration,
         fixed: bool = False,
         repeat: bool = False,
-        rotary: nn.Module | None = None,
+        rotary: Callable[[RopeEncDecRotaryEmbedding], nn.Module] | None = None,
     ):
         super().__init__()
         self.embed_tokens, self.decoder, self.lm_head = (
@@ -113,7 +136,7 @@ class ExportedDecoder(nn.Module):
             model.model.decoder,
             model.lm_head,
         )
-        self.rotary = rotary or TraceableRotary(self.decoder.rotary_emb)
+        self.rotary = (rotary or TraceableRotary)(self.decoder.rotary_emb)
         self.config, self.fixed, self.repeat = model.config, fixed, repeat
 
     def forward(self, input_ids: Tensor, encoder_attention_mask: Tensor, *states: Tensor) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from .modeling_rope_encdec import slots_of_states, states_handed_over
 SIDES = ("encoder", "decoder")
 _FIELDS = (
     "cross_attention_layers",
+    "encoder_layer_types",
     *(f"{side}_{name}" for side in SIDES for name in ("num_hidden_layers", "no_rope_layers")),
 )
 
@@ -25,6 +26,9 @@ def config_without_layer(config, side, index):
     states = config.encoder_state_of_decoder_layer
     if side == "encoder":
         states = [state - (state > index) for state in states]
+        if config.encoder_sliding_window is not None:  # the default counts layers, and those that stay do not change
+            types = config.attention_of_encoder_layer
+            smaller.encoder_layer_types = [kind for layer, kind in enumerate(types) if layer != index]
     else:
         states = [state for layer, state in enumerate(states) if layer != index]
     # The default of `merged` spreads the decoder evenly; that of `separate` is the last state at any depth.

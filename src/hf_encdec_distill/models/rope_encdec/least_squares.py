@@ -220,7 +220,8 @@ def _layers_to_fit(config, kept: dict, goals: dict) -> dict[str, range]:
     """Of each side, by position: those above the exact ones, up to the last that is read."""
     exact = {"encoder": 0, "decoder": 0}
     if config.encoder_attention == "causal":
-        exact["encoder"] = _exact_layers(kept["encoder"], goals["encoder"])
+        types = [*config.attention_of_encoder_layer, "sliding_attention"]
+        exact["encoder"] = min(_exact_layers(kept["encoder"], goals["encoder"]), types.index("sliding_attention"))
     if config.cross_attention == "merged":
         states = config.encoder_state_of_decoder_layer
         reads_exact = [state == layer <= exact["encoder"] for layer, state in zip(kept["decoder"], states)]
