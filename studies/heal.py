@@ -427,7 +427,7 @@ def _untrained(encoder: int, decoder: int, options: Mapping):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     if encoder:
         fields = RopeEncDecForConditionalGeneration.from_decoder_only(model).config.to_dict()
-        fields |= {"encoder_num_hidden_layers": encoder, "encoder_pooling_layer": None, **options}
+        fields |= {"encoder_num_hidden_layers": encoder, **options}
         model = RopeEncDecForConditionalGeneration(RopeEncDecConfig.from_dict(fields)).eval()
     return model
 

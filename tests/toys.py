@@ -13,6 +13,11 @@ from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGenerati
 VOCAB = 97
 KINDS = ("separate", "merged")
 PROMPT_LENGTHS = (7, 4, 2)
+SLIDING = {  # of the encoder's three layers
+    "encoder_layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "encoder_sliding_window": 2,
+    "encoder_sliding_rope_theta": 50.0,
+}
 
 
 def make_config(kind="separate", **fields):

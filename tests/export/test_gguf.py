@@ -166,6 +166,7 @@ def test_one_context_serves_one_generation(tmp_path):
         ({"kind": "merged", "gated_mlp": False}, "an MLP without a gate"),
         ({"kind": "merged", "hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"kind": "merged", "decoder_no_rope_layers": [0]}, "layers without RoPE"),
+        ({"kind": "merged", "encoder_sliding_window": 3}, "encoder layers with a sliding window"),
         (
             {"kind": "merged", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             "RoPE on a part of each head",

@@ -9,7 +9,7 @@ import torch
 from optimum.exporters.onnx import onnx_export_from_model
 from optimum.onnxruntime import ORTModelForSeq2SeqLM
 from optimum_toys import OPTIMUM_CLI, assert_same, run, written_by_our_export
-from toys import KINDS, make_model, ragged
+from toys import KINDS, SLIDING, make_model, ragged
 
 from hf_encdec_distill import RopeEncDecModel
 
@@ -56,6 +56,7 @@ ONNX_CASES = {
         },
         {},
     ),
+    "layers that slide": ({"kind": "merged", **SLIDING}, {}),
     "half of a head turned": (
         {"kind": "merged", "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "partial_rotary_factor": 0.5}},
         {},

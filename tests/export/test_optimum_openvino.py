@@ -9,7 +9,7 @@ import pytest
 import torch
 from optimum.intel import OVModelForSeq2SeqLM, OVWeightQuantizationConfig
 from optimum_toys import OPTIMUM_CLI, assert_same, logits, run, written_by_our_export
-from toys import make_model, ragged, random_ids
+from toys import SLIDING, make_model, ragged, random_ids
 
 
 # On a CPU, OpenVINO computes in bf16 if it can, keeps a fused cache in 8 bits and rounds what meets compressed
@@ -43,7 +43,7 @@ def test_openvino_stateful(stateful):
 
 
 def test_openvino_stateless(tmp_path):
-    model = make_model("merged", encoder_attention="causal", encoder_pooling=2)
+    model = make_model("merged", encoder_attention="causal", encoder_pooling=2, **SLIDING)
     exported = exported_to_openvino(tmp_path, model, stateful=False)
     assert not exported.decoder.stateful
     assert_same(exported, model)

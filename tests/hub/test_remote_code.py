@@ -81,8 +81,11 @@ def model_files(folder):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("kind", ["separate", "merged"])
-def test_a_folder_loads_where_the_package_is_not(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [("separate", {}), ("merged", {"encoder_sliding_window": 3, "encoder_sliding_rope_theta": 50.0})],
+)
+def test_a_folder_loads_where_the_package_is_not(kind, fields, tmp_path):
     from safetensors.torch import load_file, save_file
 
     config = RopeEncDecConfig(
@@ -95,6 +98,7 @@ def test_a_folder_loads_where_the_package_is_not(kind, tmp_path):
         num_key_value_heads=2,
         initializer_range=0.2,
         cross_attention=kind,
+        **fields,
     )
     model = RopeEncDecForConditionalGeneration(config).eval()
     folder = tmp_path / "student"

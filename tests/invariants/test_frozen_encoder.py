@@ -122,6 +122,7 @@ def test_what_is_not_the_teachers_is_not_shared(tmp_path, tokenizer):
     assert not exact(make_student(teacher), frozen=False)
     assert not exact(make_student(teacher, encoder_layers=[0, 2]))
     assert not exact(make_student(teacher, encoder_attention="bidirectional"))
+    assert not exact(make_student(teacher, encoder_sliding_window=2))
     assert not exact(make_student(teacher, cross_attention="separate"))
     assert not exact(make_student(teacher, attention_dropout=0.1))
     assert not exact(make_student(teacher), copy.deepcopy(teacher).to(torch.bfloat16))

@@ -17,6 +17,7 @@ from distillation_toys import InOrder, arguments, collate, make_t5, ragged_rows,
 from transformers import AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
+from hf_encdec_distill.models.rope_encdec.depth import remove_layer, without_layer
 
 
 VOCAB, LAYERS, START = 60, 4, 3
@@ -207,6 +208,20 @@ SCHEDULES = {
 }
 
 
+def test_layers_that_slide_still_do_when_others_go(tmp_path):
+    student = make_student(encoder_sliding_window=2)  # a full layer, two that slide, a full one
+    ids, mask = prompts()
+    asked = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :4]}
+    with torch.no_grad():
+        with without_layer(student, "encoder", 0):
+            expected = student(**asked, use_cache=False).logits
+        remove_layer(student, "encoder", 0)
+        assert student.config.encoder_layer_types == ["sliding_attention"] * 2 + ["full_attention"]
+        student.save_pretrained(tmp_path)
+        loaded = RopeEncDecForConditionalGeneration.from_pretrained(tmp_path)
+        assert torch.equal(loaded(**asked).logits, expected)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_resumed_equals_never_stopped(tmp_path, schedule):
     """Stopped before each change: dropout, shuffled rows, AdamW. The student given again is that of the beginning, or,
@@ -290,10 +305,13 @@ class Attends(TrainerCallback):
         self.weights.append(a)
 
 
-def test_encoder_learns_to_look_ahead(tmp_path):
+@pytest.mark.parametrize("window", [None, 3])
+def test_encoder_learns_to_look_ahead(tmp_path, window):
     """The weight of later keys after each step; a checkpoint of the end is the student that was trained."""
+    types = None if window is None else ["sliding_attention"] * LAYERS
+    student = make_student(encoder_layer_types=types, encoder_sliding_window=window)
     trainer = make_trainer(
-        tmp_path, make_student(), bidirectional_warmup_steps=4, max_steps=5, save_strategy="steps", save_steps=5
+        tmp_path, student, bidirectional_warmup_steps=4, max_steps=5, save_strategy="steps", save_steps=5
     )
     attends = Attends()
     trainer.add_callback(attends)

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
-from toys import KINDS, VOCAB, make_config, make_llama, make_model, merged_twin, ragged, random_ids, stir
+from toys import KINDS, SLIDING, VOCAB, make_config, make_llama, make_model, merged_twin, ragged, random_ids, stir
 from transformers import AutoConfig, AutoModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.gemma3.modeling_gemma3 import _bidirectional_window_overlay
 
 from hf_encdec_distill import RopeEncDecEncoderModel, RopeEncDecForConditionalGeneration, RopeEncDecModel
 
@@ -97,6 +98,68 @@ def test_a_bidirectional_encoder_is_the_upstream_block_under_an_open_mask(family
     with torch.no_grad():
         causal = model(input_ids=ids, attention_mask=mask).last_hidden_state
     assert (causal - states)[real].abs().max() > 0.1
+
+
+TYPES = SLIDING["encoder_layer_types"]
+QWEN3 = {"head_dim": 12, "use_sliding_window": True, "sliding_window": 2, "layer_types": TYPES}
+
+
+@pytest.mark.parametrize(
+    ("family", "theirs", "ours"),
+    [
+        ("mistral", {"sliding_window": 2}, {"encoder_layer_types": ["sliding_attention"] * 3}),
+        ("qwen3", QWEN3, {"encoder_layer_types": TYPES, "head_dim": 12, "qk_norm": True}),
+    ],
+)
+def test_a_causal_encoder_that_slides_is_the_upstream_base_model(family, theirs, ours):
+    upstream = upstream_model(family, **theirs)
+    model = encoder_twin(upstream, encoder_sliding_window=2, **ours)
+    full = encoder_twin(upstream, **{**ours, "encoder_layer_types": None})
+    for side in ("right", "left"):
+        ids, mask, rows = ragged(side)
+        with torch.no_grad():
+            states = model(input_ids=ids, attention_mask=mask).last_hidden_state
+            assert (full(input_ids=ids, attention_mask=mask).last_hidden_state - states)[0].abs().max() > 0.1
+        for row, real, alone in zip(states, mask.bool(), rows):
+            torch.testing.assert_close(row[real], upstream_states(upstream, alone)[0], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_bidirectional_encoder_that_slides_is_the_upstream_block_under_gemmas_mask(side):
+    upstream = upstream_model("qwen3", attn_implementation="eager", **QWEN3)
+    ours = {"encoder_layer_types": TYPES, "encoder_sliding_window": 2, "head_dim": 12, "qk_norm": True}
+    model = RopeEncDecEncoderModel(make_config(**{**SIZES, "encoder_num_hidden_layers": 3, **ours})).eval()
+    model.encoder.load_state_dict(upstream.state_dict())
+    ids, mask, _ = ragged(side)
+    real, order = mask.bool(), torch.arange(ids.shape[1])
+    near = _bidirectional_window_overlay(2)(0, 0, order[:, None], order[None])
+    masks = {"full_attention": torch.ones_like(near), "sliding_attention": near}
+    masks = {
+        name: torch.where(visible & real[:, None, None], 0.0, torch.finfo(torch.float).min)
+        for name, visible in masks.items()
+    }
+    with torch.no_grad():
+        expected = upstream(input_ids=ids, attention_mask=masks, use_cache=False).last_hidden_state
+        states = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(states[real], expected[real], atol=2e-5, rtol=1e-5)
+
+
+def test_layers_that_slide_have_a_rope_base_of_their_own():
+    upstream, other = upstream_model("qwen3", **QWEN3), upstream_model("qwen3", rope_theta=50.0, **QWEN3)
+
+    def turn(_layer, args, kwargs):
+        tables = other.rotary_emb(args[0], torch.arange(args[0].shape[1])[None])
+        return args, {**kwargs, "position_embeddings": tables}
+
+    for layer, kind in zip(upstream.layers, TYPES):
+        if kind == "sliding_attention":
+            layer.register_forward_pre_hook(turn, with_kwargs=True)
+    model = encoder_twin(upstream, head_dim=12, qk_norm=True, **SLIDING)
+    ids = random_ids(2, 7)
+    with torch.no_grad():
+        states = model(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(states, upstream_states(upstream, ids), atol=2e-5, rtol=1e-5)
+    assert model.encoder.rotary_emb.inv_freq[1] != model.encoder.sliding_rotary_emb.inv_freq[1]
 
 
 ROPE_FIELDS = {

@@ -4,13 +4,14 @@ Flash attention has no CPU kernels. Its calling contract is shown with a plain-t
 that the flash packages export, put in their place: packed rows with boundaries, causal masks aligned bottom right.
 """
 
+import functools
 import importlib.machinery
 import sys
 import types
 
 import pytest
 import torch
-from toys import KINDS, make_llama, make_model, merged_twin, ragged, random_ids
+from toys import KINDS, SLIDING, make_llama, make_model, merged_twin, ragged, random_ids
 from transformers import StaticCache, modeling_flash_attention_utils
 from transformers.cache_utils import EncoderDecoderCache
 
@@ -183,31 +184,77 @@ def test_compiled_flex_equals_eager():
     torch.testing.assert_close(flex, eager, atol=2e-5, rtol=1e-5)
 
 
-def _one_row(query, key, value, scale, causal):
-    """Rows `(T, N, D)` on `(K, G, D)`; a causal query `i` of `T` sees the keys up to `K - T + i`."""
+@pytest.mark.parametrize("encoder_attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encoder_that_slides(kind, side, encoder_attention):
+    """Alike in each implementation, padded or alone; a window of the prompt's length is none."""
+    model = make_model(kind, encoder_attention=encoder_attention, **SLIDING)
+    ids, mask, rows = ragged(side)
+    target = random_ids(3, 5)
+    for prompt_mask in (mask, None):
+        eager = forward(switched(model, "eager"), ids, prompt_mask, target)
+        sdpa = forward(switched(model, "sdpa"), ids, prompt_mask, target)
+        with torch.compiler.set_stance("force_eager"):
+            flex = forward(switched(model, "flex_attention"), ids, prompt_mask, target)
+        torch.testing.assert_close(sdpa, eager, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(flex, eager, atol=2e-5, rtol=1e-5)
+    together = forward(switched(model, "sdpa"), ids, mask, target)
+    for index, row in enumerate(rows):
+        alone = forward(model, row, None, target[index : index + 1])
+        torch.testing.assert_close(together[index], alone[0], atol=2e-5, rtol=1e-5)
+    wide, none = (
+        make_model(kind, encoder_attention=encoder_attention, encoder_sliding_window=window) for window in (7, None)
+    )
+    wide.load_state_dict(model.state_dict())
+    none.load_state_dict(model.state_dict())
+    torch.testing.assert_close(forward(wide, ids, mask, target), forward(none, ids, mask, target), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("encoder_attention", ["bidirectional", "causal"])
+def test_a_compiled_encoder_that_slides(encoder_attention):
+    """One graph without breaks for prompts of any length."""
+    model = make_model(cls=RopeEncDecEncoderModel, encoder_attention=encoder_attention, **SLIDING)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    with torch.no_grad():
+        for lengths in ((7, 4, 2), (9, 3)):
+            ids, mask, _ = ragged("left", lengths=lengths)
+            states = compiled(input_ids=ids, attention_mask=mask).last_hidden_state
+            expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
+            torch.testing.assert_close(states[mask.bool()], expected[mask.bool()], atol=2e-5, rtol=1e-5)
+
+
+def _one_row(query, key, value, scale, causal, window):
+    """Rows `(T, N, D)` on `(K, G, D)`; a causal query `i` of `T` sees the keys up to `K - T + i`, and of a window
+    `(left, right)` those from `left` below that to `right` above it, -1 being all."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     scores = torch.einsum("qnd,knd->nqk", query, key) * scale
-    if causal:
-        ahead = torch.ones(scores.shape[-2:]).tril(scores.shape[-1] - scores.shape[-2]) == 0
-        scores = scores.masked_fill(ahead, -torch.inf)
+    left, right = window[0], 0 if causal else window[1]
+    length, keys = scores.shape[-2:]
+    ahead = torch.arange(keys)[None] - (torch.arange(length)[:, None] + keys - length)
+    unseen = ((ahead > right) & (right >= 0)) | ((ahead < -left) & (left >= 0))
+    scores = scores.masked_fill(unseen, -torch.inf)
     return torch.einsum("nqk,knd->qnd", scores.softmax(-1).nan_to_num(), value)  # no key in sight: zero
 
 
-def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False):
-    return torch.stack([_one_row(*row, softmax_scale, causal) for row in zip(q, k, v)])
+def flash_attn_func(
+    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), deterministic=False
+):  # fmt: skip
+    return torch.stack([_one_row(*row, softmax_scale, causal, window_size) for row in zip(q, k, v)])
 
 
 def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
-    deterministic=False,
+    window_size=(-1, -1), deterministic=False,
 ):  # fmt: skip
     assert q.dim() == 3 and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     assert cu_seqlens_q[-1] == q.shape[0] and cu_seqlens_k[-1] == k.shape[0] == v.shape[0]
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     assert max(lengths_q) <= max_seqlen_q and max(lengths_k) <= max_seqlen_k
     rows = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k))
-    return torch.cat([_one_row(*row, softmax_scale, causal) for row in rows])
+    return torch.cat([_one_row(*row, softmax_scale, causal, window_size) for row in rows])
 
 
 @pytest.fixture(params=["flash_attention_2", "flash_attention_3"])
@@ -244,10 +291,11 @@ def flashed(model, implementation):
     return model
 
 
+@pytest.mark.parametrize("sliding", [{}, SLIDING], ids=["full", "sliding"])
 @pytest.mark.parametrize("encoder_attention", ["bidirectional", "causal"])
 @pytest.mark.parametrize("kind", [*KINDS, "pooled"])
-def test_flash_equals_eager(kind, encoder_attention, flash):
-    model = make_model(kind, encoder_attention=encoder_attention)
+def test_flash_equals_eager(kind, encoder_attention, sliding, flash):
+    model = make_model(kind, encoder_attention=encoder_attention, **sliding)
     cases = [(side, length) for side in SIDES for length in (1, 5, 7, 9)]  # below, at and above the prompt's length
     for side, length in cases:
         ids, mask, _ = ragged(side)
@@ -285,6 +333,26 @@ def test_flash_trains_like_eager(kind, flash):
         flashed(model, implementation)(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     torch.testing.assert_close(gradients[1], gradients[0], atol=2e-4, rtol=1e-4)
+
+
+def test_flash_refuses_what_would_not_keep_to_a_window(flash, monkeypatch):
+    model = flashed(make_model(**SLIDING), flash)
+    ids, mask, target = random_ids(1, 7), torch.ones(1, 7, dtype=torch.long), random_ids(1, 2)
+    mask[0, 3] = 0
+    with pytest.raises(ValueError, match="pads between real tokens.*set_attn_implementation"):
+        forward(model, ids, mask, target)
+    # As on an NPU (integrations/npu_flash_attention.py of transformers v5.24.0).
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None, raising=False)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_flash_fn", None)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_process_flash_kwargs_fn", None)
+    for package in ("flash_attn", "flash_attn_interface"):
+        without = functools.partial(
+            lambda function, *args, **kwargs: function(*args, **kwargs), flash_attn_varlen_func
+        )
+        monkeypatch.setattr(sys.modules[package], "flash_attn_varlen_func", without)
+    with pytest.raises(ValueError, match="knows no window on this device.*set_attn_implementation"):
+        forward(model, ids, None, target)
+    forward(model, ids[:, :2], None, target)  # which the window spans
 
 
 def test_flash_refuses_a_static_cache(flash):

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import transformers
-from toys import KINDS, make_llama, make_model, merged_twin, ragged, random_ids
+from toys import KINDS, SLIDING, make_llama, make_model, merged_twin, ragged, random_ids
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
@@ -21,6 +21,17 @@ GREEDY = {"max_new_tokens": 10, "do_sample": False}
 @pytest.fixture(params=[*KINDS, "pooled"])
 def model(request):
     return make_model(request.param)
+
+
+@pytest.mark.parametrize("cache_implementation", [None, "static"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encoder_that_slides(kind, cache_implementation):
+    """Its decoder sees all that it has written, also with a cache of transformers' own making."""
+    model = make_model(kind, **SLIDING)
+    ids, mask, rows = ragged("left")
+    together = generate(model, ids, mask, cache_implementation=cache_implementation)
+    for tokens, row in zip(together, rows):
+        assert trimmed(tokens, model) == greedy_by_hand(model, row)
 
 
 def generate(model, ids, mask=None, **settings):
@@ -293,9 +304,9 @@ def test_scores_are_the_logits_of_the_whole_sequence(model):
     torch.testing.assert_close(torch.stack(out.logits, dim=1), logits, atol=5e-5, rtol=1e-5)
     torch.testing.assert_close(torch.stack(out.scores, dim=1), logits, atol=5e-5, rtol=1e-5)
     assert len(out.decoder_hidden_states) == len(out.scores)
+    pooled_from = model.config.first_pooled_layer or 0
     assert [state.shape for state in out.encoder_hidden_states] == [
-        (3, length if index < model.config.encoder_pooling_layer else read_of(model, length), 32)
-        for index, length in enumerate([7] * 4)
+        (3, length if index < pooled_from else read_of(model, length), 32) for index, length in enumerate([7] * 4)
     ]
 
 

@@ -204,9 +204,11 @@ def traced_inputs(side, lengths, target_length):
     return ids, mask, random_ids(len(lengths), target_length)
 
 
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_torch_export_with_dynamic_lengths(kind):
-    model = Logits(make_model(kind, encoder_num_hidden_layers=2, decoder_num_hidden_layers=1)).eval()
+def test_torch_export_with_dynamic_lengths(kind, window):
+    options = {"encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 1, "encoder_sliding_window": window}
+    model = Logits(make_model(kind, **options)).eval()
     axes = [torch.export.Dim(name, min=2, max=64) for name in ("batch", "prompt", "target")]
     program = torch.export.export(
         model,
@@ -223,14 +225,15 @@ def test_torch_export_with_dynamic_lengths(kind):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_jit_trace(kind, monkeypatch):
+def test_jit_trace(kind, window, monkeypatch):
     # transformers 4.57 builds padding masks by indexing under vmap, which the tracer of torch.jit does not survive.
     # Exporters swap that function in the registry of masks, as here, and we have to take it from there.
     without_indexing = getattr(masking_utils, "sdpa_mask_older_torch", None)
     if without_indexing is not None:
         monkeypatch.setitem(type(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS)._global_mapping, "sdpa", without_indexing)
-    model = Logits(make_model(kind)).eval()
+    model = Logits(make_model(kind, encoder_sliding_window=window)).eval()
     with torch.no_grad():
         traced = torch.jit.trace(model, traced_inputs("right", (7, 4, 2), 5), check_trace=False)
         for inputs in (traced_inputs("right", (7, 4, 2), 5), traced_inputs("left", (7, 3, 5), 5)):

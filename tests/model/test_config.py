@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
-from toys import make_config
-from transformers import AutoConfig, LlamaConfig
+from toys import SLIDING, make_config
+from transformers import AutoConfig, DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
@@ -38,6 +38,21 @@ from hf_encdec_distill.models.rope_encdec.modeling_rope_encdec import RopeEncDec
         ({"cross_attention_layers": [0]}, "cross_attention_layers", "[0]", "each of the 2 decoder layers"),
         ({"cross_attention_layers": [0, 4]}, "cross_attention_layers", "[0, 4]", "0 to encoder_num_hidden_layers=3"),
         ({"encoder_no_rope_layers": [3]}, "encoder_no_rope_layers", "[3]", "0 to 2"),
+        (
+            {"encoder_layer_types": ["full_attention"]},
+            "encoder_layer_types",
+            "['full_",
+            "each of the 3 encoder layers",
+        ),
+        (
+            {"encoder_layer_types": ["full_attention", "full_attention", "local"]},
+            "types",
+            "'local'",
+            "sliding_attention",
+        ),
+        ({"encoder_layer_types": ["sliding_attention"] * 3}, "encoder_sliding_window", "None", "at least 1"),
+        ({"encoder_sliding_window": 0}, "encoder_sliding_window", "0", "at least 1"),
+        ({"encoder_sliding_rope_theta": 0.0}, "encoder_sliding_rope_theta", "0.0", "positive"),
         ({"decoder_no_rope_layers": [-1]}, "decoder_no_rope_layers", "[-1]", "0 to 1"),
         ({"decoder_start_token_id": None}, "decoder_start_token_id", "None", "bos_token_id"),
         ({"decoder_start_token_id": 97}, "decoder_start_token_id", "97", "0 to 96"),
@@ -69,6 +84,7 @@ EVERY_FIELD = {
     "encoder_attention": "causal",
     "encoder_pooling": 4,
     "encoder_pooling_layer": 2,
+    **SLIDING,
     "pad_token_id": None,
     "bos_token_id": 5,
     "eos_token_id": [2, 3],
@@ -134,6 +150,20 @@ def test_older_rope_arguments_mean_what_they_mean_upstream(fields):
 def test_the_one_dict_wins_over_older_arguments():
     config = make_config(rope_parameters={"rope_type": "default", "rope_theta": 7.0}, rope_theta=500.0)
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 7.0}
+
+
+def test_a_window_alone_is_modern_berts_order():
+    """As its own config has it: `global_attn_every_n_layers` is 3. Each number of layers has its own."""
+    full, sliding = "full_attention", "sliding_attention"
+    config = make_config(encoder_sliding_window=4, encoder_num_hidden_layers=5)
+    assert config.attention_of_encoder_layer == [full, sliding, sliding, full, sliding]
+    config.encoder_num_hidden_layers = 2
+    assert config.attention_of_encoder_layer == [full, sliding]
+    assert make_config().attention_of_encoder_layer == [full] * 3
+
+
+def test_a_sliding_encoder_leaves_the_decoders_cache_whole():
+    assert not any(layer.is_sliding for layer in DynamicCache(config=make_config(**SLIDING)).layers)
 
 
 def test_num_hidden_layers_is_another_name_for_the_decoders_depth():

@@ -357,6 +357,33 @@ def test_a_sliding_window_bounds_where_the_student_is_exact(caplog):
     assert "sliding window of 8" in caplog.text
 
 
+@pytest.mark.parametrize("selection", ["influence", "greedy"])
+def test_an_encoder_that_slides(selection):
+    """Its layers are those that would be chosen otherwise; within the window nothing changes."""
+    teacher, rows = make_teacher(), calibration_rows()
+    types = ["full_attention", "sliding_attention"]
+    plain, student = (
+        RopeEncDecForConditionalGeneration.from_decoder_only(
+            teacher,
+            encoder_num_hidden_layers=2,
+            layer_selection=selection,
+            calibration=rows,
+            heal=None,
+            **fields,
+        )
+        for fields in ({}, {"encoder_layer_types": types, "encoder_sliding_window": 4})
+    )
+    assert student.config.attention_of_encoder_layer == types
+    for name, weight in plain.named_parameters():
+        if name != "model.decoder.norm.weight":
+            assert torch.equal(weight, student.get_parameter(name))
+    short, long = torch.randint(4, VOCAB, (1, 4)), torch.randint(4, VOCAB, (1, 9))
+    with torch.no_grad():
+        for ids, equal in ((short, True), (long, False)):
+            states = [model.get_encoder()(ids).last_hidden_state for model in (plain, student)]
+            assert torch.allclose(*states, atol=1e-5) == equal
+
+
 def test_other_families_are_refused_by_name():
     teacher = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=20))
     with pytest.raises(ValueError, match="gpt2.*llama, mistral, qwen2, qwen3, smollm3, phi3"):

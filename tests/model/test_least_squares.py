@@ -127,7 +127,7 @@ def test_weights_are_those_of_numpy(family, kind, with_alone, pooling):
     # The prompt without its last token, which the decoder starts from; the encoder's top stands for layer 5, which
     # reads it, or, in `separate`, for the teacher's own top.
     for index, (layer, goal) in enumerate(zip(encoder.layers, [2, 4, 5 if kind == "merged" else DEPTH])):
-        of_layer = pooling if index >= student.config.encoder_pooling_layer else 1
+        of_layer = pooling if index >= (student.config.first_pooled_layer or 0) else 1
         tokens = [slice(1, None)] * len(fitted)
         goals = [means(row[goal][: len(prompt) - 1], of_layer)[1:] for row, (prompt, _) in zip(states, fitted)]
         gaps.append(fit_by_hand(layer, layer.mlp.down_proj, read, fitted, tokens, goals))
@@ -269,6 +269,8 @@ def fitted_layers(student):
         ([2], [3], {}, {"encoder": [2], "decoder": [3]}),
         ([2], [3], {"cross_attention": "separate"}, {"encoder": [2], "decoder": [3]}),
         ([0, 1], [0, 1], {"encoder_attention": "bidirectional"}, {"encoder": [0], "decoder": [1]}),
+        # From the layer on that slides, nothing is what the teacher computes.
+        ([0, 1, 2, 3], [0, 1, 2, 5], {"encoder_sliding_window": 3}, {"encoder": [1, 2, 3], "decoder": [2, 5]}),
         ([0, 1, 2], [0, 1, 2], {"cross_attention_layers": [1, 1, 1]}, {"encoder": [0], "decoder": [0, 1, 2]}),
     ],
 )

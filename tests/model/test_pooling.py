@@ -126,7 +126,10 @@ def test_positions_of_the_users_are_refused():
     ("fields", "message"),
     [
         ({"encoder_pooling": 0}, "encoder_pooling=0 does not work; it has to be a whole number of at least 1"),
-        ({"encoder_pooling": 2, "encoder_pooling_layer": 4}, "encoder_pooling_layer=4 .* index of an encoder layer, or .*=3 to"),
+        (
+            {"encoder_pooling": 2, "encoder_pooling_layer": 4},
+            "encoder_pooling_layer=4 .* index of an encoder layer, or .*=3 to",
+        ),
     ],
 )
 def test_what_cannot_be_pooled(fields, message):

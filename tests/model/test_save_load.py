@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_common import CLASSES, EVERYTHING, assert_initial, call
-from toys import KINDS, make_config, make_model, random_ids
+from toys import KINDS, SLIDING, make_config, make_model, random_ids
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForTextEncoding
 
 from hf_encdec_distill import (
@@ -195,9 +195,20 @@ def test_meta_init(cls, rope, tmp_path):
         assert torch.equal(call(cls.from_pretrained(tmp_path))[0], call(model)[0])
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_layers_that_slide(cls, tmp_path):
+    model = make_model(cls=cls, **SLIDING)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(call(cls.from_pretrained(tmp_path))[0], call(model)[0])
+    half = cls.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    rotary = [each.get_encoder().sliding_rotary_emb.inv_freq for each in (model, half)]
+    assert torch.equal(*rotary) and rotary[1].dtype == torch.float32
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_holds_no_frequencies(kind):
-    assert not any("inv_freq" in name for name in make_model(kind).state_dict())
+    assert not any("inv_freq" in name for name in make_model(kind, **SLIDING).state_dict())
 
 
 @pytest.mark.parametrize("kind", KINDS)

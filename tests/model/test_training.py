@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from toys import KINDS, make_model, ragged, random_ids
+from toys import KINDS, SLIDING, make_model, ragged, random_ids
 
 
 @pytest.fixture(params=KINDS)
@@ -104,6 +104,15 @@ def test_checkpointing_gives_the_same_gradients(model, reentrant):
     torch.testing.assert_close(got, expected)
     model.gradient_checkpointing_disable()
     torch.testing.assert_close(gradients(model, **inputs), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_of_layers_that_slide(reentrant):
+    model, inputs = make_model("merged", encoder_attention="causal", **SLIDING).train(), batch()
+    expected = gradients(model, **inputs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    torch.testing.assert_close(gradients(model, **inputs), expected)
+    assert all(gradient is not None for gradient in expected.values())
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

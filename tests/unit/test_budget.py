@@ -89,8 +89,11 @@ def test_no_layers_are_tried_twice():
     assert len(tried) >= 3 and tried.count(same) == 1
 
 
-@pytest.mark.parametrize(("cross_attention", "width"), [("merged", None), ("merged", 6), ("separate", None)])
-def test_a_student_within_a_budget(cross_attention, width):
+@pytest.mark.parametrize(
+    ("cross_attention", "width", "window"),
+    [("merged", None, None), ("merged", 6, None), ("merged", None, 4), ("separate", None, None)],
+)
+def test_a_student_within_a_budget(cross_attention, width, window):
     teacher, budget = LlamaForCausalLM(teacher_config(depth=5)).eval(), Budget(30, 10, 1.5)
     student = RopeEncDecForConditionalGeneration.from_decoder_only(
         teacher,
@@ -98,6 +101,7 @@ def test_a_student_within_a_budget(cross_attention, width):
         calibration=make_rows(10),
         cross_attention=cross_attention,
         decoder_intermediate_size=width,
+        encoder_sliding_window=window,
     )
     assert student.config.decoder_intermediate_size == width or width is None
     assert budget.time(teacher.config) / budget.time(student.config) >= 1.5
@@ -125,6 +129,7 @@ def test_budgets_that_say_nothing(fields, message):
     [
         ({"decoder_layers": [0, 1]}, "budget= decides"),
         ({"encoder_num_hidden_layers": 2}, "budget= decides"),
+        ({"encoder_layer_types": ["full_attention"]}, "budget= decides.*encoder_sliding_window"),
         ({"layer_selection": "even"}, "budget= chooses.*layer_selection='even'"),
         ({"calibration": None}, "measures on rows.*tokenizer="),
         ({"budget": Budget(10, 10, 1000)}, r"speedup=1000 is more than any.*one layer on each side gives [1-9]\.\d"),

@@ -265,6 +265,8 @@ def test_init_fits_the_layers_that_are_kept(teacher_folder, data_arguments, tmp_
         "2",
         "--decoder-layers",
         "2",
+        "--encoder-sliding-window",
+        "8",
         "--json",
     ]
     said, students = {}, {}
@@ -274,6 +276,7 @@ def test_init_fits_the_layers_that_are_kept(teacher_folder, data_arguments, tmp_
         said[rows] = json.loads(capsys.readouterr().out)["healing"]
         students[rows] = AutoModelForSeq2SeqLM.from_pretrained(folder)
     healing = said["20"]
+    assert students["0"].config.encoder_sliding_window == 8
     assert said["0"] is None and healing["rows"] + healing["held_out_rows"] == 20
     assert healing["taken"] is (healing["kl_after"] < healing["kl_before"])
     layers = AutoModelForCausalLM.from_pretrained(teacher_folder).model.layers

@@ -195,6 +195,20 @@ def test_the_quadratic_term_and_the_cache_read_by_hand():
     assert separate.cache_bytes_per_token == 2 * 2 * 2 * 12 * 2 * (102 + 103) / 2
 
 
+@pytest.mark.parametrize("encoder_attention,keys", [("causal", 8), ("bidirectional", 15)])
+def test_a_window_in_the_encoder_by_hand(encoder_attention, keys):
+    fields = {**encoder_decoder("merged").config.to_dict(), "encoder_attention": encoder_attention}
+    costs = [
+        model_cost(RopeEncDecConfig(**{**fields, "encoder_sliding_window": window}), prompt_length=100, new_tokens=3)
+        for window in (None, 8, 99)
+    ]
+    # Two of the three layers slide.
+    assert costs[1].first_token_attention_flops == 4 * 99 * (99 + 2 * keys) * 4 * 12
+    saved = costs[0].first_token_attention_flops - costs[1].first_token_attention_flops
+    assert costs[0].first_token_flops - costs[1].first_token_flops == saved
+    assert costs[2] == costs[0] and costs[1].flops_per_token == costs[0].flops_per_token
+
+
 def test_bytes_follow_the_dtype():
     config = decoder_only("qwen2").config
     half, full = (model_cost(config, PROMPT, NEW, dtype) for dtype in (torch.bfloat16, torch.float32))

@@ -29,7 +29,7 @@ _ROWS_TO_CHOOSE_LAYERS = 32
 _SIDES = ("encoder", "decoder")
 _OF_TWO_SIDES = (
     *("encoder_layers", "decoder_layers", "decoder_intermediate_size", "cross_attention", "encoder_attention"),
-    *("encoder_pooling", "encoder_pooling_layer", "vocabulary"),
+    *("encoder_pooling", "encoder_pooling_layer", "encoder_sliding_window", "vocabulary"),
 )
 
 
@@ -45,6 +45,7 @@ class Shape:
     encoder_attention: Literal["causal", "bidirectional"] = "causal"
     encoder_pooling: int = 1
     encoder_pooling_layer: int | None = None
+    encoder_sliding_window: int | None = None
     layer_selection: Literal["influence", "least_squares", "greedy", "even", "first"] = "influence"
     heal_rows: int = 200
     vocabulary: int | None = None
@@ -72,6 +73,8 @@ _HELP = {
     "encoder_pooling": "neighbouring prompt tokens that become one position half way up the encoder (default: "
     f"{Shape.encoder_pooling}, no pooling)",
     "encoder_pooling_layer": "the first encoder layer that sees the pooled positions (default: the one half way up)",
+    "encoder_sliding_window": "tokens that two of three encoder layers attend to: of each three the first attends to "
+    "all (default: all do)",
     "layer_selection": "which layers to keep: influence (the default: those that change their input most), "
     "least_squares (those that a linear fit joins best), greedy, even or first",
     "heal_rows": "training rows on which the layers that are kept are fitted to the teacher (default: "
@@ -219,6 +222,7 @@ def make_student(
         encoder_attention=shape.encoder_attention,
         encoder_pooling=shape.encoder_pooling,
         encoder_pooling_layer=shape.encoder_pooling_layer,
+        encoder_sliding_window=shape.encoder_sliding_window,
         budget=budget,
         **trimmed,
         **shared,

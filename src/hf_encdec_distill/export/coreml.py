@@ -7,6 +7,7 @@ states (iOS 18, macOS 15) or, stateless, takes and returns them (iOS 16, macOS 1
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -107,7 +108,7 @@ class CoreMlBackend(Backend):
         left = range(1, -(-prompts[-1] // pooling) + 1)
         if not isinstance(prompts, range):
             left = tuple(sorted({-(-size // pooling) for size in prompts}))
-        rotary = RotaryTable(model.model.encoder.rotary_emb, left[-1] * pooling + targets)
+        rotary = functools.partial(RotaryTable, length=left[-1] * pooling + targets)
         recipe = stacked(graphs)
         decoder = _StackedDecoder(ExportedDecoder(model, fixed=True, rotary=rotary))
         modules = {

@@ -162,6 +162,8 @@ def _lacking(config) -> str:
         "layers without RoPE": bool(
             getattr(config, "encoder_no_rope_layers", ()) or getattr(config, "decoder_no_rope_layers", ())
         ),
+        "encoder layers with a sliding window": "sliding_attention"
+        in getattr(config, "attention_of_encoder_layer", ()),
         "RoPE on a part of each head": parameters.get("partial_rotary_factor", 1.0) != 1.0,
         f"RoPE of type {rope!r}, whose frequencies depend on the length": rope in ("dynamic", "longrope"),
         f"RoPE of type {rope!r} with qk_norm": _has_qk_norm(config) and rope not in ("default", "linear"),

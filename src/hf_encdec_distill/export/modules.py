@@ -12,6 +12,7 @@ key/value heads, R query heads for each of them, D head width, V vocabulary.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,6 @@ from ..models.rope_encdec.modeling_rope_encdec import (
     mean_of_neighbours,
     pooled_attention_mask,
     pooled_position_ids,
-    pooling_layer,
 )
 
 
@@ -41,18 +41,28 @@ class ExportedEncoder(nn.Module):
 
     Args:
         model: its weights are used, not copied.
-        rotary: gives cosines and sines; the model's own by default, or a [`RotaryTable`].
+        rotary: makes of the model's RoPE what gives cosines and sines: [`TraceableRotary`], or a [`RotaryTable`].
     """
 
-    def __init__(self, model: RopeEncDecForConditionalGeneration, rotary: nn.Module | None = None):
+    def __init__(
+        self,
+        model: RopeEncDecForConditionalGeneration,
+        rotary: Callable[[RopeEncDecRotaryEmbedding], nn.Module] | None = None,
+    ):
         super().__init__()
         self.encoder, self.decoder = model.model.encoder, model.model.decoder
-        self.rotary = rotary or TraceableRotary(self.encoder.rotary_emb)
+        self.rotary = nn.ModuleDict(
+            {
+                name: (rotary or TraceableRotary)(module)
+                for name, module in self.encoder.named_children()
+                if isinstance(module, RopeEncDecRotaryEmbedding)
+            }
+        )
         self.config = model.config
         # Layers above the highest state that is read do nothing for the decoder.
         self.depth = max(self.config.encoder_states_read)
         # What the decoder reads is pooled in any case.
-        at = pooling_layer(self.config)
+        at = self.config.first_pooled_layer
         self.pooling_layer = None if at is None else min(at, self.depth)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
@@ -67,7 +77,7 @@ class ExportedEncoder(nn.Module):
         else:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         hidden = self.encoder.embed_tokens(input_ids)
-        rotary, bias = self.rotary(hidden, positions), self.bias(real, hidden)
+        rotary, biases = self._of_each_type(hidden, positions, real)
 
         entering = []
         for index, layer in enumerate([*self.encoder.layers[: self.depth], None]):
@@ -76,7 +86,7 @@ class ExportedEncoder(nn.Module):
                 hidden, *entering = (mean_of_neighbours(state, real, size) for state in (hidden, *entering))
                 real = pooled_attention_mask(real, size)
                 positions = pooled_position_ids(torch.arange(hidden.shape[1], device=hidden.device)[None], size)
-                rotary, bias = self.rotary(hidden, positions), self.bias(real, hidden)
+                rotary, biases = self._of_each_type(hidden, positions, real)
             entering.append(hidden)
             if layer is None:
                 break
@@ -84,28 +94,40 @@ class ExportedEncoder(nn.Module):
             query = attention.project_query(normed)
             key, value = attention.project_key_value(normed)
             if layer.uses_rope:
-                query, key = apply_rotary_pos_emb(query, rotary), apply_rotary_pos_emb(key, rotary)
-            hidden = hidden + attention.o_proj(grouped_attention(query, key, value, bias))
+                tables = rotary[layer.rotary]
+                query, key = apply_rotary_pos_emb(query, tables), apply_rotary_pos_emb(key, tables)
+            hidden = hidden + attention.o_proj(grouped_attention(query, key, value, biases[layer.sliding_window]))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
         outputs = []
         for layer, state in zip(self.decoder.layers, self.config.encoder_state_of_decoder_layer, strict=True):
             if merged:
                 key, value = layer.self_attn.project_prompt(
-                    layer.input_layernorm(entering[state]), rotary if layer.uses_rope else None
+                    layer.input_layernorm(entering[state]), rotary["rotary_emb"] if layer.uses_rope else None
                 )
             else:
                 key, value = layer.cross_attn.project_key_value(self.encoder.norm(entering[state]))
             outputs += [key, value]
         return tuple(outputs)
 
-    def bias(self, real: Tensor, hidden: Tensor) -> Tensor:
-        """What hides pads and, in a causal encoder, what is to come."""
+    def _of_each_type(self, hidden: Tensor, positions: Tensor, real: Tensor) -> tuple[dict, dict]:
+        """Cosines and sines by the name of their module, and what hides keys by the window."""
+        tables = {name: module(hidden, positions) for name, module in self.rotary.items()}
+        windows = dict.fromkeys(layer.sliding_window for layer in self.encoder.layers[: self.depth])
+        return tables, {window: _bias(self._visible(real, window), hidden) for window in windows}
+
+    def _visible(self, real: Tensor, window: int | None) -> Tensor:
+        """Keys that a query sees: `(B, 1, 1 or S, S)` of a mask `(B, S)`."""
         visible = (real > 0)[:, None, None]
+        order = torch.arange(real.shape[1], device=real.device)
+        keys, queries = order[None], order[:, None]
         if self.config.encoder_attention == "causal":
-            order = torch.arange(hidden.shape[1], device=hidden.device)
-            visible = visible & (order[None] <= order[:, None])[None, None]
-        return _bias(visible, hidden)
+            visible = visible & (keys <= queries)[None, None]
+        elif window is not None:
+            visible = visible & (keys < queries + window)[None, None]
+        if window is not None:
+            visible = visible & (keys > queries - window)[None, None]
+        return visible
 
 
 class ExportedDecoder(nn.Module):
@@ -127,7 +149,7 @@ class ExportedDecoder(nn.Module):
         model: RopeEncDecForConditionalGeneration,
         fixed: bool = False,
         repeat: bool = False,
-        rotary: nn.Module | None = None,
+        rotary: Callable[[RopeEncDecRotaryEmbedding], nn.Module] | None = None,
     ):
         super().__init__()
         self.embed_tokens, self.decoder, self.lm_head = (
@@ -135,7 +157,7 @@ class ExportedDecoder(nn.Module):
             model.model.decoder,
             model.lm_head,
         )
-        self.rotary = rotary or TraceableRotary(self.decoder.rotary_emb)
+        self.rotary = (rotary or TraceableRotary)(self.decoder.rotary_emb)
         self.config, self.fixed, self.repeat = model.config, fixed, repeat
 
     def forward(self, input_ids: Tensor, encoder_attention_mask: Tensor, *states: Tensor) -> tuple[Tensor, ...]:

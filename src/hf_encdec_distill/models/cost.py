@@ -13,7 +13,9 @@ Symbols used in the formulas below (batch 1, tokens as the unit of every length)
 A multiply and an add are two FLOPs; biases, norms, activations, softmax, RoPE and embedding look-ups are left out, as
 in `torch.utils.flop_counter`, which the tests hold these numbers against. Attention over a prompt is counted in full,
 a(P, P): a dense kernel computes the masked half too; a kernel that skips it saves at most half of that term, which is
-therefore reported apart (`first_token_attention_flops`). Sliding windows are counted as full attention.
+therefore reported apart (`first_token_attention_flops`). In an encoder layer that slides, a query has the keys of its
+window, w or, in a bidirectional encoder, 2*w - 1: a kernel has to skip the others, as flash and flex attention do. The
+sliding windows of a decoder-only model are counted as full attention.
 
 Sources: arXiv 2501.16273 section 3 (the encoder-decoder split), 2410.03960 (prompt keys and values from an earlier
 layer, which is where `merged` saves).
@@ -148,8 +150,8 @@ def model_cost(
         step          L * (2*(q+kv+o+f) + a(1, P + i)) + 2*V*h
         cache         L * 2*K*d * (P + N - 1) elements
 
-    Encoder-decoder, A encoder and B decoder layers; the decoder begins with its start token, so that step i has i + 1
-    keys of its own; keys and values of the prompt are made once per request, B * 2*E*kv. Where the
+    Encoder-decoder, A encoder and B decoder layers, without windows; the decoder begins with its start token, so that
+    step i has i + 1 keys of its own; keys and values of the prompt are made once per request, B * 2*E*kv. Where the
     encoder pools by n, ceil(E / n) takes the place of E in the layers above and in all that the decoder reads:
 
         merged        one softmax over [prompt, own keys]
@@ -188,7 +190,7 @@ def model_cost(
         encoder_length = -(-entering // config.encoder_pooling)  # that leaves the encoder
         layers = config.decoder_num_hidden_layers
         encoder_layers = config.encoder_num_hidden_layers
-        below = encoder_layers if config.encoder_pooling == 1 else config.encoder_pooling_layer
+        below = encoder_layers if config.first_pooled_layer is None else config.first_pooled_layer
         lengths = [entering] * below + [encoder_length] * (encoder_layers - below)
         encoder_block = dataclasses.replace(block, m=config.intermediate_size)
         cross_step = 0 if merged else block.q + block.o
@@ -198,7 +200,14 @@ def model_cost(
         cross_idle = 0 if merged else block.kv + block.key_extras  # made once per prompt, not touched by a decode step
         keys = encoder_length + mean_step + 1
         first_keys = encoder_length + 1
-        quadratic = sum(block.attention(length, length) for length in lengths)
+        window = encoder_length
+        if config.encoder_sliding_window is not None:
+            window = config.encoder_sliding_window
+            window = 2 * window - 1 if config.encoder_attention == "bidirectional" else window
+        quadratic = sum(
+            block.attention(length, min(window, length) if kind == "sliding_attention" else length)
+            for length, kind in zip(lengths, config.attention_of_encoder_layer, strict=True)
+        )
         prompt_flops = 2 * (sum(lengths) * encoder_block.matrices + layers * encoder_length * block.kv)
         first_step = layers * (2 * (block.matrices + cross_step) + block.attention(1, first_keys))
         cache_length = encoder_length + new_tokens

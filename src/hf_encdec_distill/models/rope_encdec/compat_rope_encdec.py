@@ -8,6 +8,7 @@ import inspect
 
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 
@@ -73,6 +74,35 @@ def _all_keys_mask_function(batch_idx, head_idx, q_idx, kv_idx):
     return (q_idx >= 0) & (kv_idx >= 0)
 
 
+def _window_mask_function(window, causal):
+    # transformers v5.24.0 has one for the bidirectional window, v4.57.6 has not. Goes when 4.57 is dropped.
+    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
+        return (kv_idx > q_idx - window) & (kv_idx <= q_idx if causal else kv_idx < q_idx + window)
+
+    return mask_function
+
+
+def _check_flash_window(attn_implementation, padding_mask):
+    _, process = lazy_import_flash_attention(attn_implementation)
+    # transformers 5.24 has a pair here, whose second is for paged caches. Goes when 4.57 is dropped.
+    process = process[0] if isinstance(process, tuple) else process
+    if not process.keywords["supports_mapping"]["window_size"]:  # it would be ignored without a word
+        raise ValueError(
+            f"attn_implementation={attn_implementation!r} knows no window on this device, and would attend to the "
+            'whole prompt. Use model.set_attn_implementation("sdpa").'
+        )
+    if padding_mask is None:
+        return
+    begins = padding_mask.clone()  # where a run of real tokens does
+    begins[:, 1:] &= ~padding_mask[:, :-1]
+    if bool((begins.sum(-1) > 1).any()):
+        raise ValueError(
+            f"attention_mask has pads between real tokens, which attn_implementation={attn_implementation!r} would "
+            "leave out of a sliding window. Put them at an end of the row, or use "
+            'model.set_attn_implementation("sdpa").'
+        )
+
+
 def make_attention_mask(
     attn_implementation,
     hidden_states,
@@ -81,6 +111,7 @@ def make_attention_mask(
     padding_mask=None,
     causal=True,
     may_skip=True,
+    window=None,
 ):
     """The mask in the form that an attention implementation takes, through transformers' own registry.
 
@@ -93,9 +124,15 @@ def make_attention_mask(
             its end are not there.
         causal (`bool`): Whether query `i` sees only keys up to `i`, or all of them.
         may_skip (`bool`): Whether no mask at all may be returned where the implementation's own `is_causal` will do.
+        window (`int`, *optional*): Query `i` sees only keys `j` with `|i - j| < window`, as in transformers' sliding
+            windows (causal: masking_utils.py; bidirectional: modeling_gemma3.py; v4.57.6 and v5.24.0). Flash attention
+            takes it beside the mask, as `sliding_window`.
 
     Returns:
         `None`, a 4D mask, a 2D mask or a `BlockMask`, as the implementation wants it.
+
+    Raises:
+        ValueError: where flash attention would not keep to the window.
     """
     batch, query_length = hidden_states.shape[:2]
     device = hidden_states.device
@@ -104,7 +141,14 @@ def make_attention_mask(
         padding_mask = padding_mask.to(device=device, dtype=torch.bool)
         if not tracing and padding_mask.shape[-1] >= key_length and bool(padding_mask.all()):
             padding_mask = None
-    if not causal and padding_mask is None:
+    mask_function = causal_mask_function if causal else _all_keys_mask_function
+    if window is not None and not tracing and key_length <= window:
+        window = None  # it reaches all keys
+    if window is not None:
+        mask_function = _window_mask_function(window, causal)
+        if "flash" in attn_implementation and not tracing:
+            _check_flash_window(attn_implementation, padding_mask)
+    elif not causal and padding_mask is None:
         return None
     # A registered attention without a mask function of its own gets a boolean mask, as upstream does.
     key = attn_implementation if attn_implementation in ALL_MASK_ATTENTION_FUNCTIONS else "sdpa"
@@ -112,9 +156,9 @@ def make_attention_mask(
         "batch_size": batch,
         "kv_length": key_length,
         "kv_offset": 0,
-        "mask_function": causal_mask_function if causal else _all_keys_mask_function,
+        "mask_function": mask_function,
         "attention_mask": padding_mask,
-        "allow_is_causal_skip": causal and may_skip,
+        "allow_is_causal_skip": causal and may_skip and window is None,
         "dtype": hidden_states.dtype,
     }
     if _MASKS_TAKE_CACHE_POSITION:

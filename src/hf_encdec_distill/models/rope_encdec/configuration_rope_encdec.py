@@ -18,6 +18,8 @@ _REQUIRED_ROPE_KEYS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
 _AUTO_MAP = {
     "AutoConfig": "configuration_rope_encdec.RopeEncDecConfig",
     "AutoModel": "modeling_rope_encdec.RopeEncDecModel",
@@ -73,6 +75,13 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
             then stands at `(i + 1) * encoder_pooling - 1`, where its last token stood.
         encoder_pooling_layer (`int`, *optional*): The first encoder layer that sees the pooled positions; `None` means
             half way up. States that the decoder reads from below it are pooled as they are handed over.
+        encoder_layer_types (`list[str]`, *optional*): `"full_attention"` or `"sliding_attention"`, for each encoder
+            layer. `None` means full attention, or, where there is an `encoder_sliding_window`, ModernBERT's order: one
+            full layer, then two that slide (arXiv 2412.13663, section 2.1).
+        encoder_sliding_window (`int`, *optional*): Tokens that a query of a sliding layer sees, its own among them:
+            `0 <= i - j < window` in a causal encoder, as in Mistral, and `|i - j| < window` in a bidirectional one.
+        encoder_sliding_rope_theta (`float`, *optional*): RoPE base of layers that slide; `None` means that of
+            `rope_parameters`, of which all else holds for them too.
         teacher_num_hidden_layers (`int`, *optional*): Depth of the decoder-only model that the layers came from, for
             those who compare costs; nothing is computed from it.
         pad_token_id, bos_token_id, eos_token_id, decoder_start_token_id: Special tokens. A decoder start is needed.
@@ -115,6 +124,9 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
         encoder_attention="bidirectional",
         encoder_pooling=1,
         encoder_pooling_layer=None,
+        encoder_layer_types=None,
+        encoder_sliding_window=None,
+        encoder_sliding_rope_theta=None,
         teacher_num_hidden_layers=None,
         pad_token_id=0,
         bos_token_id=1,
@@ -152,6 +164,10 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
         self.encoder_attention = encoder_attention
         self.encoder_pooling = encoder_pooling
         self.encoder_pooling_layer = encoder_pooling_layer
+        self.encoder_layer_types = None if encoder_layer_types is None else list(encoder_layer_types)
+        # Not `sliding_window`: the caches of transformers read that, and would forget what the decoder has written.
+        self.encoder_sliding_window = encoder_sliding_window
+        self.encoder_sliding_rope_theta = encoder_sliding_rope_theta
         self.teacher_num_hidden_layers = teacher_num_hidden_layers
         self._validate_sizes()
         if self.head_dim is None:
@@ -184,6 +200,14 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
         return {**super().to_dict(), "auto_map": dict(_AUTO_MAP)}
 
     @property
+    def first_pooled_layer(self) -> int | None:
+        """`encoder_pooling_layer` with its default filled in; `None` where nothing is pooled."""
+        if self.encoder_pooling == 1:
+            return None
+        at = self.encoder_pooling_layer
+        return self.encoder_num_hidden_layers // 2 if at is None else at
+
+    @property
     def encoder_states_read(self) -> list[int]:
         """Distinct encoder states that the decoder reads, ascending, as indices into `hidden_states`."""
         return sorted(set(self.encoder_state_of_decoder_layer))
@@ -197,6 +221,14 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
         if self.cross_attention == "separate":
             return [encoder] * decoder
         return [-(-(layer + 1) * encoder // decoder) - 1 for layer in range(decoder)]
+
+    @property
+    def attention_of_encoder_layer(self) -> list[str]:
+        """`encoder_layer_types` with its default filled in."""
+        if self.encoder_layer_types is not None:
+            return self.encoder_layer_types
+        every = 1 if self.encoder_sliding_window is None else 3
+        return [_LAYER_TYPES[layer % every > 0] for layer in range(self.encoder_num_hidden_layers)]
 
     def _validate_sizes(self):
         for name in (
@@ -255,12 +287,11 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
                 layers,
                 f"one index from 0 to encoder_num_hidden_layers={encoder} for each of the {decoder} decoder layers",
             )
-        if self.encoder_pooling_layer is None:
-            self.encoder_pooling_layer = encoder // 2
+        layer = self.encoder_pooling_layer
         _check(
-            isinstance(self.encoder_pooling_layer, int) and 0 <= self.encoder_pooling_layer <= encoder,
+            layer is None or (isinstance(layer, int) and 0 <= layer <= encoder),
             "encoder_pooling_layer",
-            self.encoder_pooling_layer,
+            layer,
             f"the index of an encoder layer, or encoder_num_hidden_layers={encoder} to pool what leaves the last",
         )
         for name, count in (("encoder_no_rope_layers", encoder), ("decoder_no_rope_layers", decoder)):
@@ -271,6 +302,25 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
                 layers,
                 f"layer indices from 0 to {count - 1}",
             )
+        types, window, theta = self.encoder_layer_types, self.encoder_sliding_window, self.encoder_sliding_rope_theta
+        _check(
+            types is None or (len(types) == encoder and all(kind in _LAYER_TYPES for kind in types)),
+            "encoder_layer_types",
+            types,
+            f'"full_attention" or "sliding_attention" for each of the {encoder} encoder layers',
+        )
+        _check(
+            _is_positive_int(window) or (window is None and "sliding_attention" not in (types or ())),
+            "encoder_sliding_window",
+            window,
+            "a whole number of at least 1, for the layers that slide",
+        )
+        _check(
+            theta is None or (isinstance(theta, (int, float)) and theta > 0),
+            "encoder_sliding_rope_theta",
+            theta,
+            "a positive number, or None",
+        )
 
     def _validate_tokens(self):
         start = self.decoder_start_token_id

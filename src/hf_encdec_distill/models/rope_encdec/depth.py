@@ -5,13 +5,14 @@ import copy
 
 from torch import nn
 
-from .modeling_rope_encdec import pooling_layer, slots_of_states, states_handed_over
+from .modeling_rope_encdec import slots_of_states, states_handed_over
 
 
 SIDES = ("encoder", "decoder")
 _FIELDS = (
     "cross_attention_layers",
     "encoder_pooling_layer",
+    "encoder_layer_types",
     *(f"{side}_{name}" for side in SIDES for name in ("num_hidden_layers", "no_rope_layers")),
 )
 
@@ -26,7 +27,11 @@ def config_without_layer(config, side, index):
     states = config.encoder_state_of_decoder_layer
     if side == "encoder":
         states = [state - (state > index) for state in states]
-        smaller.encoder_pooling_layer -= smaller.encoder_pooling_layer > index
+        pooled_from = config.first_pooled_layer
+        smaller.encoder_pooling_layer = pooled_from and pooled_from - (pooled_from > index)
+        if config.encoder_sliding_window is not None:  # the default counts layers, and those that stay do not change
+            types = config.attention_of_encoder_layer
+            smaller.encoder_layer_types = [kind for layer, kind in enumerate(types) if layer != index]
     else:
         states = [state for layer, state in enumerate(states) if layer != index]
     # The default of `merged` spreads the decoder evenly; that of `separate` is the last state at any depth.
@@ -49,7 +54,7 @@ def without_layer(model, side, index):
     try:
         stack.layers = nn.ModuleList([layer for position, layer in enumerate(stack.layers) if position != index])
         encoder.states_read, decoder.state_slots = states_handed_over(smaller), slots_of_states(smaller)
-        encoder.pooling_layer = pooling_layer(smaller)
+        encoder.pooling_layer = smaller.first_pooled_layer
         yield
     finally:
         stack.layers, encoder.states_read, encoder.pooling_layer, decoder.state_slots = before
@@ -72,6 +77,6 @@ def remove_layer(model, side, index):
             if hasattr(layer, name):
                 getattr(layer, name).layer_idx = position
     model.model.encoder.states_read = states_handed_over(model.config)
-    model.model.encoder.pooling_layer = pooling_layer(model.config)
+    model.model.encoder.pooling_layer = model.config.first_pooled_layer
     model.model.decoder.state_slots = slots_of_states(model.config)
     model.tie_weights()

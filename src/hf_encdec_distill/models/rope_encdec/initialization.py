@@ -56,6 +56,8 @@ def from_decoder_only(
     decoder_intermediate_size=None,
     cross_attention="merged",
     encoder_attention="causal",
+    encoder_layer_types=None,
+    encoder_sliding_window=None,
     layer_selection="influence",
     budget=None,
     heal="least_squares",
@@ -90,6 +92,8 @@ def from_decoder_only(
             calibration rows, and without rows by their weights
             ([`~hf_encdec_distill.models.rope_encdec.narrowing`]).
         cross_attention (`str`), encoder_attention (`str`): As in [`RopeEncDecConfig`].
+        encoder_layer_types (`list[str]`, *optional*), encoder_sliding_window (`int`, *optional*): Likewise. Layers are
+            chosen as if all attended in full, and fitted as they are. A teacher's own windows are not taken over.
         layer_selection (`str`): `"influence"` keeps the layers that change their input most, `1 - cos(in, out)` on the
             calibration rows (ShortGPT, arXiv 2403.03853), on prompt tokens for the encoder and on target tokens for
             the decoder, always with the first two and the last; `"greedy"` takes out, one by one, the layer whose
@@ -138,6 +142,11 @@ def from_decoder_only(
         raise ValueError("budget= decides which layers are kept: leave their numbers and lists out, or the budget.")
     if budget is not None and layer_selection not in ("influence", "least_squares"):
         raise ValueError(f'budget= chooses layers by "least_squares": leave layer_selection={layer_selection!r} out.')
+    if budget is not None and encoder_layer_types is not None:
+        raise ValueError(
+            "budget= decides how many layers the encoder has: leave encoder_layer_types out, encoder_sliding_window "
+            "alone is enough."
+        )
     depth = teacher.config.num_hidden_layers
     kept = {
         "decoder": requested_layers("decoder_", decoder_num_hidden_layers, decoder_layers, depth),
@@ -148,12 +157,15 @@ def from_decoder_only(
     special_tokens = _special_tokens(teacher, tokenizer, prompt_template, config_overrides)
     prompt_date = frozen_prompt_date(tokenizer, prompt_template, prompt_date)
 
-    def build(share_memory=False, **layers):
+    sliding = {"encoder_layer_types": encoder_layer_types, "encoder_sliding_window": encoder_sliding_window}
+
+    def build(share_memory=False, sliding=sliding, **layers):
         config = _student_config(
             teacher,
             **layers,
             cross_attention=cross_attention,
             encoder_attention=encoder_attention,
+            **sliding,
             **{**config_overrides, **special_tokens},
         )
         return _load(model_class, config, teacher, **layers, share_memory=share_memory)
@@ -187,7 +199,7 @@ def from_decoder_only(
         greedy = None
         if open_sides and layer_selection == "greedy":
             every = list(range(depth))
-            full = build(encoder_layers=every, decoder_layers=every, share_memory=True)
+            full = build(encoder_layers=every, decoder_layers=every, share_memory=True, sliding={})
             greedy = GreedyRemoval(full, batches, teacher_logprobs)
         gaps = None
         if budget is not None or (open_sides and layer_selection == "least_squares"):
@@ -196,8 +208,9 @@ def from_decoder_only(
             choose_layers(kept, layer_selection, depth, cross_attention == "merged", influence, greedy, gaps)
         else:
             every = list(range(depth))
-            fields = {**config_overrides, "decoder_intermediate_size": width}
-            config = _student_config(teacher, every, every, cross_attention, **fields)
+            shape = {"encoder_attention": encoder_attention, **sliding, **config_overrides}
+            shape["decoder_intermediate_size"] = width
+            config = _student_config(teacher, every, every, cross_attention, **shape)
             held_out = calibration_batches(rows[::_HELD_OUT_EVERY][:MEASURED_ROWS], device)
             held_out_logprobs, _ = measure_teacher(teacher, held_out)
 
@@ -410,7 +423,9 @@ def _load(model_class, config, teacher, encoder_layers, decoder_layers, share_me
         )
     device = next(iter(state.values())).device
     for side in (student.model.encoder, student.model.decoder):
-        side.rotary_emb = RopeEncDecRotaryEmbedding(config, device)
+        for name, module in side.named_children():
+            if isinstance(module, RopeEncDecRotaryEmbedding):
+                setattr(side, name, RopeEncDecRotaryEmbedding(module.config, device))
     student.tie_weights()
     return student.eval()
 
@@ -490,6 +505,8 @@ def encoder_is_first_layers_of(student, teacher) -> bool:
     if [layer for layer in config.encoder_no_rope_layers if layer < depth] != without_rope:
         return False
     if any(getattr(config, name) != getattr(of_teacher, name) for name in _ENCODER_FIELDS):
+        return False
+    if "sliding_attention" in config.attention_of_encoder_layer[:depth]:
         return False
     within = tuple(f"model.encoder.layers.{layer}." for layer in range(depth))
     ours, theirs = (

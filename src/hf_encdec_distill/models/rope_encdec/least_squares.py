@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .modeling_rope_encdec import mean_of_neighbours, pooled_attention_mask, pooled_position_ids, pooling_layer
+from .modeling_rope_encdec import mean_of_neighbours, pooled_attention_mask, pooled_position_ids
 from .narrowing import keep_neurons, neurons_to_keep
 
 
@@ -130,7 +130,7 @@ def fit_encoder_decoder(student, teacher, kept, batches, decoder_alone=None) -> 
     columns = [*kept.values(), kept["decoder"]] if fitted_alone else [*kept.values()]
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder, _progress(*columns) as progress:
         ascent = _Ascent(teacher, batches, goals["decoder"], folder)
-        size, pooled_from = student.config.encoder_pooling, pooling_layer(student.config)
+        size, pooled_from = config.encoder_pooling, config.first_pooled_layer
         prompts = [_without_first(batch["attention_mask"]) for batch in batches]
         read_masks = [pooled_attention_mask(batch["attention_mask"], size) for batch in batches]
         pooled_prompts = [_without_first(mask) for mask in read_masks]
@@ -251,9 +251,10 @@ def _layers_to_fit(config, kept: dict, goals: dict, width: int | None) -> dict[s
     is exact."""
     exact = {"encoder": 0, "decoder": 0}
     if config.encoder_attention == "causal":
-        exact["encoder"] = _exact_layers(kept["encoder"], goals["encoder"])
-    if config.encoder_pooling > 1:
-        exact["encoder"] = min(exact["encoder"], config.encoder_pooling_layer)
+        types = [*config.attention_of_encoder_layer, "sliding_attention"]
+        exact["encoder"] = min(_exact_layers(kept["encoder"], goals["encoder"]), types.index("sliding_attention"))
+    if config.first_pooled_layer is not None:
+        exact["encoder"] = min(exact["encoder"], config.first_pooled_layer)
     elif config.cross_attention == "merged" and width is None:
         states = config.encoder_state_of_decoder_layer
         reads_exact = [state == layer <= exact["encoder"] for layer, state in zip(kept["decoder"], states)]

@@ -8,6 +8,7 @@ where it pools), T target (decoder) length, K keys that a query sees, H hidden s
 D head width, V vocabulary.
 """
 
+import copy
 import re
 from dataclasses import dataclass
 
@@ -70,8 +71,11 @@ class RopeEncDecRotaryEmbedding(nn.Module):
     Attribute names are those that `dynamic_rope_update` and the weight initialisation of transformers look for.
     """
 
-    def __init__(self, config: RopeEncDecConfig, device=None):
+    def __init__(self, config: RopeEncDecConfig, device=None, rope_theta=None):
         super().__init__()
+        if rope_theta is not None:
+            config = copy.copy(config)
+            config.rope_parameters = {**config.rope_parameters, "rope_theta": rope_theta}
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
         self.max_seq_len_cached = config.max_position_embeddings
@@ -341,12 +345,18 @@ class RopeEncDecEncoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RopeEncDecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = RopeEncDecMLP(config, config.intermediate_size)
         self.uses_rope = layer_idx not in config.encoder_no_rope_layers
+        slides = config.attention_of_encoder_layer[layer_idx] == "sliding_attention"
+        self.sliding_window = config.encoder_sliding_window if slides else None
+        # Which of the encoder's modules gives its cosines and sines.
+        own_theta = slides and config.encoder_sliding_rope_theta is not None
+        self.rotary = "sliding_rotary_emb" if own_theta else "rotary_emb"
 
     def forward(self, hidden_states, position_embeddings, attention_mask, **kwargs):
         attended, weights = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings if self.uses_rope else None,
             attention_mask,
+            sliding_window=self.sliding_window,  # for flash attention, whose mask is of pads alone
             **kwargs,
         )
         hidden_states = hidden_states + attended
@@ -513,11 +523,6 @@ def states_handed_over(config):
     return tuple(config.encoder_states_read)
 
 
-def pooling_layer(config):
-    """The first layer of the encoder that sees pooled positions, `None` where nothing is pooled."""
-    return config.encoder_pooling_layer if config.encoder_pooling > 1 else None
-
-
 def slots_of_states(config):
     """Where each decoder layer finds its state in what the encoder hands over."""
     return [config.encoder_states_read.index(state) for state in config.encoder_state_of_decoder_layer]
@@ -535,9 +540,11 @@ class RopeEncDecEncoder(RopeEncDecPreTrainedModel):
         )
         self.norm = RopeEncDecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RopeEncDecRotaryEmbedding(config)
+        if config.encoder_sliding_rope_theta is not None:
+            self.sliding_rotary_emb = RopeEncDecRotaryEmbedding(config, rope_theta=config.encoder_sliding_rope_theta)
         self.gradient_checkpointing = False
         self.states_read = states_handed_over(config)
-        self.pooling_layer = pooling_layer(config)
+        self.pooling_layer = config.first_pooled_layer
         self.post_init()
 
     @can_return_tuple
@@ -552,8 +559,8 @@ class RopeEncDecEncoder(RopeEncDecPreTrainedModel):
             [`RopeEncDecEncoderOutput`]
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, or for `position_ids` where the
-                encoder pools.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, for `position_ids` where the
+                encoder pools, or if layers slide and flash attention would not.
         """
         output_attentions = kwargs["output_attentions"] = _wanted(kwargs, self.config, "output_attentions")
         output_hidden_states = _wanted(kwargs, self.config, "output_hidden_states")
@@ -578,17 +585,27 @@ class RopeEncDecEncoder(RopeEncDecPreTrainedModel):
         entering, attentions = [], []
 
         def climb(layers, hidden_states, position_ids, attention_mask):
-            position_embeddings = self.rotary_emb(hidden_states, position_ids)
-            layer_mask = make_attention_mask(
-                self.config._attn_implementation,
-                hidden_states,
-                key_length=hidden_states.shape[1],
-                padding_mask=attention_mask,
-                causal=self.config.encoder_attention == "causal",
-            )
+            # One pair of tables and one mask for each type of the layers that are there.
+            position_embeddings = {
+                name: getattr(self, name)(hidden_states, position_ids)
+                for name in dict.fromkeys(layer.rotary for layer in layers)
+            }
+            masks = {
+                window: make_attention_mask(
+                    self.config._attn_implementation,
+                    hidden_states,
+                    key_length=hidden_states.shape[1],
+                    padding_mask=attention_mask,
+                    causal=self.config.encoder_attention == "causal",
+                    window=window,
+                )
+                for window in dict.fromkeys(layer.sliding_window for layer in layers)
+            }
             for layer in layers:
                 entering.append(hidden_states)
-                hidden_states, weights = layer(hidden_states, position_embeddings, layer_mask, **kwargs)
+                hidden_states, weights = layer(
+                    hidden_states, position_embeddings[layer.rotary], masks[layer.sliding_window], **kwargs
+                )
                 attentions.append(weights)
             return hidden_states
 
