@@ -87,6 +87,7 @@ SIX, EIGHT = (0, 1, 20, 23, 24, 29), (0, 1, 8, 20, 23, 24, 28, 29)
 FOUR = (0, 1, 24, 29)
 FROZEN = {"freeze_encoder": True}  # on states that are kept
 POOLED = {"encoder_pooling": 2, "encoder_pooling_layer": 2}
+NARROW = {"decoder_intermediate_size": 768}
 ALL = 30
 ARMS = {
     "only_4": Arm("decoder-only 4", FOUR),
@@ -122,6 +123,7 @@ ARMS = {
         "5 + 6, frozen encoder, the teacher's likelier answers", SIX, SIX[:-1], training=FROZEN, targets="likely"
     ),
     "pooled_5_6": Arm("5 + 6, frozen encoder, prompt pooled by 2", SIX, SIX[:-1], training=FROZEN, options=POOLED),
+    "narrow_5_6": Arm("5 + 6, frozen encoder, decoder half as wide", SIX, SIX[:-1], training=FROZEN, options=NARROW),
     "muon_5_6": Arm("5 + 6, frozen encoder, Muon", SIX, SIX[:-1], training=FROZEN | {"optim": "muon"}),
     "qat_5_6": Arm(
         "5 + 6, frozen encoder, trained for int4", SIX, SIX[:-1], training=FROZEN | {"qat": "int4"}, also_int4=True

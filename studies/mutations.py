@@ -451,8 +451,8 @@ MUTATIONS = [
         13,
         "pads enter the means of a pooled prompt",
         _MODELING,
-        "total, count = pool(hidden_states.transpose(1, 2) * real), pool(real)",
-        "total, count = pool(hidden_states.transpose(1, 2)), pool(real)",
+        "for x in (hidden_states.transpose(1, 2) * real, real)",
+        "for x in (hidden_states.transpose(1, 2), real)",
         "model/test_cache_and_generation.py::test_generate_on_ragged_prompts_is_argmax_row_by_row",
     ),
     Mutation(

@@ -124,12 +124,21 @@ def sliced(reference, begin, end, **masks):
     return "slice_by_index", lambda x: mb.slice_by_index(x=x, begin=begin, end=end, **masks), reference, [X]
 
 
-def pooled(size, ceil_mode):
+def pooled(size, stride):
     def build(x):
-        sizes = {"kernel_sizes": [size], "strides": [size]}
-        return mb.avg_pool(x=x, **sizes, pad_type="valid", ceil_mode=ceil_mode)
+        return mb.avg_pool(x=x, kernel_sizes=[size], strides=[stride], pad_type="valid")
 
-    return "avg_pool", build, lambda x: F.avg_pool1d(x, size, ceil_mode=ceil_mode), [X]
+    return "avg_pool", build, lambda x: F.avg_pool1d(x, size, stride), [X]
+
+
+def padded(*sides):
+    def build(x):
+        around = [0] * (2 * x.rank - len(sides)) + [
+            n for end in range(len(sides), 0, -2) for n in sides[end - 2 : end]
+        ]
+        return mb.pad(x=x, pad=around, mode="constant", constant_val=like(x, 0.5))
+
+    return "pad", build, lambda x: F.pad(x, sides, value=0.5), [X]
 
 
 def added(op, weight, expected, opset=IOS18):
@@ -173,9 +182,11 @@ CASES = [
     unary("sqrt", torch.sqrt, POSITIVE),
     unary("square", torch.square),
     unary("tanh", torch.tanh),
-    pooled(2, False),
-    pooled(3, False),
-    pooled(3, True),
+    pooled(2, 2),
+    pooled(3, 3),
+    pooled(2, 1),
+    padded(0, 2),
+    padded(1, 2, 0, 3),
     binary("add", torch.add),
     binary("add", torch.add, X, ROW),
     binary("add", torch.add, INTEGERS, OTHERS),

@@ -52,6 +52,7 @@ MAKE = {
     "lora": make_adapted,
     "bart": make_bart,
     "states": lambda: make_rope("separate", cross_attention_layers=[1, 2]),
+    "pooled": lambda: make_rope("merged", cross_attention_layers=[1, 2], encoder_pooling=2),
 }
 
 

@@ -382,14 +382,19 @@ def _reduce(function: Callable, x, axes=None, keep_dims=False):
 def _avg_pool(
     x, kernel_sizes, strides=None, pad_type="valid", pad=0, exclude_padding_from_average=False, ceil_mode=False
 ):
-    if np.any(pad):
-        raise NotImplementedError("avg_pool with padding")
+    if np.any(pad) or ceil_mode:
+        raise NotImplementedError("avg_pool with padding or ceil_mode")
     for axis, (size, stride) in enumerate(zip(kernel_sizes, strides, strict=True), start=2):
-        length = x.shape[axis]
-        windows = (length - size + (stride - 1) * bool(ceil_mode)) // stride + 1
-        means = (x.take(range(i * stride, min(i * stride + size, length)), axis).mean(axis) for i in range(windows))
-        x = np.stack(list(means), axis)
+        first = range(0, x.shape[axis] - size + 1, stride)
+        x = np.stack([x.take(range(i, i + size), axis).mean(axis) for i in first], axis)
     return x
+
+
+def _pad(x, pad, mode="constant", constant_val=0.0):
+    if str(mode) != "constant":
+        raise NotImplementedError(f"pad with mode {mode}")
+    sides = np.reshape(pad, (-1, 2))  # of the last axes
+    return np.pad(x, [(0, 0)] * (x.ndim - len(sides)) + sides.tolist(), constant_values=constant_val)
 
 
 def _layer_norm(x, axes=None, gamma=None, beta=None, epsilon=1e-5):
@@ -606,6 +611,7 @@ OPERATIONS: dict[str, Callable] = {
     "gather": _gather,
     "gather_along_axis": _gather_along_axis,
     "one_hot": _one_hot,
+    "pad": _pad,
     "range_1d": lambda start, end, step: np.arange(start, end, step),
     "reshape": _reshape,
     "shape": lambda x: np.array(x.shape),

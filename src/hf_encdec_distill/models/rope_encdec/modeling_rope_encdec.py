@@ -495,10 +495,12 @@ def pool_positions(hidden_states, attention_mask, size):
 def mean_of_neighbours(hidden_states, attention_mask, size):
     """`pool_positions` where pads stand behind the real positions."""
     real = attention_mask.to(hidden_states.dtype).unsqueeze(1)
-    pool = nn.AvgPool1d(size, ceil_mode=True)
-    # What it divides by at the end differs between runtimes; in both it is the same.
-    total, count = pool(hidden_states.transpose(1, 2) * real), pool(real)
-    return (total / count.clamp(min=1 / size)).transpose(1, 2)
+    # Zeros for all that the last mean may lack: runtimes disagree on windows that reach over the end.
+    total, share = (
+        nn.functional.avg_pool1d(nn.functional.pad(x, (0, size - 1)), size)
+        for x in (hidden_states.transpose(1, 2) * real, real)
+    )
+    return (total / share.clamp(min=1 / size)).transpose(1, 2)
 
 
 def pooled_attention_mask(attention_mask, size):
