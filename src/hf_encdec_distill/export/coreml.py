@@ -105,7 +105,7 @@ class CoreMlBackend(Backend):
         model = model.float() if variant == "fp32" else with_scaled_norms(model.float())
         pooling = model.config.encoder_pooling
         # What the decoder reads of the prompt, and how far that reaches in positions.
-        left = range(1, -(-prompts[-1] // pooling) + 1)
+        left: Sequence[int] = range(1, -(-prompts[-1] // pooling) + 1)
         if not isinstance(prompts, range):
             left = tuple(sorted({-(-size // pooling) for size in prompts}))
         rotary = functools.partial(RotaryTable, length=left[-1] * pooling + targets)

@@ -79,7 +79,7 @@ class ExportedEncoder(nn.Module):
         hidden = self.encoder.embed_tokens(input_ids)
         rotary, biases = self._of_each_type(hidden, positions, real)
 
-        entering = []
+        entering: list[Tensor] = []
         for index, layer in enumerate([*self.encoder.layers[: self.depth], None]):
             if index == self.pooling_layer:
                 size = self.config.encoder_pooling
