@@ -8,7 +8,6 @@ import inspect
 
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
-from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 
@@ -83,6 +82,9 @@ def _window_mask_function(window, causal):
 
 
 def _check_flash_window(attn_implementation, padding_mask):
+    # Here, not at the top: whoever has no window needs nothing of it.
+    from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
+
     _, process = lazy_import_flash_attention(attn_implementation)
     # transformers 5.24 has a pair here, whose second is for paged caches. Goes when 4.57 is dropped.
     process = process[0] if isinstance(process, tuple) else process

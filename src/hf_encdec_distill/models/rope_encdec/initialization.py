@@ -56,6 +56,8 @@ def from_decoder_only(
     decoder_intermediate_size=None,
     cross_attention="merged",
     encoder_attention="causal",
+    encoder_pooling=1,
+    encoder_pooling_layer=None,
     encoder_layer_types=None,
     encoder_sliding_window=None,
     layer_selection="influence",
@@ -92,8 +94,9 @@ def from_decoder_only(
             calibration rows, and without rows by their weights
             ([`~hf_encdec_distill.models.rope_encdec.narrowing`]).
         cross_attention (`str`), encoder_attention (`str`): As in [`RopeEncDecConfig`].
-        encoder_layer_types (`list[str]`, *optional*), encoder_sliding_window (`int`, *optional*): Likewise. Layers are
-            chosen as if all attended in full, and fitted as they are. A teacher's own windows are not taken over.
+        encoder_pooling (`int`), encoder_pooling_layer (`int`, *optional*), encoder_layer_types (`list[str]`,
+            *optional*), encoder_sliding_window (`int`, *optional*): Likewise. Layers are chosen as if nothing was
+            pooled and all attended in full, and fitted as they are. A teacher's own windows are not taken over.
         layer_selection (`str`): `"influence"` keeps the layers that change their input most, `1 - cos(in, out)` on the
             calibration rows (ShortGPT, arXiv 2403.03853), on prompt tokens for the encoder and on target tokens for
             the decoder, always with the first two and the last; `"greedy"` takes out, one by one, the layer whose
@@ -157,15 +160,20 @@ def from_decoder_only(
     special_tokens = _special_tokens(teacher, tokenizer, prompt_template, config_overrides)
     prompt_date = frozen_prompt_date(tokenizer, prompt_template, prompt_date)
 
-    sliding = {"encoder_layer_types": encoder_layer_types, "encoder_sliding_window": encoder_sliding_window}
+    savings = {
+        "encoder_pooling": encoder_pooling,
+        "encoder_pooling_layer": encoder_pooling_layer,
+        "encoder_layer_types": encoder_layer_types,
+        "encoder_sliding_window": encoder_sliding_window,
+    }
 
-    def build(share_memory=False, sliding=sliding, **layers):
+    def build(share_memory=False, savings=savings, **layers):
         config = _student_config(
             teacher,
             **layers,
             cross_attention=cross_attention,
             encoder_attention=encoder_attention,
-            **sliding,
+            **savings,
             **{**config_overrides, **special_tokens},
         )
         return _load(model_class, config, teacher, **layers, share_memory=share_memory)
@@ -179,8 +187,9 @@ def from_decoder_only(
     was_training = teacher.training
     teacher.eval()
     batches = []
-    pools = config_overrides.get("encoder_pooling", 1) > 1
-    is_smaller = pools or width < neurons or any(layers != list(range(depth)) for layers in kept.values())
+    is_smaller = (
+        encoder_pooling != 1 or width < neurons or any(layers != list(range(depth)) for layers in kept.values())
+    )
     if budget is not None or is_smaller:
         rows = calibration_rows(
             calibration,
@@ -199,7 +208,7 @@ def from_decoder_only(
         greedy = None
         if open_sides and layer_selection == "greedy":
             every = list(range(depth))
-            full = build(encoder_layers=every, decoder_layers=every, share_memory=True, sliding={})
+            full = build(encoder_layers=every, decoder_layers=every, share_memory=True, savings={})
             greedy = GreedyRemoval(full, batches, teacher_logprobs)
         gaps = None
         if budget is not None or (open_sides and layer_selection == "least_squares"):
@@ -208,7 +217,7 @@ def from_decoder_only(
             choose_layers(kept, layer_selection, depth, cross_attention == "merged", influence, greedy, gaps)
         else:
             every = list(range(depth))
-            shape = {"encoder_attention": encoder_attention, **sliding, **config_overrides}
+            shape = {"encoder_attention": encoder_attention, **savings, **config_overrides}
             shape["decoder_intermediate_size"] = width
             config = _student_config(teacher, every, every, cross_attention, **shape)
             held_out = calibration_batches(rows[::_HELD_OUT_EVERY][:MEASURED_ROWS], device)
