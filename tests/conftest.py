@@ -15,6 +15,7 @@ sys.modules["openvino_telemetry"] = None
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores; what they start inherits it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import huggingface_hub  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import traced_once  # noqa: E402, F401
@@ -117,6 +118,14 @@ def today(monkeypatch):
         monkeypatch.setattr(chat_template_utils, "datetime", Now)
 
     return set_clock
+
+
+@pytest.fixture
+def forget_sessions():
+    """Lets the client look again whether it is offline."""
+    forget = getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils.reset_sessions
+    yield forget
+    forget()
 
 
 @pytest.fixture(scope="session")

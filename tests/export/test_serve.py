@@ -60,9 +60,10 @@ def expected(folders):
 
 
 @pytest.fixture(autouse=True)
-def online(monkeypatch):
-    """Of this machine's own address the client is not allowed to ask offline."""
+def online(monkeypatch, forget_sessions):
+    """Of this machine's own address the client is not allowed to ask offline, nor with what it opened offline."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    forget_sessions()
 
 
 def post(port, path, body):

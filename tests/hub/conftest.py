@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from server import TOKEN, Hub
@@ -42,14 +41,6 @@ def run_script(tmp_path):
         return done.stdout.splitlines()
 
     return start
-
-
-@pytest.fixture
-def forget_sessions():
-    """Lets the client look again whether it is offline."""
-    forget = getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils.reset_sessions
-    yield forget
-    forget()
 
 
 @pytest.fixture
