@@ -21,9 +21,9 @@ SLIDING = {  # of the encoder's three layers
 
 
 def make_config(kind="separate", **fields):
-    """`kind` is one of `KINDS`, or `pooled` for `merged` with an encoder that pools."""
+    """`kind` is one of `KINDS`, or `pooled` for `merged` with an encoder that pools, by what divides no prompt."""
     if kind == "pooled":
-        kind, fields = "merged", {"encoder_pooling": 2, **fields}
+        kind, fields = "merged", {"encoder_pooling": 3, **fields}
     defaults = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
