@@ -95,9 +95,10 @@ def load_graphs(folder: Path, manifest: Mapping[str, Any], config) -> Graphs:
 
     Raises:
         ImportError: the runtime is missing; the message has the line that installs it.
+        ValueError: the manifest's shapes are none.
     """
+    shapes, dtype = Shapes.parse(manifest["shapes"]), np.dtype(manifest["cache_dtype"])  # whatever is installed
     check_installed(manifest["target"], to_run=True)
-    shapes, dtype = Shapes.parse(manifest["shapes"]), np.dtype(manifest["cache_dtype"])
     return backend_of(manifest["target"]).load(folder, graphs(config, shapes), shapes, dtype, manifest["stateful"])
 
 
