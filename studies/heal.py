@@ -80,7 +80,8 @@ class Arm:
     @property
     def split(self) -> str:
         """What its times depend on."""
-        return ", ".join([_split(*self.layers), *(f"{name}={value}" for name, value in self.options.items())])
+        layers = " + ".join(str(count) for count in self.layers if count)
+        return ", ".join([layers, *(f"{name}={value}" for name, value in self.options.items())])
 
 
 SIX, EIGHT = (0, 1, 20, 23, 24, 29), (0, 1, 8, 20, 23, 24, 28, 29)
@@ -396,7 +397,7 @@ def measure_latency(arms: Sequence[Arm], rounds: int) -> dict:
     """
     teacher = AutoConfig.from_pretrained(fetch_builtin_teacher())
     whole = Arm("teacher", teacher.num_hidden_layers)
-    models = {arm.split: _untrained(*arm.layers, arm.options) for arm in (whole, *arms)}
+    models = {arm.split: _untrained(arm) for arm in (whole, *arms)}
     for model in models.values():  # what happens once has happened
         greedy_decode(model, torch.ones(1, 8, dtype=torch.long), 2)
     measured: dict[str, dict[str, list]] = {shape: {split: [] for split in models} for shape in SHAPES}
@@ -418,18 +419,15 @@ def measure_latency(arms: Sequence[Arm], rounds: int) -> dict:
     }
 
 
-def _split(encoder: int, decoder: int) -> str:
-    return f"{encoder} + {decoder}" if encoder else f"{decoder}"
-
-
-def _untrained(encoder: int, decoder: int, options: Mapping):
-    """A model of the teacher's widths with random weights."""
+def _untrained(arm: Arm):
+    """A model of the arm's shape, at the teacher's widths, with random weights."""
+    encoder, decoder = arm.layers
     config = AutoConfig.from_pretrained(fetch_builtin_teacher())
     config.num_hidden_layers = decoder
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     if encoder:
         fields = RopeEncDecForConditionalGeneration.from_decoder_only(model).config.to_dict()
-        fields |= {"encoder_num_hidden_layers": encoder, **options}
+        fields |= {"encoder_num_hidden_layers": encoder, **arm.options}
         model = RopeEncDecForConditionalGeneration(RopeEncDecConfig.from_dict(fields)).eval()
     return model
 

@@ -17,7 +17,7 @@ class Files(LoadFileScheduling):
     def __init__(self, *args):
         super().__init__(*args)
         self.lost = set()
-        self.end = None  # of the process that died last: an exit code, or minus a signal
+        self.end = None  # of the process that died last: an exit code, or minus a signal, if it is known
 
     def _reschedule(self, node):
         """As upstream, but until it has three tests or is told to end: with one it would wait for the next."""
@@ -28,7 +28,8 @@ class Files(LoadFileScheduling):
     def remove_node(self, node):
         """As upstream, but it puts back what is to do, and nothing that was lost before."""
         files = self.assigned_work.pop(node)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        self.end = None
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its pipe is closed, but it lives on: no exit code yet
             self.end = node.gateway._io.popen.wait(timeout=5)
         to_do = [(tests, test) for tests in files.values() for test, is_done in tests.items() if not is_done]
         if not to_do:

@@ -27,10 +27,7 @@ EXAMPLE = "hf-encdec-distill init built-in --encoder-layers 5 --decoder-layers 6
 
 _ROWS_TO_CHOOSE_LAYERS = 32
 _SIDES = ("encoder", "decoder")
-_OF_TWO_SIDES = (
-    *("encoder_layers", "decoder_layers", "decoder_intermediate_size", "cross_attention", "encoder_attention"),
-    *("encoder_pooling", "encoder_pooling_layer", "encoder_sliding_window", "vocabulary"),
-)
+_OF_EITHER_KIND = ("decoder_only", "layer_selection", "heal_rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +51,9 @@ class Shape:
         """Raises ValueError for a decoder-only student with a field of encoder-decoders, or too few rows."""
         if self.heal_rows < 0:
             raise ValueError(f"heal_rows={self.heal_rows} does not work: a number of rows, or 0 for none, is needed.")
-        for name in _OF_TWO_SIDES:
-            value = getattr(self, name)
-            if self.decoder_only is not None and value != getattr(Shape, name):
+        for field in dataclasses.fields(Shape):
+            name, value = field.name, getattr(self, field.name)
+            if self.decoder_only is not None and name not in _OF_EITHER_KIND and value != field.default:
                 raise ValueError(
                     f"decoder_only={self.decoder_only} makes a student without an encoder, and {name}={value} is for "
                     "one that has it: leave one of the two out"

@@ -21,7 +21,7 @@ from .. import __version__
 from .backends import Backend, register_backend
 from .graphs import GraphCache, Graphs, quiet
 from .modules import RULED_BY_LENGTH, ExportedDecoder, ExportedEncoder, RotaryTable, with_scaled_norms
-from .recipe import Graph, Port, Shapes, stacked, stacked_name
+from .recipe import Graph, Port, Shapes, pooled_length, stacked, stacked_name
 
 
 _FILES = {"encoder": "encoder.mlpackage", "decoder": "decoder.mlpackage"}
@@ -105,9 +105,9 @@ class CoreMlBackend(Backend):
         model = model.float() if variant == "fp32" else with_scaled_norms(model.float())
         pooling = model.config.encoder_pooling
         # What the decoder reads of the prompt, and how far that reaches in positions.
-        left: Sequence[int] = range(1, -(-prompts[-1] // pooling) + 1)
-        if not isinstance(prompts, range):
-            left = tuple(sorted({-(-size // pooling) for size in prompts}))
+        left: Sequence[int] = sorted({pooled_length(size, pooling) for size in prompts})
+        if isinstance(prompts, range):
+            left = range(1, left[-1] + 1)
         rotary = functools.partial(RotaryTable, length=left[-1] * pooling + targets)
         recipe = stacked(graphs)
         decoder = _StackedDecoder(ExportedDecoder(model, fixed=True, rotary=rotary))

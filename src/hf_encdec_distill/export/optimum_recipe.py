@@ -32,6 +32,7 @@ from ..models.rope_encdec.modeling_rope_encdec import (
     states_handed_over,
 )
 from .modules import MASKED, RULED_BY_LENGTH, TraceableRotary
+from .recipe import pooled_length
 
 
 MODEL_TYPE = "rope_encdec"
@@ -187,7 +188,7 @@ class DummyEncoderStatesGenerator(DummySeq2SeqDecoderTextInputGenerator):
     def generate(self, input_name, **kwargs):
         length = self.sequence_length
         if input_name in ("encoder_outputs", "encoder_hidden_states"):
-            self.sequence_length = -(-length // self.pooling)
+            self.sequence_length = pooled_length(length, self.pooling)
         try:
             return super().generate(input_name, **kwargs)
         finally:
@@ -199,7 +200,8 @@ class DummyCacheGenerator(T5DummySeq2SeqPastKeyValuesGenerator):
 
     def __init__(self, task, normalized_config, **kwargs):
         super().__init__(task, normalized_config, **kwargs)
-        self.encoder_sequence_length = -(-self.encoder_sequence_length // normalized_config.config.encoder_pooling)
+        pooling = normalized_config.config.encoder_pooling
+        self.encoder_sequence_length = pooled_length(self.encoder_sequence_length, pooling)
 
 
 class RopeEncDecRecipe:

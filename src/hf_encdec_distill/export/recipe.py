@@ -146,6 +146,11 @@ class Graph:
     pooling: int = 1  # how many prompt tokens become one position in the encoder
 
 
+def pooled_length(length: int, pooling: int) -> int:
+    """How many positions an encoder that pools leaves of so many prompt tokens."""
+    return -(-length // pooling)
+
+
 # Sizes of the named axes in an example. No two alike and none below 2, or a tracer takes one for the other or for 1.
 EXAMPLE_SIZES = {"batch": 2, "prompt": 5, "target": 3, "past": 4, "past + target": 7}
 
@@ -161,7 +166,7 @@ def graphs(config: PretrainedConfig, shapes: Shapes) -> dict[str, Graph]:
     prompt: str | int = "prompt"
     left: str | int = "prompt"
     if shapes.prompts is not None and len(shapes.prompts) == 1:
-        prompt, left = shapes.prompts[0], -(-shapes.prompts[0] // pooling)
+        prompt, left = shapes.prompts[0], pooled_length(shapes.prompts[0], pooling)
     fixed = shapes.targets is not None
     batch, target = (1, 1) if fixed else ("batch", "target")
     heads, width = config.num_key_value_heads, config.head_dim
@@ -292,5 +297,5 @@ def check_options(target: str, variant: str, options: Iterable[str]) -> None:
 def _positions(config: PretrainedConfig, shapes: Shapes) -> int:
     """`merged` decoders count on where the prompt ends, the others from 0. A length that is free needs none."""
     prompt, target = max(shapes.prompts or (0,)), shapes.targets or 0
-    prompt = -(-prompt // config.encoder_pooling) * config.encoder_pooling
+    prompt = pooled_length(prompt, config.encoder_pooling) * config.encoder_pooling
     return prompt + target if config.cross_attention == "merged" else max(prompt, target)
