@@ -169,7 +169,13 @@ def test_chunked_loss(studies, tmp_path, monkeypatch):
 
     monkeypatch.setattr(chunked_loss, "HIDDEN", 16)
     monkeypatch.setattr(chunked_loss, "VOCABULARY", 64)
-    once = functools.cache(lambda command: json.dumps(chunked_loss.measure(command[0], *map(int, command[1:]))))
+
+    @functools.cache
+    def once(command):
+        result = chunked_loss.measure(command[0], *map(int, command[1:]))
+        # A toy may add nothing to what this process holds already; the study starts one for each run.
+        return json.dumps(result | {"gb": max(result["gb"], 1e-3)})
+
     asked = []
 
     def run(command, **_):
