@@ -20,7 +20,13 @@ class Files(LoadFileScheduling):
         self.end = None  # of the process that died last: an exit code, or minus a signal, if it is known
 
     def _reschedule(self, node):
-        """As upstream, but until it has three tests or is told to end: with one it would wait for the next."""
+        """As upstream, but until it has three tests or is told to end: with one it would wait for the next.
+
+        And nothing for one that is still collecting: upstream would take a file from the queue, fail to name its tests
+        and say nothing of it (`KeyError`, xdist 3.8, `DSession.worker_errordown`).
+        """
+        if node not in self.registered_collections:
+            return
         super()._reschedule(node)
         while not node.shutting_down and self._pending_of(self.assigned_work[node]) <= 2:
             super()._reschedule(node)

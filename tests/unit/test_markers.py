@@ -30,10 +30,12 @@ DIES = """
 import os
 import pathlib
 import signal
+import time
 import pytest
 
 @pytest.mark.parametrize("number", range(4))
 def test_number(number):
+    time.sleep(0.1)
     seen = pathlib.Path(__file__).with_suffix(".seen")
     if {dies} and number == 3 and ({always} or not seen.exists()):
         seen.touch()
@@ -41,14 +43,26 @@ def test_number(number):
 """
 
 
+# The process that replaces another is still collecting when a test takes a second one down.
+STARTS_SLOWLY = """
+import os
+import time
+from lost_processes import *
+
+def pytest_collection():
+    if os.environ.get("PYTEST_XDIST_WORKER") in ("gw3", "gw4"):
+        time.sleep(8)  # longer than the others need to get to that test again
+"""
+
+
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("always", "code", "said"), [(False, 0, "24 passed, 1 lost"), (True, 1, "1 failed, 23 passed, 1 lost")]
+    ("always", "code", "said"), [(False, 0, "36 passed, 1 lost"), (True, 1, "1 failed, 35 passed, 1 lost")]
 )
 def test_one_whose_process_dies_is_run_once_more(tmp_path, always, code, said):
-    for name in "abcdef":
+    for name in "abcdefghi":  # enough for others to take up what the dead process leaves
         (tmp_path / f"test_{name}.py").write_text(DIES.format(dies=name == "a", always=always))
-    (tmp_path / "conftest.py").write_text("from lost_processes import *\n")
+    (tmp_path / "conftest.py").write_text(STARTS_SLOWLY)
     shutil.copy(Path(lost_processes.__file__), tmp_path)
     words = ["-n", "3", "--dist", "loadfile", "--no-loadscope-reorder", "-p", "no:cacheprovider", "-c", os.devnull]
     run = subprocess.run(
