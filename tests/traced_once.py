@@ -32,15 +32,15 @@ def traced_once(export_programs):
     made = {}
 
     @functools.wraps(export_programs)
-    def find(model, graphs, repeat=False):
+    def find(model, graphs, stateful=False):
         for module, name, each_its_own in (("torch.onnx", "export", False), ("openvino", "convert_model", True)):
             convert_once(sys.modules.get(module), name, each_its_own)
         if model.num_parameters() > LARGEST:
-            return export_programs(model, graphs, repeat)
-        key = type(model), content_of(model), repr(graphs), repeat
+            return export_programs(model, graphs, stateful)
+        key = type(model), content_of(model), repr(graphs), stateful
         if key not in made:
             # Of a copy: the student may learn something else afterwards.
-            made[key] = export_programs(copy.deepcopy(model), graphs, repeat)
+            made[key] = export_programs(copy.deepcopy(model), graphs, stateful)
             for program in made[key].values():
                 program.converted = {}
         return dict(made[key])

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from .models.rope_encdec import RopeEncDecConfig as RopeEncDecConfig
     from .models.rope_encdec import RopeEncDecEncoderModel as RopeEncDecEncoderModel
     from .models.rope_encdec import RopeEncDecForConditionalGeneration as RopeEncDecForConditionalGeneration
+    from .models.rope_encdec import RopeEncDecForImageTextToText as RopeEncDecForImageTextToText
     from .models.rope_encdec import RopeEncDecModel as RopeEncDecModel
+    from .models.rope_encdec import RopeEncDecVisionConfig as RopeEncDecVisionConfig
+    from .models.rope_encdec import RopeEncDecVisionModel as RopeEncDecVisionModel
 else:
     __getattr__, __dir__, __all__ = on_first_use(
         __name__,
@@ -33,7 +36,10 @@ else:
                 "RopeEncDecConfig",
                 "RopeEncDecEncoderModel",
                 "RopeEncDecForConditionalGeneration",
+                "RopeEncDecForImageTextToText",
                 "RopeEncDecModel",
+                "RopeEncDecVisionConfig",
+                "RopeEncDecVisionModel",
             ],
         },
     )

@@ -20,6 +20,7 @@ import warnings
 # Theirs -> ours that belongs to it. Each of theirs is whole when it has run: what it imports itself has run before.
 _MODULES = {
     "transformers": "models.rope_encdec",
+    "transformers.models.auto.processing_auto": "models.rope_encdec.auto_processing",
     "transformers.pipelines": "pipelines",
     "optimum.exporters.onnx.model_configs": "export.optimum_onnx",
     "optimum.exporters.openvino.model_configs": "export.optimum_openvino",

@@ -23,8 +23,8 @@ def traces(monkeypatch):
     return lambda: len(traced)
 
 
-def programs(model, shapes="fixed:5,4", repeat=False):
-    return tracing.export_programs(model, graphs(model.config, Shapes.parse(shapes)), repeat)
+def programs(model, shapes="fixed:5,4", stateful=False):
+    return tracing.export_programs(model, graphs(model.config, Shapes.parse(shapes)), stateful)
 
 
 def test_equal_students_are_traced_once_and_others_are_not(traces):
@@ -45,7 +45,7 @@ def test_equal_students_are_traced_once_and_others_are_not(traces):
         {"model": student(encoder_attention="causal")},
         {"model": student(rms_norm_eps=1e-3)},
         {"model": first, "shapes": "fixed:5,3"},
-        {"model": first, "repeat": True},
+        {"model": first, "stateful": True},
     ):
         before = traces()
         programs(**more)

@@ -137,10 +137,11 @@ class ExportedDecoder(nn.Module):
         model: its weights are used, not copied.
         fixed: the cache has M slots of which this call fills one, the one at `position`, and T is 1; else the new keys
             and values are appended to those of earlier calls.
-        repeat: self-attention repeats keys and values for its query heads. OpenVINO's CPU plug-in makes that, its
-            states and the concatenation one operation, and takes a folded query for a longer one (2026.4,
-            `ScaledDotProductAttentionWithKVCache`). Expanded, not `repeat_interleave`: a Gather is not recognised, and
-            the plug-in then ignores `KV_CACHE_PRECISION`.
+        stateful: self-attention in the form that OpenVINO's CPU plug-in makes one operation of, with its states and
+            the concatenation (2026.4, `ScaledDotProductAttentionWithKVCache`). Keys and values are repeated for their
+            query heads, since it takes a folded query for a longer one; expanded, not `repeat_interleave`: a Gather is
+            not recognised, and the plug-in then ignores `KV_CACHE_PRECISION`. With `merged` cross-attention there is
+            one cache, which begins with the prompt.
         rotary: as in [`ExportedEncoder`].
     """
 
@@ -148,7 +149,7 @@ class ExportedDecoder(nn.Module):
         self,
         model: RopeEncDecForConditionalGeneration,
         fixed: bool = False,
-        repeat: bool = False,
+        stateful: bool = False,
         rotary: Callable[[RopeEncDecRotaryEmbedding], nn.Module] | None = None,
     ):
         super().__init__()
@@ -158,7 +159,7 @@ class ExportedDecoder(nn.Module):
             model.lm_head,
         )
         self.rotary = (rotary or TraceableRotary)(self.decoder.rotary_emb)
-        self.config, self.fixed, self.repeat = model.config, fixed, repeat
+        self.config, self.fixed, self.stateful = model.config, fixed, stateful
 
     def forward(self, input_ids: Tensor, encoder_attention_mask: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         """
@@ -166,17 +167,22 @@ class ExportedDecoder(nn.Module):
             input_ids: `(B, T)`.
             encoder_attention_mask: `(B, S')`, 1 where the prompt is real.
             states: with a fixed cache `position` `(1,)` first, the number of earlier tokens. Then for each layer its
-                own key and value `(B, G, P or M, D)`, then for each layer the prompt's `(B, G, S', D)`.
+                own key and value `(B, G, P or M, D)`, then for each layer the prompt's `(B, G, S', D)`. A stateful
+                `merged` decoder takes one of each, `(B, G, S' + P, D)`.
 
         Returns:
             logits `(B, T, V)`, then for each layer its own key and value, with the new tokens in them.
         """
+        merged = self.config.cross_attention == "merged"
+        joined = merged and self.stateful
         layers = len(self.decoder.layers)
         of_layers = states[1:] if self.fixed else states
         own, cross = of_layers[: 2 * layers], of_layers[2 * layers :]
         real = encoder_attention_mask.to(torch.int64)
         hidden = self.embed_tokens(input_ids)
-        target, past = input_ids.shape[1], own[0].shape[2]
+        (batch, prompt), target, past = real.shape, input_ids.shape[1], own[0].shape[2]
+        if joined:
+            past = past - prompt
         if self.fixed:
             positions = states[0]
             slots = torch.arange(past, device=input_ids.device)
@@ -185,15 +191,14 @@ class ExportedDecoder(nn.Module):
         else:
             positions = torch.arange(past, past + target, device=input_ids.device)
             visible = (torch.arange(past + target, device=input_ids.device)[None] <= positions[:, None])[None, None]
-        merged = self.config.cross_attention == "merged"
         positions = positions[None]
         if merged:
             positions = positions + real.sum(-1, keepdim=True) * self.config.encoder_pooling
         rotary = self.rotary(hidden, positions)
         own_bias = _bias(visible, hidden)
         cross_bias = _bias((real > 0)[:, None, None], hidden)
-        if merged:
-            batch, prompt = encoder_attention_mask.shape
+        bias = own_bias
+        if joined or (merged and self.fixed):
             bias = torch.cat(
                 (
                     cross_bias.expand(batch, 1, target, prompt),
@@ -204,7 +209,6 @@ class ExportedDecoder(nn.Module):
 
         outputs = []
         for index, layer in enumerate(self.decoder.layers):
-            cross_key, cross_value = cross[2 * index : 2 * index + 2]
             attention, normed = layer.self_attn, layer.input_layernorm(hidden)
             query = attention.project_query(normed)
             new_key, new_value = attention.project_key_value(normed)
@@ -220,18 +224,18 @@ class ExportedDecoder(nn.Module):
                 key = torch.cat((own[2 * index], new_key), dim=2)
                 value = torch.cat((own[2 * index + 1], new_value), dim=2)
             outputs += [key, value]
-            if merged:
-                attended = grouped_attention(
-                    query,
-                    torch.cat((cross_key, key), dim=2),
-                    torch.cat((cross_value, value), dim=2),
-                    bias,
-                )
-                hidden = hidden + attention.o_proj(attended)
+            if self.stateful:
+                key, value = (repeat_kv(x, attention.num_key_value_groups) for x in (key, value))
+            # Where they are joined, the prompt's are among the layer's own.
+            cross_key, cross_value = (key, value) if joined else cross[2 * index : 2 * index + 2]
+            if merged and self.fixed:
+                key, value = torch.cat((cross_key, key), dim=2), torch.cat((cross_value, value), dim=2)
+            if merged and not self.fixed and not joined:
+                attended = _attention_to_both(query, (cross_key, cross_value, cross_bias), (key, value, own_bias))
             else:
-                if self.repeat:
-                    key, value = (repeat_kv(x, attention.num_key_value_groups) for x in (key, value))
-                hidden = hidden + attention.o_proj(grouped_attention(query, key, value, own_bias))
+                attended = grouped_attention(query, key, value, bias)
+            hidden = hidden + attention.o_proj(attended)
+            if not merged:
                 query = layer.cross_attn.project_query(layer.cross_attn_layernorm(hidden))
                 attended = grouped_attention(query, cross_key, cross_value, cross_bias)
                 hidden = hidden + layer.cross_attn.o_proj(attended)
@@ -322,6 +326,23 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -
         bias = bias.repeat(1, 1, ratio, 1) if bias.shape[2] != 1 else bias
     # No `scale`: the default is ours too, and naming it makes Core ML spell the attention out.
     output = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    return output.reshape(batch, heads, length, width).transpose(1, 2).reshape(batch, length, heads * width)
+
+
+def _attention_to_both(query: Tensor, *parts: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """[`grouped_attention`] to the keys of two parts `(key, value, bias)`, which are read where they are: joining them
+    would copy the prompt's for every target token."""
+    groups, (batch, heads, length, width) = parts[0][0].shape[1], query.shape
+    ratio = heads // groups
+    query = (query * width**-0.5).reshape(batch, groups, ratio * length, width)
+    scores = [
+        query @ key.transpose(2, 3) + (bias.repeat(1, 1, ratio, 1) if bias.shape[2] != 1 else bias)
+        for key, _, bias in parts
+    ]
+    weights = torch.cat(scores, dim=-1).softmax(dim=-1)
+    (key, value, _), (_, other, _) = parts
+    first = key.shape[2]
+    output = weights[..., :first] @ value + weights[..., first:] @ other
     return output.reshape(batch, heads, length, width).transpose(1, 2).reshape(batch, length, heads * width)
 
 

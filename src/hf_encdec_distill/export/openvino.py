@@ -14,7 +14,7 @@ import numpy as np
 
 from .backends import Backend, register_backend
 from .graphs import GraphCache, Graphs, quiet, threads
-from .recipe import Graph, Shapes
+from .recipe import Graph, Shapes, with_prompt_in_cache
 
 
 _FILES = {"encoder": "openvino_encoder_model", "decoder": "openvino_decoder_model"}
@@ -50,7 +50,7 @@ class OpenVinoBackend(Backend):
         if "calibration" in options and variant != "int4":
             raise ValueError(self.own_options["calibration"].format(target=self.name, variant=variant))
         if "kv_cache_precision" in options:
-            _check_kv_cache_precision(options["kv_cache_precision"], config, shapes, stateful)
+            _check_kv_cache_precision(options["kv_cache_precision"], shapes, stateful)
         if variant == "int4" and shapes.targets is None:
             names = ("hidden_size", "intermediate_size", "decoder_intermediate_size")
             widths = {name: getattr(config, name) for name in names}
@@ -82,8 +82,11 @@ class OpenVinoBackend(Backend):
         from .tracing import export_programs
 
         calibration, kv_cache_precision = options.get("calibration"), options.get("kv_cache_precision")
-        programs = export_programs(model.float(), graphs, repeat=stateful and shapes.targets is None)
-        for name, graph in graphs.items():
+        growing = stateful and shapes.targets is None
+        joined = growing and model.config.cross_attention == "merged"
+        traced = {**graphs, "decoder": with_prompt_in_cache(graphs["decoder"])} if joined else graphs
+        programs = export_programs(model.float(), traced, stateful=growing)
+        for name, graph in traced.items():
             with quiet():
                 converted = openvino.convert_model(programs[name])
             for ports, recipe in ((converted.inputs, graph.inputs), (converted.outputs, graph.outputs)):
@@ -93,10 +96,10 @@ class OpenVinoBackend(Backend):
                 {port.name: [-1 if isinstance(a, str) else a for a in port.axes] for port in graph.inputs}
             )
             if variant in ("int8", "int4"):
-                calls = None if calibration is None else _Calls(name, model, graphs, shapes, calibration)
+                calls = None if calibration is None else _Calls(name, model, graphs, shapes, calibration, joined)
                 converted = _compressed(converted, variant, shapes.targets is not None, calls)
             if name == "decoder" and stateful:  # after compression, which feeds keys and values as inputs
-                _make_stateful(converted, graph, batched=shapes.targets is None)
+                _make_stateful(converted, graphs["decoder"], growing, joined)
                 if kv_cache_precision is not None:
                     converted.set_rt_info(kv_cache_precision, _KV_CACHE_PRECISION)
             converted.set_rt_info(license, ["license"])
@@ -112,15 +115,13 @@ class OpenVinoBackend(Backend):
         return [f"{device} {core.get_property(device, 'FULL_DEVICE_NAME')}" for device in core.available_devices]
 
 
-def _check_kv_cache_precision(precision: str, config, shapes: Shapes, stateful: bool | None) -> None:
+def _check_kv_cache_precision(precision: str, shapes: Shapes, stateful: bool | None) -> None:
     if precision not in KV_CACHE_PRECISIONS:
         raise ValueError(f"KV-cache precision {precision!r}: choose of {', '.join(KV_CACHE_PRECISIONS)}")
-    if stateful is False or shapes.targets is not None or config.cross_attention == "merged":
+    if stateful is False or shapes.targets is not None:
         raise ValueError(
-            f"KV-cache precision {precision!r} is heeded for a stateful decoder of "
-            "cross_attention='separate' and dynamic shapes only, "
-            f"this one is {'stateless' if stateful is False else 'stateful'}, "
-            f"{config.cross_attention!r} and {shapes}: leave it out"
+            f"KV-cache precision {precision!r} is for a stateful decoder of dynamic shapes only, this one is "
+            f"{'stateless' if stateful is False else 'stateful'} and {shapes}: leave it out"
         )
 
 
@@ -144,9 +145,15 @@ class _Calls:
     as it is asked for them: with fixed shapes all of them at once could fill the memory."""
 
     def __init__(
-        self, graph: str, model, graphs: Mapping[str, Graph], shapes: Shapes, rows: Sequence[Mapping[str, Any]]
+        self,
+        graph: str,
+        model,
+        graphs: Mapping[str, Graph],
+        shapes: Shapes,
+        rows: Sequence[Mapping[str, Any]],
+        joined: bool = False,
     ):
-        self.graph, self.model, self.rows = graph, model, rows
+        self.graph, self.model, self.rows, self.joined = graph, model, rows, joined
         self.pytorch = _RecordingGraphs(model, graphs, shapes)
 
     def __len__(self) -> int:
@@ -163,7 +170,12 @@ class _Calls:
             if self.graph == "decoder":
                 tokens = self.model.prepare_decoder_input_ids_from_labels(torch.tensor([row["labels"]]))
                 self.pytorch.decode(tokens.numpy(), mask, cross, self.pytorch.new_cache(1))
-            yield from self.pytorch.calls[self.graph]
+            for call in self.pytorch.calls[self.graph]:
+                if self.graph == "decoder" and self.joined:
+                    for own in self.pytorch.graphs["decoder"].cache:
+                        prompt = call.pop(own.replace(".decoder.", ".encoder."))
+                        call[own] = np.concatenate((prompt, call[own]), axis=2)
+                yield call
 
 
 class _RecordingGraphs(Graphs):
@@ -188,13 +200,14 @@ class _RecordingGraphs(Graphs):
             return [output.numpy() for output in self.modules[graph](*tensors)]
 
 
-def _make_stateful(model, graph: Graph, batched: bool) -> None:
-    """Turn the cache from inputs and outputs into states that begin empty, or as zeros where they have fixed slots."""
+def _make_stateful(model, graph: Graph, growing: bool, joined: bool) -> None:
+    """Turn the cache from inputs and outputs into states that begin empty, or as zeros where they have fixed slots, or
+    as the prompt's keys and values (`joined`), which are inputs for this alone."""
     import openvino
     from openvino import opset13 as ops
     from openvino._offline_transformations import apply_make_stateful_transformation
 
-    if batched:
+    if growing:
         beam = ops.parameter([-1], openvino.Type.i32, name=_BEAM)
         beam.output(0).get_tensor().set_names({_BEAM})
         model.add_parameters([beam])
@@ -206,7 +219,10 @@ def _make_stateful(model, graph: Graph, batched: bool) -> None:
                 reader.replace_source_output(reordered.output(0))
         model.validate_nodes_and_infer_types()
     apply_make_stateful_transformation(model, dict(graph.cache))
-    if not batched:
+    if not growing:
+        return
+    if joined:
+        _begin_with_prompt(model, graph)
         return
     # A state is as large as its first value, and the batch is known only at run time.
     batch = ops.gather(ops.shape_of(model.input("input_ids"), "i64"), ops.constant([0]), ops.constant(0))
@@ -215,6 +231,21 @@ def _make_stateful(model, graph: Graph, batched: bool) -> None:
             _, heads, _, width = op.get_output_partial_shape(0)
             shape = ops.concat([batch, ops.constant(np.array([heads.get_length(), 0, width.get_length()]))], 0)
             op.set_arguments([ops.broadcast(ops.constant(np.float32(0)), shape)])
+    model.validate_nodes_and_infer_types()
+
+
+def _begin_with_prompt(model, graph: Graph) -> None:
+    import openvino
+    from openvino import opset13 as ops
+
+    # OpenVINO joins the names of input and output in that of a state.
+    reads = {op.get_variable_id(): op for op in model.get_ops() if op.get_type_name() == "ReadValue"}
+    for old, new in graph.cache.items():
+        port = next(port for port in graph.inputs if port.name == old.replace(".decoder.", ".encoder."))
+        start = ops.parameter([-1 if isinstance(a, str) else a for a in port.axes], openvino.Type.f32, name=port.name)
+        start.output(0).get_tensor().set_names({port.name})
+        model.add_parameters([start])
+        reads[old + new].set_arguments([start.output(0)])
     model.validate_nodes_and_infer_types()
 
 
@@ -253,6 +284,7 @@ class OpenVinoGraphs(Graphs):
         self.stateful = stateful
         self.request = self.compiled["decoder"].create_infer_request() if stateful else None
         self.running: GraphCache | None = None  # whose keys and values are in the request
+        self._begins = True  # whether this call is the first of a generation
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
         outputs = self.compiled[graph](dict(inputs))
@@ -270,7 +302,8 @@ class OpenVinoGraphs(Graphs):
             ValueError: the runtime's states belong to a generation that began after that of `cache`.
         """
         if self.request is not None:
-            if cache.length == 0:
+            self._begins = cache.length == 0
+            if self._begins:
                 self.request.reset_state()
                 self.running = cache
             elif cache is not self.running:
@@ -284,6 +317,8 @@ class OpenVinoGraphs(Graphs):
         if self.request is None:
             return super().step(inputs, own)
         if self.shapes.targets is None:
+            if not self._begins:  # the prompt's are where the first call has put them
+                inputs = {name: array for name, array in inputs.items() if name not in self._cross}
             logits = self.request.infer(inputs | {_BEAM: own[0]})[0]
             return logits, [np.arange(len(own[0]), dtype=np.int32)]
         # Rows take turns on the one set of states that there is. OpenVINO joins the names of input and output in that

@@ -152,7 +152,15 @@ def pooled_length(length: int, pooling: int) -> int:
 
 
 # Sizes of the named axes in an example. No two alike and none below 2, or a tracer takes one for the other or for 1.
-EXAMPLE_SIZES = {"batch": 2, "prompt": 5, "target": 3, "past": 4, "past + target": 7}
+EXAMPLE_SIZES = {
+    "batch": 2,
+    "prompt": 5,
+    "target": 3,
+    "past": 4,
+    "past + target": 7,
+    "prompt + past": 9,
+    "prompt + past + target": 12,
+}
 
 
 def graphs(config: PretrainedConfig, shapes: Shapes) -> dict[str, Graph]:
@@ -199,6 +207,21 @@ def graphs(config: PretrainedConfig, shapes: Shapes) -> dict[str, Graph]:
             cache={old.name: new.name for old, new in zip(past, present, strict=True)},
         ),
     }
+
+
+def with_prompt_in_cache(decoder: Graph) -> Graph:
+    """The decoder's graph where its cache begins with the prompt's keys and values, which then are no inputs."""
+
+    def longer(ports: tuple[Port, ...]) -> tuple[Port, ...]:
+        return tuple(
+            Port(
+                p.name, tuple(f"prompt + {axis}" if str(axis).startswith("past") else axis for axis in p.axes), p.dtype
+            )
+            for p in ports
+        )
+
+    own = tuple(port for port in decoder.inputs if "." not in port.name or port.name in decoder.cache)
+    return Graph(longer(own), longer(decoder.outputs), decoder.cache, decoder.pooling)
 
 
 def stacked(recipe: Mapping[str, Graph]) -> dict[str, Graph]:

@@ -12,16 +12,16 @@ from .recipe import EXAMPLE_SIZES, Graph
 
 @torch.no_grad()
 def export_programs(
-    model, graphs: Mapping[str, Graph], repeat: bool = False
+    model, graphs: Mapping[str, Graph], stateful: bool = False
 ) -> dict[str, torch.export.ExportedProgram]:
     """One program for each graph, its named axes free, its inputs positional in the order of the recipe.
 
     Args:
-        repeat: see [`ExportedDecoder`].
+        stateful: see [`ExportedDecoder`].
     """
     dtype = model.dtype
     fixed = any(port.name == "position" for port in graphs["decoder"].inputs)
-    modules = {"encoder": ExportedEncoder(model), "decoder": ExportedDecoder(model, fixed, repeat)}
+    modules = {"encoder": ExportedEncoder(model), "decoder": ExportedDecoder(model, fixed, stateful)}
     programs = {}
     for name, graph in graphs.items():
         examples = [port.example(EXAMPLE_SIZES, dtype) for port in graph.inputs]

@@ -94,6 +94,8 @@ class SharedPrompt:
         """
         states, teacher_mask, self._states, self._mask = self._states, self._mask, {}, None
         input_ids = student_inputs.get("input_ids")
+        if student_inputs.get("pixel_values") is not None:  # not to be told from placeholders in the teacher's prompt
+            return {}
         if not states or teacher_mask is None or input_ids is None or student_inputs.get("position_ids") is not None:
             return {}
         mask = student_inputs.get("attention_mask")
