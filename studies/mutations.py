@@ -432,6 +432,22 @@ MUTATIONS = [
         "model/test_from_decoder_only.py::test_merged_at_full_depth_is_the_teacher",
     ),
     Mutation(
+        12,
+        "the class token of a tower is taken for a patch",
+        "models/rope_encdec/modeling_rope_encdec_vision.py",
+        "patches = states[:, -rows * columns :]",
+        "patches = states[:, : rows * columns]",
+        "model/test_vision.py::test_a_student_of_full_depth_has_the_logits_of_its_llava",
+    ),
+    Mutation(
+        12,
+        "a teacher that reads the same tokens stands in for images",
+        "distillation/options/shared_prompt.py",
+        'if student_inputs.get("pixel_values") is not None:',
+        "if False:",
+        "invariants/test_vision_student.py::test_images_count_where_the_teacher_reads_the_same_tokens",
+    ),
+    Mutation(
         13,
         "a cached step begins at position 0",
         _MODELING,

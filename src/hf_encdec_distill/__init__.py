@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from .models.rope_encdec import RopeEncDecModel as RopeEncDecModel
     from .models.rope_encdec import RopeEncDecVisionConfig as RopeEncDecVisionConfig
     from .models.rope_encdec import RopeEncDecVisionModel as RopeEncDecVisionModel
+    from .models.rope_encdec.processing_rope_encdec_vision import (
+        RopeEncDecVisionProcessor as RopeEncDecVisionProcessor,
+    )
 else:
     __getattr__, __dir__, __all__ = on_first_use(
         __name__,
@@ -41,5 +44,6 @@ else:
                 "RopeEncDecVisionConfig",
                 "RopeEncDecVisionModel",
             ],
+            ".models.rope_encdec.processing_rope_encdec_vision": ["RopeEncDecVisionProcessor"],
         },
     )

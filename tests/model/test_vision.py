@@ -12,9 +12,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 from vision_toys import FEATURES, TOWERS, make_llava, make_tower, pixels, twin_of, with_image_token
 
-from hf_encdec_distill import RopeEncDecForImageTextToText, RopeEncDecVisionConfig, RopeEncDecVisionModel
+from hf_encdec_distill import (
+    RopeEncDecForImageTextToText,
+    RopeEncDecVisionConfig,
+    RopeEncDecVisionModel,
+    RopeEncDecVisionProcessor,
+)
 from hf_encdec_distill.models.rope_encdec.modeling_rope_encdec_vision import RopeEncDecProjector
-from hf_encdec_distill.models.rope_encdec.processing_rope_encdec_vision import RopeEncDecVisionProcessor
 
 
 @pytest.fixture

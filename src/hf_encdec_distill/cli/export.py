@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-cache-precision",
         metavar="NAME",
-        help="for openvino: f32, f16, bf16 or u8, written into the file and proven with; separate decoders, dynamic "
+        help="for openvino: f32, f16, bf16 or u8, written into the file and proven with; stateful decoders, dynamic "
         "shapes (default: f32 in the proof, the device's own elsewhere)",
     )
     add_data_arguments(parser)

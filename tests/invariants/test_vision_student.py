@@ -1,0 +1,116 @@
+"""A student that reads images in the trainer: ready rows with `pixel_values`, and a teacher that reads words."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from distillation_toys import InOrder, arguments
+from vision_toys import FEATURES, llama_of, make_llava, pixels, twin_of, with_image_token
+
+
+@pytest.fixture
+def tokenizer(make_bpe_tokenizer):
+    return with_image_token(make_bpe_tokenizer(chat_template=None))
+
+
+@pytest.fixture
+def llava(tokenizer):
+    return make_llava(tokenizer)
+
+
+def rows_of(tokenizer, count=4):
+    """An image and text for the student, words for the teacher, of other lengths."""
+    image, generator = tokenizer.convert_tokens_to_ids("<image>"), torch.Generator().manual_seed(0)
+
+    def ids(length):
+        return torch.randint(5, 90, (length,), generator=generator).tolist()
+
+    rows = []
+    for number in range(count):
+        prompt, target, words = (
+            [*ids(1 + number % 3), *[image] * FEATURES, *ids(2)],
+            ids(2 + number % 2),
+            ids(3 + number),
+        )
+        rows.append(
+            {
+                "input_ids": prompt,
+                "attention_mask": [1] * len(prompt),
+                "labels": target,
+                "pixel_values": pixels(1)[0].numpy(),
+                "teacher_input_ids": [*words, *target],
+                "teacher_labels_start": len(words),
+            }
+        )
+    return rows
+
+
+def make_trainer(folder, student, teacher, tokenizer, rows, **changed):
+    settings = {"per_device_train_batch_size": 4, "optim": "sgd", "learning_rate": 0.1, "max_steps": 1}
+    return InOrder(
+        student,
+        arguments(folder, **{**settings, "max_grad_norm": 0.0, "distill_weight": 0.5, **changed}),
+        teacher=teacher,
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+
+
+def expected_loss(student, teacher, rows):
+    """Half the cross-entropy and half the KL, row by row, without padding."""
+    ce, kl = [], []
+    for row in rows:
+        target = torch.tensor(row["labels"])
+        images = torch.from_numpy(row["pixel_values"])[None]
+        logits = student(input_ids=torch.tensor([row["input_ids"]]), pixel_values=images, labels=target[None]).logits[
+            0
+        ]
+        start = row["teacher_labels_start"]
+        of_teacher = teacher(torch.tensor([row["teacher_input_ids"]])).logits[0, start - 1 : -1]
+        log_q, log_p = logits.log_softmax(-1), of_teacher.log_softmax(-1)
+        ce.append(F.cross_entropy(logits, target, reduction="none"))
+        kl.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
+    return 0.5 * torch.cat(ce).mean() + 0.5 * torch.cat(kl).mean()
+
+
+def logged_loss(trainer):
+    trainer.train()
+    return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_it_learns_from_a_teacher_that_reads_words_where_it_sees_the_picture(frozen, llava, tokenizer, tmp_path):
+    student, teacher, rows = twin_of(llava, tokenizer), llama_of(llava), rows_of(tokenizer)
+    with torch.no_grad():
+        expected = expected_loss(student, teacher, rows)
+    before = {name: weight.clone() for name, weight in student.named_parameters()}
+    trainer = make_trainer(tmp_path, student, teacher, tokenizer, rows, freeze_encoder=frozen)
+    assert logged_loss(trainer) == pytest.approx(expected.item(), rel=1e-3)
+    moved = {name for name, weight in student.named_parameters() if not torch.equal(weight, before[name])}
+    for part in ("vision_tower", "multi_modal_projector"):
+        assert any(part in name for name in moved) is not frozen
+    assert any("decoder" in name for name in moved)
+
+
+def test_images_count_where_the_teacher_reads_the_same_tokens(llava, tokenizer, tmp_path):
+    """The frozen encoder is the teacher's own first layers, and the teacher reads the prompt token by token.
+
+    Its states of an image token are the same for all images, and must not be taken for the student's.
+    """
+    student, teacher = twin_of(llava, tokenizer), llama_of(llava)
+    rows = rows_of(tokenizer)
+    for row in rows:
+        prompt = [*row["input_ids"], student.config.decoder_start_token_id]
+        row |= {"teacher_input_ids": [*prompt, *row["labels"]], "teacher_labels_start": len(prompt)}
+    with torch.no_grad():
+        expected = expected_loss(student, teacher, rows)
+    trainer = make_trainer(tmp_path, student, teacher, tokenizer, rows, freeze_encoder=True)
+    assert trainer._shared_prompt.is_exact_for(student)  # all but the images are the same
+    assert logged_loss(trainer) == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_kept_states_are_refused_since_they_go_by_the_tokens_alone(llava, tokenizer, tmp_path):
+    student, rows = twin_of(llava, tokenizer), rows_of(tokenizer)
+    options = {"freeze_encoder": True, "encoder_states": str(tmp_path / "states")}
+    trainer = make_trainer(tmp_path, student, llama_of(llava), tokenizer, rows, **options)
+    with pytest.raises(ValueError, match="the batch has pixel_values"):
+        trainer.train()
