@@ -32,6 +32,7 @@ _ADDS = {
     "exporters": "export to all targets but llama.cpp",
     "optimum": "Optimum's own models and command line, for ONNX Runtime and OpenVINO (holds transformers at 4.57)",
     "demo-ui": "the page that `demo` opens",
+    "images": "students that read images",
     "peft": "teach, and teachers that are LoRA adapters",
     "quantization": "teachers in 8 or 4 bits",
 }
