@@ -128,6 +128,14 @@ def forget_sessions():
     forget()
 
 
+@pytest.fixture
+def image_tokenizer(make_bpe_tokenizer):
+    """One without a chat template that knows `<image>`."""
+    tokenizer = make_bpe_tokenizer(chat_template=None)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return tokenizer
+
+
 @pytest.fixture(scope="session")
 def make_bpe_tokenizer():
     """Byte-level BPE of at most 280 tokens, with a BOS that it puts in front (or not) and a chat template (or not)."""

@@ -39,11 +39,6 @@ def make_tower(kind):
     return model.eval()
 
 
-def with_image_token(tokenizer):
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    return tokenizer
-
-
 def make_llava(tokenizer, layers=3, vision_feature_layer=-2):
     """A LLaVA with CLIP's tower whose tokenizer knows `<image>`."""
     text = make_llama(layers=layers, vocab_size=len(tokenizer)).config

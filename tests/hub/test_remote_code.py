@@ -8,25 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from without_package import HIDE
 
 from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
 
 
 # Runs isolated (`-I`: no PYTHONPATH, no user site, no current folder); where the package is installed, it is hidden.
-ELSEWHERE = """
-import sys
+ELSEWHERE = (
+    HIDE
+    + """
 import torch
 from safetensors.torch import load_file, save_file
 
-
-
-class NotInstalled:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_encdec_distill":
-            raise ImportError(name)
-
-
-sys.meta_path.insert(0, NotInstalled())
 try:
     import hf_encdec_distill
 except ImportError:
@@ -61,6 +54,7 @@ with torch.no_grad():
 save_file({{name: value.contiguous() for name, value in outputs.items()}}, out + ".safetensors")
 model.save_pretrained(out)
 """
+)
 
 
 def run_elsewhere(folder, out, modules_cache):

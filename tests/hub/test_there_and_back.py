@@ -9,6 +9,7 @@ from distillation_toys import make_rope, write_teacher
 from safetensors.torch import load_file, save_file
 from server import TOKEN, Hub, LargeFile
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from without_package import HIDE
 
 
 FROZEN = Path(__file__).parent / "frozen"
@@ -86,18 +87,11 @@ trainer.push_to_hub()
 trainer.save_model("by-plain-trainer-here")
 """
 
-LOAD = """
+LOAD = (
+    HIDE
+    + """
 import json
-import sys
 
-
-class NotInstalled:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_encdec_distill":
-            raise ImportError(name)
-
-
-sys.meta_path.insert(0, NotInstalled())
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -125,6 +119,7 @@ for name, revision, inputs, out in json.loads(sys.argv[1]):
         }
     save_file({key: value.contiguous() for key, value in outputs.items()}, out)
 """
+)
 
 
 PUSH_COMMAND = "import sys; from hf_encdec_distill.cli.main import main; sys.exit(main(sys.argv[1:]))"

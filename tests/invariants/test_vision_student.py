@@ -4,17 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distillation_toys import InOrder, arguments
-from vision_toys import FEATURES, llama_of, make_llava, pixels, twin_of, with_image_token
+from vision_toys import FEATURES, llama_of, make_llava, pixels, twin_of
 
 
 @pytest.fixture
-def tokenizer(make_bpe_tokenizer):
-    return with_image_token(make_bpe_tokenizer(chat_template=None))
-
-
-@pytest.fixture
-def llava(tokenizer):
-    return make_llava(tokenizer)
+def llava(image_tokenizer):
+    return make_llava(image_tokenizer)
 
 
 def rows_of(tokenizer, count=4):
@@ -78,12 +73,12 @@ def logged_loss(trainer):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_it_learns_from_a_teacher_that_reads_words_where_it_sees_the_picture(frozen, llava, tokenizer, tmp_path):
-    student, teacher, rows = twin_of(llava, tokenizer), llama_of(llava), rows_of(tokenizer)
+def test_it_learns_from_a_teacher_that_reads_words_where_it_sees_the_picture(frozen, llava, image_tokenizer, tmp_path):
+    student, teacher, rows = twin_of(llava, image_tokenizer), llama_of(llava), rows_of(image_tokenizer)
     with torch.no_grad():
         expected = expected_loss(student, teacher, rows)
     before = {name: weight.clone() for name, weight in student.named_parameters()}
-    trainer = make_trainer(tmp_path, student, teacher, tokenizer, rows, freeze_encoder=frozen)
+    trainer = make_trainer(tmp_path, student, teacher, image_tokenizer, rows, freeze_encoder=frozen)
     assert logged_loss(trainer) == pytest.approx(expected.item(), rel=1e-3)
     moved = {name for name, weight in student.named_parameters() if not torch.equal(weight, before[name])}
     for part in ("vision_tower", "multi_modal_projector"):
@@ -91,26 +86,26 @@ def test_it_learns_from_a_teacher_that_reads_words_where_it_sees_the_picture(fro
     assert any("decoder" in name for name in moved)
 
 
-def test_images_count_where_the_teacher_reads_the_same_tokens(llava, tokenizer, tmp_path):
+def test_images_count_where_the_teacher_reads_the_same_tokens(llava, image_tokenizer, tmp_path):
     """The frozen encoder is the teacher's own first layers, and the teacher reads the prompt token by token.
 
     Its states of an image token are the same for all images, and must not be taken for the student's.
     """
-    student, teacher = twin_of(llava, tokenizer), llama_of(llava)
-    rows = rows_of(tokenizer)
+    student, teacher = twin_of(llava, image_tokenizer), llama_of(llava)
+    rows = rows_of(image_tokenizer)
     for row in rows:
         prompt = [*row["input_ids"], student.config.decoder_start_token_id]
         row |= {"teacher_input_ids": [*prompt, *row["labels"]], "teacher_labels_start": len(prompt)}
     with torch.no_grad():
         expected = expected_loss(student, teacher, rows)
-    trainer = make_trainer(tmp_path, student, teacher, tokenizer, rows, freeze_encoder=True)
+    trainer = make_trainer(tmp_path, student, teacher, image_tokenizer, rows, freeze_encoder=True)
     assert trainer._shared_prompt.is_exact_for(student)  # all but the images are the same
     assert logged_loss(trainer) == pytest.approx(expected.item(), rel=1e-3)
 
 
-def test_kept_states_are_refused_since_they_go_by_the_tokens_alone(llava, tokenizer, tmp_path):
-    student, rows = twin_of(llava, tokenizer), rows_of(tokenizer)
+def test_kept_states_are_refused_since_they_go_by_the_tokens_alone(llava, image_tokenizer, tmp_path):
+    student, rows = twin_of(llava, image_tokenizer), rows_of(image_tokenizer)
     options = {"freeze_encoder": True, "encoder_states": str(tmp_path / "states")}
-    trainer = make_trainer(tmp_path, student, llama_of(llava), tokenizer, rows, **options)
+    trainer = make_trainer(tmp_path, student, llama_of(llava), image_tokenizer, rows, **options)
     with pytest.raises(ValueError, match="the batch has pixel_values"):
         trainer.train()

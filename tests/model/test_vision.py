@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from toys import make_model
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
-from vision_toys import FEATURES, TOWERS, make_llava, make_tower, pixels, twin_of, with_image_token
+from vision_toys import FEATURES, TOWERS, make_llava, make_tower, pixels, twin_of
+from without_package import HIDE
 
 from hf_encdec_distill import (
     RopeEncDecForImageTextToText,
@@ -22,23 +24,18 @@ from hf_encdec_distill.models.rope_encdec.modeling_rope_encdec_vision import Rop
 
 
 @pytest.fixture
-def tokenizer(make_bpe_tokenizer):
-    return with_image_token(make_bpe_tokenizer(chat_template=None))
+def llava(image_tokenizer):
+    return make_llava(image_tokenizer)
 
 
 @pytest.fixture
-def llava(tokenizer):
-    return make_llava(tokenizer)
+def twin(llava, image_tokenizer):
+    return twin_of(llava, image_tokenizer)
 
 
 @pytest.fixture
-def twin(llava, tokenizer):
-    return twin_of(llava, tokenizer)
-
-
-@pytest.fixture
-def image_id(tokenizer):
-    return tokenizer.convert_tokens_to_ids("<image>")
+def image_id(image_tokenizer):
+    return image_tokenizer.convert_tokens_to_ids("<image>")
 
 
 def prompt_of(image_id, *parts):
@@ -62,9 +59,9 @@ def padded(rows, side="left"):
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [-1, -2, 1])
-def test_a_student_of_full_depth_has_the_logits_of_its_llava(layer, tokenizer, image_id):
-    llava = make_llava(tokenizer, vision_feature_layer=layer)
-    twin = twin_of(llava, tokenizer)
+def test_a_student_of_full_depth_has_the_logits_of_its_llava(layer, image_tokenizer, image_id):
+    llava = make_llava(image_tokenizer, vision_feature_layer=layer)
+    twin = twin_of(llava, image_tokenizer)
     prompt, target, images = prompt_of(image_id, 3, "image", 2, "image", 1), torch.randint(5, 90, (1, 4)), pixels(2)
     whole = torch.cat((prompt, target), dim=1)
     expected = llava(input_ids=whole, pixel_values=images, attention_mask=torch.ones_like(whole)).logits
@@ -225,7 +222,7 @@ def test_a_configuration_that_does_not_work(fields, problem):
         RopeEncDecVisionConfig(**{**sizes, **fields})
 
 
-def test_parts_that_do_not_fit(twin, tokenizer, make_bpe_tokenizer):
+def test_parts_that_do_not_fit(twin, make_bpe_tokenizer):
     text, tower = make_model("separate", vocab_size=300), make_tower("clip")
     build = RopeEncDecForImageTextToText.from_parts
     with pytest.raises(ValueError, match="carries no tokenizer"):
@@ -260,7 +257,7 @@ def test_a_new_image_token_is_the_mean_of_the_others(make_bpe_tokenizer):
 # Saved and loaded ----------------------------------------------------------------------------------------------------
 
 
-def test_saved_and_loaded_by_the_auto_classes(twin, tokenizer, image_id, tmp_path):
+def test_saved_and_loaded_by_the_auto_classes(twin, image_id, tmp_path):
     RopeEncDecVisionProcessor.for_model(twin).save_pretrained(tmp_path)
     twin.save_pretrained(tmp_path)
     inputs = {
@@ -279,17 +276,9 @@ def test_saved_and_loaded_by_the_auto_classes(twin, tokenizer, image_id, tmp_pat
     assert processor.image_processor.size == {"height": 8, "width": 8}
 
 
-ELSEWHERE = """
-import sys
-
-
-class NotInstalled:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_encdec_distill":
-            raise ImportError(name)
-
-
-sys.meta_path.insert(0, NotInstalled())
+ELSEWHERE = (
+    HIDE
+    + """
 import json
 
 import torch
@@ -305,12 +294,11 @@ image = Image.linear_gradient("L")
 inputs = processor(images=image, text="a <image> b", return_tensors="pt", return_token_type_ids=False)
 print(json.dumps(model.generate(**inputs, max_new_tokens=5, do_sample=False)[0].tolist()))
 """
+)
 
 
 @pytest.mark.process
 def test_a_folder_works_where_the_package_is_not(twin, tmp_path, monkeypatch):
-    from PIL import Image
-
     processor = RopeEncDecVisionProcessor.for_model(twin)
     twin.save_pretrained(tmp_path / "student")
     processor.save_pretrained(tmp_path / "student")

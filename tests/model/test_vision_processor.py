@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vision_toys import with_image_token
 
 from hf_encdec_distill.models.rope_encdec.processing_rope_encdec_vision import (
     RopeEncDecImageProcessor,
@@ -22,9 +21,8 @@ def image_processor(**options):
 
 
 @pytest.fixture
-def processor(make_bpe_tokenizer):
-    tokenizer = with_image_token(make_bpe_tokenizer(chat_template=None))
-    return RopeEncDecVisionProcessor(image_processor(), tokenizer, patch_size=4)  # 4 tokens of an image
+def processor(image_tokenizer):
+    return RopeEncDecVisionProcessor(image_processor(), image_tokenizer, patch_size=4)  # 4 tokens of an image
 
 
 def coloured(width, height, colour=(255, 0, 51), mode="RGB"):
@@ -206,9 +204,8 @@ def test_texts_and_images_that_do_not_match(processor):
         processor(images=image, text="a<image>", max_length=4, truncation=True)
 
 
-def test_a_processor_that_does_not_work(make_bpe_tokenizer):
+def test_a_processor_that_does_not_work(make_bpe_tokenizer, image_tokenizer):
     with pytest.raises(ValueError, match="image_token='<image>' is [0-9]+ tokens of this tokenizer"):
         RopeEncDecVisionProcessor(image_processor(), make_bpe_tokenizer(), patch_size=4)
-    tokenizer = with_image_token(make_bpe_tokenizer())
     with pytest.raises(ValueError, match="a token is made of 6 x 6 pixels .patch_size=3, pixel_shuffle=2."):
-        RopeEncDecVisionProcessor(image_processor(), tokenizer, patch_size=3, pixel_shuffle=2)
+        RopeEncDecVisionProcessor(image_processor(), image_tokenizer, patch_size=3, pixel_shuffle=2)

@@ -175,6 +175,7 @@ class ExportedDecoder(nn.Module):
         """
         merged = self.config.cross_attention == "merged"
         joined = merged and self.stateful
+        apart = merged and not joined and not self.fixed
         layers = len(self.decoder.layers)
         of_layers = states[1:] if self.fixed else states
         own, cross = of_layers[: 2 * layers], of_layers[2 * layers :]
@@ -198,7 +199,7 @@ class ExportedDecoder(nn.Module):
         own_bias = _bias(visible, hidden)
         cross_bias = _bias((real > 0)[:, None, None], hidden)
         bias = own_bias
-        if joined or (merged and self.fixed):
+        if merged and not apart:
             bias = torch.cat(
                 (
                     cross_bias.expand(batch, 1, target, prompt),
@@ -230,7 +231,7 @@ class ExportedDecoder(nn.Module):
             cross_key, cross_value = (key, value) if joined else cross[2 * index : 2 * index + 2]
             if merged and self.fixed:
                 key, value = torch.cat((cross_key, key), dim=2), torch.cat((cross_value, value), dim=2)
-            if merged and not self.fixed and not joined:
+            if apart:
                 attended = _attention_to_both(query, (cross_key, cross_value, cross_bias), (key, value, own_bias))
             else:
                 attended = grouped_attention(query, key, value, bias)
@@ -323,26 +324,32 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -
     ratio = heads // groups
     if ratio > 1:
         query = query.reshape(batch, groups, ratio * length, width)
-        bias = bias.repeat(1, 1, ratio, 1) if bias.shape[2] != 1 else bias
+        bias = _of_each_query(bias, ratio)
     # No `scale`: the default is ours too, and naming it makes Core ML spell the attention out.
     output = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    return output.reshape(batch, heads, length, width).transpose(1, 2).reshape(batch, length, heads * width)
+    return _with_heads_joined(output, heads, length)
 
 
-def _attention_to_both(query: Tensor, *parts: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def _attention_to_both(
+    query: Tensor, prompt: tuple[Tensor, Tensor, Tensor], own: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
     """[`grouped_attention`] to the keys of two parts `(key, value, bias)`, which are read where they are: joining them
     would copy the prompt's for every target token."""
-    groups, (batch, heads, length, width) = parts[0][0].shape[1], query.shape
+    groups, (batch, heads, length, width) = own[0].shape[1], query.shape
     ratio = heads // groups
     query = (query * width**-0.5).reshape(batch, groups, ratio * length, width)
-    scores = [
-        query @ key.transpose(2, 3) + (bias.repeat(1, 1, ratio, 1) if bias.shape[2] != 1 else bias)
-        for key, _, bias in parts
-    ]
-    weights = torch.cat(scores, dim=-1).softmax(dim=-1)
-    (key, value, _), (_, other, _) = parts
-    first = key.shape[2]
-    output = weights[..., :first] @ value + weights[..., first:] @ other
+    scores = [query @ key.transpose(2, 3) + _of_each_query(bias, ratio) for key, _, bias in (prompt, own)]
+    weights, first = torch.cat(scores, dim=-1).softmax(dim=-1), prompt[0].shape[2]
+    output = weights[..., :first] @ prompt[1] + weights[..., first:] @ own[1]
+    return _with_heads_joined(output, heads, length)
+
+
+def _of_each_query(bias: Tensor, ratio: int) -> Tensor:
+    return bias.repeat(1, 1, ratio, 1) if bias.shape[2] != 1 else bias
+
+
+def _with_heads_joined(output: Tensor, heads: int, length: int) -> Tensor:
+    batch, _, _, width = output.shape
     return output.reshape(batch, heads, length, width).transpose(1, 2).reshape(batch, length, heads * width)
 
 

@@ -173,7 +173,7 @@ class _Calls:
             for call in self.pytorch.calls[self.graph]:
                 if self.graph == "decoder" and self.joined:
                     for own in self.pytorch.graphs["decoder"].cache:
-                        prompt = call.pop(own.replace(".decoder.", ".encoder."))
+                        prompt = call.pop(_of_prompt(own))
                         call[own] = np.concatenate((prompt, call[own]), axis=2)
                 yield call
 
@@ -234,6 +234,11 @@ def _make_stateful(model, graph: Graph, growing: bool, joined: bool) -> None:
     model.validate_nodes_and_infer_types()
 
 
+def _of_prompt(own: str) -> str:
+    """The port of the prompt's key or value that belongs to one of the decoder's own."""
+    return own.replace(".decoder.", ".encoder.")
+
+
 def _begin_with_prompt(model, graph: Graph) -> None:
     import openvino
     from openvino import opset13 as ops
@@ -241,7 +246,7 @@ def _begin_with_prompt(model, graph: Graph) -> None:
     # OpenVINO joins the names of input and output in that of a state.
     reads = {op.get_variable_id(): op for op in model.get_ops() if op.get_type_name() == "ReadValue"}
     for old, new in graph.cache.items():
-        port = next(port for port in graph.inputs if port.name == old.replace(".decoder.", ".encoder."))
+        port = next(port for port in graph.inputs if port.name == _of_prompt(old))
         start = ops.parameter([-1 if isinstance(a, str) else a for a in port.axes], openvino.Type.f32, name=port.name)
         start.output(0).get_tensor().set_names({port.name})
         model.add_parameters([start])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .backends import backend_of, targets
@@ -213,12 +213,10 @@ def with_prompt_in_cache(decoder: Graph) -> Graph:
     """The decoder's graph where its cache begins with the prompt's keys and values, which then are no inputs."""
 
     def longer(ports: tuple[Port, ...]) -> tuple[Port, ...]:
-        return tuple(
-            Port(
-                p.name, tuple(f"prompt + {axis}" if str(axis).startswith("past") else axis for axis in p.axes), p.dtype
-            )
-            for p in ports
-        )
+        def axis(name: str | int) -> str | int:
+            return f"prompt + {name}" if str(name).startswith("past") else name
+
+        return tuple(replace(port, axes=tuple(map(axis, port.axes))) for port in ports)
 
     own = tuple(port for port in decoder.inputs if "." not in port.name or port.name in decoder.cache)
     return Graph(longer(own), longer(decoder.outputs), decoder.cache, decoder.pooling)

@@ -53,12 +53,8 @@ class RopeEncDecVisionConfig(RopeEncDecConfig):
     ):
         if vision_config is None:
             vision_config = {"model_type": "clip_vision_model"}
-        if isinstance(vision_config, dict):
-            given = dict(vision_config)
-            kind = given.pop("model_type", None)
-            _check(kind in VISION_MODEL_TYPES, "vision_config.model_type", kind, f"one of {VISION_MODEL_TYPES}")
-            vision_config = AutoConfig.for_model(kind, **given)
-        kind = vision_config.model_type
+        given = isinstance(vision_config, dict)
+        kind = vision_config.get("model_type") if given else vision_config.model_type
         _check(kind in VISION_MODEL_TYPES, "vision_config.model_type", kind, f"one of {VISION_MODEL_TYPES}")
         _check(
             not (vision_final_norm and kind == "clip_vision_model"),
@@ -66,7 +62,7 @@ class RopeEncDecVisionConfig(RopeEncDecConfig):
             vision_final_norm,
             "False for CLIP, whose last norm is for its class token alone",
         )
-        self.vision_config = vision_config
+        self.vision_config = AutoConfig.for_model(**vision_config) if given else vision_config
         self.vision_final_norm = vision_final_norm
         self.image_token_id = image_token_id
         self.projector_hidden_act = projector_hidden_act

@@ -11,8 +11,6 @@ Shapes as in `modeling_rope_encdec`; I images (or tiles of images) of a batch, F
 patch's state.
 """
 
-import inspect
-
 import torch
 from torch import nn
 from transformers import AutoModel
@@ -105,16 +103,13 @@ class RopeEncDecVisionEncoder(RopeEncDecVisionPreTrainedModel, RopeEncDecEncoder
             )
         height, width = pixel_values.shape[-2:]
         self.config.image_tokens(height, width)
-        patch, size = self.config.vision_config.patch_size, self.config.vision_config.image_size
-        options = {}
+        vision, options = self.config.vision_config, {}
         # DINOv2 fits its positions to the image by itself, the others on demand.
-        if (height, width) != (size, size) and "interpolate_pos_encoding" in inspect.signature(
-            self.vision_tower.forward
-        ).parameters:
+        if (height, width) != (vision.image_size,) * 2 and not vision.model_type.startswith("dinov2"):
             options["interpolate_pos_encoding"] = True
         dtype = next(self.vision_tower.parameters()).dtype
         states = self.vision_tower(pixel_values=pixel_values.to(dtype), **options).last_hidden_state
-        rows, columns = height // patch, width // patch
+        rows, columns = height // vision.patch_size, width // vision.patch_size
         patches = states[:, -rows * columns :]  # in front of them stand what some towers call class and registers
         return self.multi_modal_projector(patches.to(self.multi_modal_projector.linear_1.weight.dtype), rows, columns)
 
@@ -252,6 +247,7 @@ class RopeEncDecForImageTextToText(RopeEncDecVisionPreTrainedModel, RopeEncDecFo
         """`(I, F, H)`: see [`RopeEncDecVisionEncoder`]."""
         return self.model.encoder.get_image_features(pixel_values)
 
+    # Spelled out, since `Trainer` and `generate` read the signature.
     def forward(
         self,
         input_ids=None,

@@ -7,7 +7,7 @@ import io
 import os
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import (
@@ -100,7 +100,7 @@ class RopeEncDecImageProcessor(BaseImageProcessor):
             try:
                 # Here a bomb would be an error of Pillow's before it is one of ours.
                 image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-            except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            except (OSError, Image.DecompressionBombError) as error:
                 raise ValueError(f"{what} is no image that can be read: {str(error)[:_SHOWN]}") from error
         else:
             what = f"image {index}"
