@@ -57,9 +57,10 @@ started = []  # processes of Python, by the test that runs
 
 
 def note_process(event, details):
-    if event == "subprocess.Popen" and Path(os.fsdecode(details[0])).name.startswith("python"):
-        if "_inductor" not in str(details[1]):  # of torch's own, at its first compilation, in whichever test that is
-            started.append(details[1])
+    if event != "subprocess.Popen" or "_inductor" in str(details[1]):  # torch's own, at the first compilation of all
+        return
+    if Path(os.fsdecode(details[0])).name.startswith("python"):
+        started.append(details[1])
 
 
 sys.addaudithook(note_process)

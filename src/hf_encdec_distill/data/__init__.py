@@ -19,6 +19,8 @@ from .._lazy import on_first_use
 if TYPE_CHECKING:
     from .builtin_teacher import fetch_builtin_teacher as fetch_builtin_teacher
     from .builtin_teacher import load_builtin_teacher as load_builtin_teacher
+    from .builtin_vision_tower import fetch_builtin_vision_tower as fetch_builtin_vision_tower
+    from .builtin_vision_tower import load_builtin_vision_tower as load_builtin_vision_tower
     from .loading import load_pairs as load_pairs
     from .loading import save_pairs as save_pairs
     from .plain_text import find_sentinels as find_sentinels
@@ -31,6 +33,7 @@ else:
         __name__,
         {
             ".builtin_teacher": ["fetch_builtin_teacher", "load_builtin_teacher"],
+            ".builtin_vision_tower": ["fetch_builtin_vision_tower", "load_builtin_vision_tower"],
             ".loading": ["load_pairs", "save_pairs"],
             ".plain_text": ["find_sentinels", "load_plain_text"],
             ".python_docstrings": ["PROMPT_TEMPLATE", "lead_sentence", "load_python_docstrings"],

