@@ -1,7 +1,10 @@
-"""Toy vision students and teachers. Images are 8 x 8 pixels, patches 2 x 2: 16 features."""
+"""Toy vision students and teachers. Images are 8 x 8 pixels, patches 2 x 2: 16 features.
+
+Teachers of other kinds are in `SEEING`, with what their processors make of images: there, image tokens are `IMAGE`.
+"""
 
 import torch
-from toys import make_llama, merged_twin, stir
+from toys import VOCAB, make_llama, merged_twin, stir
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -9,8 +12,12 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -81,3 +88,63 @@ def twin_of(llava, tokenizer):
 
 def pixels(*images, size=8):
     return 5 * torch.randn(*images, 3, size, size)  # so that positions do not drown them
+
+
+IMAGE, IMAGE_START, VIDEO = 7, 6, 8
+_TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+_TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0}
+_QWEN2_VL = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 2, "spatial_merge_size": 2}
+
+
+def _llava(vocab_size):
+    vision, text = CLIPVisionConfig(**_SIZES, **_MLP), make_llama(layers=2, vocab_size=vocab_size).config
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE))
+
+
+def _idefics3(vocab_size):
+    config = Idefics3Config(
+        vision_config={**_SIZES, **_MLP},
+        text_config={"model_type": "llama", "vocab_size": vocab_size, **_TEXT},
+        image_token_id=IMAGE,
+        scale_factor=2,
+    )
+    return Idefics3ForConditionalGeneration(config)
+
+
+def _qwen2_vl(vocab_size):
+    rope = {"type": "mrope", "mrope_section": [1, 1, 2]}
+    config = Qwen2VLConfig(
+        text_config={"vocab_size": vocab_size, **_TEXT, "rope_scaling": rope, "rope_theta": 100.0},
+        vision_config=_QWEN2_VL,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=IMAGE_START,
+    )
+    return Qwen2VLForConditionalGeneration(config)
+
+
+SEEING = {"llava": _llava, "idefics3": _idefics3, "qwen2_vl": _qwen2_vl}
+
+
+def make_seeing_teacher(kind, vocab_size=VOCAB):
+    """Of random weights, in eval mode; wrong images and wrong positions move its logits a lot."""
+    model = SEEING[kind](vocab_size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.3)
+    return stir(model).eval()
+
+
+def seen(kind, count):
+    """`count` images as the processor of this kind of teacher gives those of one row, and the tokens that stand for
+    them, each image between text tokens of its own."""
+    if not count:
+        return {}, []
+    if kind == "llava":
+        return {"pixel_values": pixels(count)}, [10, *[IMAGE] * FEATURES, 11] * count
+    if kind == "idefics3":
+        mask = torch.ones(1, count, 8, 8, dtype=torch.long)
+        return {"pixel_values": pixels(1, count), "pixel_attention_mask": mask}, [10, *[IMAGE] * 4, 11] * count
+    grids = torch.tensor([[1, 4, 4], [1, 4, 6], [1, 2, 4]])[:count]  # patches; an image token is of 2 x 2 of them
+    tokens = [token for t, h, w in grids.tolist() for token in (IMAGE_START, *[IMAGE] * (t * h * w // 4), 11)]
+    return {"pixel_values": 5 * torch.randn(int(grids.prod(-1).sum()), 24), "image_grid_thw": grids}, tokens

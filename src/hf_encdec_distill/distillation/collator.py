@@ -11,15 +11,22 @@ from transformers.utils import logging
 
 from ..models.prompts import check_limit, encode_prompt, prompt_start_token_id, reads_bare_source, with_pad_token
 from .alignment.boundaries import offsets_encoder, same_text_so_far, text_boundaries
-from .alignment.positions import IGNORED, TEACHER_COLUMNS
+from .alignment.positions import IGNORED, IMAGES_DIGEST, OF_TEACHER, TEACHER_COLUMNS
 from .alignment.vocabularies import SharedVocabulary, UniversalVocabulary
 from .checks.packing import refuse_packed
+from .images import images_of, one_after_another, refuse_images_of_text
+from .teachers.fingerprints import images_digest
 
 
 logger = logging.get_logger(__name__)
 
 MESSAGES = "messages"
 _PROBE = "a"
+_OF_LABELS = {
+    "teacher_attention_mask",
+    "teacher_labels_start",
+}  # say nothing without teacher_input_ids, and do no harm
+_READ_OFF_TOKENS = "teacher_mm_token_type_ids"  # which tokens are of images: a live teacher asks the tokens
 
 
 class DistillationCollator:
@@ -33,6 +40,11 @@ class DistillationCollator:
       `teacher_attention_mask` (by default all ones). Without those, the trainer derives what the teacher reads.
       `teacher_label_positions` in place of `teacher_labels_start` say of each label in which column of
       `teacher_input_ids` the teacher predicts it, -1 where it is not asked; what it reads may then be anything.
+
+    A ready row may have images. `pixel_values` are the student's, `(images, 3, H, W)` or of one `(3, H, W)`. Those of
+    a teacher that sees are what its own processor makes of the row alone: each `<name>` beside ids and mask in a
+    column `teacher_<name>`, nothing taken off, such as `teacher_pixel_values`. Rows of a batch may have different
+    numbers of images, or none. Without `teacher_input_ids` the teacher is given the student's.
 
     Labels are padded on the right, whatever side the student's tokenizer or collator pads on: a decoder that reads
     pads between its start token and the target computes something else.
@@ -96,6 +108,7 @@ class DistillationCollator:
         self.keep_text_columns = keep_text_columns
         self.vocabulary = vocabulary or SharedVocabulary(0, 0)
         self._prompt_checked = False
+        self._puts_images_together = student_collator is None
         if student_collator is None:
             student_collator = (
                 default_data_collator
@@ -113,15 +126,31 @@ class DistillationCollator:
                 "some rows of the batch have a target, teacher_input_ids or teacher_label_positions and some have "
                 "not; give all rows the same columns."
             )
-        teacher_rows = [{name: row.pop(name) for name in TEACHER_COLUMNS if name in row} for row in ready]
+        teacher_rows = [{name: row.pop(name) for name in list(row) if name.startswith(OF_TEACHER)} for row in ready]
         teacher_rows = [{name: value for name, value in row.items() if value is not None} for row in teacher_rows]
-        if "teacher_label_positions" in teacher_rows[0] and "teacher_input_ids" not in teacher_rows[0]:
-            raise ValueError("teacher_label_positions are columns of teacher_input_ids: give those too.")
+        alone = sorted({name for row in teacher_rows if "teacher_input_ids" not in row for name in row} - _OF_LABELS)
+        if alone:
+            raise ValueError(f"{alone[0]} goes with teacher_input_ids, what the teacher reads: give those too.")
+        reads_alike = "teacher_input_ids" not in teacher_rows[0]
+        images: list[dict[str, torch.Tensor]] = []
+        if self._puts_images_together or reads_alike:
+            images = [images_of(row, "pixel_values") for row in ready]
+        if self._puts_images_together:
+            ready = [{name: value for name, value in row.items() if name != "pixel_values"} for row in ready]
         batch = {name: value for name, value in self.student_collator(ready).items() if value is not None}
         refuse_packed(batch, len(ready))
         batch = _with_pads_behind_labels(batch, ready)
-        if "teacher_input_ids" in teacher_rows[0] and "labels" in batch:
-            batch.update(_pad_teacher_rows(teacher_rows, ready, batch["labels"], self.vocabulary))
+        if self._puts_images_together:
+            batch |= one_after_another(images)
+        if "labels" not in batch:
+            return batch
+        if not reads_alike:
+            batch |= _pad_teacher_rows(teacher_rows, ready, batch["labels"], self.vocabulary)
+            names = {name for row in teacher_rows for name in row} - {*TEACHER_COLUMNS, _READ_OFF_TOKENS}
+            images = [images_of(row, *sorted(names)) for row in teacher_rows]
+            batch |= one_after_another(images, batch["teacher_input_ids"].shape[1])
+        if any(images):
+            batch[OF_TEACHER + IMAGES_DIGEST] = torch.stack([images_digest(of_row) for of_row in images])
         return batch
 
     def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,6 +160,7 @@ class DistillationCollator:
             dropped = () if self.keep_text_columns else text_columns
             ready = {name: value for name, value in row.items() if name not in dropped}
             return _cut_at_target(ready) if self.decoder_only else ready
+        refuse_images_of_text(row)
         if row.get(MESSAGES) is not None:
             source, target = split_conversation(row[MESSAGES])
         elif row.get(self.source_column) is not None:

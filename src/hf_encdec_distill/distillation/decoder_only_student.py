@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .alignment.positions import IGNORED, TEACHER_COLUMNS, teacher_inputs
+from .alignment.positions import IGNORED, OF_TEACHER, teacher_inputs
 
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _OF_ENCODER_DECODERS = (
     "progressive_depth_steps",
 )
 # What of a batch goes into the sequence, or is about its parts.
-_OF_PARTS = ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids", *TEACHER_COLUMNS)
+_OF_PARTS = ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids")
 _MOST_NEW_TOKENS = 20  # transformers' default of `max_length`
 
 
@@ -77,7 +77,7 @@ def sequence_inputs(batch: Mapping[str, Any], accepted: Collection[str]) -> dict
         "position_ids": (mask.long().cumsum(dim=1) - 1).clamp(min=0),
         "logits_to_keep": labels.shape[1] + 1,
     }
-    others = {n: v for n, v in batch.items() if n not in _OF_PARTS and not n.startswith("decoder_")}
+    others = {n: v for n, v in batch.items() if n not in _OF_PARTS and not n.startswith(("decoder_", OF_TEACHER))}
     return others | {name: value for name, value in of_sequence.items() if name in accepted}
 
 

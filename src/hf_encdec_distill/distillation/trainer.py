@@ -34,7 +34,15 @@ from ._compat import (
     let_gradients_reach_adapters,
     refuse_legacy_prediction_loop,
 )
-from .alignment.positions import IGNORED, TEACHER_COLUMNS, asked_positions, target_positions, with_teacher_inputs
+from .alignment.positions import (
+    IGNORED,
+    OF_TEACHER,
+    TEACHER_COLUMNS,
+    asked_positions,
+    target_positions,
+    teacher_images,
+    with_teacher_inputs,
+)
 from .alignment.tokenizers import tokenizer_beside, tokenizer_with_prompt
 from .alignment.vocabularies import SharedVocabulary, vocab_size
 from .arguments import DistillationTrainingArguments, steps_in_backward, with_distillation_defaults
@@ -401,7 +409,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         if self._is_decoder_only:
             student = sequence_inputs(inputs, self._forward_columns())
         else:
-            student = {name: value for name, value in inputs.items() if name not in TEACHER_COLUMNS}
+            student = {name: value for name, value in inputs.items() if not name.startswith(OF_TEACHER)}
         if "use_cache" in self._forward_columns():
             student["use_cache"] = False
         if self._is_decoder_only:
@@ -442,7 +450,13 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             )
             with without_autocast, caught as states:
                 teacher = self.teacher.scores(
-                    ids, inputs["teacher_attention_mask"], rows, columns, self._vocabulary, chunked or not compared
+                    ids,
+                    inputs["teacher_attention_mask"],
+                    rows,
+                    columns,
+                    self._vocabulary,
+                    chunked or not compared,
+                    teacher_images(inputs),
                 )
             if not compared:
                 teacher = None
@@ -789,7 +803,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         **gen_kwargs,
     ):
         """As the base class: loss, logits or generated tokens, labels; `generate` never sees the teacher's inputs."""
-        student = {name: value for name, value in inputs.items() if name not in TEACHER_COLUMNS and value is not None}
+        student = {n: value for n, value in inputs.items() if not n.startswith(OF_TEACHER) and value is not None}
         if self._encoder_states is not None and prediction_loss_only and "labels" in student:
             # The base class would ask for outputs too, which have the encoder's last state.
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -861,6 +875,8 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
                 self.args.target_column,
                 MESSAGES,
                 *TEACHER_COLUMNS,
+                # A teacher that reads only text has to say so of images.
+                *(OF_TEACHER + name for name in sorted({"pixel_values", *self.teacher.input_names})),
             ]
 
     def _forward_columns(self) -> list[str]:

@@ -17,7 +17,15 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.generation import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -82,7 +90,7 @@ def check_decoder_only(name, config) -> None:
 
 
 def load_teacher(name: str | os.PathLike, **options: Any):
-    """A decoder-only model with its head, in eval mode; a PEFT adapter on its base.
+    """A decoder-only model with its head, in eval mode; a PEFT adapter on its base; one that sees with its eyes.
 
     Args:
         options: `dtype` and others of `from_pretrained`.
@@ -98,7 +106,8 @@ def load_teacher(name: str | os.PathLike, **options: Any):
     config = load_config(base)
     check_decoder_only(name, config)
     check_rope_is_read(config)
-    model = _load(AutoModelForCausalLM, name, "a teacher", options)
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    model = _load(AutoModelForImageTextToText if sees else AutoModelForCausalLM, name, "a teacher", options)
     if base != name:
         _check_adapter(model, name)
     return model
@@ -191,7 +200,7 @@ def _find_on_hub(name: str) -> Path:
 
 
 def _load(
-    cls: type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM],
+    cls: type[AutoModelForCausalLM] | type[AutoModelForImageTextToText] | type[AutoModelForSeq2SeqLM],
     name: str | os.PathLike,
     what: str,
     options: dict[str, Any],

@@ -20,6 +20,13 @@ teacher's target is cut into other tokens, these take the place of the start, wh
 
 A label that the teacher is not asked about has a divergence of 0 and still counts: every term of the loss is a mean
 over all target tokens.
+
+A teacher that sees is given its images beside its tokens, all those of a batch in the order of its rows:
+
+| key | shape | meaning |
+|---|---|---|
+| `teacher_<name>`, such as `teacher_pixel_values` | the teacher's own | what its forward takes as `<name>` |
+| `teacher_images_digest` | `[B, 16]` | a hash of what the teacher reads of each row beside tokens; 0: nothing |
 """
 
 from collections.abc import Mapping
@@ -33,7 +40,9 @@ if TYPE_CHECKING:
     from .vocabularies import SharedVocabulary
 
 
+OF_TEACHER = "teacher_"  # how the names of all begin that is the teacher's
 TEACHER_COLUMNS = ("teacher_input_ids", "teacher_attention_mask", "teacher_labels_start", "teacher_label_positions")
+IMAGES_DIGEST = "images_digest"
 IGNORED = -100
 
 
@@ -94,6 +103,15 @@ def asked_positions(
     return rows, predicting, asked
 
 
+def teacher_images(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the teacher is given of a batch beside tokens, by the names that its forward has for it, and the digest."""
+    return {
+        name.removeprefix(OF_TEACHER): value
+        for name, value in inputs.items()
+        if name.startswith(OF_TEACHER) and name not in TEACHER_COLUMNS
+    }
+
+
 def teacher_inputs(
     input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, start_token_id: int | None = None
 ) -> dict[str, Tensor]:
@@ -142,6 +160,8 @@ def with_teacher_inputs(
 ) -> Mapping[str, Tensor]:
     """The batch if it has the `teacher_*` tensors, else those that `teacher_inputs` derives from it.
 
+    A teacher that reads the student's tokens is given the student's images too.
+
     Args:
         batch: `input_ids`, `attention_mask` and `labels` of the student, at least.
         start_token_id: the start token of a merged student's decoder.
@@ -154,4 +174,7 @@ def with_teacher_inputs(
         input_ids = input_ids if mask is None else input_ids.masked_fill(~mask.bool(), IGNORED)
         input_ids, labels = vocabulary.to_teacher(input_ids), vocabulary.to_teacher(labels)
         start_token_id = vocabulary.start_for_teacher(start_token_id)
-    return teacher_inputs(input_ids, mask, labels, start_token_id)
+    images = {name: value for name, value in batch.items() if name == OF_TEACHER + IMAGES_DIGEST}
+    if batch.get("pixel_values") is not None:
+        images["teacher_pixel_values"] = batch["pixel_values"]
+    return teacher_inputs(input_ids, mask, labels, start_token_id) | images

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..alignment.positions import IGNORED, TEACHER_COLUMNS, teacher_inputs
+from ..alignment.positions import IGNORED, OF_TEACHER, teacher_images, teacher_inputs
 from ..alignment.vocabularies import SharedVocabulary
 from ..decoder_only_student import answers_alone, is_decoder_only
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _FILE = "replay_buffer-{process}.pt"
 # What the targets of a batch are, and what is made of them: a rollout replaces these.
-_OF_TARGETS = {"labels", "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", *TEACHER_COLUMNS}
+_OF_TARGETS = {"labels", "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"}
 
 
 def on_policy_fraction_at(step: int, fraction: float, warmup_steps: int) -> float:
@@ -67,14 +67,23 @@ def roll_out(
         `labels` `[B, max_new_tokens or fewer]`, -100 after EOS, in place of all that belonged to the old targets.
 
     Raises:
-        ValueError: the batch has `teacher_label_positions`.
+        ValueError: the batch has `teacher_label_positions`, or `teacher_token_type_ids`.
     """
     if batch.get("teacher_label_positions") is not None:
         raise ValueError(
             "teacher_label_positions with on_policy_fraction above 0: nobody knows where the teacher predicts the "
             "labels of an answer that is not written yet. Leave one of them out."
         )
-    inputs = {name: value for name, value in batch.items() if name not in _OF_TARGETS}
+    images = teacher_images(batch)
+    of_tokens = [name for name in images if name.endswith("token_type_ids")]
+    if of_tokens:
+        raise ValueError(
+            f"{OF_TEACHER}{of_tokens[0]} with on_policy_fraction above 0: nobody knows the types of the tokens of an "
+            "answer that is not written yet. Leave one of them out."
+        )
+    inputs = {
+        name: value for name, value in batch.items() if name not in _OF_TARGETS and not name.startswith(OF_TEACHER)
+    }
     own = model.generation_config
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -98,6 +107,7 @@ def roll_out(
         prompt = mask.bool() & (torch.arange(ids.shape[1], device=ids.device) < begin[:, None])
         of_teacher = labels if vocabulary is None else vocabulary.to_teacher(labels)
         rolled |= teacher_inputs(ids, prompt.to(mask.dtype), of_teacher)
+        rolled |= {OF_TEACHER + name: value for name, value in images.items()}
     return rolled
 
 

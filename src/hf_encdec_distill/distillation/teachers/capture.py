@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...models.prompts import frozen_prompt_date, in_a_class_of_both_versions
-from ..alignment.positions import asked_positions, target_positions, with_teacher_inputs
+from ..alignment.positions import IMAGES_DIGEST, asked_positions, target_positions, teacher_images, with_teacher_inputs
 from ..alignment.vocabularies import SharedVocabulary, check_vocab_policy
 from ..collator import DistillationCollator
 from .cache_hub import write_card
@@ -232,13 +232,15 @@ def _capture_batch(
     rows, columns = target_positions(batch["labels"])
     ids, mask = batch["teacher_input_ids"], batch["teacher_attention_mask"]
     rows, columns, _ = asked_positions(batch, rows, columns)
-    keys = row_keys(ids, mask, rows, columns)
+    images = teacher_images(batch)
+    keys = row_keys(ids, mask, rows, columns, images.get(IMAGES_DIGEST))
     fresh = [row for row, key in enumerate(keys) if key is not None and key not in known]
     if not fresh:
         return 0
     wanted = torch.isin(rows, torch.tensor(fresh))
     rows, columns = rows[wanted], columns[wanted]
-    logits = teacher.logits_at(ids.to(teacher.device), mask.to(teacher.device), rows, columns)(slice(None))
+    of_rows = teacher.logits_at(ids.to(teacher.device), mask.to(teacher.device), rows, columns, images=images)
+    logits = of_rows(slice(None))
     bad = ~torch.isfinite(logits).all(dim=-1).cpu()
     if bad.any():
         name, number = names[int(rows[bad][0])]
@@ -322,6 +324,7 @@ def _manifest(
         "tokenizer": tokenizer_digest(tokenizer),
         "prompt_template": prompt_template,
         **({} if prompt_date is None else {"prompt_date": prompt_date}),
+        **({"teacher_input_names": list(teacher.input_names)} if teacher.input_names else {}),
         # Where it lies on this machine is nobody's business on the Hub.
         "teacher": Path(name).name if os.path.isdir(name) else name,
         "teacher_config": config_digest(teacher.model),

@@ -10,19 +10,29 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 
-def row_keys(input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> list[bytes | None]:
-    """The key of each row of a batch `[B, L]`: a hash of the tokens that the teacher reads and of the columns, counted
-    from the first of them, that it is asked about. None for a row that it is not asked about."""
+def row_keys(
+    input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor, images_digest: Tensor | None = None
+) -> list[bytes | None]:
+    """The key of each row of a batch `[B, L]`: a hash of the tokens that the teacher reads, of the columns, counted
+    from the first of them, that it is asked about, and of its images, if it has any. None for a row that it is not
+    asked about.
+
+    Args:
+        images_digest: `[B, 16]`, `teacher_images_digest` of the batch.
+    """
     asked = np.zeros(input_ids.shape, dtype=bool)
     asked[rows.cpu().numpy(), columns.cpu().numpy()] = True
     read = attention_mask.bool().cpu().numpy()
+    images = np.zeros((len(asked), 0), dtype=np.uint8) if images_digest is None else images_digest.cpu().numpy()
     keys: list[bytes | None] = []
-    for ids, is_read, is_asked in zip(input_ids.cpu().numpy(), read, asked, strict=True):
+    for ids, is_read, is_asked, of_images in zip(input_ids.cpu().numpy(), read, asked, images, strict=True):
         if not is_asked.any():
             keys.append(None)
             continue
         digest = hashlib.blake2b(ids[is_read].astype("<i4").tobytes(), digest_size=16)
         digest.update(np.flatnonzero(is_asked[is_read]).astype("<i4").tobytes())
+        if of_images.any():
+            digest.update(of_images.tobytes())
         keys.append(digest.digest())
     return keys
 
@@ -78,6 +88,18 @@ def tokenizer_digest(tokenizer) -> str | None:
 def weights_digest(model: torch.nn.Module) -> str:
     """SHA-256 over names and bytes of all weights, those of an adapter among them."""
     return _digest_of_tensors(model.state_dict())
+
+
+def images_digest(images: dict[str, Tensor]) -> Tensor:
+    """`[16]` bytes of a hash over what a teacher reads of a row beside tokens; zeros where that is nothing.
+
+    Args:
+        images: by the names of columns; the teacher's own and the student's that it reads are the same.
+    """
+    if not images:
+        return torch.zeros(16, dtype=torch.uint8)
+    digest = _digest_of_tensors({name.removeprefix("teacher_"): image for name, image in images.items()})
+    return torch.tensor(list(bytes.fromhex(digest)[:16]), dtype=torch.uint8)
 
 
 def _digest_of(described: Any) -> str:

@@ -7,11 +7,12 @@ A cache is a folder:
 - `generated-<split>-*.parquet`: where the teacher wrote the targets itself (`targets`), sources and targets;
 - the teacher's tokenizer, and `README.md`, the card of a data set on the Hub (`cache_hub`).
 
-A row's key is a hash of what the teacher read and of the columns it was asked about, so rows may be shuffled, left
-out or added. A capture that was killed goes on after its last shard.
+A row's key is a hash of what the teacher read, images too, and of the columns it was asked about, so rows may be
+shuffled, left out or added. A capture that was killed goes on after its last shard.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ...files import check_fields, inside, read_json
+from ..alignment.positions import IMAGES_DIGEST
 from ..alignment.vocabularies import SharedVocabulary
 from .cache_hub import fetch, is_on_hub, push
 from .fingerprints import row_keys
@@ -73,6 +75,7 @@ class CachedTeacher(TeacherSignal):
         self.manifest = read_manifest(self.folder)
         self.vocab_size = self.manifest["vocab_size"]
         self.prompt_date = self.manifest.get("prompt_date")
+        self.input_names = tuple(self.manifest.get("teacher_input_names", ()))  # those of teachers that see have them
         if not shard_files(self.folder, SHARD):
             raise ValueError(
                 f"the cache {self.folder} holds no shard: the capture was stopped before it wrote one; go on with it."
@@ -127,9 +130,16 @@ class CachedTeacher(TeacherSignal):
         columns: Tensor,
         vocabulary: SharedVocabulary,
         chunked: bool = False,
+        images: Mapping[str, Tensor] | None = None,
     ) -> "TopKScores | SampledScores | DenseScores":
         """See `TeacherSignal`; raises ValueError for a row that was not captured."""
-        keys = row_keys(input_ids, attention_mask, rows, columns)
+        images = images or {}
+        if images and IMAGES_DIGEST not in images:
+            raise ValueError(
+                f"the batch has {', '.join(images)} and no teacher_{IMAGES_DIGEST}, by which the cache {self.folder} "
+                "knows the images of a row: make batches with DistillationCollator."
+            )
+        keys = row_keys(input_ids, attention_mask, rows, columns, images.get(IMAGES_DIGEST))
         asked = np.array([key for key in keys if key is not None], dtype="S16")
         places = np.searchsorted(self._keys, asked).clip(max=len(self) - 1)
         there = self._keys[places] == asked
@@ -139,9 +149,9 @@ class CachedTeacher(TeacherSignal):
             ids = input_ids[missing[0]][attention_mask[missing[0]].bool()].tolist()
             raise ValueError(
                 f"{len(missing)} of {len(keys)} rows of the batch are not in the cache {self.folder} ({len(self)} "
-                f"rows), the first of them {ids[:12]}...: capture this data set too, with the same template and "
-                "length limits and, for a merged student of a teacher without any template, with its start_token_id "
-                "(cache --student). Rows that are there already are not captured again."
+                f"rows), the first of them {ids[:12]}...: capture this data set too, with the same template, images "
+                "and length limits and, for a merged student of a teacher without any template, with its "
+                "start_token_id (cache --student). Rows that are there already are not captured again."
             )
         found = self._rows[self._row_of_key[places].tolist()]
         record: dict[str, Tensor] = {

@@ -1,6 +1,6 @@
 """Where the teacher's distribution comes from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +25,7 @@ class TeacherSignal(Protocol):
     """What the trainer asks of a teacher, whether it is a model or a record of one."""
 
     vocab_size: int
+    input_names: Collection[str]  # what it can be given beside tokens, such as `pixel_values`; empty if it reads text
 
     def to(self, device: torch.device) -> "TeacherSignal":
         """Moves the teacher to the training device; called once, before training."""
@@ -42,9 +43,10 @@ class TeacherSignal(Protocol):
         columns: Tensor,
         vocabulary: SharedVocabulary,
         chunked: bool,
+        images: Mapping[str, Tensor],
     ) -> TeacherScores:
         """The distributions at the N positions `[rows, columns]` of a batch `[B, L]`, over the shared vocabulary;
-        `chunked` if they will be asked for a few at a time."""
+        `chunked` if they will be asked for a few at a time; `images` from `positions.teacher_images`."""
 
 
 @dataclass(frozen=True)

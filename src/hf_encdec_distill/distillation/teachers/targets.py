@@ -30,6 +30,7 @@ from transformers.utils import logging
 from ..alignment.positions import target_positions, teacher_columns
 from ..checks.limits import max_positions
 from ..collator import MESSAGES, DistillationCollator, split_conversation
+from ..images import refuse_images_of_text
 from ..losses import cross_entropy
 from .live import LiveTeacher
 from .shards import ShardWriter, read_keys, read_shards, shard_files
@@ -194,6 +195,7 @@ class _Request:
 
     @classmethod
     def of(cls, row: Mapping[str, Any], collator: DistillationCollator, generation: TargetGeneration) -> "_Request":
+        refuse_images_of_text(row)
         is_conversation = row.get(MESSAGES) is not None
         source: str | list[dict] | None
         if is_conversation:

@@ -284,6 +284,15 @@ def load_with_tokenizer(teacher, tokenizer):
 
 def check_family(config) -> None:
     """Raises ValueError where a student cannot hold the layers of a teacher of this config."""
+    text = config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}  # of 5.x and of 4.57
+    if "mrope_section" in rope:
+        raise ValueError(
+            f"A teacher of model_type={config.model_type!r} has M-RoPE (mrope_section={rope['mrope_section']}), three "
+            "positions for each token of an image, of which a student's layers know one: they cannot be its. Make the "
+            f"student from a model of {', '.join(SUPPORTED_FAMILIES)}, and let this one teach it: DistillationTrainer "
+            "takes it as teacher=."
+        )
     if config.model_type not in SUPPORTED_FAMILIES:
         raise ValueError(
             f"A teacher of model_type={config.model_type!r} is not supported: its block has to be one of those that a "
