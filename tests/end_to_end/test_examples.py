@@ -14,12 +14,19 @@ import datasets
 import humanize
 import nbclient
 import nbformat
+import numpy as np
 import pytest
 import torch
 import yaml
 from datasets import Dataset, DatasetDict
 from distillation_toys import write_pairs, write_teacher
-from transformers import AutoModelForSeq2SeqLM
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoProcessor,
+    Dinov2Config,
+    Dinov2Model,
+)
 
 from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.data import load_python_docstrings, save_pairs
@@ -274,6 +281,50 @@ def test_messages_and_what_gettext_says_of_them(tmp_path, monkeypatch):
     of_hub = ["--dataset", "Helsinki-NLP/opus_books", "--config", "de-en"]
     run_script("tasks/translation.py", monkeypatch, tmp_path / "books.jsonl", *of_hub)
     assert lines_of(tmp_path / "books.jsonl") == [{"source": "A house.", "target": "Ein Haus."}]
+
+
+# --- the student that reads cards ---
+
+
+def test_cards_that_a_student_reads(make_bpe_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "vision"))
+    teacher = write_teacher(tmp_path / "teacher", make_bpe_tokenizer(), layers=3)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 5, "patch_size": 14, "image_size": 84}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path / "tower")
+    toy = ["--output", tmp_path / "run", "--teacher", teacher, "--vision-tower", tmp_path / "tower"]
+    run_script("vision/read_cards.py", monkeypatch, *toy, "--minutes", 0.01, "--pictures", 104)
+    found = json.loads((tmp_path / "run/metrics.json").read_text())["students"]
+    assert set(found) == {"distilled", "labels", "blind"}
+    for row in found.values():
+        assert row["steps"] >= 1
+        assert all(0 <= row[part]["low"] <= row[part]["high"] <= 1 for part in ("card", "rank", "suit"))
+    # The teacher has read each of the 52 names once, and the student is one that users can load.
+    (manifest,) = (tmp_path / "run/records").glob("manifest.json")
+    shards = [str(file) for file in manifest.parent.glob("shard-*.parquet")]
+    assert datasets.Dataset.from_parquet(shards, cache_dir=str(tmp_path / "cache")).num_rows == 52
+    student = AutoModelForImageTextToText.from_pretrained(tmp_path / "run/student")
+    processor = AutoProcessor.from_pretrained(tmp_path / "run/student")
+    inputs = processor(images=np.zeros((90, 60, 3), dtype=np.uint8), text="<image>", return_tensors="pt")
+    assert inputs["input_ids"].shape[-1] == 9 and student.generate(**inputs, max_new_tokens=2).shape[0] == 1
+    kept = student.model.encoder.vision_tower.embeddings.cls_token
+    assert torch.equal(kept, Dinov2Model.from_pretrained(tmp_path / "tower").embeddings.cls_token)  # frozen
+
+
+def test_all_cards_are_drawn_and_differ(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "vision"))
+    from cards import draw_cards
+
+    drawn = draw_cards(104, 0, (84, 56))
+    assert {picture.image.size for picture in drawn} == {(56, 84)}
+    assert len({picture.words for picture in drawn}) == 52 and drawn[0].words == drawn[52].words == "ace of spades"
+    assert len({picture.image.tobytes() for picture in drawn}) == 104
+    again, other = draw_cards(1, 0, (84, 56))[0], draw_cards(1, 1, (84, 56))[0]
+    assert again.image.tobytes() == drawn[0].image.tobytes() != other.image.tobytes()
+    # Red ink on hearts and diamonds alone: nothing else on a card is that red, and tables are dark.
+    for picture in drawn[:52]:
+        pixels = np.asarray(picture.image).astype(int)
+        red = ((pixels[..., 0] > 150) & (pixels[..., 1] < 80) & (pixels[..., 2] < 80)).sum()
+        assert (red > 40) == picture.words.endswith(("hearts", "diamonds")), picture.words
 
 
 # --- the notebook ---

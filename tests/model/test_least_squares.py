@@ -374,6 +374,12 @@ def test_one_row_cannot_say_anything(count, caplog):
     assert student.healing is None and "heal='least_squares' is not taken: one calibration row" in caplog.text
 
 
+def test_rows_that_come_again_count_once():
+    """Held out in turn, rows that repeat with another period would all be held out once."""
+    student = make_student(make_teacher(num_hidden_layers=DEPTH), make_rows(7) * 5)
+    assert (student.healing.rows, student.healing.held_out_rows) == (5, 2)
+
+
 def test_rows_may_be_as_short_as_can_be():
     """No prompt token is left to fit the encoder on, a target has one token, or there are but two rows."""
     teacher, plain = make_teacher(num_hidden_layers=DEPTH), None

@@ -589,9 +589,12 @@ def _as_causal_encoder(model, layers=None, share_memory=True):
 @torch.no_grad()
 def _unless_it_harms(student, norm, teacher, fit, logits, rows) -> Healing | None:
     """Run `fit` on calibration batches; if the student's `logits` are no nearer to the teacher's then, undo it."""
+    # Each row once, or one that is held out would be fitted too.
+    rows = list({(tuple(prompt), tuple(target)): (prompt, target) for prompt, target in rows}.values())
     held_out = rows[::_HELD_OUT_EVERY][:MEASURED_ROWS]
-    seen = {(tuple(prompt), tuple(target)) for prompt, target in held_out}
-    fitted = [row for row in rows if (tuple(row[0]), tuple(row[1])) not in seen]
+    fitted = [
+        row for place, row in enumerate(rows) if place % _HELD_OUT_EVERY or place >= _HELD_OUT_EVERY * MEASURED_ROWS
+    ]
     if not fitted:
         logger.warning("heal='least_squares' is not taken: one calibration row says nothing. Pass some hundred.")
         return None
