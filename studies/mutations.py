@@ -55,6 +55,7 @@ class Mutation:
 
 
 _LOSS, _RESUME = "invariants/test_trainer_loss.py", "invariants/test_trainer_resume.py"
+_SEEING = "invariants/test_seeing_teacher.py"
 _TRAINER, _LOSSES = "distillation/trainer.py", "distillation/losses.py"
 _POSITIONS, _VOCABULARIES = "distillation/alignment/positions.py", "distillation/alignment/vocabularies.py"
 _CAPTURE, _RECORDED = "distillation/teachers/capture.py", "distillation/teachers/recorded.py"
@@ -118,6 +119,14 @@ MUTATIONS = [
         "(attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)",
         "torch.arange(attention_mask.shape[1]).expand_as(attention_mask)",
         "unit/test_alignment.py::test_live_teacher_equals_each_row_alone",
+    ),
+    Mutation(
+        2,
+        "a teacher with M-RoPE counts the tokens of an image one by one",
+        "distillation/teachers/live.py",
+        "if seen and self._has_mrope:",
+        "if False:",
+        f"{_SEEING}::test_logits_of_a_ragged_batch_are_those_of_each_row_alone",
     ),
     Mutation(
         2,
@@ -273,6 +282,14 @@ MUTATIONS = [
     ),
     Mutation(
         8,
+        "a row is known by its tokens alone, not by its images",
+        _FINGERPRINTS,
+        "if of_images.any():",
+        "if False:",
+        f"{_SEEING}::test_the_key_of_a_row_covers_its_images",
+    ),
+    Mutation(
+        8,
         "a shard's hash is not looked at",
         "distillation/teachers/shards.py",
         'if not shard.stem.endswith(f"-{digest}"):',
@@ -315,17 +332,25 @@ MUTATIONS = [
         9,
         "the trainer drops the teacher's columns as unused",
         _TRAINER,
-        "                *TEACHER_COLUMNS,\n            ]",
-        "            ]",
+        "                *TEACHER_COLUMNS,\n",
+        "",
         "invariants/test_trainer_positions.py::test_training_keeps_the_column",
     ),
     Mutation(
         9,
         "`generate` gets the teacher's columns",
         _TRAINER,
-        "if name not in TEACHER_COLUMNS and value is not None}",
+        "if not n.startswith(OF_TEACHER) and value is not None}",
         "if value is not None}",
         f"{_LOSS}::test_predictions_equal_those_of_seq2seq_trainer",
+    ),
+    Mutation(
+        9,
+        "a rollout loses the teacher's images",
+        _ROLLOUTS,
+        "rolled |= {OF_TEACHER + name: value for name, value in images.items()}",
+        "",
+        f"{_SEEING}::test_on_policy_the_teacher_sees_the_prompts_images",
     ),
     Mutation(
         9,

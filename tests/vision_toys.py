@@ -3,6 +3,8 @@
 Teachers of other kinds are in `SEEING`, with what their processors make of images: there, image tokens are `IMAGE`.
 """
 
+import copy
+
 import torch
 from toys import VOCAB, make_llama, merged_twin, stir
 from transformers import (
@@ -14,6 +16,8 @@ from transformers import (
     Dinov2WithRegistersModel,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2VLConfig,
@@ -101,11 +105,11 @@ def _llava(vocab_size):
     return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE))
 
 
-def _idefics3(vocab_size):
+def _idefics3(vocab_size, image_token_id=IMAGE):
     config = Idefics3Config(
         vision_config={**_SIZES, **_MLP},
-        text_config={"model_type": "llama", "vocab_size": vocab_size, **_TEXT},
-        image_token_id=IMAGE,
+        text_config={"model_type": "llama", "vocab_size": vocab_size, **_TEXT, "max_position_embeddings": 2048},
+        image_token_id=image_token_id,
         scale_factor=2,
     )
     return Idefics3ForConditionalGeneration(config)
@@ -132,7 +136,24 @@ def make_seeing_teacher(kind, vocab_size=VOCAB):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.3)
+        model.lm_head.weight.mul_(5)
     return stir(model).eval()
+
+
+def write_smolvlm(folder, tokenizer):
+    """A folder with an Idefics3 that reads the tokens of `tokenizer`, and its processor; one tile of each image."""
+    tokenizer = copy.deepcopy(tokenizer)
+    names = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    size = {"size": {"longest_edge": 8}, "max_image_size": {"longest_edge": 8}}
+    images = Idefics3ImageProcessor(do_image_splitting=False, **size)
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=template).save_pretrained(folder)
+    _idefics3(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>")).save_pretrained(folder)
 
 
 def seen(kind, count):

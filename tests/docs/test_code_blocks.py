@@ -18,7 +18,7 @@ import torch
 import transformers
 from distillation_toys import write_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vision_toys import make_tower
+from vision_toys import make_tower, write_smolvlm
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration, data
 from hf_encdec_distill.cli.main import main
@@ -89,6 +89,7 @@ def world(tmp_path_factory, make_bpe_tokenizer):
     shutil.copytree(folder / TEACHER, run / "work" / "teacher")
     (run / "metrics.json").write_text("{}")
     make_tower("clip").save_pretrained(folder / "openai" / "clip-vit-large-patch14-336")
+    write_smolvlm(folder / "HuggingFaceTB" / "SmolVLM-256M-Instruct", tokenizer)
     with open(folder / "pairs.jsonl", "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     with open(folder / "pairs.csv", "w") as file:

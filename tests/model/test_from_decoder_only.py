@@ -14,6 +14,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
 )
+from vision_toys import make_seeing_teacher
 
 from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
 from hf_encdec_distill.models import SUPPORTED_FAMILIES
@@ -382,6 +383,14 @@ def test_an_encoder_that_slides(selection):
         for ids, equal in ((short, True), (long, False)):
             states = [model.get_encoder()(ids).last_hidden_state for model in (plain, student)]
             assert torch.allclose(*states, atol=1e-5) == equal
+
+
+def test_m_rope_is_refused_by_name():
+    """Of a whole Qwen2-VL, and of a language model with it that goes by the name of a family that students know."""
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+    for teacher in (make_seeing_teacher("qwen2_vl"), make_teacher("qwen2", rope_scaling=rope)):
+        with pytest.raises(ValueError, match=r"has M-RoPE \(mrope_section=\[1, 1, 2\]\).*takes it as teacher="):
+            RopeEncDecForConditionalGeneration.from_decoder_only(teacher)
 
 
 def test_other_families_are_refused_by_name():

@@ -323,9 +323,9 @@ def test_a_capture_goes_on_where_it_was_stopped(tmp_path, tokenizer, monkeypatch
     asked = []
     logits_at = LiveTeacher.logits_at
 
-    def spy(self, ids, mask, rows, columns, chunked=False):
+    def spy(self, ids, mask, rows, columns, **options):
         asked.append(len(rows))
-        return logits_at(self, ids, mask, rows, columns, chunked)
+        return logits_at(self, ids, mask, rows, columns, **options)
 
     monkeypatch.setattr(LiveTeacher, "logits_at", spy)
     assert make_cache(tmp_path / "cache", tokenizer, rows=ROWS[:8], rows_per_shard=3) == 8

@@ -171,6 +171,11 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path, caplog):
         ({"source": ["a"], "target": [1]}, {}, "'target' holds int64, expected text"),
         ({"source": ["a"], "target": [["b"]]}, {}, "'target' holds List, expected text"),
         ({"source": ["a"], "target": ["b"]}, {"target_column": "source"}, "both column 'source'"),
+        (
+            {"source": ["a"], "target": ["b"], "pixel_values": [[[1.0]]]},
+            {},
+            "'pixel_values' holds images.*from Python",
+        ),
         ({"source": [""], "target": ["b"]}, {}, r"\(train\): none of the 1 rows has text"),
         ({"source": [None], "target": ["b"]}, {}, "none of the 1 rows has text"),
         ({"source": ["a", "b"], "target": ["c", "d"]}, {}, "1 distinct sources are too few"),
@@ -180,6 +185,14 @@ def test_columns_and_rows_that_cannot_do(tmp_path, columns, arguments, message):
     pd.DataFrame(columns).to_json(tmp_path / "a.jsonl", orient="records", lines=True)
     with pytest.raises(ValueError, match=message):
         load_pairs(tmp_path / "a.jsonl", **arguments)
+
+
+def test_images_that_are_left_out_are_named(tmp_path, caplog):
+    rows = Dataset.from_pandas(_frame(20)).map(lambda row: {"photo": {"bytes": b"", "path": None}})
+    rows.cast_column("photo", datasets.Image(decode=False)).save_to_disk(tmp_path / "saved")
+    with caplog.at_level(logging.WARNING, logger="hf_encdec_distill.data.loading"):
+        load_pairs(tmp_path / "saved", "code", "text")
+    assert "column 'photo' holds images, which are left out" in caplog.text
 
 
 def test_splits_none_of_which_is_train(tmp_path):

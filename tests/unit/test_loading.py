@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_files import PAGE, POINTER
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from vision_toys import make_seeing_teacher
 
+from hf_encdec_distill.distillation.teachers.fingerprints import config_digest
 from hf_encdec_distill.models.loading import (
     load_config,
     load_generation_config,
@@ -52,6 +54,16 @@ def test_what_is_whole_loads_as_transformers_loads_it(whole):
         assert not ours.training and type(ours) is type(theirs)
         for key, weight in theirs.state_dict().items():
             assert torch.equal(ours.state_dict()[key], weight)
+
+
+def test_a_teacher_that_sees_is_loaded_with_its_eyes(tmp_path):
+    llava = make_seeing_teacher("llava")
+    llava.save_pretrained(tmp_path / "llava")
+    ours = load_teacher(tmp_path / "llava", dtype=torch.float32)
+    assert type(ours) is type(llava) and not ours.training
+    for key, weight in llava.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], weight)
+    assert config_digest(ours) == config_digest(llava)  # a cache goes on, whoever loads its teacher
 
 
 NO_WEIGHTS = {

@@ -158,10 +158,25 @@ def _two_columns(split: Dataset, source_column: str, target_column: str) -> Data
             raise ValueError(f"Column {column!r} holds {kind}, expected text: choose another with {option}")
     if source_column == target_column:
         raise ValueError(f"Source and target are both column {source_column!r}: expected two columns")
+    _check_images(split)
     split = split.select_columns([source_column, target_column])
     # By way of names that cannot clash, since "target" may be what the source column is called.
     split = split.rename_columns({source_column: "\0source", target_column: "\0target"})
     return split.rename_columns({"\0source": "source", "\0target": "target"})
+
+
+def _check_images(split: Dataset) -> None:
+    """Raises ValueError where rows are ready for a model that sees; images that a dataset merely has are left out."""
+    from datasets import Image
+
+    for column, feature in split.features.items():
+        if "pixel_values" in column:
+            raise ValueError(
+                f"Column {column!r} holds images, and pairs are text alone: expected a dataset without it. Rows with "
+                "images go to DistillationTrainer and distillation.teachers.capture.capture from Python"
+            )
+        if isinstance(feature, Image):
+            logger.warning("column %r holds images, which are left out: pairs are text alone", column)
 
 
 def _with_text(split: Dataset, where: str) -> Dataset:

@@ -130,7 +130,7 @@ class DistillationCollator:
         teacher_rows = [{name: value for name, value in row.items() if value is not None} for row in teacher_rows]
         alone = sorted({name for row in teacher_rows if "teacher_input_ids" not in row for name in row} - _OF_LABELS)
         if alone:
-            raise ValueError(f"{alone[0]} goes with teacher_input_ids, what the teacher reads: give those too.")
+            raise ValueError(f"{alone[0]} without teacher_input_ids, which the teacher reads: give those too.")
         reads_alike = "teacher_input_ids" not in teacher_rows[0]
         images: list[dict[str, torch.Tensor]] = []
         if self._puts_images_together or reads_alike:

@@ -78,7 +78,8 @@ def one_after_another(rows: Sequence[Mapping[str, Tensor]], width: int = 0) -> d
             longest = [width]
         filled = [image.new_zeros(len(image), *longest) for image in images]
         for there, image in zip(filled, images, strict=True):
-            there[(slice(None), *map(slice, image.shape[1:]))] = image
+            corner = (slice(None), *map(slice, image.shape[1:]))
+            there[corner] = image
         batch[name] = torch.cat(filled)
     return batch
 

@@ -73,9 +73,17 @@ def config_digest(model: PreTrainedModel, but: tuple[str, ...] = ()) -> str:
     Args:
         but: how the names of further fields begin that are left out.
     """
-    config = model.config.to_dict().items()
-    left_out = _NO_PART_OF_A_TEACHER
-    return _digest_of({name: value for name, value in config if name not in left_out and not name.startswith(but)})
+    config = _without_origin(model.config.to_dict())
+    return _digest_of({name: value for name, value in config.items() if not name.startswith(but)})
+
+
+def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
+    """Of the configs in it too, those of eyes and of a language model."""
+    return {
+        name: _without_origin(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in _NO_PART_OF_A_TEACHER
+    }
 
 
 def tokenizer_digest(tokenizer) -> str | None:
