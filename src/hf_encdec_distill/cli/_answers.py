@@ -41,11 +41,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Question:
-    """What is read of a text: `prompt` by a decoder-only model, `inputs` by an encoder; `tokens` it would be uncut."""
+    """What is read of a text: `prompt` by a decoder-only model, `inputs` by an encoder; `tokens` it would be uncut;
+    `images` are what else `generate` is given."""
 
     prompt: list[int]
     inputs: list[int]
     tokens: int
+    images: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Reader:
@@ -89,6 +91,39 @@ class Reader:
         return Question(prompt, row["inputs"], uncut)
 
 
+class ImageReader:
+    """Texts with images to what a student reads that has a processor; no teacher is beside it.
+
+    Args:
+        max_prompt: most tokens of a text, those of the images not counted.
+    """
+
+    vocabulary = mismatch = None
+
+    def __init__(self, processor, max_prompt: int):
+        self.processor, self.max_prompt = processor, max_prompt
+
+    def read(self, text: str, most: int | None = None, images: Sequence[bytes] = ()) -> Question:
+        """
+        Args:
+            text: with the image token where an image is to be seen; where it has none, all stand in front.
+            images: files, in the order of the tokens.
+
+        Raises:
+            ValueError: an image cannot be read, or there are not as many as image tokens.
+        """
+        token = self.processor.image_token
+        text = text if token in text else token * len(images) + text
+        read = self.processor(images=list(images), text=text, return_tensors="pt")
+        [whole] = ids = read["input_ids"]
+        of_images = int((whole == self.processor.image_token_id).sum())
+        if len(whole) - of_images > self.max_prompt:
+            limit = {"truncation": True, "max_length": self.max_prompt + of_images}
+            ids = self.processor(images=list(images), text=text, return_tensors="pt", **limit)["input_ids"]
+        pixels = {name: read[name] for name in ("pixel_values",) if name in read}
+        return Question([], ids[0].tolist(), len(whole), pixels)
+
+
 class _Tokens(BaseStreamer):
     """Ids and the moments they came, from the thread that generates. What `generate` puts first is the prompt."""
 
@@ -113,7 +148,7 @@ def stream(model, ids: Sequence[int], tokenizer, max_new_tokens: int, **sampling
     Args:
         model: an encoder-decoder, exported or not, or a decoder-only model.
         ids: what its encoder reads, or the whole prompt.
-        sampling: options of `generate` that make it draw tokens.
+        sampling: other options of `generate`, such as those that make it draw tokens.
     """
     tokens, stopped = _Tokens(), threading.Event()
     prompt = torch.tensor([ids], device=model.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import torch
 from torch import nn
@@ -104,9 +105,11 @@ def _cut(vision_model, layer: int) -> tuple[dict, dict[str, torch.Tensor]]:
             f"vision_feature_layer={layer}: the vision model has {layers} layers, expected 1 to {layers}, or -1 to "
             f"{-layers}."
         )
-    # DINOv2's names of its stages are of as many as it has.
-    stages = ("stage_names", "out_features", "out_indices")
-    fields = {name: value for name, value in config.to_dict().items() if name not in stages}
+    # DINOv2's names of its stages are of as many as it has. A name on the Hub is for the model card, a folder's for
+    # nobody else.
+    left_out = ["stage_names", "out_features", "out_indices"]
+    left_out += ["_name_or_path"] if os.path.isdir(config._name_or_path or os.curdir) else []
+    fields = {name: value for name, value in config.to_dict().items() if name not in left_out}
     fields["num_hidden_layers"] = depth
     return fields, getattr(vision_model, "vision_model", vision_model).state_dict()
 
