@@ -2,6 +2,7 @@
 there as they did; what either version of transformers wrote is read by the one that runs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from without_package import HIDE
 
 from hf_encdec_distill.cards import write_model_card
+from hf_encdec_distill.cli.main import main
 
 
 WRITTEN = sorted(str(folder.relative_to(FROZEN)) for folder in FROZEN.glob("*/vision-*"))
@@ -116,10 +118,27 @@ def test_each_way_to_the_hub_leads_back(run_script, tmp_path):
         files = {name: hub.repositories[f"models/ann/{name}"].at("main")[1] for name in names}
         expected_of = {f"ann/{name}": expected for name in names}
         load_elsewhere(run_script, tmp_path, expected_of, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
+        card = files["by-command"]["README.md"].decode()
+        with_remote_code, with_package, answers = re.findall("```python\n(.*?)```", card, re.DOTALL)
+        said = run_script(HIDE + with_remote_code + answers, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
+        assert said == run_script(with_package + answers, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
     for name in names:
         assert set(files[name]) >= OF_PROCESSOR | CODE, name
-    card = files["by-command"]["README.md"].decode()
     assert "pipeline_tag: image-text-to-text" in card and 'AutoProcessor.from_pretrained("ann/by-command"' in card
+
+
+def test_a_folder_without_its_processor_is_not_pushed(tmp_path, capsys):
+    folder = tmp_path / "student"
+    freeze_vision(folder)
+    assert main(["push", str(folder), "ann/student", "--dry-run", "--json"]) == 0
+    going = {file["path"] for file in json.loads(capsys.readouterr().out)["files"]}
+    assert going >= OF_PROCESSOR | CODE and "expected.safetensors" not in going
+    (folder / "preprocessor_config.json").unlink()
+    assert main(["push", str(folder), "ann/student", "--dry-run"]) == 2
+    assert "has no processor, preprocessor_config.json: save it there first" in capsys.readouterr().err
+    (folder / "processing_rope_encdec_vision.py").unlink()
+    assert main(["push", str(folder), "ann/student", "--dry-run"]) == 2
+    assert "names processing_rope_encdec_vision.py, not there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", WRITTEN)

@@ -109,7 +109,7 @@ def files_to_push(folder: Path, exports: list[str] | None = None) -> list[str]:
     names = [*_weights(folder), *_beside_weights(folder)]
     missing = sorted(name for name in _named_code(folder) if name not in names)
     if missing:
-        raise ValueError(f"{folder / 'config.json'} names {', '.join(missing)}, not there: save the student again")
+        raise ValueError(f"{folder} names {', '.join(missing)}, not there: save the student again")
     if not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"{folder} has no tokenizer: save it there first, tokenizer.save_pretrained({str(folder)!r})")
     missing = [name for name in _PROCESSOR if not (folder / name).is_file()]
