@@ -15,7 +15,7 @@ import transformers
 from distillation_toys import spread
 from safetensors.torch import save_file
 from tokenizer_toys import unigram
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from hf_encdec_distill import (
     RopeEncDecForConditionalGeneration,
@@ -73,6 +73,7 @@ def freeze_vision(folder: Path) -> None:
     processor = RopeEncDecVisionProcessor.for_model(student)
     student.save_pretrained(folder)
     processor.save_pretrained(folder)
+    AutoProcessor.from_pretrained(folder).save_pretrained(folder)  # as somebody does who has only loaded it
     write_answers(folder, student, dict(processor(images=pictures(), text=PROMPT, return_tensors="pt")))
 
 

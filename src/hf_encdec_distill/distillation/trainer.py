@@ -682,7 +682,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         super()._save(output_dir, state_dict)
         folder = output_dir or self.args.output_dir
         tokenizer = tokenizer_of(self.processing_class)
-        ours = self._is_decoder_only or self.model.config.model_type == "rope_encdec"
+        ours = self._is_decoder_only or self.model.config.model_type in ("rope_encdec", "rope_encdec_vision")
         if ours and isinstance(tokenizer, PreTrainedTokenizerBase):
             # Of a class that the other version of transformers knows too, which `AutoTokenizer` of 5.x does not give.
             in_a_class_of_both_versions(tokenizer).save_pretrained(folder)
