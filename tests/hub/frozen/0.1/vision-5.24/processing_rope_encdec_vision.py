@@ -4,6 +4,7 @@ This file travels to the Hub beside the weights: it imports only numpy, Pillow, 
 """
 
 import io
+import json
 import os
 
 import numpy as np
@@ -360,9 +361,23 @@ class RopeEncDecVisionProcessor(ProcessorMixin):
 
     def to_json_file(self, json_file_path, **kwargs):
         super().to_json_file(json_file_path, **kwargs)
-        # transformers 5 has the image processor in this file alone, where 4.57 does not look. Written here, since
-        # `save_pretrained` has pushed all files to the Hub when it returns. Goes when 4.57 is dropped.
-        self.image_processor.save_pretrained(os.path.dirname(json_file_path))
+        # Written here, since `save_pretrained` has pushed all files to the Hub when it returns.
+        _write_for_4_57(self, os.path.dirname(json_file_path))
+
+
+def _write_for_4_57(processor, folder):
+    """What transformers 4.57 reads in a folder that 5.x wrote. Goes when 4.57 is dropped."""
+    # 5.x has the image processor in processor_config.json alone.
+    processor.image_processor.save_pretrained(folder)
+    # The class that `AutoTokenizer` of 5.x gives; it reads the older name too.
+    path, config = os.path.join(folder, "tokenizer_config.json"), {}
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        with open(f"{path}.partial", "w", encoding="utf-8") as file:
+            json.dump({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, file, indent=2, ensure_ascii=False)
+        os.replace(f"{path}.partial", path)
 
 
 def _parts(content, loaded):
