@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -42,7 +42,7 @@ class Choice:
 @dataclass(frozen=True)
 class Question:
     """What is read of a text: `prompt` by a decoder-only model, `inputs` by an encoder; `tokens` it would be uncut;
-    `images` are what else `generate` is given."""
+    `images` are their pixels."""
 
     prompt: list[int]
     inputs: list[int]
@@ -106,6 +106,7 @@ class ImageReader:
     def read(self, text: str, most: int | None = None, images: Sequence[bytes] = ()) -> Question:
         """
         Args:
+            most: tokens that the student's backend takes, if it has a limit.
             text: with the image token where an image is to be seen; where it has none, all stand in front.
             images: files, in the order of the tokens.
 
@@ -117,9 +118,10 @@ class ImageReader:
         read = self.processor(images=list(images), text=text, return_tensors="pt")
         [whole] = ids = read["input_ids"]
         of_images = int((whole == self.processor.image_token_id).sum())
-        if len(whole) - of_images > self.max_prompt:
-            limit = {"truncation": True, "max_length": self.max_prompt + of_images}
-            ids = self.processor(images=list(images), text=text, return_tensors="pt", **limit)["input_ids"]
+        limit = self.max_prompt + of_images if most is None else min(most, self.max_prompt + of_images)
+        if len(whole) > limit:
+            cut = {"truncation": True, "max_length": limit}
+            ids = self.processor(images=list(images), text=text, return_tensors="pt", **cut)["input_ids"]
         pixels = {name: read[name] for name in ("pixel_values",) if name in read}
         return Question([], ids[0].tolist(), len(whole), pixels)
 
@@ -140,7 +142,14 @@ class _Tokens(BaseStreamer):
         pass  # the end of the thread is the end, with an error too
 
 
-def stream(model, ids: Sequence[int], tokenizer, max_new_tokens: int, **sampling) -> Generator[Answer, None, None]:
+def stream(
+    model,
+    ids: Sequence[int],
+    tokenizer,
+    max_new_tokens: int,
+    images: Mapping[str, torch.Tensor] | None = None,
+    **sampling,
+) -> Generator[Answer, None, None]:
     """`model.generate` as it goes, greedily by default: the same answer again and again, with what has come since.
 
     Whoever stops asking stops the model.
@@ -148,7 +157,8 @@ def stream(model, ids: Sequence[int], tokenizer, max_new_tokens: int, **sampling
     Args:
         model: an encoder-decoder, exported or not, or a decoder-only model.
         ids: what its encoder reads, or the whole prompt.
-        sampling: other options of `generate`, such as those that make it draw tokens.
+        images: what else its encoder reads, as in [`Question`].
+        sampling: options of `generate` that make it draw tokens.
     """
     tokens, stopped = _Tokens(), threading.Event()
     prompt = torch.tensor([ids], device=model.device)
@@ -159,6 +169,7 @@ def stream(model, ids: Sequence[int], tokenizer, max_new_tokens: int, **sampling
             model.generate,
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
+            **{name: values.to(model.device) for name, values in (images or {}).items()},
             max_new_tokens=max_new_tokens,
             num_beams=1,
             **{"do_sample": False, **sampling},

@@ -105,7 +105,7 @@ def answers(
     waiting = "" if teacher is None else panel("Teacher", teacher.detail, wait=WAITS)
 
     most = max_new_tokens if student.most_new is None else min(max_new_tokens, student.most_new)
-    for answer in stream(student.model, question.inputs, student.tokenizer, most, **question.images):
+    for answer in stream(student.model, question.inputs, student.tokenizer, most, question.images):
         shown = escape(decoded(student.tokenizer, answer))
         yield told, panel("Student", student.detail, shown, answer), waiting
     if teacher is None:
@@ -226,7 +226,9 @@ def build(
         yield from answers(text, backend, students, teacher, reader, images=images, **options)
 
     first = next(iter(students))
-    with gr.Blocks(title=title, analytics_enabled=False) as page:
+    # What was dropped is gone a day later, and when the page ends.
+    kept = (3600, 86400) if isinstance(reader, ImageReader) else None
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=kept) as page:
         gr.Markdown(f"# {title}")
         asked: list[gr.Component] = []
         if isinstance(reader, ImageReader):

@@ -96,7 +96,7 @@ def load_page(args: argparse.Namespace):
         reader = ImageReader(load_processor(args.model), args.max_source_length)
         for side in students.values():
             question = reader.read("a", images=[_blank_image()])
-            list(stream(side.model, question.inputs, side.tokenizer, 2, **question.images))
+            list(stream(side.model, question.inputs, side.tokenizer, 2, question.images))
         return build(title, students, None, reader, [], max_new_tokens=args.max_new_tokens)
     if args.teacher is not None:
         path = teacher_path(args.teacher)

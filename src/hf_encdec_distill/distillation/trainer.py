@@ -150,7 +150,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     data_collator: DistillationCollator
     teacher: LiveTeacher | CachedTeacher
     _signature_columns: list[str] | None  # type: ignore[assignment]  # base: None
-    waiting_parameters: Mapping[str, Sequence[nn.Parameter]]  # by the option that says when they are trained
+    waiting_parameters: Mapping[str, Sequence[nn.Parameter]] = {}  # by the option that says when they are trained
 
     def __init__(
         self,

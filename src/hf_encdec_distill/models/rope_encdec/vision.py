@@ -105,12 +105,13 @@ def _cut(vision_model, layer: int) -> tuple[dict, dict[str, torch.Tensor]]:
             f"vision_feature_layer={layer}: the vision model has {layers} layers, expected 1 to {layers}, or -1 to "
             f"{-layers}."
         )
-    # DINOv2's names of its stages are of as many as it has. A name on the Hub is for the model card, a folder's for
-    # nobody else.
-    left_out = ["stage_names", "out_features", "out_indices"]
-    left_out += ["_name_or_path"] if os.path.isdir(config._name_or_path or os.curdir) else []
+    # DINOv2's names of its stages are of as many as it has.
+    left_out = ("stage_names", "out_features", "out_indices", "_name_or_path")
     fields = {name: value for name, value in config.to_dict().items() if name not in left_out}
     fields["num_hidden_layers"] = depth
+    name = vision_model.config._name_or_path
+    if name and not os.path.isdir(name):  # on the Hub it is for the model card, and a folder's is nobody's business
+        fields["_name_or_path"] = name
     return fields, getattr(vision_model, "vision_model", vision_model).state_dict()
 
 
