@@ -11,10 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from distillation_toys import write_pairs, write_teacher
+from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vision_toys import make_llava, twin_of
 
-from hf_encdec_distill import RopeEncDecForConditionalGeneration, devices
+from hf_encdec_distill import (
+    RopeEncDecForConditionalGeneration,
+    RopeEncDecForImageTextToText,
+    RopeEncDecVisionProcessor,
+    devices,
+)
 from hf_encdec_distill.cli._page import launch
 from hf_encdec_distill.cli.demo import load_page
 from hf_encdec_distill.cli.main import build_parser
@@ -164,6 +171,47 @@ def _look(tab, models):
     assert student.bounding_box()["y"] == teacher.bounding_box()["y"]
     tab.set_viewport_size({"width": 420, "height": 900})
     assert student.bounding_box()["y"] + student.bounding_box()["height"] <= teacher.bounding_box()["y"]
+
+
+def test_images_are_dropped_seen_and_asked_about(image_tokenizer, tab, tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "working_dtype", lambda: torch.float32)
+    student = twin_of(make_llava(image_tokenizer), image_tokenizer)
+    processor = RopeEncDecVisionProcessor.for_model(student)
+    student.save_pretrained(tmp_path / "student")
+    processor.save_pretrained(tmp_path / "student")
+    pictures = [Image.new("RGB", (8, 8), colour) for colour in ("navy", "olive")]
+    files = [tmp_path / f"{index}.png" for index in range(2)]
+    for file, image in zip(files, pictures):
+        image.save(file)
+    (tmp_path / "broken.png").write_bytes(files[0].read_bytes()[:40])
+    page = load_page(build_parser().parse_args(["demo", str(tmp_path / "student"), "--max-new-tokens", "5"]))
+    question = "def <image> and <image>"
+    inputs = processor(images=pictures, text=question, return_tensors="pt")
+    tokens = student.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=image_tokenizer.eos_token_id)
+    given, generate = [], RopeEncDecForImageTextToText.generate
+    monkeypatch.setattr(
+        RopeEncDecForImageTextToText,
+        "generate",
+        lambda self, **kwargs: given.append(kwargs["pixel_values"]) or generate(self, **kwargs),
+    )
+    try:
+        tab.goto(launch(page, "127.0.0.1", free_port()))
+        expect(tab.locator("#answer")).to_be_visible(timeout=20_000)
+        tab.locator("#images input[type=file]").set_input_files([str(file) for file in files])
+        expect(tab.locator("#images .thumbnail-item img, #images .thumbnail-lg img")).to_have_count(2, timeout=20_000)
+        ask(tab, question)
+        text = image_tokenizer.decode(tokens[0, 1:], skip_special_tokens=True).strip()
+        expect_answer(tab, "#student", (tokens.shape[1] - 1, text))
+        torch.testing.assert_close(given[-1], inputs["pixel_values"])
+        ask(tab, "one <image> too few")
+        expect(tab.locator("#told .note")).to_contain_text("2 images for 1 times", timeout=20_000)
+        tab.locator("#images").get_by_label("Clear").click()
+        tab.locator("#images input[type=file]").set_input_files(str(tmp_path / "broken.png"))
+        expect(tab.locator("#images img")).to_have_count(1, timeout=20_000)
+        ask(tab, "what")
+        expect(tab.locator("#told .note")).to_contain_text("image 0 is no image that can be read", timeout=20_000)
+    finally:
+        page.close()
 
 
 def test_the_space_runs_as_it_is(models, tab, tmp_path):

@@ -13,7 +13,9 @@ from without_package import HIDE
 
 
 FROZEN = Path(__file__).parent / "frozen"
-RELEASES = sorted(str(folder.relative_to(FROZEN)) for folder in FROZEN.glob("*/*"))
+RELEASES = sorted(
+    str(folder.relative_to(FROZEN)) for folder in FROZEN.glob("*/*") if not folder.name.startswith("vision")
+)
 TEXTS = ["Return the sum of two numbers.", "Two dogs."]
 CARD = "---\nlicense: apache-2.0\n---\n\n# Written by hand\n"
 

@@ -264,7 +264,8 @@ def test_stopped_before_and_after_it_learns_equals_never_stopped(tmp_path, token
     before = copy.deepcopy(whole.model.get_encoder().state_dict())
     whole.args.max_steps, whole.args.unfreeze_encoder_after, whole.args.save_strategy = 2, 1, "no"
     seen = []
-    whole.model.get_encoder().register_forward_hook(lambda *_: seen.append(whole.frozen_parameters[0].requires_grad))
+    (of_encoder, *_) = whole.waiting_parameters["unfreeze_encoder_after"]
+    whole.model.get_encoder().register_forward_hook(lambda *_: seen.append(of_encoder.requires_grad))
     whole.train()
     assert seen[0] is False and seen[-1] is True
     after = whole.model.get_encoder().state_dict()
@@ -290,7 +291,7 @@ def test_what_could_not_learn_later_is_refused(tmp_path, tokenizer, monkeypatch)
     student = make_student(teacher)
     trainer = make_trainer(tmp_path, student, teacher, tokenizer, unfreeze_encoder_after=1)
     trainer.optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.1)
-    with pytest.raises(ValueError, match="the optimizer does not hold the encoder's parameters"):
+    with pytest.raises(ValueError, match="the optimizer does not hold the parameters of the encoder"):
         trainer.train()
     monkeypatch.setattr(InOrder, "is_sharded", True)
     with pytest.raises(ValueError, match="unfreeze_encoder_after=1 with FSDP, DeepSpeed or tensor parallelism"):

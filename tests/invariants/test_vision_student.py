@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from distillation_toys import InOrder, arguments
 from vision_toys import FEATURES, llama_of, make_llava, pixels, twin_of
 
+from hf_encdec_distill.cards import ModelCardCallback
+
 
 @pytest.fixture
 def llava(image_tokenizer):
@@ -109,3 +111,23 @@ def test_kept_states_are_refused_since_they_go_by_the_tokens_alone(llava, image_
     trainer = make_trainer(tmp_path, student, llama_of(llava), image_tokenizer, rows, **options)
     with pytest.raises(ValueError, match="the batch has pixel_values"):
         trainer.train()
+
+
+def test_its_card_names_the_tower(llava, image_tokenizer, tmp_path):
+    student = twin_of(llava, image_tokenizer)
+    trainer = make_trainer(tmp_path, student, llama_of(llava), image_tokenizer, rows_of(image_tokenizer))
+    assert ModelCardCallback(trainer).metrics()["vision_tower"] == {"model_type": "clip_vision_model"}
+    student.config.vision_config._name_or_path = "someone/tower"
+    found = ModelCardCallback(trainer).metrics()
+    assert (
+        found["vision_tower"]["hub_id"] == "someone/tower" and found["student"]["model_type"] == "rope_encdec_vision"
+    )
+    trainer.add_callback(ModelCardCallback(trainer))
+    trainer.train()
+    card = (tmp_path / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card and "base_model: someone/tower" in card
+    # The name of a folder is for nobody else.
+    tower = llava.model.vision_tower
+    for name, kept in ((str(tmp_path), ""), ("someone/tower", "someone/tower")):
+        tower.config._name_or_path = name
+        assert twin_of(llava, image_tokenizer).config.vision_config._name_or_path == kept

@@ -171,18 +171,75 @@ def test_gradients_reach_tower_and_projector_with_checkpointing_too(twin, image_
         "labels": torch.tensor([[7, 8]]),
     }
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in (None, {"use_reentrant": False}, {"use_reentrant": True}):
         model = copy.deepcopy(twin).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable(checkpointing)
         model(**inputs).loss.backward()
         encoder = model.model.encoder
         read = [*encoder.vision_tower.parameters(), *encoder.multi_modal_projector.parameters()]
         # CLIP's class token is no patch, but patches look at it.
         assert all(parameter.grad is not None for parameter in read)
         gradients.append([parameter.grad for parameter in read])
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, checkpointed)
+    plain, *checkpointed = gradients
+    for found in checkpointed:
+        for one, other in zip(plain, found, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def ragged(image_id):
+    """Three prompts with one image, none and two, padded on the left, and the images."""
+    rows = [prompt_of(image_id, 3, "image", 2), prompt_of(image_id, 4), prompt_of(image_id, "image", "image")]
+    ids, mask = padded(rows)
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels(3)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_with_a_cache_is_argmax_of_whole_forwards(cache, twin, image_id):
+    inputs = ragged(image_id)
+    tokens = torch.full((3, 1), twin.config.decoder_start_token_id)
+    for _ in range(6):
+        logits = twin(**inputs, decoder_input_ids=tokens, use_cache=False).logits
+        tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "cache_implementation": cache}
+    assert torch.equal(twin.generate(**inputs, **options), tokens)
+    beams = {"num_beams": 3, **options}
+    assert torch.equal(twin.generate(**inputs, **beams), twin.generate(**inputs, **{**beams, "use_cache": False}))
+
+
+@torch.no_grad()
+def test_compiled_it_is_one_graph_with_the_same_logits(twin, image_id):
+    inputs = {**ragged(image_id), "decoder_input_ids": torch.randint(5, 90, (3, 4))}
+    expected = twin(**inputs).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(**inputs, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_half_precision_stays_close(twin, image_id):
+    inputs = {**ragged(image_id), "decoder_input_ids": torch.randint(5, 90, (3, 4))}
+    exact = twin(**inputs).logits
+    half = copy.deepcopy(twin).to(torch.bfloat16)
+    rough = half(**inputs).logits  # pixels are as the processor makes them
+    assert rough.dtype == torch.bfloat16 and {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
+    assert (rough.float() - exact).abs().max() < 0.15 * exact.abs().max()
+    del inputs["decoder_input_ids"]
+    assert half.generate(**inputs, max_new_tokens=3, eos_token_id=None).shape == (3, 4)
+
+
+def test_autocast_trains_all_parts(twin, image_id):
+    twin.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = twin(**ragged(image_id), labels=torch.randint(5, 90, (3, 2))).loss
+    assert loss.dtype == torch.float32
+    loss.backward()
+    for part in ("vision_tower", "multi_modal_projector", "encoder.layers", "decoder.layers"):
+        gradients = [
+            weight.grad for name, weight in twin.named_parameters() if part in name and weight.grad is not None
+        ]
+        assert gradients and all(gradient.isfinite().all() for gradient in gradients), part
 
 
 # Errors ----------------------------------------------------------------------------------------------------

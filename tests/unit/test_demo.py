@@ -1,18 +1,23 @@
 """What the page of `demo` shows, without a browser: against `generate`, a teacher asked token by token, by hand."""
 
+import io
 import socket
+from html import escape, unescape
 
+import numpy as np
 import pytest
 import torch
 from distillation_toys import write_teacher
+from PIL import Image
 from tokenizer_toys import wordpiece
 from transformers import AutoModelForCausalLM
+from vision_toys import FEATURES, make_llava, twin_of
 
-from hf_encdec_distill import RopeEncDecForConditionalGeneration
+from hf_encdec_distill import RopeEncDecForConditionalGeneration, RopeEncDecVisionProcessor
 from hf_encdec_distill.cli import demo
-from hf_encdec_distill.cli._answers import Answer, Choice, Reader, stream, teacher_choices, token_texts
+from hf_encdec_distill.cli._answers import Answer, Choice, ImageReader, Reader, stream, teacher_choices, token_texts
 from hf_encdec_distill.cli._page import Side, answers, marked
-from hf_encdec_distill.cli.main import main
+from hf_encdec_distill.cli.main import build_parser, main
 from hf_encdec_distill.export.exporting import export_model
 from hf_encdec_distill.export.recipe import Shapes
 
@@ -188,6 +193,89 @@ def test_a_teacher_with_another_tokenizer_answers_without_marks(tmp_path, studen
     *_, (told, of_student, of_teacher) = shown(TEXT, student, teacher, reader)
     assert "different tokenizers" in told and "tokens/s" in of_teacher and "agree" not in of_student
     assert reader.read(TEXT).prompt == other(TEMPLATE.replace("{source}", TEXT), add_special_tokens=False)["input_ids"]
+
+
+# Images --------------------------------------------------------------------------------------------------------------
+
+
+def picture(seed, size=(8, 8), format="PNG"):
+    """The bytes of a file."""
+    file = io.BytesIO()
+    colours = np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
+    Image.fromarray(colours).save(file, format)
+    return file.getvalue()
+
+
+@pytest.fixture
+def sees(image_tokenizer):
+    return twin_of(make_llava(image_tokenizer), image_tokenizer)
+
+
+@pytest.fixture
+def image_reader(sees):
+    return ImageReader(RopeEncDecVisionProcessor.for_model(sees), 12)
+
+
+def shown_with(images, text, sees, image_reader):
+    sides = {"PyTorch": Side(sees, image_reader.processor.tokenizer, "as a toy")}
+    return list(answers(text, "PyTorch", sides, None, image_reader, max_new_tokens=6, images=images))
+
+
+def test_images_are_read_in_the_order_of_their_tokens(image_reader):
+    tokenizer, one, two = image_reader.processor.tokenizer, picture(1), picture(2)
+    question = image_reader.read("a<image>b<image>", images=[one, two])
+    assert question.inputs == tokenizer("a" + "<image>" * FEATURES + "b" + "<image>" * FEATURES)["input_ids"]
+    expected = [image_reader.processor.image_processor(image)["pixel_values"] for image in (one, two)]
+    assert torch.equal(question.images["pixel_values"], torch.from_numpy(np.concatenate(expected)))
+    # Where the text does not say so, they stand in front.
+    assert image_reader.read("ab", images=[one]).inputs == tokenizer("<image>" * FEATURES + "ab")["input_ids"]
+    assert image_reader.read("ab").images == {}
+
+
+def test_a_student_that_reads_images_answers_with_them(sees, image_reader):
+    tokenizer = image_reader.processor.tokenizer
+    question = image_reader.read("def", images=[picture(1)])
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}
+    expected = sees.generate(torch.tensor([question.inputs]), pad_token_id=0, **question.images, **options)[0, 1:]
+    *_, (told, of_student, of_teacher) = shown_with([picture(1)], "def", sees, image_reader)
+    assert (told, of_teacher) == ("", "")
+    assert escape(tokenizer.decode(expected, skip_special_tokens=True).strip()) in of_student
+    *_, (_, alone, _) = shown_with([picture(1)], " ", sees, image_reader)
+    assert "tokens/s" in alone
+
+
+def test_the_limit_of_a_text_does_not_count_its_images(sees, image_reader):
+    told = shown_with([picture(1), picture(2)], "def " * 20, sees, image_reader)[-1][0]
+    length = len(image_reader.processor.tokenizer("<image>" * 2 * FEATURES + "def " * 20)["input_ids"])
+    assert f"first {2 * FEATURES + 12} of {length} tokens" in told
+
+
+def test_what_is_wrong_with_images_is_told(sees, image_reader):
+    image_reader.processor.image_processor.max_pixels = 100
+    for images, text, problem in (
+        ([picture(1)[:100]], "a", "image 0 is no image that can be read"),
+        ([b"no image"], "a", "image 0 is no image that can be read: its format is unknown"),
+        ([picture(1), picture(2, (20, 20))], "a", "image 1 has 20 x 20 pixels, more than max_pixels=100"),
+        ([picture(1)], "<image> and <image>", "1 images for 2 times"),
+        ([], "<image>", "0 images for 1 times"),
+        ([picture(1)] * 9, "a", "There are 9 images: give at most 8."),
+        ([], " ", "Drop an image, or type a text."),
+    ):
+        [(told, of_student, _)] = shown_with(images, text, sees, image_reader)
+        assert problem in unescape(told) and "<dd>" not in of_student
+
+
+def test_a_student_that_reads_images_is_loaded_with_its_processor(sees, tmp_path, capsys):
+    folder = str(tmp_path / "student")
+    sees.save_pretrained(folder)
+    parse = build_parser().parse_args
+    with pytest.raises(OSError, match="has no processor: save it there"):
+        demo.load_page(parse(["demo", folder]))
+    RopeEncDecVisionProcessor.for_model(sees).save_pretrained(folder)
+    with pytest.raises(ValueError, match="--teacher with .*, which reads images"):
+        demo.load_page(parse(["demo", folder, "--teacher", folder]))
+    kinds = [type(block).__name__ for block in demo.load_page(parse(["demo", folder])).blocks.values()]
+    assert "Gallery" in kinds and "Dataset" not in kinds
 
 
 def error_of(capsys, *argv):

@@ -131,6 +131,30 @@ def test_who_puts_a_source_into_the_prompt(tmp_path, built_in, cross_attention, 
     assert said in ModelCard.load(write_model_card(tmp_path / "student", known)).text
 
 
+def test_a_student_that_reads_images(tmp_path):
+    """Both models that it was made from, the Hub's task, and lines with a processor; with_loading keeps them."""
+    known = metrics()
+    known["student"]["model_type"] = "rope_encdec_vision"
+    known["vision_tower"] = {"name": "A tower", "hub_id": "someone/tower", "model_type": "clip_vision_model"}
+    del known["task"]["pipeline_tag"]
+    card = ModelCard.load(write_model_card(tmp_path / "student", known))
+    assert card.data.pipeline_tag == "image-text-to-text" and card.data.get("widget") is None
+    assert card.data.base_model == ["someone/big-one", "someone/tower"]
+    assert "A RoPE encoder-decoder that reads images" in card.text
+    tower = "[A tower](https://huggingface.co/someone/tower) (`clip_vision_model`)"
+    assert f"Its vision tower is that of {tower}." in card.text
+    assert "Those of its vision tower are of A tower (license not stated)." in card.text
+    moved = with_loading(card.content, "rope_encdec_vision", {}, "someone/else")
+    for text, name in ((card.text, "student"), (moved, "someone/else")):
+        assert "pip install torch pillow" in text and "import Image" in text
+        assert f'AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)' in text
+        assert f'AutoProcessor.from_pretrained("{name}")' in text
+        assert "AutoModelForSeq2SeqLM" not in text and "AutoTokenizer" not in text
+        assert "source = \"x = '```'\"" in text
+    del known["vision_tower"], known["teacher"]["hub_id"]
+    assert ModelCard.load(write_model_card(tmp_path / "student", known)).data.get("base_model") is None
+
+
 def test_huggingface_hub_reads_the_card_back(tmp_path):
     card = ModelCard.load(write_model_card(tmp_path / "student", metrics()))
     data = card.data

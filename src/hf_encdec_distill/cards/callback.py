@@ -87,6 +87,7 @@ class ModelCardCallback(TrainerCallback):
             "note": MARK,
             "teacher": self._teacher,
             "student": self._student(),
+            "vision_tower": self._vision_tower,
             "task": {
                 "prompt_template": self.trainer.args.prompt_template,
                 "built_in": self.trainer.data_collator.reads_prompt(),
@@ -112,6 +113,14 @@ class ModelCardCallback(TrainerCallback):
         else:
             name = getattr(teacher.model.config, "_name_or_path", None)
         return teacher_entry(name) if name else {}
+
+    @cached_property
+    def _vision_tower(self) -> dict[str, Any]:
+        config = getattr(self.trainer.model.config, "vision_config", None)
+        if config is None:
+            return {}
+        entry = teacher_entry(config._name_or_path) if config._name_or_path else {}
+        return {**entry, "model_type": config.model_type}
 
     def _student(self) -> dict[str, Any]:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)

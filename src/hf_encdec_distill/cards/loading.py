@@ -21,6 +21,8 @@ _PLACEHOLDER = "The text that the model is to read."
 _INSTALL = """```bash
 pip install torch "transformers>=4.57"
 ```"""
+_INSTALL_FOR_IMAGES = _INSTALL.replace("torch", "torch pillow")
+READS_IMAGES = "rope_encdec_vision"  # the model_type
 _UNFINISHED = (".rejected", ".unproven", ".partial")
 
 
@@ -109,6 +111,15 @@ def note_exports(folder: Path, model_type: str) -> None:
         write_text(card, after)
 
 
+def _answer_about_image(source: str) -> str:
+    return f"""from PIL import Image
+image = Image.new("RGB", (640, 480), "navy")  # yours: Image.open("picture.png")
+source = {json.dumps(source, ensure_ascii=False)}
+inputs = processor(images=image, text=processor.image_token + source, return_tensors="pt")
+print(processor.decode(model.generate(**inputs, max_new_tokens=48)[0], skip_special_tokens=True))
+"""
+
+
 def _answer(source: str) -> str:
     return f"""source = {json.dumps(source, ensure_ascii=False)}
 inputs = tokenizer(source, return_tensors="pt")
@@ -136,15 +147,22 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 
 
 def _in_pytorch(name: str, model_type: str, source: str) -> str:
+    reads_images = model_type == READS_IMAGES
+    model_class, reader_class, reader, install, answer = (
+        ("AutoModelForImageTextToText", "AutoProcessor", "processor", _INSTALL_FOR_IMAGES, _answer_about_image(source))
+        if reads_images
+        else ("AutoModelForSeq2SeqLM", "AutoTokenizer", "tokenizer", _INSTALL, _answer(source))
+    )
+
     def lines(option: str = "") -> str:
-        return f"""from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("{name}"{option})
-model = AutoModelForSeq2SeqLM.from_pretrained("{name}"{option})
+        return f"""from transformers import {model_class}, {reader_class}
+{reader} = {reader_class}.from_pretrained("{name}"{option})
+model = {model_class}.from_pretrained("{name}"{option})
 """
 
-    if model_type != "rope_encdec":  # transformers itself has it
-        return f"{_INSTALL}\n\n```python\n{lines()}{_answer(source)}```"
-    return f"""{_INSTALL}
+    if not (reads_images or model_type == "rope_encdec"):  # transformers itself has it
+        return f"{install}\n\n```python\n{lines()}{answer}```"
+    return f"""{install}
 
 ```python
 {lines(", trust_remote_code=True")}```
@@ -159,7 +177,7 @@ import hf_encdec_distill  # registers the architecture with transformers
 Then, in either case:
 
 ```python
-{_answer(source)}```"""
+{answer}```"""
 
 
 def _in_runtime(name: str, export: str, target: str, source: str) -> str:

@@ -21,6 +21,8 @@ to an existing card.
                 "parameters", "license"}; license defaults to the teacher's, model_type to "rope_encdec". Of a
                 decoder-only student {"layers", "chat_template"}, the latter whether its tokenizer has one, in place
                 of what is about encoder and decoder
+    vision_tower  of a student that reads images, {"name", "hub_id", "license", "model_type"}; hub_id is a second
+                base_model
     data        {"name", "hub_id", "description", "license", "train_rows", "validation_rows", "test_rows", "split"};
                 split is the one that the models were measured on, default "test"
     judge       {"name", "template", "probability_of_a_digit"}, the model whose scores are "judge"
@@ -66,7 +68,7 @@ from ..files import inside, read_json, write_text
 from ..metrics.measures import METRICS, OF_TEACHER, bounds, model_label, model_order
 from ..metrics.verdict import below_baselines
 from .index import eval_results
-from .loading import Reads, loading_section, proven_exports, table
+from .loading import READS_IMAGES, Reads, loading_section, proven_exports, table
 
 
 PAPER = "https://arxiv.org/abs/2501.16273"
@@ -152,14 +154,16 @@ def check(metrics: Mapping) -> None:
 
 
 def _card_data(metrics: Mapping, title: str) -> ModelCardData:
-    task, teacher, data = (metrics.get(key, {}) for key in ("task", "teacher", "data"))
+    task, data = (metrics.get(key, {}) for key in ("task", "data"))
+    made_of = [(metrics.get(key) or {}).get("hub_id") for key in ("teacher", "vision_tower")]
+    on_hub = [name for name in made_of if name]
     known: dict[str, Any] = {
         # base_model, datasets and the license are links on the Hub: only what the caller gave, never a guess
-        "base_model": teacher.get("hub_id"),
+        "base_model": on_hub if len(on_hub) > 1 else next(iter(on_hub), None),
         "datasets": [data["hub_id"]] if data.get("hub_id") else None,
         "language": task.get("language"),
         "license": _license(metrics),
-        "pipeline_tag": task.get("pipeline_tag"),
+        "pipeline_tag": task.get("pipeline_tag") or ("image-text-to-text" if _reads_images(metrics) else None),
         "widget": _widget(metrics),
     }
     emissions = _emissions(metrics)
@@ -196,7 +200,7 @@ def _example(metrics: Mapping) -> Mapping | None:
 def _widget(metrics: Mapping) -> list[dict] | None:
     """An example for the Hub to show: https://huggingface.co/docs/hub/models-widgets."""
     example = _example(metrics)
-    if example is None:
+    if example is None or _reads_images(metrics):  # that would need a picture on the Hub
         return None
     answer = example.get(metrics.get("published", "student_kd"))
     return [{"text": example["source"], **({"output": {"text": answer}} if answer else {})}]
@@ -231,6 +235,10 @@ def _is_decoder_only(metrics: Mapping) -> bool:
     return "layers" in metrics.get("student", {})
 
 
+def _reads_images(metrics: Mapping) -> bool:
+    return _model_type(metrics) == READS_IMAGES
+
+
 def _reads(metrics: Mapping) -> Reads:
     """As `loading_section` takes it."""
     if not _is_decoder_only(metrics):
@@ -249,10 +257,15 @@ def _summary(metrics: Mapping) -> str:
     )
     kind = _model_type(metrics)
     text = "A RoPE encoder-decoder" if kind == "rope_encdec" else f"An encoder-decoder of type `{kind}`"
+    text = "A RoPE encoder-decoder that reads images" if _reads_images(metrics) else text
     text = f"A decoder-only model of type `{kind}`" if _is_decoder_only(metrics) else text
     text += f" ({', '.join(size)})" if size else ""
     text += f" for one task, {task['name']}" if task.get("name") else ""
     text += f", distilled from the decoder-only model {_link(teacher)}." if teacher.get("name") else "."
+    tower = metrics.get("vision_tower") or {}
+    if tower.get("name"):
+        kind = f" (`{tower['model_type']}`)" if tower.get("model_type") else ""
+        text += f" Its vision tower is that of {_link(tower)}{kind}."
     attention = {
         "merged": "Each decoder layer attends to the prompt and to its own tokens in one softmax (`merged`)",
         "separate": "The decoder reads the encoder through cross-attention blocks of its own (`separate`)",
@@ -539,6 +552,9 @@ def _license_section(metrics: Mapping) -> str:
         text += f", {teacher['name']} ({teacher['license']})."
     else:
         text += ": its license applies to them."
+    tower = metrics.get("vision_tower") or {}
+    if tower.get("name"):
+        text += f" Those of its vision tower are of {tower['name']} ({tower.get('license') or 'license not stated'})."
     if data.get("name"):
         text += f" The data, {data['name']}: {data.get('license') or 'license not stated'}."
     return f"## License\n\n{text}"

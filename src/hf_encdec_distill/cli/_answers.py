@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -41,11 +41,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Question:
-    """What is read of a text: `prompt` by a decoder-only model, `inputs` by an encoder; `tokens` it would be uncut."""
+    """What is read of a text: `prompt` by a decoder-only model, `inputs` by an encoder; `tokens` it would be uncut;
+    `images` are their pixels."""
 
     prompt: list[int]
     inputs: list[int]
     tokens: int
+    images: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Reader:
@@ -89,6 +91,41 @@ class Reader:
         return Question(prompt, row["inputs"], uncut)
 
 
+class ImageReader:
+    """Texts with images to what a student reads that has a processor; no teacher is beside it.
+
+    Args:
+        max_prompt: most tokens of a text, those of the images not counted.
+    """
+
+    vocabulary = mismatch = None
+
+    def __init__(self, processor, max_prompt: int):
+        self.processor, self.max_prompt = processor, max_prompt
+
+    def read(self, text: str, most: int | None = None, images: Sequence[bytes] = ()) -> Question:
+        """
+        Args:
+            most: tokens that the student's backend takes, if it has a limit.
+            text: with the image token where an image is to be seen; where it has none, all stand in front.
+            images: files, in the order of the tokens.
+
+        Raises:
+            ValueError: an image cannot be read, or there are not as many as image tokens.
+        """
+        token = self.processor.image_token
+        text = text if token in text else token * len(images) + text
+        read = self.processor(images=list(images), text=text, return_tensors="pt")
+        [whole] = ids = read["input_ids"]
+        of_images = int((whole == self.processor.image_token_id).sum())
+        limit = self.max_prompt + of_images if most is None else min(most, self.max_prompt + of_images)
+        if len(whole) > limit:
+            cut = {"truncation": True, "max_length": limit}
+            ids = self.processor(images=list(images), text=text, return_tensors="pt", **cut)["input_ids"]
+        pixels = {name: read[name] for name in ("pixel_values",) if name in read}
+        return Question([], ids[0].tolist(), len(whole), pixels)
+
+
 class _Tokens(BaseStreamer):
     """Ids and the moments they came, from the thread that generates. What `generate` puts first is the prompt."""
 
@@ -105,7 +142,14 @@ class _Tokens(BaseStreamer):
         pass  # the end of the thread is the end, with an error too
 
 
-def stream(model, ids: Sequence[int], tokenizer, max_new_tokens: int, **sampling) -> Generator[Answer, None, None]:
+def stream(
+    model,
+    ids: Sequence[int],
+    tokenizer,
+    max_new_tokens: int,
+    images: Mapping[str, torch.Tensor] | None = None,
+    **sampling,
+) -> Generator[Answer, None, None]:
     """`model.generate` as it goes, greedily by default: the same answer again and again, with what has come since.
 
     Whoever stops asking stops the model.
@@ -113,6 +157,7 @@ def stream(model, ids: Sequence[int], tokenizer, max_new_tokens: int, **sampling
     Args:
         model: an encoder-decoder, exported or not, or a decoder-only model.
         ids: what its encoder reads, or the whole prompt.
+        images: what else its encoder reads, as in [`Question`].
         sampling: options of `generate` that make it draw tokens.
     """
     tokens, stopped = _Tokens(), threading.Event()
@@ -124,6 +169,7 @@ def stream(model, ids: Sequence[int], tokenizer, max_new_tokens: int, **sampling
             model.generate,
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
+            **{name: values.to(model.device) for name, values in (images or {}).items()},
             max_new_tokens=max_new_tokens,
             num_beams=1,
             **{"do_sample": False, **sampling},

@@ -1,4 +1,5 @@
 """The page of `demo`: a text goes in, student and teacher answer side by side. Nothing on it comes from elsewhere.
+Images go in too where the student reads them.
 
 Agreement is told by underline and words as much as by colour; colours are Okabe and Ito's
 (https://jfly.uni-koeln.de/color/), as tints under text in the page's own colour, so that it stays readable when dark.
@@ -9,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 import gradio as gr
 
-from ._answers import Answer, Choice, Reader, stream, teacher_choices, token_texts
+from ._answers import Answer, Choice, ImageReader, Reader, stream, teacher_choices, token_texts
 
 
 CSS = """
@@ -46,7 +48,9 @@ document.addEventListener("keydown", event => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) document.querySelector("#answer")?.click();
 });
 </script>"""
+MOST_IMAGES, LARGEST_FILE = 8, "20mb"
 WAITS = "waits for the student, so that each has the machine to itself"
+_ASK = {Reader: "Type a text, or pick an example.", ImageReader: "Drop an image, or type a text."}
 
 
 @dataclass(frozen=True)
@@ -66,15 +70,31 @@ class Side:
 
 
 def answers(
-    text: str, backend: str, students: Mapping[str, Side], teacher: Side | None, reader: Reader, max_new_tokens: int
+    text: str,
+    backend: str,
+    students: Mapping[str, Side],
+    teacher: Side | None,
+    reader: Reader | ImageReader,
+    max_new_tokens: int,
+    images: Sequence[bytes] = (),
 ) -> Iterator[tuple[str, str, str]]:
     """Note, student's panel and teacher's panel, again and again until both have answered."""
     student = students[backend]
     blank = panel("Student", student.detail), "" if teacher is None else panel("Teacher", teacher.detail)
-    if not text.strip():
-        yield note("Type a text, or pick an example."), *blank
+    if not text.strip() and not images:
+        yield note(_ASK[type(reader)]), *blank
         return
-    question = reader.read(text, student.most_prompt)
+    if len(images) > MOST_IMAGES:
+        yield note(f"There are {len(images)} images: give at most {MOST_IMAGES}."), *blank
+        return
+    if isinstance(reader, ImageReader):
+        try:
+            question = reader.read(text, student.most_prompt, images)
+        except ValueError as error:
+            yield note(str(error)), *blank
+            return
+    else:
+        question = reader.read(text, student.most_prompt)
     notes = [] if reader.mismatch is None else [f"Agreement is not shown: {reader.mismatch}"]
     if question.tokens > len(question.inputs):
         notes.append(
@@ -85,7 +105,7 @@ def answers(
     waiting = "" if teacher is None else panel("Teacher", teacher.detail, wait=WAITS)
 
     most = max_new_tokens if student.most_new is None else min(max_new_tokens, student.most_new)
-    for answer in stream(student.model, question.inputs, student.tokenizer, most):
+    for answer in stream(student.model, question.inputs, student.tokenizer, most, question.images):
         shown = escape(decoded(student.tokenizer, answer))
         yield told, panel("Student", student.detail, shown, answer), waiting
     if teacher is None:
@@ -192,20 +212,43 @@ def _cell(tokenizer, token_id: int) -> str:
 
 
 def build(
-    title: str, students: Mapping[str, Side], teacher: Side | None, reader: Reader, examples: Sequence[str], **options
+    title: str,
+    students: Mapping[str, Side],
+    teacher: Side | None,
+    reader: Reader | ImageReader,
+    examples: Sequence[str],
+    **options,
 ) -> gr.Blocks:
     """The page. `options` are those of `answers`."""
 
-    def respond(text, backend):
-        yield from answers(text, backend, students, teacher, reader, **options)
+    def respond(text, backend, shown=None):
+        images = [Path(path).read_bytes() for path, _ in shown or ()]
+        yield from answers(text, backend, students, teacher, reader, images=images, **options)
 
     first = next(iter(students))
-    with gr.Blocks(title=title, analytics_enabled=False) as page:
+    # What was dropped is gone a day later, and when the page ends.
+    kept = (3600, 86400) if isinstance(reader, ImageReader) else None
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=kept) as page:
         gr.Markdown(f"# {title}")
+        asked: list[gr.Component] = []
+        if isinstance(reader, ImageReader):
+            shown = gr.Gallery(
+                label=f"Images, in the order of {reader.processor.image_token} in the text, or in front of it",
+                file_types=["image"],
+                sources=["upload", "clipboard"],
+                interactive=True,
+                columns=4,
+                height=240,
+                object_fit="contain",
+                buttons=[],
+                elem_id="images",
+            )
+            asked.append(shown)
         text = gr.Textbox(
             label="Text (Ctrl+Enter or Shift+Enter asks)", lines=5, max_lines=12, autoscroll=False, elem_id="text"
         )
-        gr.Examples([[example] for example in examples], [text], example_labels=[_label(e) for e in examples])
+        if examples:
+            gr.Examples([[example] for example in examples], [text], example_labels=[_label(e) for e in examples])
         backend = gr.Radio(list(students), value=first, label="The student runs on", visible=len(students) > 1)
         button = gr.Button("Answer", variant="primary", elem_id="answer")
         told = gr.HTML(elem_id="told")
@@ -218,7 +261,7 @@ def build(
         gr.on(
             [button.click, text.submit],
             respond,
-            [text, backend],
+            [text, backend, *asked],
             [told, of_student, of_teacher],
             show_progress="hidden",
             concurrency_limit=1,  # one question at a time: the others wait, and times stay a model's own
@@ -244,6 +287,7 @@ def launch(page: gr.Blocks, host: str, port: int) -> str:
         css=CSS,
         head=SUBMIT_ON_CTRL_ENTER,
         footer_links=[],
+        max_file_size=LARGEST_FILE,
         share=False,
         ssr_mode=False,
         show_error=True,

@@ -1,4 +1,5 @@
-"""Open a page in the browser: type a text, and student and teacher answer side by side.
+"""Open a page in the browser: type a text, and student and teacher answer side by side. A student that reads images is
+also given those that are dropped on it.
 
 Each answer has the time of its first token and its tokens per second. Each token of the student is marked by whether
 the teacher, given the answer so far, would choose the same one. The page lets you switch between MODEL and each
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import socket
 
 from ._display import say_result
@@ -40,7 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="the teacher's prompt, with {source} in it (default: its chat template); a merged student has its own",
     )
-    parser.add_argument("--max-source-length", type=int, default=256, metavar="TOKENS", help="default: %(default)s")
+    parser.add_argument(
+        "--max-source-length",
+        type=int,
+        default=256,
+        metavar="TOKENS",
+        help="of a text, those of images not counted (default: %(default)s)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="TOKENS", help="default: %(default)s")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)"
@@ -65,8 +73,8 @@ def run(args: argparse.Namespace) -> None:
 def load_page(args: argparse.Namespace):
     """The page, with all that was asked for loaded and warm."""
     from ..devices import device, working_dtype
-    from ..models.loading import load_teacher, load_tokenizer
-    from ._answers import Reader, stream
+    from ..models.loading import load_processor, load_teacher, load_tokenizer, reads_images
+    from ._answers import ImageReader, Reader, stream
     from ._page import Side, build
 
     students = {}
@@ -79,6 +87,17 @@ def load_page(args: argparse.Namespace):
         if side.tokenizer.get_vocab() != first.tokenizer.get_vocab():
             raise ValueError(f"--exported {name} has another tokenizer than {args.model}: give its own exports")
     teacher = None
+    title = public_name(args.model)
+    if reads_images(first.model.config):
+        if args.teacher is not None:
+            raise ValueError(
+                f"--teacher with {args.model}, which reads images, and a teacher here reads none: leave it out"
+            )
+        reader = ImageReader(load_processor(args.model), args.max_source_length)
+        for side in students.values():
+            question = reader.read("a", images=[_blank_image()])
+            list(stream(side.model, question.inputs, side.tokenizer, 2, question.images))
+        return build(title, students, None, reader, [], max_new_tokens=args.max_new_tokens)
     if args.teacher is not None:
         path = teacher_path(args.teacher)
         model = load_teacher(path, dtype=working_dtype()).to(device())
@@ -98,7 +117,7 @@ def load_page(args: argparse.Namespace):
         list(stream(side.model, reader.read(examples[0], side.most_prompt).inputs, side.tokenizer, 2))
     if teacher is not None:
         list(stream(teacher.model, reader.read(examples[0]).prompt, teacher.tokenizer, 2))
-    title = public_name(args.model) + (f" beside {public_name(args.teacher)}" if teacher else "")
+    title += f" beside {public_name(args.teacher)}" if teacher else ""
     return build(title, students, teacher, reader, list(examples), max_new_tokens=args.max_new_tokens)
 
 
@@ -128,6 +147,14 @@ def _student(name: str):
     # A merged student's start token counts as one of the prompt's.
     most_prompt = shapes.prompts and max(shapes.prompts) + (model.config.cross_attention == "merged")
     return backend, Side(model, tokenizer, backend, most_prompt, shapes.targets)
+
+
+def _blank_image() -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    return file.getvalue()
 
 
 def _in_pytorch(model) -> str:

@@ -1,9 +1,10 @@
 """Push a finished student to the Hub in one commit: everything is uploaded, or nothing is.
 
 It uploads the weights (safetensors), the config, the model files named in it, the generation config, the tokenizer,
-the card with its figures, the recipe, and the proven exports in subfolders. The card's section on loading names the
-repository and these exports. Everything else stays: checkpoints, the trainer's state, pickles. A file outside the
-folder is never uploaded, whatever names it or links to it. Weights and exports of an earlier push are replaced.
+the processor of a student that reads images, the card with its figures, the recipe, and the proven exports in
+subfolders. The card's section on loading names the repository and these exports. Everything else stays: checkpoints,
+the trainer's state, pickles. A file outside the folder is never uploaded, whatever names it or links to it. Weights
+and exports of an earlier push are replaced.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from ..cards.loading import PARITY, proven_exports, why_not_proven, with_loading
+from ..cards.loading import PARITY, READS_IMAGES, proven_exports, why_not_proven, with_loading
 from ..files import inside, read_json
 from ._display import say_result, table, wrap
 
@@ -25,6 +26,8 @@ EXAMPLE = "hf-encdec-distill push runs/quickstart/student user/name --private --
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _CARD = "README.md"
+# Of a student that reads images; the second is what transformers 4.57 reads.
+_PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 # Of one kind of tokenizer or another; `save_pretrained` of transformers writes them.
 _TOKENIZER = (
     "tokenizer_config.json",
@@ -106,9 +109,15 @@ def files_to_push(folder: Path, exports: list[str] | None = None) -> list[str]:
     names = [*_weights(folder), *_beside_weights(folder)]
     missing = sorted(name for name in _named_code(folder) if name not in names)
     if missing:
-        raise ValueError(f"{folder / 'config.json'} names {', '.join(missing)}, not there: save the student again")
+        raise ValueError(f"{folder} names {', '.join(missing)}, not there: save the student again")
     if not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"{folder} has no tokenizer: save it there first, tokenizer.save_pretrained({str(folder)!r})")
+    missing = [name for name in _PROCESSOR if not (folder / name).is_file()]
+    if missing and read_json(inside(folder, "config.json")).get("model_type") == READS_IMAGES:
+        raise ValueError(
+            f"{folder} has no processor, {' and '.join(missing)}: save it there first, "
+            f"processor.save_pretrained({str(folder)!r})"
+        )
     names += [name for name in _RECORDS if (folder / name).is_file()]
     if (folder / _CARD).is_file():
         names += [_CARD, *_figures(folder)]
@@ -132,7 +141,7 @@ def _weights(folder: Path) -> list[str]:
 
 
 def _beside_weights(folder: Path) -> list[str]:
-    """Config, generation config, tokenizer, and the Python files that `auto_map` of the config names, where there."""
+    """Config, generation config, tokenizer, processor, and the Python files that an `auto_map` names, where there."""
     from transformers.dynamic_module_utils import get_relative_imports
 
     code, new = set(), {name for name in _named_code(folder) if inside(folder, name).is_file()}
@@ -140,14 +149,16 @@ def _beside_weights(folder: Path) -> list[str]:
         code |= new
         imported = {f"{module}.py" for name in new for module in get_relative_imports(inside(folder, name))}
         new = imported - code
-    names = ("config.json", "generation_config.json", *sorted(code), *_TOKENIZER)
+    names = ("config.json", "generation_config.json", *sorted(code), *_TOKENIZER, *_PROCESSOR)
     return [name for name in names if (folder / name).is_file()]
 
 
 def _named_code(folder: Path) -> set[str]:
     """Of this folder: `user/name--module.Class` is code of another repository."""
-    auto_map = read_json(inside(folder, "config.json")).get("auto_map") or {}
-    entries = [entry if isinstance(entry, list) else [entry] for entry in auto_map.values()]  # two of a tokenizer
+    configs = [name for name in ("config.json", *_PROCESSOR) if (folder / name).is_file()]
+    auto_maps = [read_json(inside(folder, name)).get("auto_map") or {} for name in configs]
+    values = [value for auto_map in auto_maps for value in auto_map.values()]
+    entries = [value if isinstance(value, list) else [value] for value in values]  # two of a tokenizer
     targets = [target for entry in entries for target in entry if isinstance(target, str)]
     return {f"{target.partition('.')[0]}.py" for target in targets if "--" not in target}
 

@@ -129,6 +129,14 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             "steps; 0 keeps it frozen."
         },
     )
+    train_projector_first: float = field(
+        default=0.0,
+        metadata={
+            "help": "Of a student that reads images, train the projector alone in this many steps or, below 1, this "
+            "share of all steps; then all else too, but what freeze_encoder freezes. The projector is then trained to "
+            "the end, with freeze_encoder too."
+        },
+    )
     encoder_states: str | None = field(
         default=None,
         metadata={
@@ -322,12 +330,9 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
                 f"hidden_state_weight={self.hidden_state_weight} with vocab_policy='universal': student and teacher "
                 "read other tokens, so that no state of the one stands where one of the other does. Set it to 0."
             )
-        _within(
-            "unfreeze_encoder_after",
-            self.unfreeze_encoder_after,
-            0 <= self.unfreeze_encoder_after < float("inf"),
-            "a number of steps, or a share of them below 1",
-        )
+        for name in ("unfreeze_encoder_after", "train_projector_first"):
+            value = getattr(self, name)
+            _within(name, value, 0 <= value < float("inf"), "a number of steps, or a share of them below 1")
         if self.encoder_states is not None:
             self.encoder_states = os.path.expanduser(self.encoder_states)  # as the base class does with its folders
         for name in ("unfreeze_encoder_after", "encoder_states"):
@@ -336,24 +341,39 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
                     f"{name}={getattr(self, name)!r} without freeze_encoder: the encoder is trained from the first "
                     "step. Set freeze_encoder=True, or leave it out."
                 )
-        if self.unfreeze_encoder_after > 0 and self.progressive_depth_steps > 0:
+        for name in ("unfreeze_encoder_after", "train_projector_first"):
+            if getattr(self, name) > 0 and self.progressive_depth_steps > 0:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} with progressive_depth_steps={self.progressive_depth_steps}, which "
+                    "may take out what is to be trained. Leave one of them out."
+                )
+        first, later = self.train_projector_first, self.unfreeze_encoder_after
+        if 0 < later < first and (later < 1) == (first < 1):
             raise ValueError(
-                f"unfreeze_encoder_after={self.unfreeze_encoder_after} with progressive_depth_steps="
-                f"{self.progressive_depth_steps}, which may take out what is to be trained. Leave one of them out."
+                f"unfreeze_encoder_after={later} with train_projector_first={first}: the encoder would be trained "
+                "before the decoder. Give unfreeze_encoder_after more steps."
             )
+        for name in ("encoder_states", "cross_attention_warmup_steps"):
+            if self.train_projector_first > 0 and getattr(self, name):
+                raise ValueError(
+                    f"train_projector_first={self.train_projector_first} with {name}={getattr(self, name)!r}: the "
+                    "projector, which the encoder reads through, is trained from the first step. Leave one of them "
+                    "out."
+                )
         for name in ("neftune_noise_alpha", "bidirectional_warmup_steps"):
             if self.encoder_states is not None and getattr(self, name):
                 raise ValueError(
                     f"encoder_states={self.encoder_states!r} with {name}={getattr(self, name)}, with which the "
                     "encoder's states of a row change from step to step. Leave one of them out."
                 )
-        if self.freeze_encoder and self.gradient_checkpointing:
+        frozen = "freeze_encoder" if self.freeze_encoder else "train_projector_first"
+        if getattr(self, frozen) and self.gradient_checkpointing:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
             if self.gradient_checkpointing_kwargs["use_reentrant"]:
                 raise ValueError(
-                    "use_reentrant=True in gradient_checkpointing_kwargs with freeze_encoder=True: the first decoder "
-                    "layer reads a frozen embedding, and reentrant checkpointing would give it no gradient. Set it to "
-                    "False, or leave it out."
+                    f"use_reentrant=True in gradient_checkpointing_kwargs with {frozen}={getattr(self, frozen)}: the "
+                    "first decoder layer reads a frozen embedding, and reentrant checkpointing would give it no "
+                    "gradient. Set it to False, or leave it out."
                 )
         if self.replay_fraction > 0 and not (self.replay_buffer_size and self.on_policy_fraction):
             raise ValueError(

@@ -64,10 +64,11 @@ from .losses import chunked_sum, cross_entropy, select_divergence, token_mean, u
 from .options.cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
 from .options.encoder_states import EncoderStates
 from .options.fake_quantization import fake_quantized
-from .options.frozen_encoder import UnfreezeEncoder, freeze_encoder, unfrozen
+from .options.frozen_encoder import Unfreeze, freeze, freeze_encoder, unfrozen
 from .options.hidden_states import HiddenStateTraining, catch_hidden_states
 from .options.muon import MUON, muon_and_kwargs
 from .options.neftune import noise_on_tied_embeddings
+from .options.projector_first import projector_parameters
 from .options.rollouts import ReplayBuffer, as_it_was, draw, on_policy_fraction_at, roll_out
 from .options.schedules import EncoderAnnealing, ProgressiveDepth
 from .options.shared_prompt import SharedPrompt
@@ -157,7 +158,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     data_collator: DistillationCollator
     teacher: LiveTeacher | CachedTeacher
     _signature_columns: list[str] | None  # type: ignore[assignment]  # base: None
-    frozen_parameters: Sequence[nn.Parameter] = ()  # by `freeze_encoder`
+    waiting_parameters: Mapping[str, Sequence[nn.Parameter]] = {}  # by the option that says when they are trained
 
     def __init__(
         self,
@@ -194,8 +195,8 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         # Smoothing is part of our cross-entropy; the base class would put its own loss in place of ours.
         self.label_smoother = None
         self._check_options(self.model)
-        if args.freeze_encoder:
-            self.frozen_parameters = freeze_encoder(self.model) or self.frozen_parameters
+        if self.model_init is None:
+            self.waiting_parameters = self._freeze(self.model)
         if self.is_fsdp_enabled:
             share_tied_embeddings(self.model)
         self._set_up_teacher(teacher, teacher_processing_class)
@@ -307,8 +308,11 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             if schedule is not None:
                 self.add_callback(schedule)
         self._match_hidden_states()
+        if args.train_projector_first > 0:
+            others = "the decoder" if args.freeze_encoder else "all but the projector"
+            self.add_callback(Unfreeze(self, "train_projector_first", others))
         if args.unfreeze_encoder_after > 0:
-            self.add_callback(UnfreezeEncoder(self))
+            self.add_callback(Unfreeze(self, "unfreeze_encoder_after", "the encoder"))
         self._encoder_states = None
         if args.encoder_states is not None:
             self._encoder_states = EncoderStates(args.encoder_states, self.accelerator)
@@ -607,13 +611,23 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     def call_model_init(self, trial=None) -> "GenerativeModel":
         model: GenerativeModel = super().call_model_init(trial)  # type: ignore[assignment]  # base: any module
         self._check_options(model)
-        if self.args.freeze_encoder:
-            self.frozen_parameters = freeze_encoder(model)
+        self.waiting_parameters = self._freeze(model)
         return model
 
+    def _freeze(self, model: "GenerativeModel") -> dict[str, list[nn.Parameter]]:
+        """Takes the gradient from what is trained later, which is returned, or never."""
+        args, waiting = self.args, {}
+        projector = projector_parameters(model) if args.train_projector_first > 0 else []
+        if args.freeze_encoder:
+            waiting["unfreeze_encoder_after"] = freeze_encoder(model, but=projector)
+        if projector:
+            waiting["train_projector_first"] = freeze(model, but=projector)
+        return {option: parameters for option, parameters in waiting.items() if getattr(args, option) > 0}
+
     def create_optimizer(self, *args, **kwargs):
-        """As the base class, with the parameters that `unfreeze_encoder_after` is going to train."""
-        with unfrozen(self.frozen_parameters if self.args.unfreeze_encoder_after > 0 else ()):
+        """As the base class, with the parameters that are going to be trained later."""
+        waiting = [parameter for parameters in self.waiting_parameters.values() for parameter in parameters]
+        with unfrozen(waiting):
             return super().create_optimizer(*args, **kwargs)
 
     def forget_encoder(self) -> None:
@@ -682,7 +696,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         super()._save(output_dir, state_dict)
         folder = output_dir or self.args.output_dir
         tokenizer = tokenizer_of(self.processing_class)
-        ours = self._is_decoder_only or self.model.config.model_type == "rope_encdec"
+        ours = self._is_decoder_only or self.model.config.model_type in ("rope_encdec", "rope_encdec_vision")
         if ours and isinstance(tokenizer, PreTrainedTokenizerBase):
             # Of a class that the other version of transformers knows too, which `AutoTokenizer` of 5.x does not give.
             in_a_class_of_both_versions(tokenizer).save_pretrained(folder)

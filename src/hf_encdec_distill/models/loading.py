@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
 )
@@ -34,6 +35,7 @@ from .either_version import check_rope_is_read, tokenizer_mend
 
 
 _CONFIG, _ADAPTER, _TOKENIZER_CONFIG = "config.json", "adapter_config.json", "tokenizer_config.json"
+_PROCESSOR = "processor_config.json"
 _INDEX, _FAST_TOKENIZER = "model.safetensors.index.json", "tokenizer.json"
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 # One of these is in every folder with a tokenizer.
@@ -121,7 +123,29 @@ def load_student(name: str | os.PathLike, **options: Any):
             f"the student {name} is a decoder-only model ({config.model_type}): make an encoder-decoder from it with "
             "hf-encdec-distill init, or RopeEncDecForConditionalGeneration.from_decoder_only"
         )
-    return _load(AutoModelForSeq2SeqLM, name, "a student", options)
+    cls = AutoModelForImageTextToText if reads_images(config) else AutoModelForSeq2SeqLM
+    return _load(cls, name, "a student", options)
+
+
+def reads_images(config: transformers.PretrainedConfig) -> bool:
+    """Whether it is that of an encoder-decoder with a vision tower."""
+    return getattr(config, "vision_config", None) is not None
+
+
+def load_processor(name: str | os.PathLike):
+    """Of a student that reads images.
+
+    Raises:
+        OSError: there is no such folder, no such model on the Hub, or no processor.
+        ValueError: the processor cannot be read.
+    """
+    find(name)
+    if Path(name).is_dir() and not (Path(name) / _PROCESSOR).is_file():
+        raise FileNotFoundError(
+            f"{name} has no processor: save it there, processor.save_pretrained({os.fspath(name)!r})"
+        )
+    with _reading(name, "a processor", _check_tokenizer):
+        return AutoProcessor.from_pretrained(name)
 
 
 def load_student_of_any_kind(name: str | os.PathLike, **options: Any):
@@ -140,7 +164,7 @@ def check_folder(folder: Path) -> None:
         ValueError: it is not what it should be.
     """
     check_own_files(folder, but=_WEIGHTS)  # which lie on another disk in many places, and are no text to be passed on
-    for name in (_CONFIG, _ADAPTER, "generation_config.json"):
+    for name in (_CONFIG, _ADAPTER, "generation_config.json", _PROCESSOR, "preprocessor_config.json"):
         if (folder / name).is_file():
             content = read_json(folder / name)
             auto_map = content.get("auto_map") or {}

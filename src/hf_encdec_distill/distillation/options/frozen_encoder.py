@@ -20,11 +20,14 @@ from .schedules import wrap_again
 logger = logging.get_logger(__name__)
 
 
-def freeze_encoder(model: PreTrainedModel) -> list[nn.Parameter]:
+def freeze_encoder(model: PreTrainedModel, but: Sequence[nn.Parameter] = ()) -> list[nn.Parameter]:
     """Takes the gradient from all that the encoder reads, so that what it says of a prompt stays what it was.
 
     An embedding that the decoder shares is among it, and with it an LM head that is tied to that; an untied one is
     trained. Dropout in the encoder is left as it is.
+
+    Args:
+        but: parameters of the encoder that are trained all the same.
 
     Returns:
         The parameters that had a gradient.
@@ -32,14 +35,21 @@ def freeze_encoder(model: PreTrainedModel) -> list[nn.Parameter]:
     Raises:
         ValueError: nothing of the model is left to train.
     """
-    frozen = [parameter for parameter in model.get_encoder().parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    frozen = freeze(model.get_encoder(), but)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             f"freeze_encoder=True leaves nothing to train of {type(model).__name__}: its decoder is frozen, or "
             "is its encoder."
         )
+    return frozen
+
+
+def freeze(module: nn.Module, but: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """Takes the gradient from all parameters but these, and returns those that had one."""
+    kept = {id(parameter) for parameter in but}
+    frozen = [parameter for parameter in module.parameters() if parameter.requires_grad and id(parameter) not in kept]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     return frozen
 
 
@@ -56,53 +66,63 @@ def unfrozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(was_trained)
 
 
-class UnfreezeEncoder(TrainerCallback):
-    """The encoder is trained too once `unfreeze_encoder_after` steps are made, or that share of all steps.
+class Unfreeze(TrainerCallback):
+    """Parameters that wait are trained too once so many steps are made, or that share of all steps.
+
+    Args:
+        trainer: its `waiting_parameters` has them, under the name of the option.
+        option: the argument that says when.
+        what: they are, in words.
 
     Raises:
         ValueError: what this cannot work with; the message says what to change.
     """
 
-    def __init__(self, trainer) -> None:
-        self._trainer = trainer
-        self._what = f"unfreeze_encoder_after={trainer.args.unfreeze_encoder_after}"
+    def __init__(self, trainer, option: str, what: str) -> None:
+        self._trainer, self._option, self._what = trainer, option, what
+        self._said = f"{option}={getattr(trainer.args, option)}"
         if trainer.is_sharded or trainer.get_tp_size() > 1:
             raise ValueError(
-                f"{self._what} with FSDP, DeepSpeed or tensor parallelism, which divide the parameters before "
+                f"{self._said} with FSDP, DeepSpeed or tensor parallelism, which divide the parameters before "
                 "training begins: use DistributedDataParallel, or leave it out."
             )
 
+    @property
+    def _parameters(self) -> Sequence[nn.Parameter]:
+        return self._trainer.waiting_parameters[self._option]
+
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        """Raises ValueError where training would end before, or the optimizer could not train the encoder."""
-        self._step = step_of(args.unfreeze_encoder_after, state.max_steps)
+        """Raises ValueError where training would end before, or the optimizer could not train what waits."""
+        self._step = step_of(getattr(args, self._option), state.max_steps)
         if state.max_steps <= self._step:
             raise ValueError(
-                f"{self._what}, but training ends at step {state.max_steps}: give fewer steps, or leave it out to "
-                "keep the encoder frozen."
+                f"{self._said}, but training ends at step {state.max_steps}: give fewer steps, or leave it out to "
+                f"keep {self._what} frozen."
             )
-        if not self._trainer.frozen_parameters:
+        if not self._parameters:
             raise ValueError(
-                f"{self._what}, but the student's encoder was frozen before the trainer was made, so that it is not "
-                "known what is to be trained of it: load the student again."
+                f"{self._said}, but {self._what} was frozen before the trainer was made, so that it is not known what "
+                "is to be trained of it: load the student again."
             )
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if any(id(parameter) not in held for parameter in self._trainer.frozen_parameters):
+        if any(id(parameter) not in held for parameter in self._parameters):
             raise ValueError(
-                f"{self._what}, but the optimizer does not hold the encoder's parameters: make an optimizer of your "
-                "own of all parameters before the trainer, or choose an optim that does not step in the backward pass."
+                f"{self._said}, but the optimizer does not hold the parameters of {self._what}: make an optimizer of "
+                "your own of all parameters before the trainer, or choose an optim that does not step in the backward "
+                "pass."
             )
         self._set(state.global_step >= self._step)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self._step:
-            logger.info(f"the encoder is trained too from step {self._step} on.")
+            logger.info(f"{self._what} is trained too from step {self._step} on.")
             self._set(True)
 
     def _set(self, trained: bool) -> None:
         trainer = self._trainer
-        if all(parameter.requires_grad == trained for parameter in trainer.frozen_parameters):
+        if all(parameter.requires_grad == trained for parameter in self._parameters):
             return
-        for parameter in trainer.frozen_parameters:
+        for parameter in self._parameters:
             parameter.requires_grad_(trained)
         trainer.forget_encoder()
         # It averages the gradients of those parameters that asked for one when it was made.

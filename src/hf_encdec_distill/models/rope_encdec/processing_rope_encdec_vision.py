@@ -4,10 +4,11 @@ This file travels to the Hub beside the weights: it imports only numpy, Pillow, 
 """
 
 import io
+import json
 import os
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import (
@@ -17,6 +18,7 @@ from transformers.image_utils import (
     IMAGENET_STANDARD_STD,
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
+    load_image,
 )
 
 
@@ -29,6 +31,20 @@ _COLOURS = {
     "dinov2": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     "dinov2_with_registers": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }
+# In front of a chat template that reads texts alone: what a message consists of becomes its text.
+_PARTS_TO_TEXT = """
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set content = namespace(text='') -%}
+{%- for part in message['content'] -%}
+{%- set content.text = content.text + (IMAGE_TOKEN if part['type'] == 'image' else part['text']) -%}
+{%- endfor -%}
+{%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}
+{%- endfor -%}
+{%- set messages = flat.messages %}
+"""
+_CONTENT_ALONE = "{{ messages[0]['content'] }}"
+_IMAGE_KEYS = ("image", "url", "path", "base64")  # of a part, in transformers' chats
 
 
 class RopeEncDecImageProcessor(BaseImageProcessor):
@@ -100,6 +116,8 @@ class RopeEncDecImageProcessor(BaseImageProcessor):
             try:
                 # Here a bomb would be an error of Pillow's before it is one of ours.
                 image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+            except UnidentifiedImageError as error:
+                raise ValueError(f"{what} is no image that can be read: its format is unknown") from error
             except (OSError, Image.DecompressionBombError) as error:
                 raise ValueError(f"{what} is no image that can be read: {str(error)[:_SHOWN]}") from error
         else:
@@ -255,7 +273,10 @@ class RopeEncDecVisionProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         if not all(isinstance(one, str) for one in texts):
             raise ValueError(f"text={text!r}: expected a string or a list of strings.")
-        options = {**kwargs.pop("text_kwargs", {}), **kwargs}
+        for name in ("videos", "audio"):  # which transformers' `apply_chat_template` hands over for each model
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{name}: this student reads texts and images.")
+        options = {"return_token_type_ids": False, **kwargs.pop("text_kwargs", {}), **kwargs}
         images = self._one_by_one(images, texts)
         tiles, data = [], {}
         if images:
@@ -297,15 +318,82 @@ class RopeEncDecVisionProcessor(ProcessorMixin):
             )
         return list(images)
 
+    def apply_chat_template(self, conversation, chat_template=None, **kwargs):
+        """A chat as text; with `tokenize=True` and `return_dict=True`, what the student reads.
+
+        The template is the given one, the processor's or the tokenizer's. For one that knows no images `image_token`
+        stands in a message's text. Without any, the text of a message of the user is all: a student answers a text
+        and holds no conversation, and its tokenizer has the prompt built in.
+
+        Args:
+            conversation (`list[dict]`, or a list of these): Messages. The content of each is a text, or a list of
+                `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`, where `url`, `path` and
+                `base64` are other keys for the image. An address on the web is fetched, as transformers does it.
+            chat_template, kwargs: as in `ProcessorMixin.apply_chat_template`.
+
+        Raises:
+            ValueError: without a chat template, there is more than one message of the user; or what `__call__`
+                refuses.
+        """
+        template = chat_template or self.chat_template or self.tokenizer.chat_template or _CONTENT_ALONE
+        if isinstance(self.chat_template, dict):  # names of templates
+            template = self.chat_template.get(chat_template or "default", template)
+        is_batch = isinstance(conversation[0], (list, tuple))
+        chats = [
+            [{**message, "content": _parts(message["content"], kwargs.get("tokenize"))} for message in chat]
+            for chat in (conversation if is_batch else [conversation])
+        ]
+        if template == _CONTENT_ALONE:
+            for chat in chats:
+                if [message["role"] for message in chat] != ["user"] or kwargs.get("continue_final_message"):
+                    raise ValueError(
+                        f"a chat of {len(chat)} messages, roles {[message['role'] for message in chat]}: without a "
+                        "chat template the student answers one message of the user, and its prompt is built into its "
+                        "tokenizer. Set processor.chat_template if it was trained on chats."
+                    )
+        if "image" not in template:
+            template = _PARTS_TO_TEXT.replace("IMAGE_TOKEN", repr(self.image_token)) + template
+        return super().apply_chat_template(chats if is_batch else chats[0], chat_template=template, **kwargs)
+
     @property
     def model_input_names(self):
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
-    def save_pretrained(self, save_directory, **kwargs):
-        written = super().save_pretrained(save_directory, **kwargs)
-        # transformers 5 has it in processor_config.json alone, where 4.57 does not look. Goes when 4.57 is dropped.
-        self.image_processor.save_pretrained(save_directory)
-        return written
+    def to_json_file(self, json_file_path, **kwargs):
+        super().to_json_file(json_file_path, **kwargs)
+        # Written here, since `save_pretrained` has pushed all files to the Hub when it returns.
+        _write_for_4_57(self, os.path.dirname(json_file_path))
+
+
+def _write_for_4_57(processor, folder):
+    """What transformers 4.57 reads in a folder that 5.x wrote. Goes when 4.57 is dropped."""
+    # 5.x has the image processor in processor_config.json alone.
+    processor.image_processor.save_pretrained(folder)
+    # The class that `AutoTokenizer` of 5.x gives; it reads the older name too.
+    path, config = os.path.join(folder, "tokenizer_config.json"), {}
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        with open(f"{path}.partial", "w", encoding="utf-8") as file:
+            json.dump({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, file, indent=2, ensure_ascii=False)
+        os.replace(f"{path}.partial", path)
+
+
+def _parts(content, loaded):
+    """The content of a message as parts, each image under one key; read from where it is, if `loaded`."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    parts = []
+    for part in content:
+        given = [part[key] for key in _IMAGE_KEYS if key in part] if part["type"] == "image" else []
+        if given and loaded:
+            image = given[0]
+            if isinstance(image, str) and not os.path.isfile(image):
+                image = load_image(image)  # an address or base64
+            part = {"type": "image", "image": image}
+        parts.append(part)
+    return parts
 
 
 def _from_array(image, what):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import torch
 from torch import nn
@@ -105,9 +106,12 @@ def _cut(vision_model, layer: int) -> tuple[dict, dict[str, torch.Tensor]]:
             f"{-layers}."
         )
     # DINOv2's names of its stages are of as many as it has.
-    stages = ("stage_names", "out_features", "out_indices")
-    fields = {name: value for name, value in config.to_dict().items() if name not in stages}
+    left_out = ("stage_names", "out_features", "out_indices", "_name_or_path")
+    fields = {name: value for name, value in config.to_dict().items() if name not in left_out}
     fields["num_hidden_layers"] = depth
+    name = vision_model.config._name_or_path
+    if name and not os.path.isdir(name):  # on the Hub it is for the model card, and a folder's is nobody's business
+        fields["_name_or_path"] = name
     return fields, getattr(vision_model, "vision_model", vision_model).state_dict()
 
 
