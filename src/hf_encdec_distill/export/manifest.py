@@ -99,7 +99,8 @@ def load_graphs(folder: Path, manifest: Mapping[str, Any], config) -> Graphs:
     """
     shapes, dtype = Shapes.parse(manifest["shapes"]), np.dtype(manifest["cache_dtype"])  # whatever is installed
     check_installed(manifest["target"], to_run=True)
-    return backend_of(manifest["target"]).load(folder, graphs(config, shapes), shapes, dtype, manifest["stateful"])
+    recipe = graphs(config, shapes, manifest.get("image_size"))
+    return backend_of(manifest["target"]).load(folder, recipe, shapes, dtype, manifest["stateful"])
 
 
 def sha256(file: Path) -> str:

@@ -17,7 +17,15 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.generation import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -43,6 +51,17 @@ def load_config(name: str | os.PathLike) -> transformers.PretrainedConfig:
     with _reading(name, "a config"):
         _check_model(find(name), name)
         return AutoConfig.from_pretrained(name)
+
+
+def reads_images(config) -> bool:
+    return getattr(config, "vision_config", None) is not None
+
+
+def load_processor(name: str | os.PathLike):
+    """Tokenizer and image processor as one, of a model that reads images. Raises as `load_tokenizer` does."""
+    load_tokenizer(name)  # what is wrong with it is said better
+    with _reading(name, "a processor"):
+        return AutoProcessor.from_pretrained(name)
 
 
 def load_tokenizer(
@@ -112,7 +131,9 @@ def load_student(name: str | os.PathLike, **options: Any):
             f"the student {name} is a decoder-only model ({config.model_type}): make an encoder-decoder from it with "
             "hf-encdec-distill init, or RopeEncDecForConditionalGeneration.from_decoder_only"
         )
-    return _load(AutoModelForSeq2SeqLM, name, "a student", options)
+    return _load(
+        AutoModelForImageTextToText if reads_images(config) else AutoModelForSeq2SeqLM, name, "a student", options
+    )
 
 
 def load_student_of_any_kind(name: str | os.PathLike, **options: Any):
@@ -191,7 +212,7 @@ def _find_on_hub(name: str) -> Path:
 
 
 def _load(
-    cls: type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM],
+    cls: type[AutoModelForCausalLM] | type[AutoModelForImageTextToText] | type[AutoModelForSeq2SeqLM],
     name: str | os.PathLike,
     what: str,
     options: dict[str, Any],
