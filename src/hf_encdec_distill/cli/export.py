@@ -211,7 +211,8 @@ def _rows(split: str, count: int, model, processor, args: argparse.Namespace, sh
     pairs = pairs.shuffle(seed=0).select(range(min(count, len(pairs))))
     eos = model.generation_config.eos_token_id
     eos = eos[0] if isinstance(eos, list) else eos
-    rows, colours = [], np.random.default_rng(0)
+    colours = np.random.default_rng(0)
+    rows = []
     for pair in pairs:
         labels = tokenizer(pair["target"], add_special_tokens=False)["input_ids"][: max_target - 1]
         row = {"labels": [*labels, *([] if eos is None else [eos])], "target": pair["target"]}

@@ -122,9 +122,8 @@ def _with_images(args: argparse.Namespace) -> list[Prompt]:
     from ..models.loading import load_processor
 
     processor = load_processor(args.model)
-    left, images = iter(args.image), []
-    for text in args.texts:
-        images.append(list(islice(left, text.count(processor.image_token))))
+    left = iter(args.image)
+    images = [list(islice(left, text.count(processor.image_token))) for text in args.texts]
     images[-1] += left  # too many, which the processor says
     read = [processor(images=of_text, text=text) for of_text, text in zip(images, args.texts, strict=True)]
     return [{**one, "input_ids": one["input_ids"][0]} for one in read]

@@ -17,9 +17,11 @@ from .recipe import MODEL_TYPES
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# Of config.json: what the shapes of the graphs depend on, and what those for images do.
+# Of config.json: what the shapes of the graphs depend on, and of a student that reads images, there and in its
+# vision_config.
 _SIZES = ("num_key_value_heads", "head_dim", "decoder_num_hidden_layers", "vocab_size")
 _SIZES_OF_IMAGES = ("hidden_size", "image_token_id", "projector_pixel_shuffle")
+_SIZES_OF_TOWER = ("image_size", "patch_size")
 # Of generation_config.json: what is heeded here, and what greedy search for one prompt does not depend on.
 _READ = ("decoder_start_token_id", "eos_token_id")
 _WITHOUT_EFFECT = (
@@ -152,7 +154,7 @@ def _read_search(folder: Path) -> tuple[SimpleNamespace, int, frozenset[int]]:
     if config.get("model_type") not in MODEL_TYPES or not all(_is_count(config.get(name)) for name in sizes):
         raise NeedsTransformers(f"{folder / 'config.json'} is not that of a student")
     if vision is not None:
-        if not isinstance(vision, dict) or not _is_count(vision.get("patch_size")):
+        if not isinstance(vision, dict) or not all(_is_count(vision.get(name)) for name in _SIZES_OF_TOWER):
             raise NeedsTransformers(f"{folder / 'config.json'} does not say what its vision tower is")
         config["vision_config"] = SimpleNamespace(**vision)
     for name, value in generation.items():

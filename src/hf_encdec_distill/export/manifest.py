@@ -78,6 +78,9 @@ def read_manifest(folder: Path) -> dict:
             f"{folder / MANIFEST} is of version {manifest['version']}, this package reads up to {MANIFEST_VERSION}: "
             "pip install -U hf-encdec-distill"
         )
+    size = manifest.get("image_size", [1, 1])
+    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"{folder / MANIFEST} has image_size={size!r}, expected [height, width]: export it again")
     for name, digest in manifest["files"].items():
         file = inside(folder, name)
         found = sha256(file) if file.is_file() else "missing"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +52,8 @@ class ExportedVision(nn.Module):
     def __init__(self, model: RopeEncDecForImageTextToText, height: int, width: int):
         super().__init__()
         self.encoder = _with_the_same_weights(model.model.encoder)
-        embeddings, pixels = self.encoder.vision_tower.embeddings, torch.zeros(1, 3, height, width)
-        fit: Callable[..., Tensor] = embeddings.interpolate_pos_encoding
-        fitted: list[Tensor] = []
+        embeddings: Any = self.encoder.vision_tower.embeddings
+        fit, fitted = embeddings.interpolate_pos_encoding, list[Tensor]()
 
         def fit_once(*states_and_size) -> Tensor:
             if not fitted:
@@ -63,7 +62,7 @@ class ExportedVision(nn.Module):
 
         embeddings.interpolate_pos_encoding = fit_once
         with torch.no_grad():
-            self.encoder.get_image_features(pixels)
+            self.encoder.get_image_features(torch.zeros(1, 3, height, width))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """`(I, 3, height, width)` to `(I, F, H)`."""

@@ -214,17 +214,13 @@ def graphs(config: PretrainedConfig, shapes: Shapes, image_size: Sequence[int] |
     past = cache("past_key_values", "decoder", shapes.targets or "past")
     present = cache("present", "decoder", shapes.targets or "past + target")
     position = (Port("position", (1,), "int64"),) if fixed else ()
-    vision: dict[str, Graph] = {}
+    sees = getattr(config, "vision_config", None) is not None
+    vision = {"vision": _vision(config, shapes, image_size)} if sees else {}
     features: tuple[Port, ...] = ()
-    image_size = image_size or size_of_images(config)
-    if image_size is not None:
-        height, width = image_size
-        tokens = _image_tokens(config, image_size)
-        each: tuple[str | int, ...] = (tokens, config.hidden_size)
-        pixels = Port("pixel_values", (1 if fixed else "images", 3, height, width))
-        vision["vision"] = Graph((pixels,), (Port("image_features", (pixels.axes[0], *each)),))
-        room = max(shapes.prompts) // tokens if shapes.prompts is not None else "images"
-        features = (Port("image_features", (room, *each)),)
+    if sees:
+        [port] = vision["vision"].outputs
+        room = port.axes[0] if shapes.prompts is None else max(shapes.prompts) // int(port.axes[1])
+        features = (replace(port, axes=(room, *port.axes[1:])),)
     return {
         **vision,
         "encoder": Graph(
@@ -235,7 +231,7 @@ def graphs(config: PretrainedConfig, shapes: Shapes, image_size: Sequence[int] |
             ),
             outputs=cache("present", "encoder", "pooled prompt" if pooling > 1 and left == "prompt" else left),
             pooling=pooling,
-            image_token_id=config.image_token_id if vision else None,
+            image_token_id=config.image_token_id if sees else None,
         ),
         "decoder": Graph(
             inputs=(
@@ -251,9 +247,15 @@ def graphs(config: PretrainedConfig, shapes: Shapes, image_size: Sequence[int] |
     }
 
 
-def _image_tokens(config: PretrainedConfig, size: Sequence[int]) -> int:
+def _vision(config: PretrainedConfig, shapes: Shapes, image_size: Sequence[int] | None) -> Graph:
+    height, width = image_size or (config.vision_config.image_size,) * 2
     side = config.vision_config.patch_size * config.projector_pixel_shuffle
-    return (size[0] // side) * (size[1] // side)
+    tokens = (height // side) * (width // side)
+    images = "images" if shapes.prompts is None else 1
+    return Graph(
+        inputs=(Port("pixel_values", (images, 3, height, width)),),
+        outputs=(Port("image_features", (images, tokens, config.hidden_size)),),
+    )
 
 
 def with_prompt_in_cache(decoder: Graph) -> Graph:

@@ -72,7 +72,7 @@ class RopeEncDecProjector(nn.Module):
             # As Idefics3 (transformers v5.24.0): within a token, patches stand row by row. Core ML has no more than
             # five dimensions.
             n, (images, _, channels) = self.shuffle, features.shape
-            features = features.view(images * (rows // n), n, columns // n, n * channels).transpose(1, 2)
+            features = features.reshape(images * (rows // n), n, columns // n, n * channels).transpose(1, 2)
             features = features.reshape(images, (rows // n) * (columns // n), n * n * channels)
         return self.linear_2(self.act(self.linear_1(features)))
 
