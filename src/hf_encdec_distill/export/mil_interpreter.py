@@ -395,11 +395,10 @@ def _conv(x, weight, bias=None, strides=None, pad_type="valid", pad=0, dilations
         raise NotImplementedError("conv with padding, dilations or groups")
     axes = tuple(range(2, x.ndim))
     places = np.lib.stride_tricks.sliding_window_view(x, weight.shape[2:], axes)
-    steps = [1] * len(axes) if strides is None else strides
-    places = places[(..., *(slice(None, None, step) for step in steps), *(slice(None) for _ in axes))]
-    kernel = [axis + len(axes) for axis in axes]
-    result = np.tensordot(places, weight, ([1, *kernel], [1, *axes]))
-    result = np.moveaxis(result, -1, 1)
+    if strides is not None:
+        places = places[(slice(None), slice(None), *(slice(None, None, step) for step in strides))]
+    within = [axis + len(axes) for axis in axes]
+    result = np.moveaxis(np.tensordot(places, weight, ([1, *within], [1, *axes])), -1, 1)
     return result if bias is None else result + bias.reshape(-1, *(1 for _ in axes))
 
 

@@ -64,9 +64,9 @@ class ExportedVision(nn.Module):
         with torch.no_grad():
             self.encoder.get_image_features(torch.zeros(1, 3, height, width))
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
         """`(I, 3, height, width)` to `(I, F, H)`."""
-        return self.encoder.get_image_features(pixel_values)
+        return (self.encoder.get_image_features(pixel_values),)
 
 
 class ExportedEncoder(nn.Module):
