@@ -68,7 +68,7 @@ def _greedy(args: argparse.Namespace) -> Answering | None:
         student = ExportedStudent(args.model)
     except NeedsTransformers:
         return None
-    prompts = [{"input_ids": student.encode(text)} for text in args.texts]
+    prompts: list[Prompt] = [{"input_ids": student.encode(text)} for text in args.texts]
 
     def answer(prompt: Prompt) -> str:
         return student.decode(student.generate(prompt["input_ids"], args.max_new_tokens))

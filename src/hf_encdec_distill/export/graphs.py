@@ -104,15 +104,14 @@ class Graphs(ABC):
             ValueError: the images are of another size than the graph takes.
         """
         [port], [output] = self.graphs["vision"].inputs, self.graphs["vision"].outputs
-        size, images = port.axes[1:], np.zeros((0, *port.axes[1:])) if pixel_values is None else pixel_values
-        if images.shape[1:] != size:
-            raise ValueError(
-                f"pixel_values of shape {images.shape}: this export takes (images, {', '.join(map(str, size))}), as "
-                "the processor in its folder makes them"
-            )
-        images = images.astype(self.dtype)
-        if not len(images):
+        if pixel_values is None or not len(pixel_values):
             return np.zeros(output.shape({"images": 0}), self.dtype)[:0]
+        if pixel_values.shape[1:] != port.axes[1:]:
+            raise ValueError(
+                f"pixel_values of shape {pixel_values.shape}: this export takes (images, "
+                f"{', '.join(map(str, port.axes[1:]))}), as the processor in its folder makes them"
+            )
+        images = pixel_values.astype(self.dtype)
         batches = [images] if port.axes[0] == "images" else np.split(images, len(images))
         return np.concatenate([self.run("vision", {port.name: batch})[0] for batch in batches])
 
