@@ -91,6 +91,7 @@ FLAGS, OTHER_FLAGS = torch.tensor([[True, False, True]]), torch.tensor([[True], 
 PICKS, ALONG = torch.tensor([[2, 0], [1, 1]]).int(), torch.tensor([[[2, 0, 1, 1]], [[0, 0, 2, 1]]]).int()
 QUERY, KEY, VALUE = draw(2, 2, 3, 8), draw(2, 2, 5, 8), draw(2, 2, 5, 6)
 BIAS, VISIBLE = draw(2, 1, 3, 5), torch.ones(3, 5).tril(2).bool()
+PICTURES, KERNEL = draw(2, 3, 4, 6), draw(4, 3, 2, 3)
 WEIGHTS, PALETTE = draw(4, 6).round(decimals=1), torch.tensor([0.5, -1.25, 3.0, 7.5])
 INT4 = types.nptype_from_builtin(types.int4)
 UINT = {bits: types.nptype_from_builtin(getattr(types, f"uint{bits}")) for bits in (1, 2, 3)}
@@ -129,6 +130,18 @@ def pooled(size, stride):
         return mb.avg_pool(x=x, kernel_sizes=[size], strides=[stride], pad_type="valid")
 
     return "avg_pool", build, lambda x: F.avg_pool1d(x, size, stride), [X]
+
+
+def convolved(stride, bias=None):
+    def build(x):
+        given = {} if bias is None else {"bias": like(x, bias)}
+        return mb.conv(x=x, weight=like(x, KERNEL), strides=stride, pad_type="valid", **given)
+
+    def reference(x):
+        weight, of_channels = KERNEL.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return F.conv2d(x.float(), weight.float(), None if bias is None else of_channels.float(), stride).to(x.dtype)
+
+    return "conv", build, reference, [PICTURES]
 
 
 def padded(*sides):
@@ -185,6 +198,8 @@ CASES = [
     pooled(2, 2),
     pooled(3, 3),
     pooled(2, 1),
+    convolved([2, 3], ROW),
+    convolved([1, 1]),
     padded(0, 2),
     padded(1, 2, 0, 3),
     binary("add", torch.add),

@@ -10,6 +10,7 @@ from optimum.exporters.onnx import onnx_export_from_model
 from optimum.onnxruntime import ORTModelForSeq2SeqLM
 from optimum_toys import OPTIMUM_CLI, assert_same, run, written_by_our_export
 from toys import KINDS, SLIDING, make_model, ragged
+from vision_export_toys import make_student
 
 from hf_encdec_distill import RopeEncDecModel
 
@@ -139,3 +140,11 @@ def test_a_folder_of_our_own_export_is_refused_with_what_loads_it(tmp_path):
     folder = written_by_our_export(tmp_path / "ours", "encoder_model.onnx", "decoder_model.onnx")
     with pytest.raises(ValueError, match=r"ORTModelForSeq2SeqLM expects encoder states: load it with .*ExportedFor"):
         ORTModelForSeq2SeqLM.from_pretrained(folder)
+
+
+def test_a_student_that_reads_images_is_refused(tmp_path):
+    make_student()[0].save_pretrained(tmp_path / "student")
+    with pytest.raises(
+        ValueError, match="student reads images, and ORTModelForSeq2SeqLM has no place for the graph that does"
+    ):
+        ORTModelForSeq2SeqLM.from_pretrained(tmp_path / "student", export=True)

@@ -10,6 +10,7 @@ import torch
 from optimum.intel import OVModelForSeq2SeqLM, OVWeightQuantizationConfig
 from optimum_toys import OPTIMUM_CLI, assert_same, logits, run, written_by_our_export
 from toys import SLIDING, make_model, ragged, random_ids
+from vision_export_toys import make_student
 
 
 # On a CPU, OpenVINO computes in bf16 if it can, keeps a fused cache in 8 bits and rounds what meets compressed
@@ -94,3 +95,11 @@ def test_a_folder_of_our_own_export_is_refused_with_what_loads_it(tmp_path):
     folder = written_by_our_export(tmp_path / "ours", "openvino_encoder_model.xml", "openvino_decoder_model.xml")
     with pytest.raises(ValueError, match=r"OVModelForSeq2SeqLM expects encoder states: load it with .*ExportedFor"):
         OVModelForSeq2SeqLM.from_pretrained(folder)
+
+
+def test_a_student_that_reads_images_is_refused(tmp_path):
+    make_student()[0].save_pretrained(tmp_path / "student")
+    with pytest.raises(
+        ValueError, match="student reads images, and OVModelForSeq2SeqLM has no place for the graph that does"
+    ):
+        OVModelForSeq2SeqLM.from_pretrained(tmp_path / "student", export=True)

@@ -176,9 +176,11 @@ def _models(args: argparse.Namespace) -> dict[str, Model]:
     from ..bench.contenders import Model
     from ..models.cost import decoder_only_config, model_cost
     from ..models.decoder_only import config_of_size
-    from ..models.loading import check_decoder_only, load_config
+    from ..models.loading import check_decoder_only, load_config, reads_images
 
     config = load_config(args.student)
+    if reads_images(config):
+        raise ValueError(f"{args.student} reads images, and the benchmark gives it texts alone: name a text student")
     if config.model_type != "rope_encdec":
         raise ValueError(
             f"{args.student} is a {config.model_type}, expected a student of this package: hf-encdec-distill init "

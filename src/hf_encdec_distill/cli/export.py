@@ -83,10 +83,10 @@ def run(args: argparse.Namespace) -> None:
     for folder in folders.values():
         _refuse_used(folder)
     shapes = Shapes.parse(args.shapes)
-    model, tokenizer = _load(args.model)
+    model, processor = _load(args.model)
     for target in chosen:
-        _check(target, model, args, shapes)
-    reports = {target: _export(target, folders[target], model, tokenizer, args, shapes) for target in chosen}
+        _check(target, model, processor, args, shapes)
+    reports = {target: _export(target, folders[target], model, processor, args, shapes) for target in chosen}
     say_result(args, reports, _page(reports))
     failed = {target: report["failures"] for target, report in reports.items() if report["failures"]}
     if failed:
@@ -102,39 +102,41 @@ def _refuse_used(folder: Path) -> None:
 
 
 def _load(name: str) -> tuple[Any, Any]:
-    """The student in fp32, and its tokenizer.
+    """The student in fp32, and its tokenizer or, if it reads images, its processor.
 
     Raises:
         ValueError: it is a model of another type, or a file of it is a link that leads out of its folder.
     """
     import torch
 
+    from ..export.recipe import MODEL_TYPES
     from ..files import check_own_files
-    from ..models.loading import find, load_config, load_student, load_tokenizer
+    from ..models.loading import find, load_config, load_processor, load_student, load_tokenizer, reads_images
 
     check_own_files(find(name))
     config = load_config(name)
-    if config.model_type != "rope_encdec":
+    if config.model_type not in MODEL_TYPES:
         raise ValueError(
             f"{name} is a {config.model_type}: only students of this package can be exported; hf-encdec-distill init "
             "makes one out of a decoder-only model, and Optimum exports that as it is (optimum-cli export)"
         )
-    return load_student(name, dtype=torch.float32), load_tokenizer(name)
+    load = load_processor if reads_images(config) else load_tokenizer
+    return load_student(name, dtype=torch.float32), load(name)
 
 
-def _check(target: str, model, args: argparse.Namespace, shapes) -> None:
+def _check(target: str, model, processor, args: argparse.Namespace, shapes) -> None:
     """All that can be wrong with a target, before the first is exported."""
-    from ..export.recipe import check_exportable, check_options
+    from ..export.recipe import check_exportable, check_options, size_of_images
 
     options = {"calibration": args.calibration_rows, "kv_cache_precision": args.kv_cache_precision}
     options = {name: value for name, value in options.items() if value is not None}
-    check_exportable(model, target, args.variant, shapes)
+    check_exportable(model, target, args.variant, shapes, size_of_images(model.config, processor))
     check_options(target, args.variant, options)
     backend_of(target).settle(model.config, args.variant, shapes, False if args.stateless else None, options)
     check_installed(target)
 
 
-def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespace, shapes) -> dict[str, Any]:
+def _export(target: str, folder: Path, model, processor, args: argparse.Namespace, shapes) -> dict[str, Any]:
     """Write, prove, and only then give the folder its name."""
     import shutil
 
@@ -144,10 +146,10 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
     from ..export.parity import prove
     from ..files import write_json
 
-    rows = _rows("test", args.rows or backend_of(target).rows, model, tokenizer, args, shapes)
+    rows = _rows("test", args.rows or backend_of(target).rows, model, processor, args, shapes)
     calibration = None
     if args.calibration_rows is not None:
-        calibration = _rows("train", args.calibration_rows, model, tokenizer, args, shapes)
+        calibration = _rows("train", args.calibration_rows, model, processor, args, shapes)
     unproven = folder.with_name(f"{folder.name}.unproven")
     shutil.rmtree(unproven, ignore_errors=True)
     begun, share = time.monotonic(), _SHARE_OF_EXPORT
@@ -163,7 +165,7 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
             license = license_of(args.model) or "unknown"
             export_model(
                 model,
-                tokenizer,
+                processor,
                 target,
                 unproven,
                 args.variant,
@@ -181,6 +183,7 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
                 share = _SHARE_OF_EXPORT + (1 - _SHARE_OF_EXPORT) * done
                 show(done, detail)
 
+            tokenizer = getattr(processor, "tokenizer", processor)
             report = prove(unproven, model, rows, tokenizer, _MAX_TARGET, update)
         write_json(unproven / PARITY, report)
         final = folder.with_name(f"{folder.name}.rejected") if report["failures"] else folder
@@ -194,19 +197,33 @@ def _export(target: str, folder: Path, model, tokenizer, args: argparse.Namespac
     return report
 
 
-def _rows(split: str, count: int, model, tokenizer, args: argparse.Namespace, shapes) -> list[dict]:
-    """Real rows of a split, cut as a student of this task reads them, to no more than the graphs take."""
-    max_source = min(_MAX_SOURCE, max(shapes.prompts) if shapes.prompts else _MAX_SOURCE)
+def _rows(split: str, count: int, model, processor, args: argparse.Namespace, shapes) -> list[dict]:
+    """Real rows of a split, cut as a student of this task reads them, to no more than the graphs take. A student that
+    reads images sees one in front of each text, of 4 x 4 random colours."""
+    import numpy as np
+
+    tokenizer = getattr(processor, "tokenizer", processor)
+    sees = tokenizer is not processor
+    most = _MAX_SOURCE + (processor.tokens_of_tile if sees else 0)
+    max_source = min(most, max(shapes.prompts) if shapes.prompts else most)
     max_target = min(_MAX_TARGET, shapes.targets or _MAX_TARGET)
     pairs = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")[split]
     pairs = pairs.shuffle(seed=0).select(range(min(count, len(pairs))))
     eos = model.generation_config.eos_token_id
     eos = eos[0] if isinstance(eos, list) else eos
+    colours = np.random.default_rng(0)
     rows = []
     for pair in pairs:
         labels = tokenizer(pair["target"], add_special_tokens=False)["input_ids"][: max_target - 1]
-        inputs = tokenizer(pair["source"], truncation=True, max_length=max_source)["input_ids"]
-        rows.append({"inputs": inputs, "labels": [*labels, *([] if eos is None else [eos])], "target": pair["target"]})
+        row = {"labels": [*labels, *([] if eos is None else [eos])], "target": pair["target"]}
+        if sees:
+            text = processor.image_token + pair["source"].replace(processor.image_token, "")
+            image = colours.integers(0, 256, (4, 4, 3), np.uint8)
+            read = processor(images=image, text=text, truncation=True, max_length=max_source)
+            row |= {"inputs": read["input_ids"][0], "pixel_values": read["pixel_values"]}
+        else:
+            row["inputs"] = tokenizer(pair["source"], truncation=True, max_length=max_source)["input_ids"]
+        rows.append(row)
     return rows
 
 
@@ -218,8 +235,10 @@ def _page(reports: dict[str, dict]) -> str:
         seconds = report["seconds"]
         return f"{1e3 * seconds['exported'][name]:.1f} / {1e3 * seconds['pytorch'][name]:.1f}"
 
+    sees = all("image_features" in report for report in reports.values())
     lines = {
         "largest logit difference": lambda r: f"{r['logits']:.1e}",
+        **({"largest feature difference": lambda r: f"{r['image_features']:.1e}"} if sees else {}),
         "greedy answers equal": lambda r: f"{r['tokens']['greedy']:.0%}",
         "beam answers equal": lambda r: f"{r['tokens']['beam']:.0%}",
         "same most likely token": lambda r: f"{r['agreement']:.1%}",
@@ -233,4 +252,6 @@ def _page(reports: dict[str, dict]) -> str:
     header = ["", *(f"{target} {report['variant']}" for target, report in reports.items())]
     rows = [[title, *(of(report) for report in reports.values())] for title, of in lines.items()]
     note = "* exported / PyTorch in fp32. Logit differences are a share of the largest logit."
+    if sees:
+        note += " So are those of image features. Each text had a random image in front."
     return f"{table(header, rows)}\n\n{wrap(note)}"

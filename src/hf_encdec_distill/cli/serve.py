@@ -88,11 +88,13 @@ class Service:
     def read(self, text: str) -> list[int]:
         """
         Raises:
-            BadRequest: the prompt is longer than the model takes.
+            BadRequest: the prompt is longer than the model takes, or is for an image.
         """
         from ..distillation.checks.limits import check_rows
 
         ids = self.tokenizer(text)["input_ids"]
+        if getattr(self.model.config, "image_token_id", None) in ids:
+            raise BadRequest("the text has an image token, and no image can be sent here: leave it out")
         try:
             check_rows(self.name, self.model.config, [len(ids)], [1], "send a shorter prompt")
         except ValueError as error:

@@ -11,13 +11,17 @@ import numpy as np
 
 from ..files import check_own_files, read_json
 from .manifest import load_graphs, read_manifest
+from .recipe import MODEL_TYPES
 
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# Of config.json: what the shapes of the graphs depend on.
+# Of config.json: what the shapes of the graphs depend on, and of a student that reads images, there and in its
+# vision_config.
 _SIZES = ("num_key_value_heads", "head_dim", "decoder_num_hidden_layers", "vocab_size")
+_SIZES_OF_IMAGES = ("hidden_size", "image_token_id", "projector_pixel_shuffle")
+_SIZES_OF_TOWER = ("image_size", "patch_size")
 # Of generation_config.json: what is heeded here, and what greedy search for one prompt does not depend on.
 _READ = ("decoder_start_token_id", "eos_token_id")
 _WITHOUT_EFFECT = (
@@ -80,6 +84,9 @@ class NeedsTransformers(ValueError):
 class ExportedStudent:
     """The greedy answers of [`ExportedForConditionalGeneration`], token for token, one prompt at a time.
 
+    Of a student that reads images those to prompts without any: a processor is transformers', and imports torch. Who
+    has pixels and ids from elsewhere gives them to `generate`.
+
     Args:
         folder: an exported folder.
 
@@ -103,16 +110,22 @@ class ExportedStudent:
         """The prompt of a text, with the template that is built into the tokenizer."""
         return self._tokenizer.encode(text).ids
 
-    def generate(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[int]:
+    def generate(
+        self, ids: Sequence[int], max_new_tokens: int, pixel_values: np.ndarray | None = None
+    ) -> Iterator[int]:
         """The answer to the prompt `ids`, each token as soon as it is there, the one that ends it included.
 
+        Args:
+            pixel_values: `(I, 3, height, width)` of the prompt's images, normalised.
+
         Raises:
-            ValueError: the prompt is empty or longer than the graphs take, or the answer becomes so.
+            ValueError: the prompt is empty or longer than the graphs take, or the answer becomes so, or the images are
+                not those of the prompt's image tokens.
         """
         if not ids:
             raise ValueError("a prompt of 0 tokens: give at least one")
         prompt = np.array([ids], dtype=np.int64)
-        cross, mask = self._graphs.encode(prompt, np.ones_like(prompt))
+        cross, mask = self._graphs.encode(prompt, np.ones_like(prompt), pixel_values)
         cache, token = self._graphs.new_cache(1), self._start
         for _ in range(max_new_tokens):
             logits = self._graphs.decode(np.array([[token]], dtype=np.int64), mask, cross, cache)
@@ -136,8 +149,14 @@ class ExportedStudent:
 def _read_search(folder: Path) -> tuple[SimpleNamespace, int, frozenset[int]]:
     """The config, the token that an answer begins with, and those that end it."""
     config, generation = _read(folder, "config.json"), _read(folder, "generation_config.json")
-    if config.get("model_type") != "rope_encdec" or not all(_is_count(config.get(name)) for name in _SIZES):
+    vision = config.get("vision_config")
+    sizes = _SIZES if vision is None else (*_SIZES, *_SIZES_OF_IMAGES)
+    if config.get("model_type") not in MODEL_TYPES or not all(_is_count(config.get(name)) for name in sizes):
         raise NeedsTransformers(f"{folder / 'config.json'} is not that of a student")
+    if vision is not None:
+        if not isinstance(vision, dict) or not all(_is_count(vision.get(name)) for name in _SIZES_OF_TOWER):
+            raise NeedsTransformers(f"{folder / 'config.json'} does not say what its vision tower is")
+        config["vision_config"] = SimpleNamespace(**vision)
     for name, value in generation.items():
         is_off = value is None or value is False  # 0 may be a token
         if not is_off and name not in (*_READ, *_WITHOUT_EFFECT) and value != _GREEDY.get(name):

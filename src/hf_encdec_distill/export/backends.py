@@ -31,6 +31,7 @@ class Backend(Protocol):
         variants: of [`recipe.BOUNDS`], those that it can write.
         files: glob patterns of the files that `export` writes.
         flexible_prompts: whether it takes `ranged` and `enumerated` shapes.
+        reads_images: whether it takes students that read images, whose graphs are three.
         own_options: options of [`export_model`] that not every target has -> the error where they do not apply, with
             `{target}` and `{variant}` for what was asked for.
         rows: test rows that the command compares on by default.
@@ -43,6 +44,7 @@ class Backend(Protocol):
     variants: tuple[str, ...]
     files: tuple[str, ...]
     flexible_prompts: bool = False
+    reads_images: bool = False
     own_options: Mapping[str, str] = MappingProxyType({})
     rows: int = 24
 

@@ -1,4 +1,4 @@
-"""Core ML: `encoder.mlpackage` and `decoder.mlpackage`, written and proven on any system.
+"""Core ML: `encoder.mlpackage`, `decoder.mlpackage`, for images `vision.mlpackage`, written and proven on any system.
 
 Batch 1. Keys and values of all layers are one tensor `(layers, 1, G, length, D)`. The decoder keeps its own in two
 states (iOS 18, macOS 15) or, stateless, takes and returns them (iOS 16, macOS 13). All but fp32 compute in fp16.
@@ -20,17 +20,19 @@ from torch import Tensor, nn
 from .. import __version__
 from .backends import Backend, register_backend
 from .graphs import GraphCache, Graphs, quiet
-from .modules import RULED_BY_LENGTH, ExportedDecoder, ExportedEncoder, RotaryTable, with_scaled_norms
-from .recipe import Graph, Port, Shapes, pooled_length, stacked, stacked_name
+from .modules import RULED_BY_LENGTH, ExportedDecoder, ExportedEncoder, ExportedVision, RotaryTable, with_scaled_norms
+from .recipe import Graph, Port, Shapes, pooled_length, stacked, stacked_name, variant_of
 
 
-_FILES = {"encoder": "encoder.mlpackage", "decoder": "decoder.mlpackage"}
+_FILES = {"vision": "vision.mlpackage", "encoder": "encoder.mlpackage", "decoder": "decoder.mlpackage"}
 _LONGEST_PROMPT, _LONGEST_ANSWER = 2048, 256  # tokens, of `dynamic`: states need a size
 _BLOCK = 32  # weights of int4 that share a scale
 _GROUP = 16  # channels of palette4 that share 16 values
 _DESCRIPTIONS = {
     "input_ids": "Token ids of the prompt; in the decoder its last token, decoder_start_token_id at first",
     "attention_mask": "1 where the prompt is real, 0 where it is padded",
+    "pixel_values": "An image of three colours, normalised as preprocessor_config.json says",
+    "image_features": "Features of the images, in the order of their tokens in the prompt; behind them zeros",
     "encoder_attention_mask": "The mask that the encoder was given",
     "position": "How many target tokens came before this one",
     "cross_keys": "The prompt's keys of each decoder layer, once for each prompt",
@@ -60,6 +62,7 @@ class CoreMlBackend(Backend):
     variants = ("fp32", "fp16", "int8", "int4", "palette4")
     files = ("*.mlpackage/**/*",)
     flexible_prompts = True
+    reads_images = True
     rows = 6  # an interpreter that runs a program operation by operation takes its time
 
     def settle(
@@ -111,10 +114,12 @@ class CoreMlBackend(Backend):
         rotary = functools.partial(RotaryTable, length=left[-1] * pooling + targets)
         recipe = stacked(graphs)
         decoder = _StackedDecoder(ExportedDecoder(model, fixed=True, rotary=rotary))
-        modules = {
+        modules: dict[str, nn.Module] = {
             "encoder": _StackedEncoder(ExportedEncoder(model, rotary)),
             "decoder": _WithState(decoder, recipe["decoder"]) if stateful else decoder,
         }
+        if "vision" in recipe:
+            modules["vision"] = ExportedVision(model, *recipe["vision"].inputs[0].shape({})[2:])
         new = stateful or variant in ("int4", "palette4") or (len(prompts) > 1 and not isinstance(prompts, range))
         for name, graph in recipe.items():
             lengths = prompts if name == "encoder" else left
@@ -141,7 +146,7 @@ class CoreMlBackend(Backend):
                     convert_to="mlprogram",
                     skip_model_load=True,
                 )
-                package = _compressed(package, variant)
+                package = _compressed(package, variant_of(name, variant))
             _describe(package, name, model.config, shapes, variant, license)
             package.save(str(folder / _FILES[name]))
 
@@ -166,8 +171,8 @@ class _StackedEncoder(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        cross = self.encoder(input_ids, attention_mask)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, *image_features: Tensor) -> tuple[Tensor, Tensor]:
+        cross = self.encoder(input_ids, attention_mask, *image_features)
         return torch.stack(cross[0::2]), torch.stack(cross[1::2])
 
 
@@ -255,6 +260,7 @@ def _describe(package, name: str, config, shapes: Shapes, variant: str, license:
     package.version = __version__
     package.license = license
     package.short_description = {
+        "vision": "Sees an image once: its features.",
         "encoder": "Reads a prompt once: keys and values for each decoder layer.",
         "decoder": "One target token: scores of the next.",
     }[name]
@@ -268,6 +274,7 @@ def _describe(package, name: str, config, shapes: Shapes, variant: str, license:
             "shapes": str(shapes),
             "decoder_start_token_id": str(config.decoder_start_token_id),
             "eos_token_id": str(config.eos_token_id),
+            **({"image_token_id": str(config.image_token_id)} if hasattr(config, "image_token_id") else {}),
         }
     )
 
@@ -307,16 +314,22 @@ class CoreMlGraphs(Graphs):
                 from coremltools.models import MLModel as Program
         else:
             from .mil_interpreter import MilProgram as Program
-        self.programs = {name: Program(str(folder / file)) for name, file in _FILES.items()}
+        self.programs = {name: Program(str(folder / _FILES[name])) for name in graphs}
         self._layers = len(self._own) // 2
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
         outputs = self.programs[graph].predict(self._stacked(inputs))
+        if graph == "vision":
+            return list(outputs.values())
         return self._unstacked(outputs, "new" if graph == "decoder" else "cross")
 
     def _stacked(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Layers of one kind as one tensor, and whole numbers in Core ML's 32 bits."""
-        plain = {name: array.astype(np.int32) for name, array in inputs.items() if "." not in name}
+        plain = {
+            name: array.astype(np.int32) if array.dtype.kind == "i" else array
+            for name, array in inputs.items()
+            if "." not in name
+        }
         kinds: dict[str, list[np.ndarray]] = {}
         for name, array in inputs.items():
             if "." in name:

@@ -12,7 +12,7 @@ import torch
 from ..models.prompts import in_a_class_of_both_versions
 from .backends import backend_of, check_installed
 from .manifest import write_manifest
-from .recipe import Shapes, check_exportable, check_options, graphs, that_fit
+from .recipe import Shapes, check_exportable, check_options, graphs, size_of_images, that_fit
 
 
 def export_model(
@@ -30,8 +30,9 @@ def export_model(
     """Write the graphs of a student, its config, generation config and tokenizer, and `exported.json`.
 
     Args:
-        model: a [`RopeEncDecForConditionalGeneration`].
-        tokenizer: its tokenizer, or `None`.
+        model: a [`RopeEncDecForConditionalGeneration`] or [`RopeEncDecForImageTextToText`].
+        tokenizer: its tokenizer, or `None`; of a student that reads images its processor, whose size of images is that
+            of the graphs.
         folder: new or empty; takes its name when everything is in it.
         stateful: whether the runtime keeps the target's keys and values. `None` is the target's way: OpenVINO does,
             Core ML does in half precision (its states have no other), ONNX does not.
@@ -47,7 +48,9 @@ def export_model(
         ImportError: the target's package is missing; the message has the line that installs it.
     """
     shapes = shapes or Shapes()
-    check_exportable(model, target, variant, shapes)
+    processor, tokenizer = tokenizer, getattr(tokenizer, "tokenizer", tokenizer)
+    image_size = size_of_images(model.config, processor)
+    check_exportable(model, target, variant, shapes, image_size)
     options: dict[str, Any] = {"calibration": calibration, "kv_cache_precision": kv_cache_precision}
     options = {name: value for name, value in options.items() if value is not None}
     check_options(target, variant, options)
@@ -66,15 +69,19 @@ def export_model(
         if tokenizer is not None:
             model.tokenizer = tokenizer  # GGUF has the vocabulary in the file
         with torch.no_grad():
-            recipe = graphs(model.config, shapes)
+            recipe = graphs(model.config, shapes, image_size)
             backend.export(model.eval(), recipe, shapes, variant, stateful, partial, license, options)
         model.config.save_pretrained(partial)
         model.generation_config.save_pretrained(partial)
+        if processor is not tokenizer:
+            processor.save_pretrained(partial)
         if tokenizer is not None:
             in_a_class_of_both_versions(tokenizer).save_pretrained(partial)
             backend.write_tokenizer(tokenizer, model, partial)
         if calibration is not None:
             options["calibration"] = len(options["calibration"])
+        if image_size is not None:
+            options["image_size"] = list(image_size)
         write_manifest(partial, target, variant, shapes, stateful, backend.cache_dtype(variant), options)
         if folder.exists():
             folder.rmdir()

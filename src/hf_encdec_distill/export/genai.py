@@ -399,8 +399,11 @@ class GenAiGraphs(Graphs):
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
         raise NotImplementedError("GenAI runs its graphs itself")
 
-    def encode(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    def encode(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, pixel_values: np.ndarray | None = None
+    ) -> tuple[list[np.ndarray], np.ndarray]:
         """Ids `(B, S)` and mask as they are: GenAI reads a prompt together with the first target token."""
+        self._features_of_rows(input_ids, pixel_values)  # refuses any
         return [input_ids], attention_mask
 
     def new_cache(self, batch: int) -> GraphCache:

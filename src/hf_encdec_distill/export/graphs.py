@@ -1,4 +1,5 @@
-"""An exported folder's graphs as two calls, whatever runs them: `encode` a prompt, `decode` some target tokens."""
+"""An exported folder's graphs as two calls, whatever runs them: `encode` a prompt, with its images, and `decode` some
+target tokens."""
 
 from __future__ import annotations
 
@@ -57,15 +58,22 @@ class Graphs(ABC):
 
     @abstractmethod
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
-        """Outputs of the `encoder` or the `decoder`, in the order of the recipe."""
+        """Outputs of `vision`, the `encoder` or the `decoder`, in the order of the recipe."""
 
-    def encode(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    def encode(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, pixel_values: np.ndarray | None = None
+    ) -> tuple[list[np.ndarray], np.ndarray]:
         """`(B, S)` ids and mask to the cross keys and values `(B, G, S', D)`, and the mask `(B, S')`, where `S'` is
         what the graphs pad to, or what the encoder leaves of that where it pools.
 
+        Args:
+            pixel_values: `(I, 3, height, width)` of all images, in the order of their tokens through all prompts.
+
         Raises:
-            ValueError: the prompt is longer than the graphs take.
+            ValueError: the prompt is longer than the graphs take, the images are not as many as its image tokens are
+                for or of another size, or the graphs read no images.
         """
+        features = self._features_of_rows(input_ids, pixel_values)
         missing = self.shapes.padded(input_ids.shape[1]) - input_ids.shape[1]
         if missing:
             input_ids, attention_mask = (np.pad(x, ((0, 0), (0, missing))) for x in (input_ids, attention_mask))
@@ -76,12 +84,52 @@ class Graphs(ABC):
         # A group of neighbours is real where its first is.
         left = np.ascontiguousarray(attention_mask[:, ::pooling])
         if self.shapes.targets is None:
-            return list(self.run("encoder", {"input_ids": input_ids, "attention_mask": attention_mask})), left
-        outputs = [
-            self.run("encoder", {"input_ids": ids[None], "attention_mask": mask[None]})
-            for ids, mask in zip(input_ids, attention_mask, strict=True)
-        ]
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+            if features is not None:
+                inputs["image_features"] = np.concatenate(features)
+            return list(self.run("encoder", inputs)), left
+        outputs = []
+        for row, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
+            inputs = {"input_ids": ids[None], "attention_mask": mask[None]}
+            if features is not None:
+                empty = np.zeros(self.graphs["encoder"].inputs[-1].shape({}), self.dtype)  # what no token looks up
+                inputs["image_features"] = np.concatenate((features[row], empty[len(features[row]) :]))
+            outputs.append(self.run("encoder", inputs))
         return [np.concatenate(tensors) for tensors in zip(*outputs, strict=True)], left
+
+    def image_features(self, pixel_values: np.ndarray | None) -> np.ndarray:
+        """`(I, 3, height, width)` pixels to `(I, F, H)`; `None` is no image.
+
+        Raises:
+            ValueError: the images are of another size than the graph takes.
+        """
+        [port], [output] = self.graphs["vision"].inputs, self.graphs["vision"].outputs
+        if pixel_values is None or not len(pixel_values):
+            return np.zeros(output.shape({"images": 0}), self.dtype)[:0]
+        if pixel_values.shape[1:] != port.axes[1:]:
+            raise ValueError(
+                f"pixel_values of shape {pixel_values.shape}: this export takes (images, "
+                f"{', '.join(map(str, port.axes[1:]))}), as the processor in its folder makes them"
+            )
+        images = pixel_values.astype(self.dtype)
+        batches = [images] if port.axes[0] == "images" else np.split(images, len(images))
+        return np.concatenate([self.run("vision", {port.name: batch})[0] for batch in batches])
+
+    def _features_of_rows(self, input_ids: np.ndarray, pixel_values: np.ndarray | None) -> list[np.ndarray] | None:
+        """The image features of each prompt; `None` where the graphs read none."""
+        if "vision" not in self.graphs:
+            if pixel_values is not None:
+                raise ValueError("pixel_values are given, but this export reads text alone: leave them out")
+            return None
+        features, token = self.image_features(pixel_values), self.graphs["encoder"].image_token_id
+        counts = (input_ids == token).sum(axis=1)
+        images, each = len(features), features.shape[1]
+        if counts.sum() != images * each or (counts % each).any():
+            raise ValueError(
+                f"{counts.tolist()} image tokens (id {token}) in the prompts for {images} images of {each}: the "
+                "processor writes as many tokens as an image needs; limits of length must not cut them"
+            )
+        return np.split(features, np.cumsum(counts // each)[:-1])
 
     def new_cache(self, batch: int) -> GraphCache:
         if self.shapes.targets is None:

@@ -78,6 +78,9 @@ def read_manifest(folder: Path) -> dict:
             f"{folder / MANIFEST} is of version {manifest['version']}, this package reads up to {MANIFEST_VERSION}: "
             "pip install -U hf-encdec-distill"
         )
+    size = manifest.get("image_size", [1, 1])
+    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"{folder / MANIFEST} has image_size={size!r}, expected [height, width]: export it again")
     for name, digest in manifest["files"].items():
         file = inside(folder, name)
         found = sha256(file) if file.is_file() else "missing"
@@ -99,7 +102,8 @@ def load_graphs(folder: Path, manifest: Mapping[str, Any], config) -> Graphs:
     """
     shapes, dtype = Shapes.parse(manifest["shapes"]), np.dtype(manifest["cache_dtype"])  # whatever is installed
     check_installed(manifest["target"], to_run=True)
-    return backend_of(manifest["target"]).load(folder, graphs(config, shapes), shapes, dtype, manifest["stateful"])
+    recipe = graphs(config, shapes, manifest.get("image_size"))
+    return backend_of(manifest["target"]).load(folder, recipe, shapes, dtype, manifest["stateful"])
 
 
 def sha256(file: Path) -> str:

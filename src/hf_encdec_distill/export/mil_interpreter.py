@@ -390,6 +390,18 @@ def _avg_pool(
     return x
 
 
+def _conv(x, weight, bias=None, strides=None, pad_type="valid", pad=0, dilations=1, groups=1):
+    if str(pad_type) not in ("valid", "custom") or np.any(pad) or np.any(np.not_equal(dilations, 1)) or groups != 1:
+        raise NotImplementedError("conv with padding, dilations or groups")
+    axes = tuple(range(2, x.ndim))
+    places = np.lib.stride_tricks.sliding_window_view(x, weight.shape[2:], axes)
+    if strides is not None:
+        places = places[(slice(None), slice(None), *(slice(None, None, step) for step in strides))]
+    within = [axis + len(axes) for axis in axes]
+    result = np.moveaxis(np.tensordot(places, weight, ([1, *within], [1, *axes])), -1, 1)
+    return result if bias is None else result + bias.reshape(-1, *(1 for _ in axes))
+
+
 def _pad(x, pad, mode="constant", constant_val=0.0):
     if str(mode) != "constant":
         raise NotImplementedError(f"pad with mode {mode}")
@@ -589,6 +601,7 @@ OPERATIONS: dict[str, Callable] = {
     "sub": _of_two(np.subtract),
     # along axes
     "avg_pool": _avg_pool,
+    "conv": _conv,
     "cumsum": _cumsum,
     "l2_norm": _l2_norm,
     "layer_norm": _layer_norm,

@@ -1,4 +1,5 @@
-"""The two plain modules that every target is made from: what the encoder computes once, and one step of the decoder.
+"""The plain modules that every target is made from: what the encoder computes once, one step of the decoder, and of a
+student that reads images what its vision tower computes.
 
 They run a [`RopeEncDecForConditionalGeneration`]'s own layers on tensors alone, without cache objects, masks from a
 registry or anything else that a tracer would have to see through. Cross keys and values leave the encoder, so that
@@ -6,19 +7,21 @@ the decoder needs nothing else of the prompt but its mask.
 
 Shapes are named by suffix, as in the model: B batch, S prompt, S' what the encoder leaves of it (S, or
 fewer where it pools), T target tokens of this call, P target tokens of earlier calls, M slots of a fixed cache, G
-key/value heads, R query heads for each of them, D head width, V vocabulary.
+key/value heads, R query heads for each of them, D head width, V vocabulary, H hidden size, I images, F features of
+each.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from ..models.rope_encdec import RopeEncDecForConditionalGeneration
+from ..models.rope_encdec import RopeEncDecForConditionalGeneration, RopeEncDecForImageTextToText
 from ..models.rope_encdec.modeling_rope_encdec import (
     RopeEncDecRMSNorm,
     RopeEncDecRotaryEmbedding,
@@ -34,6 +37,36 @@ from ..models.rope_encdec.modeling_rope_encdec import (
 MASKED = -3e4
 # RoPE types whose frequencies depend on the longest sequence of a call.
 RULED_BY_LENGTH = ("dynamic", "longrope")
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+class ExportedVision(nn.Module):
+    """Pixels -> image features.
+
+    Args:
+        model: a [`RopeEncDecForImageTextToText`]; its weights are used, not copied.
+        height, width: in pixels. Positions of patches are fitted to them here, once: what is traced would do so again
+            for every image, and by an interpolation that Core ML does not have.
+    """
+
+    def __init__(self, model: RopeEncDecForImageTextToText, height: int, width: int):
+        super().__init__()
+        self.encoder = _with_the_same_weights(model.model.encoder)
+        embeddings: Any = self.encoder.vision_tower.embeddings
+        fit, fitted = embeddings.interpolate_pos_encoding, list[Tensor]()
+
+        def fit_once(*states_and_size) -> Tensor:
+            if not fitted:
+                fitted.append(fit(*states_and_size).detach())
+            return fitted[0]
+
+        embeddings.interpolate_pos_encoding = fit_once
+        with torch.no_grad():
+            self.encoder.get_image_features(torch.zeros(1, 3, height, width))
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
+        """`(I, 3, height, width)` to `(I, F, H)`."""
+        return (self.encoder.get_image_features(pixel_values),)
 
 
 class ExportedEncoder(nn.Module):
@@ -65,8 +98,11 @@ class ExportedEncoder(nn.Module):
         at = self.config.first_pooled_layer
         self.pooling_layer = None if at is None else min(at, self.depth)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """`(B, S)` ids and mask to key and value `(B, G, S', D)` of each decoder layer in turn.
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, image_features: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """`(B, S)` ids and mask, and `(I, F, H)` features of images, to key and value `(B, G, S', D)` of each decoder
+        layer in turn.
 
         Where the encoder pools, pads have to stand behind a prompt.
         """
@@ -77,6 +113,8 @@ class ExportedEncoder(nn.Module):
         else:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         hidden = self.encoder.embed_tokens(input_ids)
+        if image_features is not None:
+            hidden = _with_images(hidden, input_ids == self.config.image_token_id, image_features)
         rotary, biases = self._of_each_type(hidden, positions, real)
 
         entering: list[Tensor] = []
@@ -304,13 +342,26 @@ class ScaledRMSNorm(nn.Module):
 
 def with_scaled_norms(model: RopeEncDecForConditionalGeneration) -> RopeEncDecForConditionalGeneration:
     """A copy of the model, with the same weights, whose norms are [`ScaledRMSNorm`]s."""
-    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    model = copy.deepcopy(model, memo)
+    model = _with_the_same_weights(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, RopeEncDecRMSNorm):
                 setattr(module, name, ScaledRMSNorm(child))
     return model
+
+
+def _with_the_same_weights(module: _Module) -> _Module:
+    """A copy whose tensors are those of the module."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
+
+
+def _with_images(hidden: Tensor, is_image: Tensor, features: Tensor) -> Tensor:
+    """`(B, S, H)` states with `(I, F, H)` features in the places `(B, S)` of image tokens, in their order through all
+    rows: what `masked_scatter` does, by a lookup, which every target has and which no tracer bounds by the number of
+    images. All other tokens look up the zeros in front, so that there may be no image at all."""
+    table = torch.cat((features.new_zeros(1, features.shape[-1]), features.flatten(0, 1)))
+    ordinal = is_image.to(torch.int64).flatten().cumsum(0).view(is_image.shape)
+    return torch.where(is_image[..., None], table[torch.where(is_image, ordinal, 0)], hidden)
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""ONNX: `encoder_model.onnx`, `decoder_model.onnx`, and one file of weights that both read.
+"""ONNX: `encoder_model.onnx`, `decoder_model.onnx`, for images `vision_model.onnx`, and a file of weights for all.
 
 A weight that both graphs use (the embedding, and with `merged` cross-attention the projections of keys and values) and
 the tied head are stored once. Opset 18, which ONNX Runtime has known since 1.14 (2023).
@@ -17,7 +17,7 @@ import numpy as np
 
 from .backends import Backend, register_backend
 from .graphs import Graphs, quiet, threads
-from .recipe import Graph, Shapes
+from .recipe import Graph, Shapes, variant_of
 
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 OPSET = 18
 WEIGHTS = "model.onnx_data"
-_FILES = {"encoder": "encoder_model.onnx", "decoder": "decoder_model.onnx"}
+_FILES = {"vision": "vision_model.onnx", "encoder": "encoder_model.onnx", "decoder": "decoder_model.onnx"}
 _STORED_INSIDE = 1024  # bytes; what is smaller stays in the graph, where shape inference finds it
 _BLOCK = 32  # weights of int4 that share a scale
 
@@ -39,6 +39,7 @@ class OnnxBackend(Backend):
     packages = ("onnxruntime", "onnx", "onnxscript")
     variants = ("fp32", "fp16", "int8", "int4")
     files = ("*.onnx", "*.onnx_data")
+    reads_images = True
 
     def settle(
         self, config, variant: str, shapes: Shapes, stateful: bool | None, options: Mapping[str, Any]
@@ -101,15 +102,16 @@ def write_graphs(
             assert program is not None  # of an exported program there is always one
             _name_ports(program.model.graph, graph)
             proto = program.model_proto
-            if variant in ("int8", "int4"):
+            stored = variant_of(name, variant)
+            if stored in ("int8", "int4"):
                 with quiet():
-                    proto = _quantized(proto, variant)
+                    proto = _quantized(proto, stored)
             written = onnx_ir.from_proto(proto)
             written.metadata_props["license"] = license
             _store_weights(written, weights, store, folder)
             onnx_ir.save(written, folder / files[name])
-    for file in files.values():
-        onnx.checker.check_model(str(folder / file))
+    for name in graphs:
+        onnx.checker.check_model(str(folder / files[name]))
 
 
 def _name_ports(graph, recipe: Graph) -> None:
@@ -203,9 +205,9 @@ class OnnxGraphs(Graphs):
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.sessions = {
             name: onnxruntime.InferenceSession(
-                str(folder / file), options, providers=list(providers or ["CPUExecutionProvider"])
+                str(folder / _FILES[name]), options, providers=list(providers or ["CPUExecutionProvider"])
             )
-            for name, file in _FILES.items()
+            for name in graphs
         }
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:

@@ -1,4 +1,5 @@
-"""OpenVINO: `openvino_encoder_model.xml` and `openvino_decoder_model.xml`, each with its weights beside it.
+"""OpenVINO: `openvino_encoder_model.xml`, `openvino_decoder_model.xml` and, of a student that reads images,
+`openvino_vision_model.xml`, each with its weights beside it.
 
 The decoder is stateful unless asked otherwise: the runtime keeps the target's keys and values, and `beam_idx` says
 from which row each row goes on. With fixed shapes (an NPU's form) no dimension is left open.
@@ -14,10 +15,14 @@ import numpy as np
 
 from .backends import Backend, register_backend
 from .graphs import GraphCache, Graphs, quiet, threads
-from .recipe import Graph, Shapes, with_prompt_in_cache
+from .recipe import Graph, Shapes, variant_of, with_prompt_in_cache
 
 
-_FILES = {"encoder": "openvino_encoder_model", "decoder": "openvino_decoder_model"}
+_FILES = {
+    "vision": "openvino_vision_model",
+    "encoder": "openvino_encoder_model",
+    "decoder": "openvino_decoder_model",
+}
 _BEAM = "beam_idx"
 _BLOCK = 32  # weights of int4 that share a scale
 # Types of a stateful decoder's keys and values: those of the CPU plug-in that lose no more than 8 bits do.
@@ -33,6 +38,7 @@ class OpenVinoBackend(Backend):
     packages = ("openvino", "nncf")
     variants = ("fp32", "fp16", "int8", "int4")
     files = ("*.xml", "*.bin")
+    reads_images = True
     own_options = {
         "calibration": "calibration rows are for target openvino with variant int4, not for {target} with {variant}: "
         "leave them out, or export int4 to openvino",
@@ -95,9 +101,12 @@ class OpenVinoBackend(Backend):
             converted.reshape(
                 {port.name: [-1 if isinstance(a, str) else a for a in port.axes] for port in graph.inputs}
             )
-            if variant in ("int8", "int4"):
-                calls = None if calibration is None else _Calls(name, model, graphs, shapes, calibration, joined)
-                converted = _compressed(converted, variant, shapes.targets is not None, calls)
+            stored = variant_of(name, variant)
+            if stored in ("int8", "int4"):
+                calls = None
+                if calibration is not None and stored == "int4":
+                    calls = _Calls(name, model, graphs, shapes, calibration, joined)
+                converted = _compressed(converted, stored, shapes.targets is not None, calls)
             if name == "decoder" and stateful:  # after compression, which feeds keys and values as inputs
                 _make_stateful(converted, graphs["decoder"], growing, joined)
                 if kv_cache_precision is not None:
@@ -164,9 +173,9 @@ class _Calls:
         import torch
 
         for row in self.rows:
-            self.pytorch.calls = {"encoder": [], "decoder": []}
+            self.pytorch.calls = {name: [] for name in self.pytorch.graphs}
             prompt = np.array([row["inputs"]])
-            cross, mask = self.pytorch.encode(prompt, np.ones_like(prompt))
+            cross, mask = self.pytorch.encode(prompt, np.ones_like(prompt), row.get("pixel_values"))
             if self.graph == "decoder":
                 tokens = self.model.prepare_decoder_input_ids_from_labels(torch.tensor([row["labels"]]))
                 self.pytorch.decode(tokens.numpy(), mask, cross, self.pytorch.new_cache(1))
@@ -182,13 +191,10 @@ class _RecordingGraphs(Graphs):
     """The modules that the graphs are made from, which note what they are called with."""
 
     def __init__(self, model, graphs: Mapping[str, Graph], shapes: Shapes):
-        from .modules import ExportedDecoder, ExportedEncoder
+        from .tracing import modules_of
 
         super().__init__(graphs, shapes)
-        self.modules = {
-            "encoder": ExportedEncoder(model),
-            "decoder": ExportedDecoder(model, shapes.targets is not None),
-        }
+        self.modules = modules_of(model, graphs)
         self.calls: dict[str, list[dict[str, np.ndarray]]] = {}
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
@@ -281,7 +287,7 @@ class OpenVinoGraphs(Graphs):
         self._tensor = openvino.Tensor
         core = openvino.Core()
         exact = {"INFERENCE_NUM_THREADS": threads(), "INFERENCE_PRECISION_HINT": "f32"}
-        models = {name: core.read_model(folder / f"{file}.xml") for name, file in _FILES.items()}
+        models = {name: core.read_model(folder / f"{_FILES[name]}.xml") for name in graphs}
         if not models["decoder"].has_rt_info(_KV_CACHE_PRECISION):
             exact["KV_CACHE_PRECISION"] = "f32"
         settings = {**(exact if device == "CPU" else {}), **(settings or {})}

@@ -1,18 +1,23 @@
-"""Folders that our own `export` wrote are told from Optimum's, before Optimum looks for files that are not there."""
+"""Folders that our own `export` wrote are told from Optimum's, before Optimum looks for files that are not there, and
+students from those that Optimum has no graph for."""
 
 import functools
 from pathlib import Path
 
 
 def refuse_our_graphs(optimum_class):
-    """Makes `optimum_class.from_pretrained` say what such a folder is.
+    """Makes `optimum_class.from_pretrained` say what such a folder is, or that a student reads images.
 
-    Their encoder gives the prompt's keys and values; Optimum's decoders take encoder states and make those themselves.
+    The encoder of our export gives the prompt's keys and values; Optimum's decoders take encoder states and make those
+    themselves.
     """
-    load = optimum_class._from_pretrained.__func__
+    optimum_class._from_pretrained = _or_say_so(optimum_class._from_pretrained.__func__)
+    optimum_class._export = _or_say_so(optimum_class._export.__func__)
 
+
+def _or_say_so(load):
     @functools.wraps(load)
-    def or_say_so(cls, model_id, config, **options):
+    def load_or_say_so(cls, model_id, config, **options):
         from .manifest import MANIFEST  # when our package is imported after Optimum, it is not whole yet up there
 
         folder = Path(model_id, options.get("subfolder") or "")
@@ -22,6 +27,11 @@ def refuse_our_graphs(optimum_class):
                 f"where {cls.__name__} expects encoder states: load it with ExportedForConditionalGeneration of "
                 "hf_encdec_distill.export.runtime, or export the student with Optimum."
             )
+        if config.model_type == "rope_encdec_vision":
+            raise ValueError(
+                f"{model_id} reads images, and {cls.__name__} has no place for the graph that does: export it with "
+                "hf-encdec-distill export, to onnx, openvino or coreml."
+            )
         return load(cls, model_id, config, **options)
 
-    optimum_class._from_pretrained = classmethod(or_say_so)
+    return classmethod(load_or_say_so)

@@ -35,7 +35,7 @@ def prove(
     Args:
         model: the [`RopeEncDecForConditionalGeneration`], in fp32.
         rows: real rows, `inputs` (prompt token ids) and `labels` (target token ids with EOS), and `target` (text) for
-            ROUGE-L.
+            ROUGE-L; where the prompt has images also `pixel_values` `(I, 3, height, width)`.
         tokenizer: turns tokens into the texts that ROUGE-L compares. Without it, or without the package rouge-score,
             there is no ROUGE-L.
 
@@ -43,6 +43,7 @@ def prove(
         `shapes` (a row for each shape of the grid: `max` and `mean` difference of logits, as a share of the largest),
         `logits` (the largest of them), `tokens` (`greedy` and `beam`, shares of equal answers), `ce` and `agreement`
         on the rows, `rouge_l`, `seconds`, `megabytes`, `bounds`, and `failures`: sentences, empty if all is within.
+        Of a student that reads images also `image_features`, their largest difference as a share of the largest.
     """
     exported = ExportedForConditionalGeneration.from_pretrained(folder)
     manifest = exported.manifest
@@ -56,6 +57,7 @@ def prove(
     tokens, rouge_l = compare_answers(exported, model, rows, shapes, tokenizer, max_new_tokens)
     update(0.7, "cross-entropy on the rows")
     ce, agreement = compare_on_rows(exported, model, rows)
+    seen = {"image_features": compare_features(exported, model, rows)} if "vision" in exported.graphs.graphs else {}
     update(0.9, "time")
     seconds = {"pytorch": time_answer(model, rows), "exported": time_answer(exported, rows)}
     report = {
@@ -64,6 +66,7 @@ def prove(
         "shapes_taken": manifest["shapes"],
         "shapes": grid,
         "logits": max(case["max"] for case in grid),
+        **seen,
         "tokens": tokens,
         "ce": ce,
         "agreement": agreement,
@@ -85,7 +88,10 @@ def _failures(report: Mapping[str, Any], bounds) -> list[str]:
     """What is out of bounds. Written so that a NaN fails."""
     ce, tokens = report["ce"], report["tokens"]
     rise = ce["exported"] / ce["pytorch"] - 1
+    features = report.get("image_features", 0.0)
     checks = {
+        f"image features differ by {features:.2g} of the largest, bound {bounds.logits}": bounds.logits is None
+        or features <= bounds.logits,
         f"logits differ by {report['logits']:.2g} of the largest, bound {bounds.logits}": bounds.logits is None
         or report["logits"] <= bounds.logits,
         f"cross-entropy rises by {rise:.2%}, bound {bounds.ce:.2%}": rise <= bounds.ce,
@@ -103,15 +109,18 @@ def _failures(report: Mapping[str, Any], bounds) -> list[str]:
 @torch.no_grad()
 def compare_logits(exported, model, shapes: Shapes) -> list[dict[str, Any]]:
     """Teacher-forced logits on random tokens over a grid of batch, prompt and target lengths, 1 included, with pads on
-    either side, on one loaded model."""
+    either side, on one loaded model; with images none, one and two in a prompt, as far as it has room."""
     generator = torch.Generator().manual_seed(0)
-    longest, slots = max(shapes.prompts or (48,)), shapes.targets or 16
+    vision = exported.graphs.graphs.get("vision")
+    each = vision.outputs[0].shape({"images": 1})[1] if vision else 0
+    longest, slots = max(shapes.prompts or (48 + 2 * each,)), shapes.targets or 16
     cases = []
     for batch, prompt, target in (
         (1, 1, 1),
         (1, longest, min(2, slots)),
         (2, min(7, longest), min(5, slots)),
         (3, 2, 1),
+        *([(3, min(2 * each + 5, longest), 1)] if vision else []),
     ):
         for side in ("none", "left", "right") if prompt > 1 and batch > 1 else ("none",):
             ids = torch.randint(model.config.vocab_size, (batch, prompt), generator=generator)
@@ -122,11 +131,53 @@ def compare_logits(exported, model, shapes: Shapes) -> list[dict[str, Any]]:
                     pads = min(row, prompt - 1)
                     mask[row, slice(0, pads) if side == "left" else slice(prompt - pads, None)] = 0
             inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": labels}
+            shape = {"batch": batch, "prompt": prompt, "target": target, "pads": side}
+            if vision:
+                images = _put_images(ids, mask, model.config.image_token_id, each)
+                shape["images"] = images
+                if images:
+                    size = vision.inputs[0].shape({"images": images})[1:]
+                    inputs["pixel_values"] = torch.randn(images, *size, generator=generator)
             expected, found = model(**inputs).logits, exported(**inputs).logits
             difference = (found - expected).abs() / expected.abs().max()
-            shape = {"batch": batch, "prompt": prompt, "target": target, "pads": side}
             cases.append(shape | {"max": float(difference.max()), "mean": float(difference.mean())})
     return cases
+
+
+def _put_images(ids: torch.Tensor, mask: torch.Tensor, token: int, each: int) -> int:
+    """Turn real tokens of prompts `(B, S)`, in place, into image tokens, `each` for an image. The first row gets the
+    most images, the last none, unless it is alone. Returns how many there are."""
+    ids[ids == token] = (token + 1) % 2
+    images = 0
+    for row, real in enumerate(mask.bool()):
+        wanted = min(max(len(ids) - 1 - row, len(ids) == 1), int(real.sum()) // each)
+        ids[row, real.nonzero()[:, 0][: wanted * each]] = token
+        images += wanted
+    return images
+
+
+@torch.no_grad()
+def compare_features(exported, model, rows: Sequence[Mapping]) -> float:
+    """The largest difference of image features, as a share of the largest, over the images of all rows.
+
+    Raises:
+        ValueError: there are none.
+    """
+    differences = []
+    for pixels in (row["pixel_values"] for row in rows if row.get("pixel_values") is not None):
+        expected = model.get_image_features(torch.as_tensor(pixels))
+        found = torch.from_numpy(exported.graphs.image_features(pixels))
+        differences.append(float((found - expected).abs().max() / expected.abs().max()))
+    if not differences:
+        raise ValueError(f"none of {len(rows)} rows has an image: give rows with pixel_values, or nothing is proven")
+    return float(np.max(differences))
+
+
+def _prompt(row: Mapping) -> dict[str, torch.Tensor]:
+    """What a model is given of a row's prompt, as a batch of one."""
+    ids = torch.tensor([row["inputs"]])
+    images = {} if row.get("pixel_values") is None else {"pixel_values": torch.as_tensor(row["pixel_values"])}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
 
 
 @torch.no_grad()
@@ -138,13 +189,9 @@ def compare_answers(
     equal: dict[str, list[bool]] = {"greedy": [], "beam": []}
     texts: dict[str, list[str]] = {"pytorch": [], "exported": []}
     for row in rows:
-        ids = torch.tensor([row["inputs"]])
         for way, beams in (("greedy", 1), ("beam", BEAMS)):
             expected, found = (
-                one.generate(input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=beams, **options)[
-                    0
-                ].tolist()
-                for one in (model, exported)
+                one.generate(**_prompt(row), num_beams=beams, **options)[0].tolist() for one in (model, exported)
             )
             equal[way].append(expected == found)
             if way == "greedy" and tokenizer is not None:
@@ -166,12 +213,8 @@ def compare_on_rows(exported, model, rows: Sequence[Mapping]) -> tuple[dict[str,
     """Cross-entropy of the targets, nats a token, and the share of target tokens whose likeliest token is the same."""
     sums, same, count = {"pytorch": 0.0, "exported": 0.0}, 0, 0
     for row in rows:
-        ids, labels = torch.tensor([row["inputs"]]), torch.tensor([row["labels"]])
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels),
-        }
+        labels = torch.tensor([row["labels"]])
+        inputs = {**_prompt(row), "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels)}
         logits = {"pytorch": model(**inputs).logits[0].double(), "exported": exported(**inputs).logits[0].double()}
         for name, of_one in logits.items():
             sums[name] += float(torch.nn.functional.cross_entropy(of_one, labels[0], reduction="sum"))
@@ -183,13 +226,13 @@ def compare_on_rows(exported, model, rows: Sequence[Mapping]) -> tuple[dict[str,
 @torch.no_grad()
 def time_answer(model, rows: Sequence[Mapping]) -> dict[str, float]:
     """Seconds to the first token and for each further one: batch 1, longest prompt of the rows, median of rounds."""
-    ids = torch.tensor([max((row["inputs"] for row in rows), key=len)])
-    mask = torch.ones_like(ids)
+    prompt = _prompt(max(rows, key=lambda row: len(row["inputs"])))
+    mask = prompt["attention_mask"]
     start = torch.tensor([[model.config.decoder_start_token_id]])
     first, following = [], []
     for _ in range(_ROUNDS + 1):
         begin = time.perf_counter()
-        encoded = model.get_encoder()(input_ids=ids, attention_mask=mask)
+        encoded = model.get_encoder()(**prompt)
         # A student that was trained with checkpointed gradients says use_cache=False in its config.
         outputs = model(attention_mask=mask, encoder_outputs=encoded, decoder_input_ids=start, use_cache=True)
         first.append(time.perf_counter() - begin)
@@ -206,5 +249,5 @@ def time_answer(model, rows: Sequence[Mapping]) -> dict[str, float]:
     return {
         "first_token": statistics.median(first[1:]),
         "token": statistics.median(following[1:]),
-        "prompt": ids.shape[1],
+        "prompt": mask.shape[1],
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .backends import backend_of, targets
 
@@ -17,6 +17,10 @@ from .backends import backend_of, targets
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+# Of students; the second read images too.
+MODEL_TYPES = ("rope_encdec", "rope_encdec_vision")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,13 @@ BOUNDS = {
     "int4": Bounds(logits=None, ce=0.25, agreement=0.7, tokens=0.0),
     "palette4": Bounds(logits=None, ce=0.25, agreement=0.7, tokens=0.0),
 }
+
+
+def variant_of(graph: str, variant: str) -> str:
+    """How the weights of one of the graphs are stored: a vision tower's in 8 bits where others have 4, as in the
+    vision-language models of optimum-intel (v1.27.0). Not all widths of towers divide into blocks: SigLIP so400m has
+    4304."""
+    return "int8" if graph == "vision" and variant in ("int4", "palette4") else variant
 
 
 @dataclass(frozen=True)
@@ -144,6 +155,7 @@ class Graph:
     # Input of the cache -> the output that takes its place at the next call.
     cache: Mapping[str, str] = field(default_factory=dict)
     pooling: int = 1  # how many prompt tokens become one position in the encoder
+    image_token_id: int | None = None  # stands in the encoder's prompt once for each feature of an image
 
 
 def pooled_length(length: int, pooling: int) -> int:
@@ -160,15 +172,31 @@ EXAMPLE_SIZES = {
     "past + target": 7,
     "prompt + past": 9,
     "prompt + past + target": 12,
+    "images": 6,
 }
 
 
-def graphs(config: PretrainedConfig, shapes: Shapes) -> dict[str, Graph]:
-    """The `encoder` (once for each prompt) and the `decoder` (once for each call) of a student.
+def size_of_images(config: PretrainedConfig, processor: Any = None) -> tuple[int, int] | None:
+    """Height and width in pixels of the images that a student reads: its processor's, or those that its tower was
+    trained with; `None` of a student that reads text alone."""
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        return None
+    images = getattr(processor, "image_processor", None)
+    return (vision.image_size, vision.image_size) if images is None else (images.size["height"], images.size["width"])
+
+
+def graphs(config: PretrainedConfig, shapes: Shapes, image_size: Sequence[int] | None = None) -> dict[str, Graph]:
+    """The `encoder` (once for each prompt) and the `decoder` (once for each call) of a student, and of one that reads
+    images `vision` (once for all of a batch).
 
     With `shapes.targets` the batch is 1, the decoder takes one token, and its cache has so many slots, the one at
     `position` to be filled. One prompt length makes the axis `prompt` that number. Where the encoder pools, the axis
-    `prompt` of the decoder counts pooled positions.
+    `prompt` of the decoder counts pooled positions. `vision` then takes one image, and the encoder the features of as
+    many as the longest prompt has room for.
+
+    Args:
+        image_size: height and width in pixels; by default [`size_of_images`].
     """
     pooling = getattr(config, "encoder_pooling", 1)  # of older folders
     prompt: str | int = "prompt"
@@ -186,14 +214,24 @@ def graphs(config: PretrainedConfig, shapes: Shapes) -> dict[str, Graph]:
     past = cache("past_key_values", "decoder", shapes.targets or "past")
     present = cache("present", "decoder", shapes.targets or "past + target")
     position = (Port("position", (1,), "int64"),) if fixed else ()
+    sees = getattr(config, "vision_config", None) is not None
+    vision = {"vision": _vision(config, shapes, image_size)} if sees else {}
+    features: tuple[Port, ...] = ()
+    if sees:
+        [port] = vision["vision"].outputs
+        room = port.axes[0] if shapes.prompts is None else max(shapes.prompts) // int(port.axes[1])
+        features = (replace(port, axes=(room, *port.axes[1:])),)
     return {
+        **vision,
         "encoder": Graph(
             inputs=(
                 Port("input_ids", (batch, prompt), "int64"),
                 Port("attention_mask", (batch, prompt), "int64"),
+                *features,
             ),
             outputs=cache("present", "encoder", "pooled prompt" if pooling > 1 and left == "prompt" else left),
             pooling=pooling,
+            image_token_id=config.image_token_id if sees else None,
         ),
         "decoder": Graph(
             inputs=(
@@ -207,6 +245,17 @@ def graphs(config: PretrainedConfig, shapes: Shapes) -> dict[str, Graph]:
             cache={old.name: new.name for old, new in zip(past, present, strict=True)},
         ),
     }
+
+
+def _vision(config: PretrainedConfig, shapes: Shapes, image_size: Sequence[int] | None) -> Graph:
+    height, width = image_size or (config.vision_config.image_size,) * 2
+    side = config.vision_config.patch_size * config.projector_pixel_shuffle
+    tokens = (height // side) * (width // side)
+    images = "images" if shapes.prompts is None else 1
+    return Graph(
+        inputs=(Port("pixel_values", (images, 3, height, width)),),
+        outputs=(Port("image_features", (images, tokens, config.hidden_size)),),
+    )
 
 
 def with_prompt_in_cache(decoder: Graph) -> Graph:
@@ -240,6 +289,7 @@ def stacked(recipe: Mapping[str, Graph]) -> dict[str, Graph]:
             of(graph.outputs, "new"),
             {"self_keys": "new_keys", "self_values": "new_values"} if graph.cache else {},
             graph.pooling,
+            graph.image_token_id,
         )
         for name, graph in recipe.items()
     }
@@ -267,11 +317,17 @@ def that_fit(rows: Sequence[Mapping], shapes: Shapes) -> list[Mapping]:
     return fitting
 
 
-def check_exportable(model: PreTrainedModel, target: str, variant: str, shapes: Shapes) -> None:
+def check_exportable(
+    model: PreTrainedModel, target: str, variant: str, shapes: Shapes, image_size: Sequence[int] | None = None
+) -> None:
     """
+    Args:
+        image_size: as in [`graphs`].
+
     Raises:
         ValueError: there is no such target or variant, the target has no such variant or shapes, the model is none of
-            ours, its positions are too few for the shapes, or a weight is not finite.
+            ours, its positions are too few for the shapes, or a weight is not finite. Of a model that reads images:
+            the target does not, or the size or the shapes do not fit them.
     """
     from ..models.finite import check_finite
 
@@ -285,11 +341,24 @@ def check_exportable(model: PreTrainedModel, target: str, variant: str, shapes: 
             f"{', '.join(backend.variants)}"
         )
     config = model.config
-    if config.model_type != "rope_encdec" or not hasattr(model, "lm_head"):
+    if config.model_type not in MODEL_TYPES or not hasattr(model, "lm_head"):
         raise ValueError(
             f"{type(model).__name__} of model type {config.model_type!r} cannot be exported: it has to be a "
             "RopeEncDecForConditionalGeneration (hf-encdec-distill init makes one out of a decoder-only model)"
         )
+    image_size = image_size or size_of_images(config)
+    if image_size is not None:
+        if not backend.reads_images:
+            having = [other for other in targets() if backend_of(other).reads_images]
+            raise ValueError(
+                f"a student that reads images is exported to {', '.join(having)}, not to {target}: choose one of them"
+            )
+        tokens = config.image_tokens(*image_size)
+        if shapes.prompts is not None and max(shapes.prompts) < tokens:
+            raise ValueError(
+                f"shapes {shapes}: an image of {image_size[0]} x {image_size[1]} pixels is {tokens} tokens of a "
+                "prompt; give longer prompts"
+            )
     if shapes.prompts is not None and len(shapes.prompts) > 1 and not backend.flexible_prompts:
         having = [other for other in targets() if backend_of(other).flexible_prompts]
         raise ValueError(

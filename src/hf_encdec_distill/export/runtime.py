@@ -18,8 +18,8 @@ from .manifest import load_graphs, read_manifest
 
 
 class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """What [`RopeEncDecForConditionalGeneration`] answers, from exported graphs: `model(...)` without gradients, and
-    `model.generate(...)` with all that transformers offers for it.
+    """What [`RopeEncDecForConditionalGeneration`] or [`RopeEncDecForImageTextToText`] answers, from exported graphs:
+    `model(...)` without gradients, and `model.generate(...)` with all that transformers offers for it.
 
     Args:
         graphs: the graphs of an exported folder.
@@ -79,11 +79,13 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         encoder_outputs=None,
         past_key_values=None,
         cache=None,
+        pixel_values=None,
         **kwargs,
     ) -> Seq2SeqLMOutput:
         """
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(B, S)`): Prompt, or `encoder_outputs`.
+            pixel_values (`torch.FloatTensor` of shape `(I, 3, height, width)`, *optional*): The images of the prompt.
             decoder_input_ids (`torch.LongTensor` of shape `(B, T)`): Target tokens that follow those of the cache.
             past_key_values ([`GraphCache`], *optional*): From an earlier call; `cache` is transformers 5.24's name.
 
@@ -92,7 +94,7 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         cache = past_key_values if cache is None else cache
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids, attention_mask)
+            encoder_outputs = self.encoder(input_ids, attention_mask, pixel_values)
         *cross, mask = (tensor.numpy() for tensor in encoder_outputs.values())
         if cache is None:
             cache = self.graphs.new_cache(len(decoder_input_ids))
@@ -110,9 +112,10 @@ class _Encoder(torch.nn.Module):
         super().__init__()
         self.graphs = graphs
 
-    def forward(self, input_ids, attention_mask=None, **kwargs) -> BaseModelOutput:
+    def forward(self, input_ids, attention_mask=None, pixel_values=None, **kwargs) -> BaseModelOutput:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        cross, mask = self.graphs.encode(input_ids.numpy(), mask.numpy())
+        pixels = None if pixel_values is None else pixel_values.numpy()
+        cross, mask = self.graphs.encode(input_ids.numpy(), mask.numpy(), pixels)
         first, *others = (torch.from_numpy(array) for array in (*cross, mask))
         outputs = BaseModelOutput(last_hidden_state=first)
         for index, tensor in enumerate(others):

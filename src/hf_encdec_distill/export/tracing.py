@@ -1,4 +1,4 @@
-"""The two modules of a student as `torch.export` programs, which ONNX and OpenVINO are made from."""
+"""The modules of a student as `torch.export` programs, which ONNX and OpenVINO are made from."""
 
 from __future__ import annotations
 
@@ -6,8 +6,20 @@ from collections.abc import Mapping
 
 import torch
 
-from .modules import ExportedDecoder, ExportedEncoder
+from .modules import ExportedDecoder, ExportedEncoder, ExportedVision
 from .recipe import EXAMPLE_SIZES, Graph
+
+
+def modules_of(model, graphs: Mapping[str, Graph], stateful: bool = False) -> dict[str, torch.nn.Module]:
+    """What each graph is made from. `stateful`: see [`ExportedDecoder`]."""
+    fixed = any(port.name == "position" for port in graphs["decoder"].inputs)
+    modules: dict[str, torch.nn.Module] = {
+        "encoder": ExportedEncoder(model),
+        "decoder": ExportedDecoder(model, fixed, stateful),
+    }
+    if "vision" in graphs:
+        modules["vision"] = ExportedVision(model, *graphs["vision"].inputs[0].shape(EXAMPLE_SIZES)[2:])
+    return modules
 
 
 @torch.no_grad()
@@ -20,9 +32,7 @@ def export_programs(
         stateful: see [`ExportedDecoder`].
     """
     dtype = model.dtype
-    fixed = any(port.name == "position" for port in graphs["decoder"].inputs)
-    modules = {"encoder": ExportedEncoder(model), "decoder": ExportedDecoder(model, fixed, stateful)}
-    programs = {}
+    modules, programs = modules_of(model, graphs, stateful), {}
     for name, graph in graphs.items():
         examples = [port.example(EXAMPLE_SIZES, dtype) for port in graph.inputs]
         free = [
@@ -30,7 +40,7 @@ def export_programs(
             for port in graph.inputs
         ]
         leading = 2  # ids and mask; what follows are the decoder's `*states`
-        dynamic = (*free[:leading], tuple(free[leading:])) if len(free) > leading else tuple(free)
+        dynamic = (*free[:leading], tuple(free[leading:])) if name == "decoder" else tuple(free)
         programs[name] = torch.export.export(
             modules[name].eval(), tuple(examples), dynamic_shapes=dynamic, strict=False
         )

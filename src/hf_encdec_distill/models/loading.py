@@ -139,7 +139,7 @@ def load_processor(name: str | os.PathLike):
         OSError: there is no such folder, no such model on the Hub, or no processor.
         ValueError: the processor cannot be read.
     """
-    find(name)
+    load_tokenizer(name)  # its own errors say more
     if Path(name).is_dir() and not (Path(name) / _PROCESSOR).is_file():
         raise FileNotFoundError(
             f"{name} has no processor: save it there, processor.save_pretrained({os.fspath(name)!r})"

@@ -69,9 +69,10 @@ class RopeEncDecProjector(nn.Module):
             features (`torch.FloatTensor` of shape `(I, rows * columns, C)`): Patches, row by row.
         """
         if self.shuffle > 1:
-            # As Idefics3 (transformers v5.24.0): within a token, patches stand row by row.
+            # As Idefics3 (transformers v5.24.0): within a token, patches stand row by row. Core ML has no more than
+            # five dimensions.
             n, (images, _, channels) = self.shuffle, features.shape
-            features = features.view(images, rows // n, n, columns // n, n, channels).permute(0, 1, 3, 2, 4, 5)
+            features = features.reshape(images * (rows // n), n, columns // n, n * channels).transpose(1, 2)
             features = features.reshape(images, (rows // n) * (columns // n), n * n * channels)
         return self.linear_2(self.act(self.linear_1(features)))
 
