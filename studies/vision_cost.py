@@ -2,9 +2,9 @@
 
     python studies/vision_cost.py --output docs/studies/vision
 
-Both have DINOv2-small, a projector and layers of SmolLM2-135M's sizes: transformers' LLaVA all 30, the student 5 in its
-encoder and 6 in its decoder. A third is LLaVA with as many layers as the student. Weights are random: this is about
-time. Rounds are interleaved, medians and quartiles are over rounds, and ratios are of the same round.
+Both have DINOv2-small, a projector and layers of SmolLM2-135M's sizes: transformers' LLaVA all 30, the student 5 in
+its encoder and 6 in its decoder. A third is LLaVA with as many layers as the student. Weights are random: this is
+about time. Rounds are interleaved, medians and quartiles are over rounds, and ratios are of the same round.
 """
 
 import argparse
