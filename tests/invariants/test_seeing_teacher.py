@@ -213,7 +213,7 @@ def test_student_and_teacher_each_have_images_of_their_own(frozen, pair, image_t
         terms.append(F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), reduction="none", log_target=True).sum(-1))
     options = {"distill_weight": 1.0, "freeze_encoder": frozen}
     trainer = make_trainer(tmp_path, llava, image_tokenizer, rows, student, **options)
-    assert torch.cat(terms).mean() > 0.02
+    assert torch.cat(terms).mean() > 0.005
     assert logged_loss(trainer, "distill_loss") == pytest.approx(torch.cat(terms).mean().item(), rel=1e-3)
 
 

@@ -7,6 +7,7 @@ from distillation_toys import InOrder, arguments
 from vision_toys import FEATURES, llama_of, make_llava, pixels, twin_of
 
 from hf_encdec_distill.cards import ModelCardCallback
+from hf_encdec_distill.distillation import DistillationCollator, capture_encoder_states
 
 
 @pytest.fixture
@@ -111,6 +112,9 @@ def test_kept_states_are_refused_since_they_go_by_the_tokens_alone(llava, image_
     trainer = make_trainer(tmp_path, student, llama_of(llava), image_tokenizer, rows, **options)
     with pytest.raises(ValueError, match="the batch has pixel_values"):
         trainer.train()
+    collator = DistillationCollator(image_tokenizer)
+    with pytest.raises(ValueError, match="the batch has pixel_values"):
+        capture_encoder_states(student, rows, tmp_path / "ahead", collator, progress=False)
 
 
 def test_its_card_names_the_tower(llava, image_tokenizer, tmp_path):

@@ -141,8 +141,9 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         processing_class: the student's tokenizer; `model.tokenizer` where the model brings one. A merged student keeps
             its own, which has the prompt template built in, where this one has the same tokens without a template, as
             the teacher's has.
-        teacher: a causal language model (it is frozen in place), a folder or a Hub id; or the folder of a cache
-            that `cache.capture` made of one, or `hf://datasets/user/name`, and then no teacher is in memory.
+        teacher: a causal language model, perhaps one that sees (it is frozen in place), a folder or a Hub id; or the
+            folder of a cache that `cache.capture` made of one, or `hf://datasets/user/name`, and then no teacher is in
+            memory.
         teacher_processing_class: the teacher's tokenizer; by default the one at the teacher's path, and if there is
             none, the student's.
 

@@ -329,7 +329,7 @@ def capture_encoder_states(
         for first in range(0, len(share), batch_size):
             names = share[first : first + batch_size]
             batch = collator([rows[number] for rows, number in names])
-            read = ("input_ids", "attention_mask")
+            read = ("input_ids", "attention_mask", "pixel_values")
             states.ensure(student, {name: batch[name].to(student.device) for name in read if name in batch})
             bar.update(len(names))
     states.flush()
