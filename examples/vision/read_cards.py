@@ -118,6 +118,7 @@ def build(teacher, tokenizer, tower_folder, pictures: Sequence[Picture]):
         trimmed_tokenizer=trim_tokenizer(tokenizer, [*words, *(told(text, tokenizer) for text in words)]),
         prompt_template="{source}",
     )
+    print(f"fitted to the names as words: {text_student.healing}")
     student = RopeEncDecForImageTextToText.from_parts(
         text_student,
         Dinov2Model.from_pretrained(tower_folder),
