@@ -22,10 +22,8 @@ logger = logging.get_logger(__name__)
 
 MESSAGES = "messages"
 _PROBE = "a"
-_OF_LABELS = {
-    "teacher_attention_mask",
-    "teacher_labels_start",
-}  # say nothing without teacher_input_ids, and do no harm
+# Without teacher_input_ids they say nothing, and do no harm.
+_OF_LABELS = {"teacher_attention_mask", "teacher_labels_start"}
 _READ_OFF_TOKENS = "teacher_mm_token_type_ids"  # which tokens are of images: a live teacher asks the tokens
 
 
