@@ -203,7 +203,7 @@ def output(folder):
     """A bench of PyTorch and ONNX with two requests, and with ONNX Runtime GenAI as if it were not installed."""
     words = ["bench", folder / "student", "--teacher", folder / "teacher", "--output", folder / "bench"]
     words += ["--source", "12,16", "--target", "3,4", "--batch", "1,2", "--rounds", 3, "--threads", 1]
-    words += ["--backend", "pytorch,onnx,onnxruntime-genai", "--precision", "fp32", "--minutes", 5]
+    words += ["--backend", "pytorch,onnx,onnxruntime-genai", "--precision", "fp32", "--minutes", 30]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OnnxRuntimeGenAi, "packages", {"no_such_module": "onnxruntime-genai"})
         assert main([str(word) for word in words]) == 0
@@ -254,7 +254,7 @@ def test_a_second_bench_converts_nothing_again_and_is_held_against_the_first(fol
     (folder / "baseline.json").write_text(json.dumps(report))
     words = ["bench", folder / "student", "--teacher", folder / "teacher", "--output", output]
     words += ["--source", "12", "--target", "3", "--rounds", 3, "--threads", 1, "--backend", "onnx,pytorch"]
-    words += ["--precision", "fp32", "--minutes", 5, "--against", folder / "baseline.json"]
+    words += ["--precision", "fp32", "--minutes", 30, "--against", folder / "baseline.json"]
     assert main([str(word) for word in words]) == 2
     said = capsys.readouterr()
     assert "student / decoder-only rose by more than its spread: 12 in, 3 out, batch 1" in said.err
