@@ -106,7 +106,7 @@ def generated(folder, side, dtype=torch.float32):
 
 
 def ask(tab, text=TEXT):
-    expect(tab.locator("#answer")).to_be_visible(timeout=20_000)  # the field may be there before it
+    expect(tab.locator("#answer")).to_be_visible(timeout=90_000)  # the field may be there before it
     tab.locator("#text textarea").fill(text)
     tab.locator("#text textarea").press("Control+Enter")
 
@@ -120,7 +120,7 @@ def figures(tab, side):
 def expect_answer(tab, side, expected):
     """Waits for all tokens; then the text is the very same, blanks and all."""
     length, text = expected
-    expect(tab.locator(f"{side} dd").nth(2)).to_have_text(str(length), timeout=20_000)
+    expect(tab.locator(f"{side} dd").nth(2)).to_have_text(str(length), timeout=90_000)
     assert tab.locator(f"{side} .text").text_content() == text
 
 
@@ -160,7 +160,7 @@ def _look(tab, models):
     # An export says the same, and the marks with it.
     tab.get_by_label("ONNX Runtime fp32").check()
     ask(tab)
-    expect(tab.locator("#student h2")).to_contain_text("ONNX Runtime fp32", timeout=20_000)
+    expect(tab.locator("#student h2")).to_contain_text("ONNX Runtime fp32", timeout=90_000)
     expect_answer(tab, "#teacher", of_teacher)
     assert tab.locator("#student .text > :not(.end)").all_text_contents() == parts
 
@@ -196,20 +196,20 @@ def test_images_are_dropped_seen_and_asked_about(image_tokenizer, tab, tmp_path,
     )
     try:
         tab.goto(launch(page, "127.0.0.1", free_port()))
-        expect(tab.locator("#answer")).to_be_visible(timeout=20_000)
+        expect(tab.locator("#answer")).to_be_visible(timeout=90_000)
         tab.locator("#images input[type=file]").set_input_files([str(file) for file in files])
-        expect(tab.locator("#images .thumbnail-item img, #images .thumbnail-lg img")).to_have_count(2, timeout=20_000)
+        expect(tab.locator("#images .thumbnail-item img, #images .thumbnail-lg img")).to_have_count(2, timeout=90_000)
         ask(tab, question)
         text = image_tokenizer.decode(tokens[0, 1:], skip_special_tokens=True).strip()
         expect_answer(tab, "#student", (tokens.shape[1] - 1, text))
         torch.testing.assert_close(given[-1], inputs["pixel_values"])
         ask(tab, "one <image> too few")
-        expect(tab.locator("#told .note")).to_contain_text("2 images for 1 times", timeout=20_000)
+        expect(tab.locator("#told .note")).to_contain_text("2 images for 1 times", timeout=90_000)
         tab.locator("#images").get_by_label("Clear").click()
         tab.locator("#images input[type=file]").set_input_files(str(tmp_path / "broken.png"))
-        expect(tab.locator("#images img")).to_have_count(1, timeout=20_000)
+        expect(tab.locator("#images img")).to_have_count(1, timeout=90_000)
         ask(tab, "what")
-        expect(tab.locator("#told .note")).to_contain_text("image 0 is no image that can be read", timeout=20_000)
+        expect(tab.locator("#told .note")).to_contain_text("image 0 is no image that can be read", timeout=90_000)
     finally:
         page.close()
 
