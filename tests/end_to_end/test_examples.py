@@ -292,7 +292,19 @@ def test_cards_that_a_student_reads(make_bpe_tokenizer, tmp_path, monkeypatch):
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 5, "patch_size": 14, "image_size": 84}
     Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path / "tower")
     toy = ["--output", tmp_path / "run", "--teacher", teacher, "--vision-tower", tmp_path / "tower"]
-    run_script("vision/read_cards.py", monkeypatch, *toy, "--minutes", 0.01, "--pictures", 104)
+    run_script(
+        "vision/read_cards.py",
+        monkeypatch,
+        *toy,
+        "--minutes",
+        0.01,
+        "--pictures",
+        104,
+        "--students",
+        "distilled",
+        "labels",
+        "blind",
+    )
     found = json.loads((tmp_path / "run/metrics.json").read_text())["students"]
     assert set(found) == {"distilled", "labels", "blind"}
     for row in found.values():
