@@ -83,6 +83,7 @@ def lowest(session):
         "tests/model/test_cache_and_generation.py::test_a_compiled_decode_step_on_a_static_cache",
         # On Python 3.10 alone.
         "tests/model/test_attention_backends.py::test_a_compiled_encoder_that_slides",
+        "tests/model/test_vision.py::test_compiled_it_is_one_graph_with_the_same_logits",
         "tests/unit/test_cli_shell.py::test_doctor_finds_what_is_there",
         "tests/unit/test_demo.py::test_an_export_of_fixed_shapes_is_given_what_it_takes",
         # Resumed within an epoch, a training is another with these versions: tests/invariants/test_trainer_resume.py,
