@@ -88,6 +88,7 @@ def load_page(args: argparse.Namespace):
             raise ValueError(f"--exported {name} has another tokenizer than {args.model}: give its own exports")
     teacher = None
     title = public_name(args.model)
+    reader: Reader | ImageReader
     if reads_images(first.model.config):
         if args.teacher is not None:
             raise ValueError(

@@ -111,7 +111,7 @@ def convert_onnx(file: Path, folder: Path) -> None:
     save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
     config.architectures = ["Dinov2Model"]
     config.save_pretrained(folder)
-    _, loaded = Dinov2Model.from_pretrained(folder, output_loading_info=True)
+    loaded: dict = Dinov2Model.from_pretrained(folder, output_loading_info=True)[1]  # type: ignore[index]  # base: a model
     wrong = {what: sorted(names) for what, names in loaded.items() if names}
     if wrong:
         raise ValueError(f"{file.name} does not hold the weights of a DINOv2: {wrong}")

@@ -396,7 +396,8 @@ def _conv(x, weight, bias=None, strides=None, pad_type="valid", pad=0, dilations
     axes = tuple(range(2, x.ndim))
     places = np.lib.stride_tricks.sliding_window_view(x, weight.shape[2:], axes)
     if strides is not None:
-        places = places[(slice(None), slice(None), *(slice(None, None, step) for step in strides))]
+        every = (slice(None), slice(None), *(slice(None, None, step) for step in strides))
+        places = places[every]
     within = [axis + len(axes) for axis in axes]
     result = np.moveaxis(np.tensordot(places, weight, ([1, *within], [1, *axes])), -1, 1)
     return result if bias is None else result + bias.reshape(-1, *(1 for _ in axes))

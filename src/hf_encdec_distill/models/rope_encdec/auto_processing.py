@@ -1,5 +1,7 @@
 """Makes `AutoProcessor` and `AutoImageProcessor` know the processors of the vision student; see `registration`."""
 
+from typing import Any
+
 from transformers.utils import is_vision_available
 
 
@@ -15,7 +17,8 @@ if is_vision_available():  # Pillow, without which nobody has images
     )
     # Each pipeline of transformers 5.24 looks for a video processor, guesses its name by that of the image processor,
     # and would ask whether the code that it suspects in the folder may be run.
-    VIDEO_PROCESSOR_MAPPING.register(RopeEncDecVisionConfig, {"torchvision": None}, exist_ok=True)
+    no_video: Any = {"torchvision": None}
+    VIDEO_PROCESSOR_MAPPING.register(RopeEncDecVisionConfig, no_video, exist_ok=True)
     AutoProcessor.register(RopeEncDecVisionConfig, RopeEncDecVisionProcessor, exist_ok=True)
     RopeEncDecImageProcessor.register_for_auto_class("AutoImageProcessor")
     RopeEncDecVisionProcessor.register_for_auto_class("AutoProcessor")
