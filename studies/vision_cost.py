@@ -9,16 +9,15 @@ about time. Rounds are interleaved, medians and quartiles are over rounds, and r
 
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import Dinov2Config, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from hf_encdec_distill import RopeEncDecForImageTextToText, RopeEncDecVisionConfig
+from hf_encdec_distill.bench.latency import machine_description, quartiles
 
 
 WORDS = 16  # of the question, behind the image
@@ -74,10 +73,6 @@ def timed(model, inputs, tokens: int) -> dict[str, float]:
     return {"first": times[1], "step": (times[tokens] - times[1]) / (tokens - 1), "request": times[tokens]}
 
 
-def quartiles(values) -> dict[str, float]:
-    return dict(zip(("low", "value", "high"), map(float, np.percentile(values, [25, 50, 75])), strict=True))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for cost.json")
@@ -86,6 +81,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
     parser.add_argument("--layers", type=int, nargs=3, default=[30, 5, 6], help="teacher, encoder, decoder")
     args = parser.parse_args()
+    machine = machine_description()  # before the load that the rounds are
     whole, encoder, decoder = args.layers
     rows = []
     for pixels in args.pixels:
@@ -117,7 +113,6 @@ def main() -> None:
                 row[f"{what}_ratio"] = quartiles([one[what] / of[what] for one, of in zip(measured, teacher)])
             rows.append(row)
     args.output.mkdir(parents=True, exist_ok=True)
-    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
     report = {"machine": machine, "rounds": args.rounds, "rows": rows}
     (args.output / "cost.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     for row in rows:

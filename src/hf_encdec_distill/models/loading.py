@@ -6,7 +6,7 @@ All that can be wrong with what is there is said in one line: a ValueError, or a
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,11 +66,7 @@ def load_tokenizer(
         OSError: there is no such folder, no such model on the Hub, or no tokenizer.
         ValueError: the tokenizer cannot be read.
     """
-    folder = find(name)
-    if Path(name).is_dir() and not any((folder / file).is_file() for file in _TOKENIZERS):
-        raise FileNotFoundError(
-            f"{name} has no tokenizer: save it there, tokenizer.save_pretrained({os.fspath(name)!r})"
-        )
+    _check_saved(name, "tokenizer", _TOKENIZERS)
     with _reading(name, "a tokenizer", _check_tokenizer):
         return cls.from_pretrained(name)
 
@@ -139,11 +135,8 @@ def load_processor(name: str | os.PathLike):
         OSError: there is no such folder, no such model on the Hub, or no processor.
         ValueError: the processor cannot be read.
     """
-    load_tokenizer(name)  # its own errors say more
-    if Path(name).is_dir() and not (Path(name) / _PROCESSOR).is_file():
-        raise FileNotFoundError(
-            f"{name} has no processor: save it there, processor.save_pretrained({os.fspath(name)!r})"
-        )
+    _check_saved(name, "tokenizer", _TOKENIZERS)
+    _check_saved(name, "processor", [_PROCESSOR])
     with _reading(name, "a processor", _check_tokenizer):
         return AutoProcessor.from_pretrained(name)
 
@@ -376,6 +369,13 @@ def _cut(file: Path) -> str | None:
         return None
     of = f"of a header of {needed}" if size < needed else "that are not those its header tells of"
     return f"it was cut or altered, it has {size} bytes {of}; download or save it again"
+
+
+def _check_saved(name: str | os.PathLike, what: str, files: Iterable[str]) -> None:
+    """Raises OSError where a folder has none of the files that `what` is saved in, or there is no model `name`."""
+    folder = find(name)
+    if Path(name).is_dir() and not any((folder / file).is_file() for file in files):
+        raise FileNotFoundError(f"{name} has no {what}: save it there, {what}.save_pretrained({os.fspath(name)!r})")
 
 
 def _check_tokenizer(folder: Path) -> None:
