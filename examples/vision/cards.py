@@ -3,10 +3,10 @@
 import random
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
+from students import Picture
 
 
 RANKS = {
@@ -27,11 +27,6 @@ RANKS = {
 SUITS = {"spades": "♠", "hearts": "♥", "diamonds": "♦", "clubs": "♣"}
 FONTS = ("Sans", "Sans-Bold", "SansMono", "SansMono-Bold", "Serif", "Serif-Bold")
 _FINER = 4  # drawn larger and made smaller, for smooth edges
-
-
-class Picture(NamedTuple):
-    image: Image.Image
-    words: str
 
 
 @cache

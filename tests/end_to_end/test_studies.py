@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 from distillation_toys import write_teacher
+from PIL import Image
 from toys import make_model
+from transformers import Dinov2Config, Dinov2Model
 
 
 STUDIES = Path(__file__).parents[2] / "studies"
@@ -210,3 +212,71 @@ def test_onnx_fusions(studies, tmp_path, monkeypatch):
     assert "RotaryEmbedding" in encoders["opset 23, RotaryEmbedding"]
     assert encoders["GroupQueryAttention"]["GroupQueryAttention"] == 2  # nobody reads the third layer
     assert "| fp32, GroupQueryAttention |" in (tmp_path / "onnx_fusions.md").read_text()
+
+
+# --- what students read in pictures ---
+
+
+@pytest.fixture
+def toy_lesson(make_bpe_tokenizer, tmp_path, studies, monkeypatch):
+    """The study on a toy teacher and tower."""
+    monkeypatch.syspath_prepend(str(STUDIES.parent / "examples" / "vision"))
+    import vision_reading
+
+    teacher = write_teacher(tmp_path / "teacher", make_bpe_tokenizer(), layers=3)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 12, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes, image_size=112)).save_pretrained(tmp_path / "tower")
+    toy = functools.partial(vision_reading.Lesson, teacher=teacher, vision_tower=tmp_path / "tower")
+    monkeypatch.setattr(vision_reading, "Lesson", toy)
+    monkeypatch.setattr(vision_reading, "HELD_OUT", 4)
+    yield vision_reading
+    sys.modules.pop("students", None)
+
+
+def test_lines_that_a_student_spells(toy_lesson, tmp_path, monkeypatch):
+    options = ["--output", str(tmp_path), "--work", str(tmp_path / "work"), "--texts", "6", "--pictures", "40"]
+    monkeypatch.setattr(sys, "argv", ["vision_reading", "lines", "--steps", "5", *options])
+    toy_lesson.main()
+    found = json.loads((tmp_path / "lines-0.json").read_text())["students"]
+    assert {name: row["steps"] for name, row in found.items()} == {"distilled": 5, "labels": 5, "blind": 1}
+    for row in found.values():
+        for held_out in ("other lines", "other lines in other fonts"):
+            assert row[held_out]["character error rate"]["value"] > 0.2  # of random weights
+            assert all(len(word) == 1 for word in row[held_out]["examples"][0][0].split(" "))
+
+
+def test_titles_that_a_student_writes(toy_lesson, tmp_path, monkeypatch):
+    """Left out are playing cards and titles that name a collection; known titles and others are told apart."""
+    titles = [f"{animal} {number}" for number in range(6) for animal in ("Lion", "sea horse", "owl", "ox")]
+    drawings = {f"animals/{number}": title for number, title in enumerate([*titles, "Kiwi", "Emu", *["set"] * 21])}
+    drawings |= {"games/cards/ace": "ace", "shapes/odd": "24.10.2004"}
+    for place, title in drawings.items():
+        for kind in ("png", "svg"):
+            (tmp_path / kind / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGBA", (30, 60), (0, 0, 0, 0)).save(tmp_path / "png" / f"{place}.png")
+        (tmp_path / "svg" / f"{place}.svg").write_text(f"<svg><dc:title>{title}</dc:title></svg>")
+    split = toy_lesson.clipart(tmp_path, 0)
+    known = {picture.words for picture in split.train}
+    pictures = {name: {picture.words for picture in part} for name, part in split.held_out.items()}
+    assert known <= {"lion", "sea horse", "owl", "ox", "kiwi", "emu"} and len(split.train) == 26 - 8
+    assert pictures["other drawings of known titles"] <= known
+    assert not pictures["drawings of other titles"] & known
+    assert split.train[0].image.getpixel((0, 0)) == (255, 255, 255)  # what is transparent is white
+    options = ["--output", str(tmp_path), "--work", str(tmp_path / "work"), "--drawings", str(tmp_path)]
+    monkeypatch.setattr(toy_lesson, "clipart", lambda *_: split)
+    split.held_out.update({"drawings of other titles": split.train[:3]})
+    monkeypatch.setattr(sys, "argv", ["vision_reading", "clipart", "--steps", "1", "--students", "labels", *options])
+    toy_lesson.main()
+    found = json.loads((tmp_path / "clipart-0.json").read_text())["students"]["labels"]
+    assert 0 <= found["drawings of other titles"]["ROUGE-L"]["value"] < 0.9
+
+
+def test_answers_are_judged_by_characters_and_by_titles(toy_lesson):
+    lines = [toy_lesson.Picture(None, "t h e"), toy_lesson.Picture(None, "a _ b o x")]
+    found = toy_lesson.judge_lines(["t h e", "a _ f o"], lines)
+    assert found["character error rate"]["value"] == pytest.approx(2 / 8)  # one is wrong, one is missing
+    assert found["lines without error"]["value"] == 0.5
+    titles = [toy_lesson.Picture(None, "red house"), toy_lesson.Picture(None, "owl")]
+    found = toy_lesson.judge_clipart(["house", "owl"], titles)
+    assert found["whole titles"]["value"] == 0.5
+    assert found["ROUGE-L"]["value"] == pytest.approx((2 / 3 + 1) / 2)
