@@ -79,7 +79,7 @@ class TeacherServer:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def __enter__(self):
-        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
     def __exit__(self, *_):

@@ -345,8 +345,9 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         runs_the_prompt = self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
         self._shared_prompt = SharedPrompt(runs_the_prompt if can_share else None)
         self._replay = ReplayBuffer(args.replay_buffer_size)
-        self._asked_ahead = None
+        self._asked_ahead: AskedAhead | None = None
         if isinstance(self.teacher, ServedTeacher):
+            assert isinstance(self.data_collator, RemembersLast)  # `_collator` saw to it
             self._asked_ahead = AskedAhead(self.teacher, self.data_collator, self._vocabulary)
 
     @property

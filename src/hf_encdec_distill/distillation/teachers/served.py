@@ -72,7 +72,7 @@ class ServedTeacher(TeacherSignal):
         ImportError: httpx or tenacity is missing.
     """
 
-    input_names = ()
+    input_names: tuple[str, ...] = ()
     device = torch.device("cpu")  # where its scores are made; they go where its inputs are
 
     def __init__(
