@@ -4,6 +4,9 @@ Rows that are already in the folder are not captured again: the same command con
 the rows of another dataset. Template and length limits have to match those of the training. Under `accelerate launch`
 the processes share the rows.
 
+With --server URL the model at that address is asked, and of TEACHER only the configuration and the tokenizer are read,
+which has to be the server's. Its API key comes from the environment variable HF_ENCDEC_TEACHER_API_KEY.
+
 With --generate the teacher writes the targets itself. The folder keeps them too:
 `distill --teacher FOLDER --dataset FOLDER` trains on them.
 
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._display import say_result
 from ._inputs import (
@@ -33,7 +36,7 @@ from ._inputs import (
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-    from ..distillation import TargetGeneration
+    from ..distillation import LiveTeacher, ServedTeacher, TargetGeneration
 
 SUMMARY = "record a teacher once, then train without it"
 EXAMPLE = "hf-encdec-distill cache built-in --output teacher-cache --kind top_k --k 32"
@@ -98,6 +101,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher-quantization", choices=("8bit", "4bit"), help="load the teacher quantized, with bitsandbytes"
     )
+    server = parser.add_argument_group("a teacher on a server of vLLM, SGLang or llama.cpp")
+    server.add_argument("--server", metavar="URL", help="ask the model there, for instance http://localhost:8000")
+    server.add_argument("--server-model", metavar="NAME", help="its name, on a server of several models")
+    server.add_argument(
+        "--requests",
+        type=int,
+        default=32,
+        metavar="N",
+        help="rows that are asked about at once (default: %(default)s)",
+    )
     add_data_arguments(parser)
     parser.add_argument(
         "--splits", nargs="+", default=["train", "validation"], metavar="NAME", help="default: train validation"
@@ -137,10 +150,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
-    from ..devices import device, working_dtype
     from ..distillation.alignment.vocabularies import check_vocab_policy
     from ..distillation.teachers.capture import capture
-    from ..distillation.teachers.live import LiveTeacher
     from ..distillation.teachers.recorded import CachedTeacher, size_on_disk
     from ..models.loading import load_config, load_tokenizer
 
@@ -151,16 +162,16 @@ def run(args: argparse.Namespace) -> None:
     generation = _generation(args)
     splits = _splits(args)
     path = teacher_path(args.teacher or args.teacher_option)
-    dtype = args.teacher_dtype or str(working_dtype()).removeprefix("torch.")
+    tokenizer = load_tokenizer(path)
     student = load_config(args.student) if args.student else None
     merged = getattr(student, "cross_attention", None) == "merged"
     start = student.decoder_start_token_id if student is not None and merged else None
     state = PartialState()  # gives each process a device of its own
     captured = capture(
-        LiveTeacher.load(path, dtype, args.teacher_quantization).to(device()),
+        _teacher(args, path, tokenizer),
         splits,
         args.output,
-        load_tokenizer(path),
+        tokenizer,
         kind=args.kind,
         k=args.k,
         rounds=args.rounds,
@@ -188,6 +199,23 @@ def run(args: argparse.Namespace) -> None:
     say_result(args, content, text)
 
 
+def _teacher(args: argparse.Namespace, path: str, tokenizer: Any) -> LiveTeacher | ServedTeacher:
+    from ..devices import device, working_dtype
+    from ..distillation.alignment.vocabularies import vocab_size
+    from ..distillation.teachers.live import LiveTeacher
+    from ..distillation.teachers.served import ServedTeacher
+    from ..models.loading import load_config
+
+    if args.server is None:
+        dtype = args.teacher_dtype or str(working_dtype()).removeprefix("torch.")
+        return LiveTeacher.load(path, dtype, args.teacher_quantization).to(device())
+    for name in ("teacher_dtype", "teacher_quantization"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} with --server, which decides that: leave one out")
+    options = {"k": args.k, "model": args.server_model, "requests": args.requests}
+    return ServedTeacher(args.server, tokenizer, vocab_size=vocab_size(load_config(path)), **options)
+
+
 def _record_encoder_states(args: argparse.Namespace) -> None:
     from accelerate import Accelerator
 
@@ -202,7 +230,8 @@ def _record_encoder_states(args: argparse.Namespace) -> None:
 
     check_vocab_policy(args.vocab_policy)
     check_at_least_one(args, "batch_size", "max_source_length", "max_target_length")
-    other = "generate" if args.generate else "push_to_hub" if args.push_to_hub is not None else None
+    given = {"generate": args.generate, "push_to_hub": args.push_to_hub, "server": args.server}
+    other = next((name for name, value in given.items() if value), None)
     if other is not None:
         raise ValueError(f"--{other.replace('_', '-')} with --encoder-states, which records no teacher: leave one out")
     splits = _splits(args)
