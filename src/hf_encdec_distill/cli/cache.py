@@ -2,7 +2,8 @@
 
 Rows that are already in the folder are not captured again: the same command continues after an interruption, and adds
 the rows of another dataset. Template and length limits have to match those of the training. Under `accelerate launch`
-the processes share the rows.
+the processes share the rows. Independent jobs share them with --shard 0/8 to --shard 7/8, into one folder, into one
+dataset on the Hub (--push-to-hub), or into folders of their own that --merge makes one.
 
 With --generate the teacher writes the targets itself. The folder keeps them too:
 `distill --teacher FOLDER --dataset FOLDER` trains on them.
@@ -53,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"causal language model or PEFT adapter: folder, Hub id, or {BUILT_IN!r}"
     teacher.add_argument("teacher", nargs="?", help=text)
     teacher.add_argument("--teacher", dest="teacher_option", metavar="TEACHER", help="the same, as an option")
+    teacher.add_argument(
+        "--merge", nargs="+", metavar="FOLDER", help="no teacher: put caches of several jobs into one, as they are"
+    )
     parser.add_argument("--output", "--out", required=True, metavar="FOLDER", help="new folder, or a cache to extend")
     parser.add_argument(
         "--kind",
@@ -121,6 +125,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --encoder-states: bf16 for a training with --bf16, fp16 for --fp16 (default: %(default)s)",
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows per batch (default: %(default)s)")
+    parser.add_argument(
+        "--shard",
+        metavar="INDEX/NUM",
+        help="capture only this shard of the rows, 0/8 to 7/8 for eight jobs; --push-to-hub adds it to the others",
+    )
     parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the cache as a dataset")
     parser.add_argument("--private", action="store_true", help="create a private dataset")
     generation = parser.add_argument_group("sequence-level distillation")
@@ -141,13 +150,15 @@ def run(args: argparse.Namespace) -> None:
     from ..distillation.alignment.vocabularies import check_vocab_policy
     from ..distillation.teachers.capture import capture
     from ..distillation.teachers.live import LiveTeacher
-    from ..distillation.teachers.recorded import CachedTeacher, size_on_disk
     from ..models.loading import load_config, load_tokenizer
 
+    if args.merge is not None:
+        return _merge(args)
     if args.encoder_states is not None:
         return _record_encoder_states(args)
     check_vocab_policy(args.vocab_policy)
     check_at_least_one(args, "max_source_length", "max_target_length")
+    index, num_shards = _shard(args.shard)
     generation = _generation(args)
     splits = _splits(args)
     path = teacher_path(args.teacher or args.teacher_option)
@@ -169,6 +180,8 @@ def run(args: argparse.Namespace) -> None:
         student_tokenizer=load_tokenizer(args.student) if args.student else None,
         vocab_policy=args.vocab_policy,
         generation=generation,
+        num_shards=num_shards,
+        index=index,
         batch_size=args.batch_size,
         prompt_template=prompt_template(args.prompt_template, args.dataset),
         max_source_length=args.max_source_length,
@@ -176,16 +189,49 @@ def run(args: argparse.Namespace) -> None:
         prompt_date=args.prompt_date or getattr(student, "prompt_date", None),
         start_token_id=start,
     )
-    if not state.is_main_process:
-        return
-    cache = CachedTeacher(args.output)
+    if state.is_main_process:
+        _report(args, captured)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from ..distillation.teachers.workers import merge_caches
+
+    merge_caches(args.merge, args.output)
+    _report(args)
+
+
+def _report(args: argparse.Namespace, captured: int | None = None) -> None:
+    """What the folder holds, and where it was uploaded to."""
+    from ..distillation.teachers.cache_hub import push
+    from ..distillation.teachers.recorded import SHARD, size_on_disk
+    from ..distillation.teachers.shards import count_keys
+    from ..distillation.teachers.workers import add_to_hub
+
+    rows, repeated = count_keys(Path(args.output), SHARD)
     size = size_on_disk(args.output)
-    content = {"output": args.output, "captured_rows": captured, "rows": len(cache), "bytes": size}
-    text = f"{args.output}: {captured} rows captured, {len(cache)} in the cache, {size / 1e6:.1f} MB"
+    content = {"output": args.output, "rows": rows, "repeated_rows": repeated, "bytes": size}
+    text = f"{rows} in the cache, {size / 1e6:.1f} MB"
+    if captured is not None:
+        content["captured_rows"] = captured
+        text = f"{captured} rows captured, {text}"
+    if repeated:
+        text += f"; {repeated} rows were captured by more than one worker, which only takes space"
+    text = f"{args.output}: {text}"
     if args.push_to_hub is not None:
-        content["url"] = cache.push_to_hub(args.push_to_hub, private=args.private or None)
+        upload = push if args.shard is None else add_to_hub
+        content["url"] = upload(Path(args.output), args.push_to_hub, args.private or None)
         text += f"\n{content['url']}"
     say_result(args, content, text)
+
+
+def _shard(given: str | None) -> tuple[int, int]:
+    """`INDEX/NUM` -> both; all rows are shard 0 of 1."""
+    index, _, num_shards = ("0/1" if given is None else given).partition("/")
+    if not (index.isdecimal() and num_shards.isdecimal()):
+        raise ValueError(
+            f"--shard {given}: give INDEX/NUM, such as 0/8 for the first of eight jobs and 7/8 for the last"
+        )
+    return int(index), int(num_shards)
 
 
 def _record_encoder_states(args: argparse.Namespace) -> None:
@@ -202,7 +248,9 @@ def _record_encoder_states(args: argparse.Namespace) -> None:
 
     check_vocab_policy(args.vocab_policy)
     check_at_least_one(args, "batch_size", "max_source_length", "max_target_length")
-    other = "generate" if args.generate else "push_to_hub" if args.push_to_hub is not None else None
+    other = next(
+        (name for name in ("generate", "push_to_hub", "shard") if getattr(args, name) not in (None, False)), None
+    )
     if other is not None:
         raise ValueError(f"--{other.replace('_', '-')} with --encoder-states, which records no teacher: leave one out")
     splits = _splits(args)

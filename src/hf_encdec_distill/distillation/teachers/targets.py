@@ -34,6 +34,7 @@ from ..images import refuse_images_of_text
 from ..losses import cross_entropy
 from .live import LiveTeacher
 from .shards import ShardWriter, read_keys, read_shards, shard_files
+from .workers import Worker
 
 
 if TYPE_CHECKING:
@@ -114,12 +115,13 @@ def generate_targets(
     collator: DistillationCollator,
     generation: TargetGeneration,
     *,
+    worker: Worker,
     split: str = "train",
     batch_size: int = 8,
     rows_per_shard: int = 2048,
     progress: bool = True,
 ) -> datasets.Dataset:
-    """Lets the teacher answer all rows that it has not answered yet; returns all answers that are in the folder.
+    """Lets the teacher answer the worker's share of the rows; returns the answers to these that are in the folder.
 
     What is sampled for a row is seeded by the row alone: the same in whatever order, in whatever batches and on
     however many processes, up to the rounding of the logits.
@@ -130,6 +132,7 @@ def generate_targets(
         folder: of a cache.
         collator: with the teacher's tokenizer on both sides, and the template and length limits of the training.
         generation: how answers are written and which are kept.
+        worker: which of those that fill the folder this is.
         split: name of the data set's part that these rows are.
         batch_size: rows that the teacher answers at once.
         rows_per_shard: rows in a file; at most so many are lost in an interruption.
@@ -142,11 +145,12 @@ def generate_targets(
     state = PartialState(cpu=teacher.device.type == "cpu")
     kept_prefix, refused_prefix = f"generated-{split}", f"refused-{split}"
     known = read_keys(folder, kept_prefix) | read_keys(folder, refused_prefix)
-    options = (state.process_index, _features(rows[0], collator), rows_per_shard)
+    options = (worker.name, _features(rows[0], collator), rows_per_shard)
     refused = datasets.Features({"key": datasets.Value("binary"), "reason": _TEXT})
     writer = ShardWriter(folder, kept_prefix, *options)
-    refusals = ShardWriter(folder, refused_prefix, state.process_index, refused, rows_per_shard)
-    share = range(state.process_index, len(rows), state.num_processes)
+    refusals = ShardWriter(folder, refused_prefix, worker.name, refused, rows_per_shard)
+    share = worker.share(len(rows))
+    asked: set[bytes] = set()
     counts: Counter[str] = Counter()
     description = f"generate {split}"
     with tqdm(
@@ -160,10 +164,11 @@ def generate_targets(
                 check_room(teacher, generation, len(request.prompt))
                 if request.key not in known:
                     requests.setdefault(request.key, request)
+                asked.add(request.key)
             known.update(requests)
-            for request, answers, reason in _answer(teacher, list(requests.values()), collator, generation, counts):
-                if answers:
-                    writer.add(*answers)
+            for request, kept, reason in _answer(teacher, list(requests.values()), collator, generation, counts):
+                if kept:
+                    writer.add(*kept)
                 else:
                     refusals.add({"key": request.key, "reason": reason})
             bar.update(len(numbers))
@@ -180,7 +185,8 @@ def generate_targets(
             f"max_new_tokens={generation.max_new_tokens} where they are unfinished, and see that prompt_template is "
             "the one that the teacher knows."
         )
-    return read_shards(folder, kept_prefix)
+    answers = read_shards(folder, kept_prefix)
+    return answers.select([number for number, key in enumerate(answers["key"]) if key in asked])
 
 
 @dataclass(frozen=True)
