@@ -300,7 +300,7 @@ MUTATIONS = [
         8,
         "a shard is written under its own name",
         "distillation/teachers/shards.py",
-        'partial = self.folder / partial_name(self.worker)',
+        "partial = self.folder / partial_name(self.worker)",
         'partial = self.folder / f"{self.prefix}-{self.worker}-{self._number:05}-new.parquet"',
         "unit/test_cache.py::test_killed_at_any_file_operation_it_goes_on",
     ),

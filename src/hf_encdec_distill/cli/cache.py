@@ -8,6 +8,9 @@ dataset on the Hub (--push-to-hub), or into folders of their own that --merge ma
 With --generate the teacher writes the targets itself. The folder keeps them too:
 `distill --teacher FOLDER --dataset FOLDER` trains on them.
 
+With --generate --server URL the teacher is on a server, also one that gives no distributions: TEACHER is the model's
+name there. `distill --teacher FOLDER --dataset FOLDER --distill-weight 0` trains on what it writes.
+
 With --encoder-states STUDENT the folder gets what the student's encoder computes of each prompt, in place of the
 teacher's predictions: `distill STUDENT --freeze-encoder --encoder-states FOLDER` then never runs the encoder. Of the
 teacher, only the tokenizer is read.
@@ -102,6 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher-quantization", choices=("8bit", "4bit"), help="load the teacher quantized, with bitsandbytes"
     )
+    parser.add_argument("--server", metavar="URL", help="with --generate: where TEACHER is served, with OpenAI's API")
     add_data_arguments(parser)
     parser.add_argument(
         "--splits", nargs="+", default=["train", "validation"], metavar="NAME", help="default: train validation"
@@ -156,6 +160,8 @@ def run(args: argparse.Namespace) -> None:
         return _merge(args)
     if args.encoder_states is not None:
         return _record_encoder_states(args)
+    if args.server is not None:
+        return _write_on_server(args)
     check_vocab_policy(args.vocab_policy)
     check_at_least_one(args, "max_source_length", "max_target_length")
     index, num_shards = _shard(args.shard)
@@ -200,26 +206,58 @@ def _merge(args: argparse.Namespace) -> None:
     _report(args)
 
 
+def _write_on_server(args: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
+    from ..distillation.teachers.http_client import HttpClient
+    from ..distillation.teachers.served_targets import write_targets
+
+    check_at_least_one(args, "max_target_length")
+    index, num_shards = _shard(args.shard)
+    generation = _generation(args)
+    if generation is None:
+        raise ValueError("--server without --generate: give --generate, for a server can write targets")
+    if args.max_source_length is not None:
+        raise ValueError("--max-source-length with --server: a server cuts no prompt; leave it out")
+    written = write_targets(
+        HttpClient(args.server),
+        _splits(args),
+        args.output,
+        generation,
+        model=args.teacher or args.teacher_option,
+        prompt_template=prompt_template(args.prompt_template, args.dataset),
+        num_shards=num_shards,
+        index=index,
+    )
+    if PartialState().is_main_process:
+        _report(args, written)
+
+
 def _report(args: argparse.Namespace, captured: int | None = None) -> None:
     """What the folder holds, and where it was uploaded to."""
     from ..distillation.teachers.cache_hub import push
-    from ..distillation.teachers.recorded import SHARD, size_on_disk
+    from ..distillation.teachers.recorded import SHARD, TARGETS, read_manifest, size_on_disk
     from ..distillation.teachers.shards import count_keys
+    from ..distillation.teachers.targets import GENERATED
     from ..distillation.teachers.workers import add_to_hub
 
-    rows, repeated = count_keys(Path(args.output), SHARD)
-    size = size_on_disk(args.output)
-    content = {"output": args.output, "rows": rows, "repeated_rows": repeated, "bytes": size}
-    text = f"{rows} in the cache, {size / 1e6:.1f} MB"
+    folder, size = Path(args.output), size_on_disk(args.output)
+    content = {"output": args.output, "bytes": size}
+    text = f"{size / 1e6:.1f} MB"
+    if args.shard is None:  # one job of many does not read what the others wrote
+        targets_only = read_manifest(folder)["kind"] == TARGETS
+        rows, repeated = count_keys(folder, GENERATED if targets_only else SHARD)
+        content |= {"rows": rows, "repeated_rows": repeated}
+        text = f"{rows} in the cache, {text}"
+        if repeated:
+            text += f"; {repeated} rows were captured by more than one job, which only takes space"
     if captured is not None:
         content["captured_rows"] = captured
         text = f"{captured} rows captured, {text}"
-    if repeated:
-        text += f"; {repeated} rows were captured by more than one worker, which only takes space"
     text = f"{args.output}: {text}"
     if args.push_to_hub is not None:
         upload = push if args.shard is None else add_to_hub
-        content["url"] = upload(Path(args.output), args.push_to_hub, args.private or None)
+        content["url"] = upload(folder, args.push_to_hub, args.private or None)
         text += f"\n{content['url']}"
     say_result(args, content, text)
 

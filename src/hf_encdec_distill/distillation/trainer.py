@@ -226,15 +226,18 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         if is_cache(teacher):
             self.teacher = CachedTeacher(teacher)
             teacher = self.teacher.folder
+            if self._has_targets_only and args.distill_weight > 0:
+                raise ValueError(f"distill_weight={args.distill_weight}: {self.teacher.how_to_train()}")
         else:
             self.teacher = LiveTeacher.load(teacher, args.teacher_dtype, args.teacher_quantization)
             check_same_on_each_process(self.teacher.model, self.accelerator)
             self.teacher.to(args.device)
-        if tokenizer is None:
+        if tokenizer is None and not self._has_targets_only:
             tokenizer = tokenizer_beside(teacher, "using the student's for both")
+        own_size = vocab_size(self.model.config)
         self._vocabulary = SharedVocabulary.between(
-            vocab_size(self.model.config),
-            self.teacher.vocab_size,
+            own_size,
+            own_size if self._has_targets_only else self.teacher.vocab_size,
             tokenizer_of(self.processing_class),
             tokenizer_of(tokenizer),
             args.vocab_policy,
@@ -329,6 +332,11 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     def is_sharded(self) -> bool:
         """Whether FSDP or DeepSpeed divide the student among processes."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @property
+    def _has_targets_only(self) -> bool:
+        """Whether nothing is known of the teacher but answers that it wrote."""
+        return isinstance(self.teacher, CachedTeacher) and self.teacher.has_targets_only
 
     @property
     def _is_fsdp2(self) -> bool:
@@ -445,7 +453,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         asked = None
         # Autocast is left: the teacher has a dtype of its own and the divergences are at least float32.
         without_autocast = torch.autocast(labels_N.device.type, enabled=False)
-        compared = self.args.distill_weight > 0 or evaluating
+        compared = self._compares(evaluating)
         layers = self._matching.teacher_layers
         if compared or layers:
             inputs = with_teacher_inputs(inputs, self._start_token_id, self._vocabulary)
@@ -549,13 +557,18 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     def _term_weights(self) -> dict[str, float]:
         """The terms that `_score` gives, in their order, and what each counts in the loss."""
         weight, evaluating = self.args.distill_weight, self._eval_sums is not None
+        compared = self._compares(evaluating)
         # Its own targets are no answers that the student should be more certain of.
         weights = {"ce_loss": 0.0 if self._on_own_targets and not evaluating else 1 - weight}
-        if weight > 0 or evaluating:
+        if compared:
             weights["distill_loss"] = weight
-        if evaluating:
+        if compared and evaluating:
             weights |= {"teacher_agreement": 0.0, "teacher_asked": 0.0}
         return weights
+
+    def _compares(self, evaluating: bool) -> bool:
+        """Whether the student is compared with the teacher: in evaluation wherever that has distributions."""
+        return self.args.distill_weight > 0 or (evaluating and not self._has_targets_only)
 
     def _combine(self, means: Mapping[str, Any]):
         return sum(weight * means[name] for name, weight in self._term_weights().items())
@@ -818,8 +831,8 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
                 means["loss"] = self._combine(means)
                 means["loss"] += self.args.hidden_state_weight * means.get("hidden_state_loss", 0.0)
                 if self._is_universal:  # ids of the two are not to be compared
-                    del means["teacher_agreement"]
-                else:
+                    means.pop("teacher_agreement", None)
+                elif "teacher_agreement" in means:
                     means["teacher_agreement"] /= means.pop("teacher_asked") or 1
                 output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         finally:

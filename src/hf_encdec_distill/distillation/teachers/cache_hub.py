@@ -86,22 +86,36 @@ def card(names: list[str], manifest: dict[str, Any]) -> str:
         data_files = [{"split": split, "path": paths} for split, paths in sorted(splits.items())]
         configs.append({"config_name": "targets", "default": True, "data_files": data_files})
     records = [name for name in names if name.startswith("shard-") and name.endswith(".parquet")]
-    configs.append({"config_name": "records", "data_files": [{"split": "train", "path": records}]})
+    if records:
+        configs.append({"config_name": "records", "data_files": [{"split": "train", "path": records}]})
     data = DatasetCardData(
         pretty_name=f"Cache of {manifest['teacher']}",
         tags=["knowledge-distillation", "hf-encdec-distill"],
         configs=configs,
     )
+    teacher, weight = manifest["teacher"], ""
+    if records:
+        about = [
+            f"What the teacher `{teacher}` predicts, recorded by `hf-encdec-distill cache` for distillation: "
+            f"{_BY_KIND[manifest['kind']].format(**manifest)}.",
+            "A row of `records` belongs to one row of the data that was captured; its `key` is a hash of the tokens "
+            "that the teacher read and of the positions it was asked about."
+            + (" `targets` has the sources and the answers that the teacher wrote for them." if splits else ""),
+        ]
+    else:
+        about = [
+            f"What the teacher `{teacher}` wrote on a server, asked by `hf-encdec-distill cache --generate --server` "
+            "for distillation: a source in each row, and an answer to it in place of the target. `mean_log_prob` is "
+            "the mean log-probability of the answer's tokens in nats, where the server gave it."
+        ]
+        weight = "  # distill_weight=0"
     lines = [
         f"---\n{data.to_yaml()}\n---",
         f"# {data.pretty_name}",
-        f"What the teacher `{manifest['teacher']}` predicts, recorded by `hf-encdec-distill cache` for distillation: "
-        f"{_BY_KIND[manifest['kind']].format(**manifest)}.",
-        "A row of `records` belongs to one row of the data that was captured; its `key` is a hash of the tokens that "
-        "the teacher read and of the positions it was asked about."
-        + (" `targets` has the sources and the answers that the teacher wrote for them." if splits else ""),
+        *about,
         "```python\nfrom hf_encdec_distill import DistillationTrainer\n\n"
-        'trainer = DistillationTrainer(model=student, args=args, teacher="hf://datasets/USER/NAME", ...)\n```',
+        'trainer = DistillationTrainer(model=student, args=args, teacher="hf://datasets/USER/NAME", ...)'
+        f"{weight}\n```",
         f"```json\n{json.dumps(manifest, indent=1, ensure_ascii=False)}\n```",
     ]
     return "\n\n".join(lines) + "\n"

@@ -99,8 +99,8 @@ def capture(
     folder = Path(folder)
     at_least_one = {"k": k, "rounds": rounds, "batch_size": batch_size, "rows_per_shard": rows_per_shard}
     _check_options(kind, vocab_policy, at_least_one, {"temperature": temperature, "proposal_power": proposal_power})
-    splits = _splits_with_rows(dataset)
-    _check_shard(num_shards, index, sum(map(len, splits.values())))
+    splits = splits_with_rows(dataset)
+    check_shard(num_shards, index, sum(map(len, splits.values())))
     vocabulary = None
     if vocab_policy in ("id_map", "universal"):
         student_size = 0 if student_tokenizer is None else 1 + max(student_tokenizer.get_vocab().values())
@@ -183,7 +183,8 @@ def _check_options(
         )
 
 
-def _splits_with_rows(dataset: "datasets.Dataset | datasets.DatasetDict | list[dict]") -> dict[str, Any]:
+def splits_with_rows(dataset: "datasets.Dataset | datasets.DatasetDict | list[dict]") -> dict[str, Any]:
+    """By their names, `train` for rows without one; raises ValueError where there is no row."""
     splits = dataset if isinstance(dataset, dict) else {"train": dataset}
     splits = {name: rows for name, rows in splits.items() if len(rows)}
     if not splits:
@@ -296,7 +297,8 @@ def _flat(ids: Tensor) -> np.ndarray:
     return ids.to(torch.int32).flatten().cpu().numpy()
 
 
-def _check_shard(num_shards: int, index: int, rows: int) -> None:
+def check_shard(num_shards: int, index: int, rows: int) -> None:
+    """Raises ValueError where there is no such job, or no row for it."""
     if not 0 <= index < num_shards:
         raise ValueError(f"shard {index} of {num_shards}: give an index from 0 to the number of shards less 1.")
     if index >= rows:

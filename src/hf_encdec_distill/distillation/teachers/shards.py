@@ -5,6 +5,7 @@ hash being that of its own bytes: one that was cut or altered is found, and what
 taken for one. Any number of workers may write to a folder at once.
 """
 
+import math
 import os
 import shutil
 import time
@@ -35,19 +36,30 @@ class ShardWriter:
         worker: the name of who writes; each worker writes shards of its own.
         features: the columns of a row.
         rows_per_shard: rows from which on a shard is written; at most so many are lost in an interruption.
+        seconds_per_shard: after which a row is written, however few there are.
     """
 
-    def __init__(self, folder: Path, prefix: str, worker: str, features: datasets.Features, rows_per_shard: int):
+    def __init__(
+        self,
+        folder: Path,
+        prefix: str,
+        worker: str,
+        features: datasets.Features,
+        rows_per_shard: int,
+        seconds_per_shard: float = math.inf,
+    ):
         self.folder, self.prefix, self.worker = folder, prefix, worker
-        self.features, self.rows_per_shard = features, rows_per_shard
+        self.features, self.rows_per_shard, self.seconds_per_shard = features, rows_per_shard, seconds_per_shard
         self.rows = 0
         self._number = len(shard_files(folder, f"{prefix}-{worker}"))
         self._buffer: list[Mapping[str, Any]] = []
 
     def add(self, *rows: Mapping[str, Any]) -> None:
         """Rows that belong together: all of them are in one shard."""
+        if not self._buffer:
+            self._begun = time.monotonic()
         self._buffer += rows
-        if len(self._buffer) >= self.rows_per_shard:
+        if len(self._buffer) >= self.rows_per_shard or time.monotonic() - self._begun > self.seconds_per_shard:
             self.flush()
 
     def flush(self) -> None:
