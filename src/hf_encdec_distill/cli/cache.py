@@ -209,7 +209,6 @@ def _merge(args: argparse.Namespace) -> None:
 def _write_on_server(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
-    from ..distillation.teachers.http_client import HttpClient
     from ..distillation.teachers.served_targets import write_targets
 
     check_at_least_one(args, "max_target_length")
@@ -220,7 +219,7 @@ def _write_on_server(args: argparse.Namespace) -> None:
     if args.max_source_length is not None:
         raise ValueError("--max-source-length with --server: a server cuts no prompt; leave it out")
     written = write_targets(
-        HttpClient(args.server),
+        args.server,
         _splits(args),
         args.output,
         generation,

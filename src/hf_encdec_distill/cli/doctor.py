@@ -35,6 +35,7 @@ _ADDS = {
     "images": "students that read images",
     "peft": "teach, and teachers that are LoRA adapters",
     "quantization": "teachers in 8 or 4 bits",
+    "served": "teachers on a server of vLLM or SGLang",
 }
 _MODULES = {"huggingface-hub": "huggingface_hub", "pyyaml": "yaml"}  # the others are named as their distributions
 _OURS = ("hf_encdec_distill.models.rope_encdec", "hf_encdec_distill.distillation.trainer")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .teachers.live import LiveTeacher as LiveTeacher
     from .teachers.recorded import CachedTeacher as CachedTeacher
     from .teachers.recorded import is_cache as is_cache
+    from .teachers.served import ServedTeacher as ServedTeacher
     from .teachers.signal import TeacherSignal as TeacherSignal
     from .teachers.targets import TargetGeneration as TargetGeneration
     from .trainer import DistillationTrainer as DistillationTrainer
@@ -29,6 +30,7 @@ else:
             ".teachers.signal": ["TeacherSignal"],
             ".teachers.live": ["LiveTeacher"],
             ".teachers.recorded": ["CachedTeacher", "is_cache"],
+            ".teachers.served": ["ServedTeacher"],
             ".teachers.capture": ["capture"],
             ".teachers.targets": ["TargetGeneration"],
         },

@@ -1,4 +1,5 @@
-"""The teacher's distributions: from a model, or from a record of one. `signal` has what the trainer asks of either."""
+"""The teacher's distributions: from a model here or on a server, or from a record of one. `signal` has what the
+trainer asks of each."""
 
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     from .live import LiveTeacher as LiveTeacher
     from .recorded import CachedTeacher as CachedTeacher
     from .recorded import is_cache as is_cache
+    from .served import ServedTeacher as ServedTeacher
     from .signal import TeacherScores as TeacherScores
     from .signal import TeacherSignal as TeacherSignal
     from .targets import TargetGeneration as TargetGeneration
@@ -19,6 +21,7 @@ else:
             ".signal": ["TeacherScores", "TeacherSignal"],
             ".live": ["LiveTeacher"],
             ".recorded": ["CachedTeacher", "is_cache"],
+            ".served": ["ServedTeacher"],
             ".targets": ["TargetGeneration"],
         },
     )

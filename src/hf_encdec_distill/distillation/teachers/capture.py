@@ -4,7 +4,8 @@ import dataclasses
 import importlib.metadata
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ...models.prompts import frozen_prompt_date, in_a_class_of_both_versions
 from ..alignment.positions import IMAGES_DIGEST, asked_positions, target_positions, teacher_images, with_teacher_inputs
@@ -29,26 +31,29 @@ from .recorded import (
     KINDS,
     MANIFEST,
     SHARD,
+    read_manifest,
     recorded_prompt_date,
     size_on_disk,
 )
+from .served import ServedTeacher
 from .shards import ShardWriter, read_keys, remove_left_behind
 from .targets import TargetGeneration, check_room, generate_targets
 from .workers import Worker, join_folder
 
 
 _ROWS_PER_SHARD = 2048
+_ROWS_PER_COMPARISON = 256  # with what a server predicted at first
 _MOST_ROUNDS = 100_000  # of a target; they are drawn at once, in memory
 
 
 def capture(
-    teacher: LiveTeacher,
+    teacher: LiveTeacher | ServedTeacher,
     dataset: "datasets.Dataset | datasets.DatasetDict | list[dict]",
     folder: str | os.PathLike,
     tokenizer=None,
     *,
     kind: str = "top_k",
-    k: int = 32,
+    k: int | None = None,
     rounds: int = 50,
     proposal_power: float = 1.0,
     temperature: float = 1.0,
@@ -69,13 +74,13 @@ def capture(
     their own (`workers.merge_caches`).
 
     Args:
-        teacher: on the device where it is to run.
+        teacher: on the device where it is to run, or on a server, which gives `top_k` at temperature 1 only.
         dataset: rows as `DistillationCollator` takes them; the splits of a `DatasetDict` are all captured.
         folder: of the cache; made if it is not there.
         tokenizer: the teacher's; needed for text rows.
         kind: `top_k` keeps the likeliest tokens and the mass of all others, `sampled` tokens that were drawn, with
             importance weights (arXiv 2503.16870), `dense` the whole distribution in float16.
-        k: tokens that `top_k` keeps for each position.
+        k: tokens that `top_k` keeps for each position, 32 by default; of a teacher on a server those that it gives.
         rounds: draws that `sampled` makes for each position; the tokens kept are fewer where some come up again.
         proposal_power: `sampled` draws from what is proportional to the teacher's probability to this power: below 1
             rare tokens come up more often, above 1 less often; the weights make up for it.
@@ -84,8 +89,8 @@ def capture(
             splits of a data set, and their distributions are captured. None takes the targets of `dataset`.
         num_shards: independent jobs that share the rows, as in `Dataset.shard`; each may have several processes.
         index: which of these jobs this is, from 0.
-        batch_size: rows that the teacher reads at once.
-        rows_per_shard: rows in a file; at most so many are lost in an interruption.
+        batch_size: rows that the teacher reads at once; for one on a server at least its `requests`.
+        rows_per_shard: rows in a file; at most so many are lost where the process is killed.
         progress: show a bar with target tokens a second and the size of the cache.
         student_tokenizer: the student's; needed for `vocab_policy` `id_map` and `universal`, by default the teacher's.
         vocab_policy: of the training, see `DistillationTrainingArguments`.
@@ -94,9 +99,15 @@ def capture(
 
     Raises:
         ValueError: a cache in `folder` was made by another teacher, tokenizer, template or kind (the field is named);
-            logits of the teacher are not finite; arguments out of range or at odds.
+            logits of the teacher are not finite; a server has another model than at first; arguments out of range or
+            at odds.
     """
     folder = Path(folder)
+    if isinstance(teacher, ServedTeacher):
+        _check_served(teacher, kind, k, temperature, vocab_policy, generation)
+        k, batch_size = teacher.k, max(batch_size, teacher.requests)
+    elif k is None:
+        k = 32
     at_least_one = {"k": k, "rounds": rounds, "batch_size": batch_size, "rows_per_shard": rows_per_shard}
     _check_options(kind, vocab_policy, at_least_one, {"temperature": temperature, "proposal_power": proposal_power})
     splits = splits_with_rows(dataset)
@@ -107,7 +118,7 @@ def capture(
         vocabulary = SharedVocabulary.between(
             student_size, teacher.vocab_size, student_tokenizer, tokenizer, vocab_policy
         )
-    if generation is not None:
+    if isinstance(teacher, LiveTeacher) and generation is not None:
         check_room(teacher, generation)
     recorded = {
         "kind": kind,
@@ -131,8 +142,10 @@ def capture(
         join_folder(folder, manifest, worker.name, lambda partial: _save_tokenizer(tokenizer, partial))
     state.wait_for_everyone()
     remove_left_behind(folder, worker.name)
+    if isinstance(teacher, ServedTeacher):
+        teacher.expect(read_manifest(folder)["server"])
     progress = progress and state.is_main_process
-    if generation is not None:
+    if isinstance(teacher, LiveTeacher) and generation is not None:
         splits = {
             name: generate_targets(
                 teacher,
@@ -155,8 +168,10 @@ def capture(
     numbered = [(name, number) for name, rows in splits.items() for number in range(len(rows))]
     # What the teacher wrote are the answers to the rows of this worker.
     share = numbered if generation is not None else [numbered[place] for place in worker.share(len(numbered))]
-    _capture_rows(teacher, splits, share, collate, recorded, folder, writer, batch_size, progress)
-    writer.flush()
+    try:
+        _capture_rows(teacher, splits, share, collate, recorded, folder, writer, batch_size, progress)
+    finally:
+        writer.flush()
     state.wait_for_everyone()
     if state.is_main_process:
         write_card(folder, manifest)
@@ -192,8 +207,54 @@ def splits_with_rows(dataset: "datasets.Dataset | datasets.DatasetDict | list[di
     return splits
 
 
+def _check_served(
+    teacher: ServedTeacher,
+    kind: str,
+    k: int | None,
+    temperature: float,
+    vocab_policy: str,
+    generation: TargetGeneration | None,
+) -> None:
+    """Raises ValueError where a server cannot give what is to be recorded."""
+    if kind != "top_k":
+        raise ValueError(
+            f"kind={kind!r} needs the whole distribution, and a server gives the likeliest {teacher.k} tokens: "
+            "capture kind='top_k', or give a teacher that is here."
+        )
+    if k not in (None, teacher.k):
+        raise ValueError(f"k={k}, but the server is asked for {teacher.k}: give ServedTeacher(..., k={k}).")
+    if generation is not None:
+        raise ValueError(
+            "generation with a teacher that is asked for log-probabilities: let the server write the targets, with "
+            "cache --generate --server."
+        )
+    divergence = "universal_logit_distance" if vocab_policy == "universal" else "forward_kl"
+    teacher.check(None, divergence, temperature)
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Those rows of a batch that the cache does not hold yet, and where the teacher is asked about them.
+
+    Args:
+        names: split and number of each row of the batch, for messages.
+        ids, mask: `[B, L]`.
+        rows, columns: `[N]` each.
+        images: what the teacher is given beside tokens.
+        keys: of the rows that are asked about, by their row in the batch.
+    """
+
+    names: Sequence[tuple[str, int]]
+    ids: Tensor
+    mask: Tensor
+    rows: Tensor
+    columns: Tensor
+    images: dict[str, Tensor]
+    keys: dict[int, bytes]
+
+
 def _capture_rows(
-    teacher: LiveTeacher,
+    teacher: LiveTeacher | ServedTeacher,
     splits: Mapping[str, Any],
     share: Sequence[tuple[str, int]],
     collate: DistillationCollator,
@@ -204,66 +265,103 @@ def _capture_rows(
     progress: bool,
 ) -> None:
     """Writes the rows of `share`, each a split and a number, that the cache does not hold yet."""
-    known = read_keys(folder, SHARD)
-    tokens, seconds = 0, 0.0
+    questions = _questions(splits, share, collate, read_keys(folder, SHARD), batch_size)
+    if isinstance(teacher, ServedTeacher):
+        questions = _sent_ahead(teacher, questions)
+    waiting: list[dict[str, Any]] = []  # until it is known that the server had its model when it gave them
+    tokens, begin = 0, time.monotonic()
     with tqdm(total=len(share), unit=" rows", desc="capture", disable=not progress) as bar:
-        for first in range(0, len(share), batch_size):
-            names = share[first : first + batch_size]
-            batch = collate([splits[name][number] for name, number in names])
-            if "labels" not in batch:
-                name, number = names[0]
-                raise ValueError(f"row {number} of {name} has no target; a teacher is asked at targets.")
-            begin = time.monotonic()
-            batch = {**batch, **with_teacher_inputs(batch, collate.start_token_id, collate.vocabulary)}
-            count = _capture_batch(teacher, batch, names, recorded, known, writer)
-            if count:
-                tokens, seconds = tokens + count, seconds + time.monotonic() - begin
-                bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s, {size_on_disk(folder) / 1e6:.1f} MB")
-            bar.update(len(names))
+        for question in questions:
+            if question.keys:
+                waiting += _records(teacher, question, recorded)
+                tokens += len(question.rows)
+                speed = tokens / (time.monotonic() - begin)
+                bar.set_postfix_str(f"{speed:.0f} tokens/s, {size_on_disk(folder) / 1e6:.1f} MB")
+            if isinstance(teacher, LiveTeacher) or len(waiting) >= _ROWS_PER_COMPARISON:
+                _keep(teacher, waiting, writer)
+            bar.update(len(question.names))
+    _keep(teacher, waiting, writer)
 
 
-def _capture_batch(
-    teacher: LiveTeacher,
-    batch: Mapping[str, Tensor],
-    names: Sequence[tuple[str, int]],
-    recorded: dict[str, Any],
+def _keep(teacher: LiveTeacher | ServedTeacher, rows: list[dict[str, Any]], writer: ShardWriter) -> None:
+    """Hands rows to the writer; the list is empty then."""
+    if rows and isinstance(teacher, ServedTeacher):
+        teacher.confirm()
+    for row in rows:
+        writer.add(row)
+    rows.clear()
+
+
+def _questions(
+    splits: Mapping[str, Any],
+    share: Sequence[tuple[str, int]],
+    collate: DistillationCollator,
     known: set[bytes],
-    writer: ShardWriter,
-) -> int:
-    """Writes the rows of a batch that are not `known` yet, and adds them there; returns their target tokens.
+    batch_size: int,
+) -> Iterator[_Question]:
+    """One for each batch of rows; those that are asked about are added to `known`."""
+    for first in range(0, len(share), batch_size):
+        names = share[first : first + batch_size]
+        batch = collate([splits[name][number] for name, number in names])
+        if "labels" not in batch:
+            name, number = names[0]
+            raise ValueError(f"row {number} of {name} has no target; a teacher is asked at targets.")
+        batch = {**batch, **with_teacher_inputs(batch, collate.start_token_id, collate.vocabulary)}
+        rows, columns = target_positions(batch["labels"])
+        ids, mask = batch["teacher_input_ids"], batch["teacher_attention_mask"]
+        rows, columns, _ = asked_positions(batch, rows, columns)
+        images = teacher_images(batch)
+        fresh = {}
+        for row, key in enumerate(row_keys(ids, mask, rows, columns, images.get(IMAGES_DIGEST))):
+            if key is not None and key not in known:  # which it may be by another row of this batch
+                known.add(key)
+                fresh[row] = key
+        wanted = torch.isin(rows, torch.tensor(list(fresh)))
+        yield _Question(names, ids, mask, rows[wanted], columns[wanted], images, fresh)
+
+
+def _sent_ahead(teacher: ServedTeacher, questions: Iterable[_Question]) -> Iterator[_Question]:
+    """Each question when the one after it has been sent too, so that the server never waits for this process."""
+    last = None
+    for question in questions:
+        if question.keys:
+            teacher.ask(question.ids, question.mask, question.rows, question.columns)
+        if last is not None:
+            yield last
+        last = question
+    if last is not None:
+        yield last
+
+
+def _records(
+    teacher: LiveTeacher | ServedTeacher, question: _Question, recorded: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The rows of the cache that answer a question.
 
     Args:
-        batch: with the `teacher_*` tensors and `labels`.
-        names: split and number of each row, for messages.
         recorded: the part of the manifest that says what is kept of a distribution.
     """
-    rows, columns = target_positions(batch["labels"])
-    ids, mask = batch["teacher_input_ids"], batch["teacher_attention_mask"]
-    rows, columns, _ = asked_positions(batch, rows, columns)
-    images = teacher_images(batch)
-    keys = row_keys(ids, mask, rows, columns, images.get(IMAGES_DIGEST))
-    fresh = [row for row, key in enumerate(keys) if key is not None and key not in known]
-    if not fresh:
-        return 0
-    wanted = torch.isin(rows, torch.tensor(fresh))
-    rows, columns = rows[wanted], columns[wanted]
-    of_rows = teacher.logits_at(ids.to(teacher.device), mask.to(teacher.device), rows, columns, images=images)
+    ids, mask, rows, columns = question.ids, question.mask, question.rows, question.columns
+    if isinstance(teacher, ServedTeacher):
+        found = teacher.scores(ids, mask, rows, columns, SharedVocabulary(0, 0), images=question.images)
+        parts = {"ids": found.ids.int(), "log_probs": found.log_probs, "tail": found.tail}
+        return [
+            {"key": key, **{name: part[rows == row].flatten().numpy() for name, part in parts.items()}}
+            for row, key in question.keys.items()
+        ]
+    of_rows = teacher.logits_at(ids.to(teacher.device), mask.to(teacher.device), rows, columns, images=question.images)
     logits = of_rows(slice(None))
     bad = ~torch.isfinite(logits).all(dim=-1).cpu()
     if bad.any():
-        name, number = names[int(rows[bad][0])]
+        name, number = question.names[int(rows[bad][0])]
         raise ValueError(
             f"the teacher's logits for row {number} of {name} are not finite: run it in another dtype, or "
             "leave that row out. What was captured before is kept."
         )
-    for row in fresh:
-        key = keys[row]
-        if key is None or key in known:  # twice in one batch
-            continue
-        known.add(key)
-        of_row = logits[(rows == row).to(logits.device)]
-        writer.add({"key": key, **_record(of_row, recorded, key)})
-    return len(rows)
+    return [
+        {"key": key, **_record(logits[(rows == row).to(logits.device)], recorded, key)}
+        for row, key in question.keys.items()
+    ]
 
 
 def _record(logits: Tensor, recorded: dict[str, Any], key: bytes) -> dict[str, np.ndarray]:
@@ -311,9 +409,12 @@ def _save_tokenizer(tokenizer, folder: Path) -> None:
 
 
 def _manifest(
-    teacher: LiveTeacher, tokenizer, recorded: dict[str, Any], prompt_template: str | None, prompt_date: str | None
+    teacher: LiveTeacher | ServedTeacher,
+    tokenizer,
+    recorded: dict[str, Any],
+    prompt_template: str | None,
+    prompt_date: str | None,
 ) -> dict[str, Any]:
-    name = teacher.model.config._name_or_path
     return {
         "format": FORMAT,
         **recorded,
@@ -322,11 +423,25 @@ def _manifest(
         "prompt_template": prompt_template,
         **({} if prompt_date is None else {"prompt_date": prompt_date}),
         **({"teacher_input_names": list(teacher.input_names)} if teacher.input_names else {}),
-        # Where it lies on this machine is nobody's business on the Hub.
-        "teacher": Path(name).name if os.path.isdir(name) else name,
-        "teacher_config": config_digest(teacher.model),
-        "teacher_dtype": str(teacher.model.dtype).removeprefix("torch."),
-        "teacher_adapter": adapter_digest(teacher.model),
-        "teacher_weights": weights_digest(teacher.model),
+        **(_of_server(teacher) if isinstance(teacher, ServedTeacher) else _of_model(teacher.model)),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
     }
+
+
+def _of_model(model: PreTrainedModel) -> dict[str, Any]:
+    name = model.config._name_or_path
+    return {
+        # Where it lies on this machine is nobody's business on the Hub.
+        "teacher": Path(name).name if os.path.isdir(name) else name,
+        "teacher_config": config_digest(model),
+        "teacher_dtype": str(model.dtype).removeprefix("torch."),
+        "teacher_adapter": adapter_digest(model),
+        "teacher_weights": weights_digest(model),
+    }
+
+
+def _of_server(teacher: ServedTeacher) -> dict[str, Any]:
+    """Weights on a server are known by what they predict."""
+    described = teacher.describe()
+    unknown = ("teacher_config", "teacher_dtype", "teacher_adapter", "teacher_weights")
+    return {"teacher": described["model"], **dict.fromkeys(unknown), "server": described}

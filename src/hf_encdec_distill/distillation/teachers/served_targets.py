@@ -49,7 +49,7 @@ _PATIENCE_AT_START = 30.0  # seconds; a wrong address or option should not take 
 
 
 def write_targets(
-    client: "HttpClient",
+    url: str,
     dataset: "datasets.Dataset | datasets.DatasetDict | list[dict]",
     folder: str | os.PathLike,
     generation: TargetGeneration,
@@ -60,6 +60,9 @@ def write_targets(
     target_column: str = "target",
     num_shards: int = 1,
     index: int = 0,
+    requests: int = 32,
+    timeout: float = 300.0,
+    patience: float = 900.0,
     progress: bool = True,
 ) -> int:
     """Let a server answer all rows of `dataset` that it has not answered yet; returns how many answers were added.
@@ -69,7 +72,7 @@ def write_targets(
     stopped: at most the answers of the last minute are asked for once more.
 
     Args:
-        client: of the server.
+        url: of the server; an API key comes from the environment variable HF_ENCDEC_TEACHER_API_KEY.
         dataset: text rows; the splits of a `DatasetDict` are all answered.
         folder: new, or one to go on with.
         generation: as for a local teacher. A server samples with its own defaults of what is not said here, such as
@@ -78,13 +81,21 @@ def write_targets(
         prompt_template: text with `{source}` in it; without one, the server's chat template.
         source_column, target_column: of the rows.
         num_shards, index: see `capture`.
+        requests: most requests in flight.
+        timeout: seconds to wait for one answer.
+        patience: seconds in which a request that fails is tried again.
         progress: show a bar.
 
     Raises:
         ValueError: what the server or these rows cannot give; a folder with the answers of another model, or to other
             `generation`.
         OSError: the server does not answer.
+        ImportError: httpx or tenacity is missing.
     """
+    try:
+        from .http_client import HttpClient
+    except ImportError as error:
+        raise ImportError('a teacher on a server needs: pip install "hf-encdec-distill[served]"') from error
     if generation.num_beams > 1:
         raise ValueError(
             f"num_beams={generation.num_beams}: a server gives no beams. Leave it out, or sample several answers "
@@ -110,6 +121,7 @@ def write_targets(
         return Request(request_key(read, reference), prompt, source, reference, is_conversation, *columns)
 
     first = request_of(next(iter(splits.values()))[0])
+    client = HttpClient(url, requests=requests, timeout=timeout, patience=patience)
     writer = _Writer(client, model or _only_model(client), generation, is_chat=prompt_template is None)
     writer.find_out(first)
     state = PartialState(cpu=True)
@@ -139,7 +151,9 @@ def write_targets(
 
 
 def _only_model(client: "HttpClient") -> str:
-    names = client.ask("/v1/models", read=lambda answer: [card["id"] for card in answer["data"]]).result()
+    names = client.ask(
+        "/v1/models", read=lambda answer: [card["id"] for card in answer["data"]], patience=_PATIENCE_AT_START
+    ).result()
     if len(names) != 1:
         raise ValueError(
             f"the server {client.url} has {len(names)} models, {', '.join(names[:8])}...: name one of them."

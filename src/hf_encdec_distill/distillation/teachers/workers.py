@@ -73,6 +73,12 @@ def join_folder(
 
 def check_agrees(found: dict[str, Any], manifest: dict[str, Any], where: Any) -> None:
     """Raises ValueError, naming the field, where the two manifests are not of one capture."""
+    if ("server" in found) != ("server" in manifest):
+        of = ("was", "is not") if "server" in found else ("was not", "is")
+        raise ValueError(
+            f"the cache {where} {of[0]} captured from a teacher on a server, and this one {of[1]}: capture into "
+            "another folder."
+        )
     for name in IDENTITY:
         ours = manifest.get(name)
         if found.get(name, ours) != ours:  # older caches do not say their prompt_date
