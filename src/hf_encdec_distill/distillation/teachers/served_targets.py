@@ -12,6 +12,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -232,7 +233,7 @@ class _Writer:
             if name in message:
                 del self._optional[name]
                 return True
-        if self._n > 1 and ("'n'" in message or '"n"' in message or "n > 1" in message):
+        if self._n > 1 and re.search(r"\bn\b", message):
             self._n = 1
             return True
         return False
