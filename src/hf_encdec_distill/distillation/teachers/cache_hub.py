@@ -65,7 +65,7 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 def write_card(folder: Path, manifest: dict[str, Any]) -> None:
     """`README.md`, whose metadata tell `load_dataset` which file is what."""
-    names: list[str] = []
+    names: list[str] | None = None
     while (now := [file.name for file in shard_files(folder)]) != names:  # another worker may have put one there
         names = now
         partial = folder / partial_name("card")

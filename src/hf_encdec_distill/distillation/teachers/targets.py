@@ -250,7 +250,7 @@ class Request:
     """One row: what the teacher reads, what is kept of the row, and its key, which also seeds what is sampled."""
 
     key: bytes
-    prompt: "list[int] | str | list[dict]"
+    prompt: Any  # ids; for a server a text, or messages
     source: "str | list[dict]"
     reference: str | None
     is_conversation: bool
