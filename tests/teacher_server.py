@@ -1,14 +1,11 @@
 """A server of a transformers model that speaks as vLLM 0.33.0 or SGLang 0.5.23 do, errors included, and faults on top.
 
-    python teacher_server.py MODEL_FOLDER --kind vllm --port 8000
-
 Faithful to `vllm/entrypoints/openai/completion/serving.py`, `vllm/v1/engine/logprobs.py`, `vllm/sampling_params.py`
 and `vllm/entrypoints/serve/tokenize/`, and to `sglang/srt/entrypoints/http_server.py` and
 `sglang/srt/managers/scheduler_components/logprob_result_processor.py`, in what a client sees of log-probabilities of a
 prompt. `server.faults.append(Fault(...))` makes the next scoring requests go wrong.
 """
 
-import argparse
 import json
 import threading
 import time
@@ -266,25 +263,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
-
-
-def main():
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("--kind", default="vllm")
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--delay", type=float, default=0.0)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    options = {"kind": args.kind, "port": args.port, "delay": args.delay, "max_logprobs": 64}
-    with TeacherServer(model, tokenizer, **options) as server:
-        print(server.url, flush=True)
-        threading.Event().wait()
-
-
-if __name__ == "__main__":
-    main()

@@ -3,18 +3,23 @@
 import json
 import logging
 import math
-import threading
+import os
+import subprocess
+import sys
 import time
 import traceback
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from distillation_toys import arguments, make_t5, make_teacher, ragged_rows
+from distillation_toys import arguments, make_t5, make_teacher, ragged_rows, write_pairs, write_teacher
 from teacher_server import KEY, Fault, TeacherServer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_encdec_distill import DistillationTrainer
+from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.distillation import CachedTeacher, LiveTeacher, ServedTeacher, TargetGeneration, capture
 from hf_encdec_distill.distillation.alignment.vocabularies import SharedVocabulary
 from hf_encdec_distill.distillation.teachers import http_client, served
@@ -55,10 +60,10 @@ def vllm(tokenizer):
 
 
 def ask_for(server, tokenizer, **options):
-    return ServedTeacher(server.url, tokenizer, **{"k": 8, "patience": 5.0, **options})
+    return ServedTeacher(server.url, tokenizer, **{"k": 8, "patience": 60.0, **options})
 
 
-# What it predicts ------------------------------------------------------------------------------------------------------
+# What it predicts ----------------------------------------------------------------------------------------------------
 
 
 def test_scores_are_those_of_the_model(server, tokenizer):
@@ -100,10 +105,584 @@ def test_a_served_record_equals_a_local_one(server, tokenizer, tmp_path):
             teacher_processing_class=tokenizer,
         )
         losses.append(trainer.train().training_loss)
-    local, remote = (CachedTeacher(tmp_path / name)._rows.sort("key").with_format("numpy") for name in ("local", "served"))
-    assert local["key"] == remote["key"]
-    for row, other in zip(local, remote):
+    local, remote = (_rows(tmp_path / name) for name in ("local", "served"))
+    assert local.keys() == remote.keys()
+    for key, row in local.items():
+        other = remote[key]
         assert row["ids"].tolist() == other["ids"].tolist()
         np.testing.assert_allclose(row["log_probs"], other["log_probs"], atol=1e-5)
         np.testing.assert_allclose(row["tail"], other["tail"], atol=1e-4)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_text_rows_and_another_vocabulary_size(vllm, tokenizer, tmp_path):
+    """The model has more ids than its tokenizer, as most have."""
+    teacher = ask_for(vllm, tokenizer, vocab_size=280)
+    capture(teacher, TEXTS, tmp_path / "served", tokenizer, progress=False)
+    capture(LiveTeacher(vllm.model), TEXTS, tmp_path / "local", tokenizer, k=8, progress=False)
+    served, local = (CachedTeacher(tmp_path / name) for name in ("served", "local"))
+    assert served._keys.tolist() == local._keys.tolist() and len(served) == len(TEXTS)
+
+
+# Training with it ----------------------------------------------------------------------------------------------------
+
+
+def train(server, tokenizer, folder, teacher=None, rows=ROWS, **changed):
+    settings = {"distill_weight": 0.8, "num_train_epochs": 1, "learning_rate": 0.1, "optim": "sgd"}
+    trainer = DistillationTrainer(
+        make_t5(),
+        arguments(folder, **{"per_device_train_batch_size": 3, **settings, **changed}),
+        train_dataset=rows,
+        eval_dataset=rows[:5],
+        processing_class=tokenizer,
+        teacher=teacher or server.url,
+        teacher_processing_class=tokenizer,
+    )
+    trainer.train()
+    return trainer, trainer.evaluate()
+
+
+def test_training_from_a_server_is_training_from_its_record(vllm, tokenizer, tmp_path):
+    """With accumulation, evaluation in between and at the end; each row is asked about once each time it is used."""
+    capture(ask_for(vllm, tokenizer, k=20), ROWS, tmp_path / "cache", tokenizer, progress=False)
+    begun = len(vllm.scored)
+    options = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "num_train_epochs": 2}
+    live, found = train(vllm, tokenizer, tmp_path / "a", **options)
+    asked = len(vllm.scored) - begun - len(live.teacher._probes)
+    recorded, expected = train(vllm, tokenizer, tmp_path / "b", teacher=str(tmp_path / "cache"), **options)
+    evaluations = sum("eval_loss" in entry for entry in live.state.log_history)
+    assert asked == 2 * len(ROWS) + evaluations * 5
+    losses = ([x["loss"] for x in t.state.log_history if "loss" in x] for t in (live, recorded))
+    assert next(losses) == pytest.approx(next(losses), rel=1e-4)
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-4)
+    assert found["eval_teacher_agreement"] == expected["eval_teacher_agreement"]
+    assert not live.teacher._asked
+
+
+def test_the_next_batch_is_asked_for_while_the_student_steps(vllm, tokenizer, tmp_path):
+    before = []
+
+    class Watching(DistillationTrainer):
+        def training_step(self, *args, **kwargs):
+            under_way = set(self.teacher._asked)
+            before.append((self.state.global_step, len(under_way)))
+            return super().training_step(*args, **kwargs)
+
+    trainer = Watching(
+        make_t5(),
+        arguments(tmp_path, distill_weight=1.0, per_device_train_batch_size=3, num_train_epochs=1),
+        train_dataset=ROWS[:9],
+        processing_class=tokenizer,
+        teacher=vllm.url,
+        teacher_processing_class=tokenizer,
+    )
+    trainer.train()
+    assert before == [(0, 6), (1, 6), (2, 3)]  # this batch and the next; there is none after the last
+
+
+def test_on_policy_steps_are_scored_on_the_server(vllm, tokenizer, tmp_path):
+    """And what the student wrote, never the rows that it would have learnt from otherwise."""
+    trainer, _ = train(vllm, tokenizer, tmp_path, on_policy_fraction=1.0, max_target_length=6, max_steps=3)
+    targets = {tuple(row["input_ids"] + row["labels"]) for row in ROWS}
+    asked = {tuple(ids) for ids in vllm.scored[len(trainer.teacher._probes) :]}
+    evaluated = {tuple(row["input_ids"] + row["labels"]) for row in ROWS[:5]}
+    assert asked & targets == evaluated and len(asked) > len(evaluated)
+    assert all("ce_loss" not in entry for entry in trainer.state.log_history if "loss" in entry)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"distill_temperature": 2.0}, "distill_temperature=2.0 .* at temperature 1 only"),
+        ({"vocab_policy": "universal"}, "vocab_policy='universal' compares all probabilities"),
+        ({"hidden_state_weight": 0.1}, "hidden_state_weight=0.1 with a teacher on a server"),
+        ({"teacher_dtype": "bfloat16"}, "teacher_dtype='bfloat16'.* on a server, which decides that"),
+    ],
+)
+def test_what_a_server_cannot_give_is_refused(options, problem, vllm, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=problem):
+        train(vllm, tokenizer, tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"kind": "dense"}, "kind='dense' needs the whole distribution"),
+        ({"kind": "sampled"}, "kind='sampled' needs the whole distribution"),
+        ({"temperature": 1.5}, "temperature 1 only"),
+        ({"k": 5}, "k=5, but the server is asked for 8"),
+        ({"generation": TargetGeneration()}, "let the server write the targets"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(options, problem, vllm, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=problem):
+        capture(ask_for(vllm, tokenizer), ROWS, tmp_path / "cache", tokenizer, progress=False, **options)
+    assert not (tmp_path / "cache").exists()
+
+
+# What is found out at the start --------------------------------------------------------------------------------------
+
+
+def test_it_knows_whom_it_asks(server, tokenizer):
+    teacher = ask_for(server, tokenizer)
+    assert teacher.software == {"vllm": "vllm 0.33.0", "sglang": "sglang 0.5.23"}[server.kind]
+    assert (teacher.model, teacher.max_positions, teacher.k) == ("toy/teacher", 511, 8)
+    long = torch.ones(1, 512, dtype=torch.long)
+    with pytest.raises(ValueError, match="512 tokens of prompt and target, but the teacher's server has .* 511"):
+        teacher.ask(long, long, torch.tensor([0]), torch.tensor([3]))
+
+
+def test_more_log_probabilities_than_vllm_gives(vllm, tokenizer):
+    with pytest.raises(ValueError, match=r"max allowed: 20\. If that .* --max-logprobs 32, or ask for fewer"):
+        ask_for(vllm, tokenizer, k=32)
+
+
+@pytest.mark.parametrize("owner", ["me", "llamacpp-like", "Qwen"])
+def test_servers_without_log_probabilities_of_prompts_are_refused(owner, tokenizer):
+    problem = f"it is of '{owner}'.*cache --generate --server"
+    with TeacherServer(make_teacher(), tokenizer, owner) as server, pytest.raises(ValueError, match=problem):
+        ask_for(server, tokenizer)
+
+
+def test_another_tokenizer_is_noticed(server, tokenizer, make_bpe_tokenizer):
+    """One more token in front, two ids exchanged, and texts that are cut otherwise."""
+    shifted = make_bpe_tokenizer()
+    shifted.add_tokens(["committee"])
+    with pytest.raises(ValueError, match="the tokenizer of the server .* give the tokenizer of the model"):
+        ask_for(server, shifted)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["q"], vocabulary["z"] = vocabulary["z"], vocabulary["q"]  # letters of no probe
+    exchanged = make_bpe_tokenizer()
+    exchanged._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(content))
+    with pytest.raises(ValueError, match="stand for other texts than those of the tokenizer here"):
+        ask_for(server, exchanged)
+
+
+def test_a_server_that_hides_its_tokenizer(vllm, tokenizer, monkeypatch):
+    monkeypatch.setattr(vllm, "_dispatch", _without(vllm, "/detokenize"))
+    with pytest.raises(ValueError, match="let /tokenize and /detokenize through"):
+        ask_for(vllm, tokenizer)
+
+
+def _without(server, hidden):
+    dispatch = server._dispatch
+    return lambda path, body: (404, {"detail": "Not Found"}) if path == hidden else dispatch(path, body)
+
+
+def test_logits_in_place_of_log_probabilities_are_noticed(vllm, tokenizer):
+    """vLLM's --logprobs-mode raw_logits."""
+    vllm._log_probs = lambda ids: vllm.model(torch.tensor([ids])).logits[0].detach() * 3
+    with pytest.raises(ValueError, match="--logprobs-mode raw_logprobs"):
+        ask_for(vllm, tokenizer)
+
+
+def test_nobody_there(tokenizer, monkeypatch):
+    monkeypatch.setattr(served, "_PATIENCE_AT_START", 0.2)
+    with pytest.raises(OSError, match="gave no answer to /v1/models within 0 s: ConnectError"):
+        ServedTeacher("http://127.0.0.1:9", tokenizer)
+
+
+# What goes wrong on the way ------------------------------------------------------------------------------------------
+
+
+FAULTS = {
+    "busy": Fault(status=429, retry_after="0.01"),
+    "an error": Fault(status=500, times=2),
+    "restarting": Fault(status=503, times=3),
+    "cut": Fault(cut=True),
+    "half a JSON": Fault(body='{"model": "toy/teacher", "choices": [{"prompt_log'),
+    "a web page": Fault(body="<html>Bad gateway</html>"),
+    "nothing of it": Fault(body="{}"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_passing_faults_cost_nothing(fault, server, tokenizer, tmp_path):
+    teacher = ask_for(server, tokenizer)
+    server.faults.append(Fault(**vars(FAULTS[fault])))
+    assert capture(teacher, ROWS, tmp_path, tokenizer, progress=False) == len(ROWS)
+    assert not server.faults
+    assert len(CachedTeacher(tmp_path)) == len(ROWS)
+
+
+def test_an_answer_that_does_not_come_is_asked_for_again(vllm, tokenizer, tmp_path):
+    teacher = ask_for(vllm, tokenizer, timeout=1.0)
+    vllm.faults.append(Fault(hang=2.0))
+    assert capture(teacher, ROWS[:3], tmp_path, tokenizer, progress=False) == 3
+
+
+def test_retry_after_is_kept_to(vllm, tokenizer):
+    teacher = ask_for(vllm, tokenizer)
+    vllm.faults.append(Fault(status=429, retry_after="1"))
+    begin = time.monotonic()
+    teacher.confirm()
+    assert time.monotonic() - begin >= 1.0
+
+
+def nan_of_vllm(answer):
+    next(iter(answer["choices"][0]["prompt_logprobs"][-1].values()))["logprob"] = math.nan
+    return answer
+
+
+def null_of_vllm(answer):
+    next(iter(answer["choices"][0]["prompt_logprobs"][-1].values()))["logprob"] = None
+    return answer
+
+
+def one_position_less(answer):
+    answer["choices"][0]["prompt_logprobs"].pop()
+    return answer
+
+
+def shifted_by_one(answer):
+    predicted = answer["choices"][0]["prompt_logprobs"]
+    predicted.insert(1, predicted.pop())
+    return answer
+
+
+def beyond_the_vocabulary(answer):
+    answer["choices"][0]["prompt_logprobs"][-1]["999"] = {"logprob": -0.0001}
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("broken", "problem"),
+    [
+        (nan_of_vllm, "not finite"),
+        (null_of_vllm, "not finite"),
+        (one_position_less, "prompt_logprobs for .* tokens, expected"),
+        (shifted_by_one, "without the prompt's token"),
+        (beyond_the_vocabulary, "token 999, expected ids of 280 tokens"),
+    ],
+)
+def test_wrong_answers_are_never_kept(broken, problem, vllm, tokenizer, tmp_path):
+    """Twice they may come; a third time they end the capture, and it goes on where it was."""
+    teacher = ask_for(vllm, tokenizer, vocab_size=280, requests=1)
+    vllm.faults.append(Fault(times=2, broken=broken))
+    capture(teacher, ROWS[:4], tmp_path, tokenizer, progress=False)
+    vllm.faults.append(Fault(times=99, broken=broken))
+    with pytest.raises(ValueError, match=problem):
+        capture(teacher, ROWS, tmp_path, tokenizer, progress=False)
+    vllm.faults.clear()
+    assert len(CachedTeacher(tmp_path)) == 4
+    assert capture(teacher, ROWS, tmp_path, tokenizer, progress=False) == len(ROWS) - 4
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda meta: meta["input_top_logprobs"][-1][0].__setitem__(0, None),
+        lambda meta: meta["input_top_logprobs"].pop(),
+        lambda meta: meta["input_token_logprobs"][-1].__setitem__(1, 5),
+    ],
+)
+def test_wrong_answers_of_sglang(broken, tokenizer, tmp_path):
+    def break_it(answer):
+        broken(answer["meta_info"])
+        return answer
+
+    with TeacherServer(make_teacher(), tokenizer, "sglang") as server:
+        teacher = ask_for(server, tokenizer)
+        server.faults.append(Fault(times=99, broken=break_it))
+        with pytest.raises(http_client.BadAnswer):
+            teacher.confirm()
+        server.faults.clear()
+        teacher.confirm()
+
+
+def test_many_rows_at_once_and_never_more(vllm, tokenizer, tmp_path):
+    vllm.delay = 0.02
+    capture(ask_for(vllm, tokenizer, requests=4), ragged_rows(40), tmp_path, tokenizer, progress=False)
+    assert vllm.most_at_once == 4
+
+
+# Another model behind the same address -------------------------------------------------------------------------------
+
+
+def change_weights(server):
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in server.model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def test_another_model_half_way_is_noticed_before_its_rows_are_kept(server, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_encdec_distill.distillation.teachers.capture._ROWS_PER_COMPARISON", 4)
+    teacher = ask_for(server, tokenizer, requests=2)
+    rows, scored = ragged_rows(40), server._log_probs
+
+    def changing(ids):
+        if len(server.requests) > 30 and server.most_at_once:
+            server._log_probs = scored
+            change_weights(server)
+        return scored(ids)
+
+    server._log_probs = changing
+    with pytest.raises(ValueError, match="does not predict what it did: .* another model"):
+        capture(teacher, rows, tmp_path / "cache", tokenizer, progress=False, batch_size=2)
+    kept = CachedTeacher(tmp_path / "cache")
+    assert 0 < len(kept) < 30
+    server.model.load_state_dict(make_teacher().state_dict())
+    assert capture(teacher, rows, tmp_path / "cache", tokenizer, progress=False) == len(rows) - len(kept)
+    capture(LiveTeacher(make_teacher()), rows, tmp_path / "local", tokenizer, k=8, progress=False)
+    found, expected = (_rows(tmp_path / name) for name in ("cache", "local"))
+    assert found.keys() == expected.keys()
+    for key, row in found.items():
+        np.testing.assert_allclose(row["log_probs"], expected[key]["log_probs"], atol=1e-5)
+
+
+def _rows(folder):
+    return {row["key"]: row for row in CachedTeacher(folder)._rows}
+
+
+def test_a_cache_is_not_gone_on_with_by_another_model(vllm, tokenizer, tmp_path):
+    capture(ask_for(vllm, tokenizer), ROWS[:4], tmp_path, tokenizer, progress=False)
+    change_weights(vllm)
+    with pytest.raises(ValueError, match="does not predict what it did"):
+        capture(ask_for(vllm, tokenizer), ROWS, tmp_path, tokenizer, progress=False)
+    vllm.name = "other/model"
+    with pytest.raises(ValueError, match="is of the model 'toy/teacher', and the server .* has 'other/model'"):
+        capture(ask_for(vllm, tokenizer), ROWS, tmp_path, tokenizer, progress=False)
+    with pytest.raises(ValueError, match="was captured from a teacher on a server, and this one is not"):
+        capture(LiveTeacher(make_teacher()), ROWS, tmp_path, tokenizer, k=8, progress=False)
+    assert len(CachedTeacher(tmp_path)) == 4
+
+
+def test_the_noise_of_bfloat16_is_no_other_model(vllm, tokenizer):
+    teacher = ask_for(vllm, tokenizer)
+    vllm.model.bfloat16()
+    teacher.confirm()
+
+
+def test_answers_name_the_model(vllm, tokenizer):
+    teacher = ask_for(vllm, tokenizer)
+    vllm.faults.append(Fault(broken=lambda answer: {**answer, "model": "other/model"}))
+    with pytest.raises(ValueError, match="'other/model' answers in place of 'toy/teacher'"):
+        teacher.confirm()
+
+
+# What nobody is to read ----------------------------------------------------------------------------------------------
+
+
+def test_the_key_is_nowhere(tokenizer, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv(http_client.API_KEY, KEY)
+    caplog.set_level(logging.DEBUG)
+    with TeacherServer(make_teacher(), tokenizer, name="/data/private/teacher", key=KEY) as server:
+        teacher = ask_for(server, tokenizer, patience=0.5)
+        capture(teacher, ROWS, tmp_path / "cache", tokenizer, progress=False)
+        said = [repr(teacher), repr(teacher._client), str(vars(teacher))]
+        for fault in (
+            Fault(times=99, status=500),
+            Fault(times=99, body=f"Invalid key {KEY}"),
+            Fault(times=99, broken=lambda answer: {"error": f"not {KEY}"}),
+            Fault(times=99, cut=True),
+        ):
+            server.faults = [fault]
+            with pytest.raises((OSError, ValueError)) as error:
+                teacher.confirm()
+            said.append("".join(traceback.format_exception(error.value)))
+        server.faults = []
+        server.key = "sk-another"
+        with pytest.raises(ValueError, match=r"does not accept the API key .*HF_ENCDEC_TEACHER_API_KEY") as error:
+            teacher.confirm()
+        said.append("".join(traceback.format_exception(error.value)))
+        port = str(server.port)
+    files = {file: file.read_bytes() for file in (tmp_path / "cache").rglob("*") if file.is_file()}
+    assert not any(KEY in text for text in [*said, caplog.text])
+    assert not [file for file, content in files.items() if KEY.encode() in content]
+    # What is on the Hub does not say where in a private network the server was, nor where on it the model.
+    assert not [file for file, content in files.items() if b"127.0.0.1" in content or b"/data/private" in content]
+    assert not [file for file in files if file.suffix in (".md", ".json") and f":{port}" in file.read_text()]
+    manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+    assert manifest["teacher"] == manifest["server"]["model"] == "teacher"
+    assert manifest["server"]["software"] == "vllm 0.33.0"
+    assert "vllm 0.33.0, under the name `teacher`" in (tmp_path / "cache" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://user:hunter2@host:80", "http://host/?key=hunter2", "user:hunter2@host", "http://host#hunter2"]
+)
+def test_addresses_with_secrets_are_refused_without_saying_them(url, tokenizer):
+    with pytest.raises(ValueError) as error:
+        ServedTeacher(url, tokenizer)
+    assert "hunter2" not in str(error.value)
+
+
+def test_log_probabilities_that_cannot_be():
+    for entries in ([[(0.5, 1), (-1.0, 2)]], [[(-0.1, 1)]], [[(-0.1, -1), (-2.0, 3)]], [[(None, 1), (-2.0, 3)]]):
+        with pytest.raises(http_client.BadAnswer):
+            top_k(entries, 2, vocab_size=9)
+    ids, log_probs = top_k([[(-9999.0, 7), (-0.1, 1), (-3.0, 2)]], 3, vocab_size=9)
+    assert ids.tolist() == [[1, 2, 7]] and np.isneginf(log_probs[0, 2])
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+def test_commands(make_bpe_tokenizer, tmp_path, capsys):
+    """`cache --server` and `distill --teacher URL`; neither reads the weights, which are not there."""
+    folder = write_teacher(tmp_path / "teacher", make_bpe_tokenizer(), layers=2)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "validation"):
+        write_pairs(data / f"{split}.csv", 5)
+    make_t5().save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    columns = ["--dataset", str(data), "--source-column", "text", "--target-column", "short"]
+    with TeacherServer(model, tokenizer) as server:
+        words = ["cache", str(folder), "--server", server.url, "--k", "8", "--requests", "4", *columns]
+        assert main([*words, "--output", str(tmp_path / "cache"), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["captured_rows"] == 10
+        for extra, problem in (
+            (["--teacher-dtype", "float16"], "--server, which decides that"),
+            (["--k", "40"], "--k"),
+        ):
+            assert main([*words, *extra, "--output", str(tmp_path / "other")]) != 0
+            assert problem in capsys.readouterr().err
+        run = ["distill", str(tmp_path / "student"), "--output", str(tmp_path / "out"), *columns, "--max-steps", "2"]
+        run += [
+            "--teacher",
+            server.url,
+            "--teacher-tokenizer",
+            str(folder),
+            "--report-to",
+            "none",
+            "--use-cpu",
+            "true",
+        ]
+        assert main(run) == 0
+    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert provenance["fingerprints"]["teacher"] == {"server": "toy/teacher"}
+    assert "toy/teacher" in (tmp_path / "out" / "README.md").read_text()
+
+
+# Killed --------------------------------------------------------------------------------------------------------------
+
+
+KILLED = """
+import importlib, os, shutil, signal, socket, sys, threading, time, traceback
+from pathlib import Path
+import numpy as np
+import torch
+from distillation_toys import make_teacher, ragged_rows
+from teacher_server import TeacherServer
+from transformers import AutoTokenizer
+from hf_encdec_distill.distillation import CachedTeacher, LiveTeacher, ServedTeacher, capture
+from hf_encdec_distill.distillation.teachers import http_client
+
+torch.set_num_threads(1)
+importlib.import_module("hf_encdec_distill.distillation.teachers.capture")._ROWS_PER_COMPARISON = 4
+http_client._LONGEST_WAIT = 0.05
+folder, tokenizer, points = Path(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2]), int(sys.argv[3])
+model, rows = make_teacher(), ragged_rows(48)
+with socket.create_server(("127.0.0.1", 0)) as free:
+    port = free.getsockname()[1]
+
+
+def process(run):
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        run()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def serve():
+    with TeacherServer(model, tokenizer, port=port, delay=0.01):
+        threading.Event().wait()
+
+
+def ask():
+    teacher = ServedTeacher(f"http://127.0.0.1:{port}", tokenizer, k=8, requests=2)
+    capture(teacher, rows, folder, tokenizer, batch_size=2, rows_per_shard=4, progress=False)
+
+
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def end_of(pid):
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def content():
+    cache = CachedTeacher(folder)
+    return {row["key"]: (row["ids"].tolist(), row["log_probs"], row["tail"]) for row in cache._rows}
+
+
+capture(LiveTeacher(model), rows, folder, tokenizer, k=8, progress=False)
+expected = content()
+shutil.rmtree(folder)
+server = process(serve)
+begin = time.monotonic()
+end_of(process(ask))
+whole = time.monotonic() - begin
+gone_on = restarted = 0
+for point in range(points):
+    for victim in ("client", "server"):
+        shutil.rmtree(folder, ignore_errors=True)
+        client = process(ask)
+        time.sleep(whole * (point + 0.5) / points)
+        at_work = os.waitpid(client, os.WNOHANG) == (0, 0)
+        if victim == "client":
+            if at_work:
+                kill(client)
+            gone_on += at_work and bool(list(folder.glob("shard-*")))
+            client = process(ask)
+        else:
+            kill(server)
+            time.sleep(0.1)
+            server = process(serve)
+            restarted += at_work
+            if not at_work:
+                client = process(ask)
+        end_of(client)
+        found = content()
+        assert found.keys() == expected.keys(), (victim, point, len(found))
+        for key, (ids, *numbers) in expected.items():
+            assert found[key][0] == ids, (victim, point)
+            for ours, theirs in zip(numbers, found[key][1:]):
+                np.testing.assert_allclose(ours, theirs, atol=1e-4)
+kill(server)
+print(gone_on, restarted)
+"""
+
+
+def kill_at(points, tmp_path, tokenizer):
+    """In how many of them the client had a shard when it was killed, and was at work when its server was."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "killed.py").write_text(KILLED)
+    paths = [str(Path(__file__).parents[1]), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    words = [
+        sys.executable,
+        str(tmp_path / "killed.py"),
+        str(tmp_path / "cache"),
+        str(tmp_path / "tokenizer"),
+        str(points),
+    ]
+    environment["HF_DATASETS_CACHE"] = str(tmp_path / "theirs")
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return [int(word) for word in done.stdout.split()]
+
+
+@pytest.mark.process
+def test_client_and_server_killed(tmp_path, tokenizer):
+    gone_on, restarted = kill_at(2, tmp_path, tokenizer)
+    assert gone_on >= 1 and restarted >= 1
+
+
+@pytest.mark.slow
+def test_client_and_server_killed_at_twenty_points(tmp_path, tokenizer):
+    gone_on, restarted = kill_at(20, tmp_path, tokenizer)
+    assert gone_on >= 10 and restarted >= 15

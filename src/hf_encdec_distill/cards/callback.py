@@ -14,7 +14,13 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 
 from .. import __version__
 from ..bench import EnergyMeter, compare_cost, machine_description
-from ..distillation import CachedTeacher, DistillationTrainer, DistillationTrainingArguments
+from ..distillation import (
+    CachedTeacher,
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    LiveTeacher,
+    ServedTeacher,
+)
 from .model_card import check, teacher_entry, write_model_card
 
 
@@ -110,6 +116,8 @@ class ModelCardCallback(TrainerCallback):
         teacher = self.trainer.teacher
         if isinstance(teacher, CachedTeacher):
             name = teacher.manifest["teacher"]
+        elif isinstance(teacher, ServedTeacher):
+            name = teacher.describe()["model"]
         else:
             name = getattr(teacher.model.config, "_name_or_path", None)
         return teacher_entry(name) if name else {}
@@ -178,7 +186,7 @@ class ModelCardCallback(TrainerCallback):
     def _cost(self) -> dict[str, Any] | None:
         """Sizes and counted operations against the teacher; None if the formulas do not cover one of the two."""
         args, teacher = self.trainer.args, self.trainer.teacher
-        if isinstance(teacher, CachedTeacher):
+        if not isinstance(teacher, LiveTeacher):
             return None
         student = self.trainer.accelerator.unwrap_model(self.trainer.model)
         lengths = (args.max_source_length or _SOURCE, args.max_target_length or _TARGET)
@@ -211,7 +219,7 @@ class ModelCardCallback(TrainerCallback):
             "ce": ce,
             "teacher_agreement": last.pop("teacher_agreement", None),
         }
-        of_all_tokens = args.vocab_policy != "universal" and not isinstance(self.trainer.teacher, CachedTeacher)
+        of_all_tokens = args.vocab_policy != "universal" and isinstance(self.trainer.teacher, LiveTeacher)
         if of_all_tokens and (args.divergence, args.distill_temperature) == ("forward_kl", 1.0):
             entry["kl"] = divergence
         entry["logged"] = {name: x for name, x in last.items() if name not in _NO_MEASURES}

@@ -18,6 +18,7 @@ from .. import __version__
 from ..data import fingerprint
 from ..distillation.teachers.fingerprints import weights_digest
 from ..distillation.teachers.recorded import CachedTeacher
+from ..distillation.teachers.served import ServedTeacher
 from ..files import check_fields, read_json
 from ._checkpoints import PROVENANCE
 
@@ -48,7 +49,12 @@ def describe(trainer: DistillationTrainer) -> dict[str, Any]:
     if isinstance(teacher, CachedTeacher):
         names = ("teacher_weights", "kind", "k", "rounds", "proposal_power", "temperature", "generation")
         of_teacher = {name.removeprefix("teacher_"): teacher.manifest[name] for name in names}
-        teacher_dtype = teacher.manifest["teacher_dtype"]
+        if "server" in teacher.manifest:
+            of_teacher["server"] = teacher.manifest["server"]["model"]
+        teacher_dtype = teacher.manifest["teacher_dtype"] or "unknown"  # to who has asked a server
+    elif isinstance(teacher, ServedTeacher):
+        of_teacher = {"server": teacher.describe()["model"]}
+        teacher_dtype = "unknown"
     else:
         of_teacher = {"weights": weights_digest(teacher.model)}
         teacher_dtype = str(teacher.model.dtype)

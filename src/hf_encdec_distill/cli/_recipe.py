@@ -1,8 +1,9 @@
 """What a distillation is told: a YAML file, flat, in the names of the command's options with underscores.
 
-Its keys are `student` or `init` (a student made of the teacher first, see `init.Shape`), `teacher`, `dataset`,
-`source_column`, `target_column`, `output`, and each field of `DistillationTrainingArguments`. Values mean what they
-mean to `HfArgumentParser.parse_yaml_file` and TRL, but a key or a type that is wrong is an error.
+Its keys are `student` or `init` (a student made of the teacher first, see `init.Shape`), `teacher`,
+`teacher_tokenizer`, `dataset`, `source_column`, `target_column`, `output`, and each field of
+`DistillationTrainingArguments`. Values mean what they mean to `HfArgumentParser.parse_yaml_file` and TRL, but a key or
+a type that is wrong is an error.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .init import Shape
 
 SUFFIXES = (".yaml", ".yml")
 _KEYS = "those of `distill --help` and the fields of DistillationTrainingArguments"
-_RUN = dict.fromkeys(("student", "teacher", *DATA, "output"), str)
+_RUN = dict.fromkeys(("student", "teacher", "teacher_tokenizer", *DATA, "output"), str)
 # The beginnings of the names of training arguments, of either version of transformers.
 _LEADS_OUT = ("push_to_hub", "hub_", "report_to", "logging_dir", "run_name", "project", "trackio_")
 

@@ -5,6 +5,9 @@ the rows of another dataset. Template and length limits have to match those of t
 the processes share the rows. Independent jobs share them with --shard 0/8 to --shard 7/8, into one folder, into one
 dataset on the Hub (--push-to-hub), or into folders of their own that --merge makes one.
 
+With --server URL the model at that address is asked, and of TEACHER only the configuration and the tokenizer are read,
+which has to be the server's. Its API key comes from the environment variable HF_ENCDEC_TEACHER_API_KEY.
+
 With --generate the teacher writes the targets itself. The folder keeps them too:
 `distill --teacher FOLDER --dataset FOLDER` trains on them.
 
@@ -20,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._display import say_result
 from ._inputs import (
@@ -37,7 +40,7 @@ from ._inputs import (
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-    from ..distillation import TargetGeneration
+    from ..distillation import LiveTeacher, ServedTeacher, TargetGeneration
 
 SUMMARY = "record a teacher once, then train without it"
 EXAMPLE = "hf-encdec-distill cache built-in --output teacher-cache --kind top_k --k 32"
@@ -105,7 +108,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher-quantization", choices=("8bit", "4bit"), help="load the teacher quantized, with bitsandbytes"
     )
-    parser.add_argument("--server", metavar="URL", help="with --generate: where TEACHER is served, with OpenAI's API")
+    server = parser.add_argument_group("a teacher on a server of vLLM, SGLang or llama.cpp")
+    server.add_argument("--server", metavar="URL", help="ask the model there, for instance http://localhost:8000")
+    server.add_argument("--server-model", metavar="NAME", help="its name, on a server of several models")
+    server.add_argument(
+        "--requests",
+        type=int,
+        default=32,
+        metavar="N",
+        help="rows that are asked about at once (default: %(default)s)",
+    )
     add_data_arguments(parser)
     parser.add_argument(
         "--splits", nargs="+", default=["train", "validation"], metavar="NAME", help="default: train validation"
@@ -150,17 +162,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
-    from ..devices import device, working_dtype
     from ..distillation.alignment.vocabularies import check_vocab_policy
     from ..distillation.teachers.capture import capture
-    from ..distillation.teachers.live import LiveTeacher
     from ..models.loading import load_config, load_tokenizer
 
     if args.merge is not None:
         return _merge(args)
     if args.encoder_states is not None:
         return _record_encoder_states(args)
-    if args.server is not None:
+    if args.server is not None and args.generate:
         return _write_on_server(args)
     check_vocab_policy(args.vocab_policy)
     check_at_least_one(args, "max_source_length", "max_target_length")
@@ -168,16 +178,16 @@ def run(args: argparse.Namespace) -> None:
     generation = _generation(args)
     splits = _splits(args)
     path = teacher_path(args.teacher or args.teacher_option)
-    dtype = args.teacher_dtype or str(working_dtype()).removeprefix("torch.")
+    tokenizer = load_tokenizer(path)
     student = load_config(args.student) if args.student else None
     merged = getattr(student, "cross_attention", None) == "merged"
     start = student.decoder_start_token_id if student is not None and merged else None
     state = PartialState()  # gives each process a device of its own
     captured = capture(
-        LiveTeacher.load(path, dtype, args.teacher_quantization).to(device()),
+        _teacher(args, path, tokenizer),
         splits,
         args.output,
-        load_tokenizer(path),
+        tokenizer,
         kind=args.kind,
         k=args.k,
         rounds=args.rounds,
@@ -211,19 +221,19 @@ def _write_on_server(args: argparse.Namespace) -> None:
 
     from ..distillation.teachers.served_targets import write_targets
 
-    check_at_least_one(args, "max_target_length")
+    check_at_least_one(args, "max_target_length", "requests")
     index, num_shards = _shard(args.shard)
     generation = _generation(args)
-    if generation is None:
-        raise ValueError("--server without --generate: give --generate, for a server can write targets")
+    assert generation is not None, "it was asked for with --generate"
     if args.max_source_length is not None:
-        raise ValueError("--max-source-length with --server: a server cuts no prompt; leave it out")
+        raise ValueError("--max-source-length with --generate --server: a server cuts no prompt; leave it out")
     written = write_targets(
         args.server,
         _splits(args),
         args.output,
         generation,
-        model=args.teacher or args.teacher_option,
+        model=args.server_model or args.teacher or args.teacher_option,
+        requests=args.requests,
         prompt_template=prompt_template(args.prompt_template, args.dataset),
         num_shards=num_shards,
         index=index,
@@ -271,6 +281,23 @@ def _shard(given: str | None) -> tuple[int, int]:
     return int(index), int(num_shards)
 
 
+def _teacher(args: argparse.Namespace, path: str, tokenizer: Any) -> LiveTeacher | ServedTeacher:
+    from ..devices import device, working_dtype
+    from ..distillation.alignment.vocabularies import vocab_size
+    from ..distillation.teachers.live import LiveTeacher
+    from ..distillation.teachers.served import ServedTeacher
+    from ..models.loading import load_config
+
+    if args.server is None:
+        dtype = args.teacher_dtype or str(working_dtype()).removeprefix("torch.")
+        return LiveTeacher.load(path, dtype, args.teacher_quantization).to(device())
+    for name in ("teacher_dtype", "teacher_quantization"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} with --server, which decides that: leave one out")
+    options = {"k": args.k, "model": args.server_model, "requests": args.requests}
+    return ServedTeacher(args.server, tokenizer, vocab_size=vocab_size(load_config(path)), **options)
+
+
 def _record_encoder_states(args: argparse.Namespace) -> None:
     from accelerate import Accelerator
 
@@ -285,9 +312,8 @@ def _record_encoder_states(args: argparse.Namespace) -> None:
 
     check_vocab_policy(args.vocab_policy)
     check_at_least_one(args, "batch_size", "max_source_length", "max_target_length")
-    other = next(
-        (name for name in ("generate", "push_to_hub", "shard") if getattr(args, name) not in (None, False)), None
-    )
+    names = ("generate", "push_to_hub", "server", "shard")
+    other = next((name for name in names if getattr(args, name)), None)
     if other is not None:
         raise ValueError(f"--{other.replace('_', '-')} with --encoder-states, which records no teacher: leave one out")
     splits = _splits(args)

@@ -84,7 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher",
         default=argparse.SUPPRESS,
-        help=f"causal language model: folder, Hub id, or {BUILT_IN!r}; or a folder from `cache`",
+        help=f"causal language model: folder, Hub id, or {BUILT_IN!r}; a folder from `cache`; or the URL of a server",
+    )
+    parser.add_argument(
+        "--teacher-tokenizer",
+        default=argparse.SUPPRESS,
+        metavar="TOKENIZER",
+        help="folder or Hub id (default: the one beside the teacher; of a server that of its model's name)",
     )
     parser.add_argument(
         "--output", default=argparse.SUPPRESS, metavar="FOLDER", help="folder for the checkpoints and the student"
@@ -101,7 +107,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_training_arguments(parser, TRAINING, "transformers' Seq2SeqTrainingArguments")
     section = parser.add_argument_group("init, to make the student from the teacher first")
     section.add_argument(
-        "--init.teacher", default=argparse.SUPPRESS, metavar="TEACHER", help="needed if --teacher is a cache"
+        "--init.teacher",
+        default=argparse.SUPPRESS,
+        metavar="TEACHER",
+        help="needed if --teacher is a cache or a server",
     )
     add_shape_arguments(section, "init.")
 
@@ -140,6 +149,7 @@ def run(args: argparse.Namespace) -> None:
         eval_dataset=splits["validation"],
         processing_class=tokenizer,
         teacher=teacher_path(recipe["teacher"]),
+        teacher_processing_class=_teacher_tokenizer(recipe),
     )
     card = ModelCardCallback(trainer, **_known(recipe, student))
     trainer.add_callback(card)
@@ -178,11 +188,13 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     said = said_training_arguments(DistillationTrainingArguments, args, TRAINING)
     if "output_dir" in said:
         args.parser.error(f"--output_dir {said['output_dir']}: give that folder with --output")
-    said |= {name: getattr(args, name) for name in ("student", "teacher", "output", *DATA) if hasattr(args, name)}
+    own = ("student", "teacher", "teacher_tokenizer", "output", *DATA)
+    said |= {name: getattr(args, name) for name in own if hasattr(args, name)}
     init = {name.removeprefix("init."): value for name, value in vars(args).items() if name.startswith("init.")}
     if args.reproduce is not None:
         surplus = {args.begin, *said, *(f"init.{name}" for name in init)}
-        surplus -= {None, "student", "teacher", "init.teacher", "dataset", "output"}  # may have moved
+        moved = {"student", "teacher", "teacher_tokenizer", "init.teacher", "dataset", "output"}
+        surplus -= {None, *moved}  # those may be somewhere else now
         if surplus:
             args.parser.error(f"--reproduce does what was recorded: leave {min(surplus)} out")
         file = Path(args.reproduce) / RECIPE
@@ -215,6 +227,7 @@ def _student(
 ) -> tuple[Any, Any]:
     """The model that training starts from, and its tokenizer."""
     from ..distillation.teachers.recorded import is_cache, recorded_prompt_date
+    from ..distillation.teachers.served import is_served
 
     if "student" in recipe:
         return student_and_tokenizer(recipe["student"])
@@ -222,12 +235,25 @@ def _student(
     teacher = shape.pop("teacher", recipe["teacher"])
     if is_cache(teacher):
         raise ValueError(f"{teacher} is a cache, of which no student can be made: name its teacher as init.teacher")
+    if is_served(teacher):
+        raise ValueError("of a model on a server no student can be made: name a folder or Hub id as init.teacher")
     day = training.prompt_date
     if day is None and is_cache(recipe["teacher"]):
         day = recorded_prompt_date(recipe["teacher"])
     path = teacher_path(teacher)
     student = make_student(path, Shape(**shape), splits["train"], training.prompt_template, day)
     return student, student.tokenizer
+
+
+def _teacher_tokenizer(recipe: Mapping[str, Any]) -> Any:
+    """None leaves it to the trainer."""
+    from ..distillation.teachers.served import is_served
+    from ..models.loading import load_tokenizer
+
+    name = recipe.get("teacher_tokenizer")
+    if name is None and is_served(recipe["teacher"]):
+        name = recipe.get("init", {}).get("teacher")
+    return None if name is None else load_tokenizer(teacher_path(name))
 
 
 def _known(recipe: Mapping[str, Any], student: Any) -> dict[str, Any]:

@@ -61,6 +61,7 @@ from .decoder_only_student import (
     sequence_inputs,
 )
 from .losses import chunked_sum, cross_entropy, select_divergence, token_mean, universal_logit_distance
+from .options.asked_ahead import AskedAhead, RemembersLast
 from .options.cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
 from .options.encoder_states import EncoderStates
 from .options.fake_quantization import fake_quantized
@@ -76,6 +77,7 @@ from .options.token_batches import TokenBatches
 from .teachers.live import LiveTeacher
 from .teachers.lm_head import HeadInput, catch_head_input
 from .teachers.recorded import CachedTeacher, is_cache
+from .teachers.served import ServedTeacher, is_served
 from .teachers.signal import PartialScores, TeacherScores
 
 
@@ -143,9 +145,9 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             the teacher's has.
         teacher: a causal language model, perhaps one that sees (it is frozen in place), a folder or a Hub id; or the
             folder of a cache that `cache.capture` made of one, or `hf://datasets/user/name`, and then no teacher is in
-            memory.
+            memory; or a `ServedTeacher`, or the address of a server for one (`http://...`).
         teacher_processing_class: the teacher's tokenizer; by default the one at the teacher's path, and if there is
-            none, the student's.
+            none, the student's. For a server the one found under the name of its model.
 
     Raises:
         ValueError: no teacher, one that shares parameters with the student, tokenizers that disagree, or a
@@ -157,7 +159,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     args: DistillationTrainingArguments
     model: "GenerativeModel"
     data_collator: DistillationCollator
-    teacher: LiveTeacher | CachedTeacher
+    teacher: LiveTeacher | CachedTeacher | ServedTeacher
     _signature_columns: list[str] | None  # type: ignore[assignment]  # base: None
     waiting_parameters: Mapping[str, Sequence[nn.Parameter]] = {}  # by the option that says when they are trained
 
@@ -170,7 +172,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         eval_dataset=None,
         processing_class=None,
         *remaining,
-        teacher: "PreTrainedModel | nn.Module | str | os.PathLike | None" = None,
+        teacher: "PreTrainedModel | nn.Module | ServedTeacher | str | os.PathLike | None" = None,
         teacher_processing_class=None,
         **kwargs,
     ):
@@ -218,7 +220,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         if self._is_decoder_only:
             refuse_encoder_options(self.args, getattr(model.config, "model_type", type(model).__name__))
 
-    def _set_up_teacher(self, teacher: "nn.Module | str | os.PathLike", tokenizer) -> None:
+    def _set_up_teacher(self, teacher: "nn.Module | ServedTeacher | str | os.PathLike", tokenizer) -> None:
         """The teacher, its tokenizer, and the ids that it has in common with the student."""
         args = self.args
         if isinstance(teacher, nn.Module):
@@ -228,6 +230,9 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             teacher = self.teacher.folder
             if self._has_targets_only and args.distill_weight > 0:
                 raise ValueError(f"distill_weight={args.distill_weight}: {self.teacher.how_to_train()}")
+        elif is_served(teacher) or isinstance(teacher, ServedTeacher):
+            self.teacher = self._served(teacher, tokenizer)
+            tokenizer = self.teacher.tokenizer
         else:
             self.teacher = LiveTeacher.load(teacher, args.teacher_dtype, args.teacher_quantization)
             check_same_on_each_process(self.teacher.model, self.accelerator)
@@ -248,6 +253,21 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             self._divergence = universal_logit_distance
         else:
             self._divergence = select_divergence(args.divergence, args.jsd_beta, args.skew_alpha)
+
+    def _served(self, teacher: str | ServedTeacher, tokenizer) -> ServedTeacher:
+        args = self.args
+        if args.teacher_dtype is not None or args.teacher_quantization is not None:
+            raise ValueError(
+                f"teacher_dtype={args.teacher_dtype!r}, teacher_quantization={args.teacher_quantization!r} with a "
+                "teacher on a server, which decides that: leave them out."
+            )
+        if isinstance(teacher, ServedTeacher):
+            return teacher
+        served = ServedTeacher(teacher, tokenizer_of(tokenizer))
+        if args.vocab_policy == "mask_padding":
+            # Models have some ids more than their tokenizers; what a server's has can be told by its student's.
+            served.vocab_size = max(served.vocab_size, vocab_size(self.model.config))
+        return served
 
     def _set_up_prompt(self) -> None:
         """The day that prompts name, and the student's tokenizer, with the prompt built in if it is merged."""
@@ -271,7 +291,8 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
 
     def _collator(self, data_collator) -> DistillationCollator:
         args = self.args
-        collator = DistillationCollator(
+        cls = RemembersLast if isinstance(self.teacher, ServedTeacher) else DistillationCollator
+        collator = cls(
             self.processing_class,
             self.teacher_processing_class,
             source_column=args.source_column,
@@ -327,6 +348,9 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         runs_the_prompt = self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
         self._shared_prompt = SharedPrompt(runs_the_prompt if can_share else None)
         self._replay = ReplayBuffer(args.replay_buffer_size)
+        self._asked_ahead = None
+        if isinstance(self.teacher, ServedTeacher):
+            self._asked_ahead = AskedAhead(self.teacher, self.data_collator, self._vocabulary)
 
     @property
     def is_sharded(self) -> bool:
@@ -601,15 +625,25 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """As the base class; for an on-policy step the student's own targets, counted as those of any step."""
+        batches, count = self._batches_to_learn(epoch_iterator, num_batches, device)
+        if self._asked_ahead is not None and self.args.distill_weight > 0:
+            self._asked_ahead(batches, and_next=not self._is_on_policy(self.state.global_step + 1))
+        return batches, count
+
+    def _is_on_policy(self, step: int) -> bool:
+        args = self.args
+        share = on_policy_fraction_at(step, args.on_policy_fraction, args.on_policy_warmup_steps)
+        return draw(args.seed, step, 0) < share
+
+    def _batches_to_learn(self, epoch_iterator, num_batches: int, device: torch.device):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._empty_targets.see(batches, self.state.epoch, self.accelerator)
         seed, step, args = self.args.seed, self.state.global_step, self.args
-        share = on_policy_fraction_at(step, args.on_policy_fraction, args.on_policy_warmup_steps)
         self._on_own_targets = False
         if self._depth is not None and batches and self._depth.is_due():
             self._depth.remove_best(self._loss_in_each(self._depth.without_each(), batches))
             self.forget_encoder()
-        self._on_own_targets = bool(batches) and draw(seed, step, 0) < share
+        self._on_own_targets = bool(batches) and self._is_on_policy(step)
         if not self._on_own_targets:
             return batches, count
         if len(self._replay) and draw(seed, step, 1) < args.replay_fraction:
@@ -849,6 +883,8 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     ):
         """As the base class: loss, logits or generated tokens, labels; `generate` never sees the teacher's inputs."""
         student = {n: value for n, value in inputs.items() if not n.startswith(OF_TEACHER) and value is not None}
+        if self._asked_ahead is not None:
+            self._asked_ahead([inputs])
         if self._encoder_states is not None and prediction_loss_only and "labels" in student:
             # The base class would ask for outputs too, which have the encoder's last state.
             with torch.no_grad(), self.compute_loss_context_manager():

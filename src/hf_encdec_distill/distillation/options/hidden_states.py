@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ..arguments import steps_in_backward
 from ..losses import HIDDEN_STATE_LOSSES, at_least_float32
 from ..teachers.recorded import CachedTeacher
+from ..teachers.served import ServedTeacher
 
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class HiddenStateTraining(_Trainer):
 
     args: "DistillationTrainingArguments"
     model: PreTrainedModel
-    teacher: "LiveTeacher | CachedTeacher"
+    teacher: "LiveTeacher | CachedTeacher | ServedTeacher"
     _matching: HiddenStateMatching
 
     def _match_hidden_states(self) -> None:
@@ -141,6 +142,11 @@ class HiddenStateTraining(_Trainer):
             raise ValueError(
                 f"hidden_state_weight={self.args.hidden_state_weight} with the cache {self.teacher.folder}, which "
                 "holds distributions and no hidden states. Give a live teacher."
+            )
+        if isinstance(self.teacher, ServedTeacher):
+            raise ValueError(
+                f"hidden_state_weight={self.args.hidden_state_weight} with a teacher on a server, which gives "
+                "log-probabilities and no hidden states. Give a teacher that is here."
             )
         refuse_hidden_states(self)
         student, teacher = self.accelerator.unwrap_model(self.model), self.teacher.model

@@ -22,6 +22,11 @@ _BY_KIND = {
     "sparse logit sampling, arXiv 2503.16870",
     "dense": "the log-probabilities of all {vocab_size} tokens at each target position",
 }
+_OF_A_SERVER = (
+    "The model ran on a server, {software}, under the name `{model}`, and gave the log-probabilities of the likeliest "
+    "tokens; `tail` is 1 minus the sum of theirs. `probe` in the manifest is what it predicted for fixed texts, the "
+    "id and log-probability of the likeliest token at each position, by which another model would be noticed."
+)
 
 
 def is_on_hub(teacher: Any) -> TypeGuard[str]:
@@ -93,11 +98,12 @@ def card(names: list[str], manifest: dict[str, Any]) -> str:
         tags=["knowledge-distillation", "hf-encdec-distill"],
         configs=configs,
     )
-    teacher, weight = manifest["teacher"], ""
+    teacher, server, weight = manifest["teacher"], manifest.get("server"), ""
     if records:
         about = [
             f"What the teacher `{teacher}` predicts, recorded by `hf-encdec-distill cache` for distillation: "
             f"{_BY_KIND[manifest['kind']].format(**manifest)}.",
+            *([] if server is None else [_OF_A_SERVER.format(**server)]),
             "A row of `records` belongs to one row of the data that was captured; its `key` is a hash of the tokens "
             "that the teacher read and of the positions it was asked about."
             + (" `targets` has the sources and the answers that the teacher wrote for them." if splits else ""),

@@ -177,13 +177,12 @@ class HttpClient:
 
 
 def _checked(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.username or parts.password or parts.query or parts.fragment:
+    if set(url) & set("@?#"):
         raise ValueError(
-            f"the URL of the server at {parts.hostname} has a user, a password, a query or a fragment in it, which "
-            f"would end up in files and logs: give scheme, host and path alone, and the key in the environment "
-            f"variable {API_KEY}."
+            "the URL of the server has a user, a password, a query or a fragment in it, which would end up in files "
+            f"and logs: give scheme, host and path alone, and the key in the environment variable {API_KEY}."
         )
+    parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"server {url!r} is no URL: give one such as http://localhost:8000.")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")

@@ -183,7 +183,8 @@ class ServedTeacher(TeacherSignal):
         from .http_client import Refused
 
         try:
-            answers = [self._send(probe, range(len(probe) - 1)).result() for probe in self._probes]
+            under_way = [self._send(probe, range(len(probe) - 1)) for probe in self._probes]
+            answers = [future.result() for future in under_way]
         except Refused as error:
             if first:
                 mend = self._wire.allows_more.format(k=self.k)
