@@ -328,7 +328,7 @@ def test_the_command_and_the_key(tmp_path, teacher, tokenizer, monkeypatch, caps
 
 @pytest.mark.parametrize("template", [None, "{source}"])
 def test_our_own_server(tmp_path, make_bpe_tokenizer, template):
-    """`serve` gives one answer to a request and no log-probabilities; answers are those of the model that it serves."""
+    """`serve` gives one answer to a request and no log-probabilities; its answers are those of the model."""
     torch.manual_seed(0)
     tokenizer = make_bpe_tokenizer(chat_template=None)
     tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
