@@ -314,6 +314,22 @@ MUTATIONS = [
     ),
     Mutation(
         8,
+        "what another worker is writing is removed",
+        "distillation/teachers/shards.py",
+        'if not partial.name.startswith(f"{PARTIAL}{worker}-") and',
+        'if not partial.name.startswith(f"{PARTIAL}") and',
+        "unit/test_workers.py::test_only_what_nobody_writes_any_more_is_removed",
+    ),
+    Mutation(
+        8,
+        "the manifest is that of whoever comes last",
+        "distillation/teachers/workers.py",
+        "os.link(file, place)",
+        "os.replace(file, place)",
+        "unit/test_workers.py::test_folders_are_merged_without_a_rewrite",
+    ),
+    Mutation(
+        8,
         "rows that are there are captured again",
         _CAPTURE,
         "if key is not None and key not in known:",
