@@ -41,7 +41,7 @@ assert losses[0] == losses[1] > 0, losses
 
 # A second push takes away what is no part of the cache any more, on a branch of its own.
 next(here.folder.glob("shard-*")).unlink()
-(here.folder / "partial-000").touch()
+(here.folder / "partial-000-torn").touch()
 here.push_to_hub("ann/records", revision="cut")
 try:
     CachedTeacher("hf://datasets/ann/records@cut")
@@ -80,6 +80,48 @@ def test_there_and_back(run_script, tmp_path, make_bpe_tokenizer):
         shards = {name for name in files if name.endswith(".parquet")}
         assert len(shards) == 1 and set(files) - shards == set(cut)
         assert {"README.md", "manifest.json", "tokenizer.json"} <= set(cut)
+
+
+MANY = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import datasets
+from transformers import AutoTokenizer
+
+from distillation_toys import make_teacher, ragged_rows
+from hf_encdec_distill.distillation import CachedTeacher, LiveTeacher, capture
+from hf_encdec_distill.distillation.teachers.workers import add_to_hub
+
+folder, tokenizer = sys.argv[1], AutoTokenizer.from_pretrained(sys.argv[2])
+for index in range(3):
+    options = {"num_shards": 3, "index": index, "progress": False}
+    capture(LiveTeacher(make_teacher()), ragged_rows(13), f"{folder}-{index}", tokenizer, **options)
+with ThreadPoolExecutor(3) as pool:
+    list(pool.map(lambda index: add_to_hub(f"{folder}-{index}", "ann/records"), range(3)))
+add_to_hub(f"{folder}-0", "ann/records")  # once more
+assert len(CachedTeacher("hf://datasets/ann/records")) == len(datasets.load_dataset("ann/records")["train"]) == 13
+capture(LiveTeacher(make_teacher()), ragged_rows(3), f"{folder}-other", tokenizer, k=7, progress=False)
+try:
+    add_to_hub(f"{folder}-other", "ann/records")
+except OSError as error:
+    assert "ann/records was captured with k=32, not 7" in str(error), error
+else:
+    raise SystemExit("it was not refused")
+"""
+
+
+@pytest.mark.process
+def test_jobs_add_their_shards_to_one_dataset(run_script, tmp_path, make_bpe_tokenizer):
+    """At the same time, and a commit of somebody else comes in between: each adds its own, and the card names all."""
+    make_bpe_tokenizer(pad_token="<|endoftext|>").save_pretrained(tmp_path / "tokenizer")
+    with Hub(TOKEN) as hub:
+        hub.fail("POST .*/commit/main", status=412)
+        run_script(MANY, tmp_path / "part", tmp_path / "tokenizer", HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
+        files = hub.repositories["datasets/ann/records"].at("main")[1]
+    shards = {name for name in files if name.endswith(".parquet")}
+    assert {name.split("-")[1] for name in shards} == {"000of003.000", "001of003.000", "002of003.000"}
+    assert len(shards) == 3 and all(name in files["README.md"].decode() for name in shards)
 
 
 @pytest.mark.process

@@ -329,7 +329,7 @@ def test_a_capture_goes_on_where_it_was_stopped(tmp_path, tokenizer, monkeypatch
 
     monkeypatch.setattr(LiveTeacher, "logits_at", spy)
     assert make_cache(tmp_path / "cache", tokenizer, rows=ROWS[:8], rows_per_shard=3) == 8
-    (tmp_path / "cache" / "partial-000").write_bytes(b"torn")
+    (tmp_path / "cache" / "partial-000-torn").write_bytes(b"torn")
     asked.clear()
     assert make_cache(tmp_path / "cache", tokenizer, rows=ROWS, rows_per_shard=3) == 5
     assert sum(asked) == sum(len(row["labels"]) for row in ROWS[8:])
@@ -512,7 +512,7 @@ def child(kill_at):
 
     def hook(event, args):
         nonlocal count
-        if event in ("open", "os.rename", "os.remove", "os.mkdir") and str(args[0]).startswith(str(folder)):
+        if event in ("open", "os.rename", "os.link", "os.remove", "os.mkdir") and str(args[0]).startswith(str(folder)):
             count += 1
             if count == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)

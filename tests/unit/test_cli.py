@@ -620,6 +620,28 @@ def test_distill_from_a_cache(student_folder, teacher_folder, data_arguments, tm
     assert "--splits x" in one_line_error(capsys, *capture, "--splits", "x")
 
 
+def test_cache_in_shards_and_merged(teacher_folder, data_arguments, tmp_path, capsys):
+    """Two jobs in folders of their own, and both in one: all rows."""
+    capture = ["cache", str(teacher_folder), *data_arguments, "--k", "4", "--json"]
+    said = {}
+    for name, shard in (("whole", []), ("0", ["--shard", "0/2"]), ("1", ["--shard", "1/2"])):
+        assert main([*capture, "--output", str(tmp_path / name), *shard]) == 0
+        said[name] = json.loads(capsys.readouterr().out)
+    assert "rows" not in said["0"]  # a job does not read what others wrote
+    rows = said["whole"]["rows"]
+    assert said["0"]["captured_rows"] + said["1"]["captured_rows"] >= rows > said["0"]["captured_rows"]
+    parts = [str(tmp_path / name) for name in ("0", "1")]
+    assert main(["cache", "--merge", *parts, "--output", str(tmp_path / "merged"), "--json"]) == 0
+    merged = json.loads(capsys.readouterr().out)
+    assert merged["rows"] == rows and "captured_rows" not in merged
+    assert main([*capture, "--output", parts[0]]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == rows
+    for given in ("2", "a/b", "2/2", "-1/2"):
+        error = one_line_error(capsys, *capture, "--output", str(tmp_path / "none"), f"--shard={given}")
+        assert "give INDEX/NUM" in error or "give an index from 0" in error
+    assert "not allowed with argument" in one_line_error(capsys, *capture, "--output", "x", "--merge", "y")
+
+
 def test_distill_on_states_that_cache_recorded(
     student_folder, teacher_folder, data_arguments, tmp_path, capsys, monkeypatch
 ):

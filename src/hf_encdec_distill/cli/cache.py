@@ -2,13 +2,17 @@
 
 Rows that are already in the folder are not captured again: the same command continues after an interruption, and adds
 the rows of another dataset. Template and length limits have to match those of the training. Under `accelerate launch`
-the processes share the rows.
+the processes share the rows. Independent jobs share them with --shard 0/8 to --shard 7/8, into one folder, into one
+dataset on the Hub (--push-to-hub), or into folders of their own that --merge makes one.
 
 With --server URL the model at that address is asked, and of TEACHER only the configuration and the tokenizer are read,
 which has to be the server's. Its API key comes from the environment variable HF_ENCDEC_TEACHER_API_KEY.
 
 With --generate the teacher writes the targets itself. The folder keeps them too:
 `distill --teacher FOLDER --dataset FOLDER` trains on them.
+
+With --generate --server URL the teacher is on a server, also one that gives no distributions: TEACHER is the model's
+name there. `distill --teacher FOLDER --dataset FOLDER --distill-weight 0` trains on what it writes.
 
 With --encoder-states STUDENT the folder gets what the student's encoder computes of each prompt, in place of the
 teacher's predictions: `distill STUDENT --freeze-encoder --encoder-states FOLDER` then never runs the encoder. Of the
@@ -56,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"causal language model or PEFT adapter: folder, Hub id, or {BUILT_IN!r}"
     teacher.add_argument("teacher", nargs="?", help=text)
     teacher.add_argument("--teacher", dest="teacher_option", metavar="TEACHER", help="the same, as an option")
+    teacher.add_argument(
+        "--merge", nargs="+", metavar="FOLDER", help="no teacher: put caches of several jobs into one, as they are"
+    )
     parser.add_argument("--output", "--out", required=True, metavar="FOLDER", help="new folder, or a cache to extend")
     parser.add_argument(
         "--kind",
@@ -134,6 +141,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --encoder-states: bf16 for a training with --bf16, fp16 for --fp16 (default: %(default)s)",
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows per batch (default: %(default)s)")
+    parser.add_argument(
+        "--shard",
+        metavar="INDEX/NUM",
+        help="capture only this shard of the rows, 0/8 to 7/8 for eight jobs; --push-to-hub adds it to the others",
+    )
     parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the cache as a dataset")
     parser.add_argument("--private", action="store_true", help="create a private dataset")
     generation = parser.add_argument_group("sequence-level distillation")
@@ -152,13 +164,17 @@ def run(args: argparse.Namespace) -> None:
 
     from ..distillation.alignment.vocabularies import check_vocab_policy
     from ..distillation.teachers.capture import capture
-    from ..distillation.teachers.recorded import CachedTeacher, size_on_disk
     from ..models.loading import load_config, load_tokenizer
 
+    if args.merge is not None:
+        return _merge(args)
     if args.encoder_states is not None:
         return _record_encoder_states(args)
+    if args.server is not None and args.generate:
+        return _write_on_server(args)
     check_vocab_policy(args.vocab_policy)
     check_at_least_one(args, "max_source_length", "max_target_length")
+    index, num_shards = _shard(args.shard)
     generation = _generation(args)
     splits = _splits(args)
     path = teacher_path(args.teacher or args.teacher_option)
@@ -180,6 +196,8 @@ def run(args: argparse.Namespace) -> None:
         student_tokenizer=load_tokenizer(args.student) if args.student else None,
         vocab_policy=args.vocab_policy,
         generation=generation,
+        num_shards=num_shards,
+        index=index,
         batch_size=args.batch_size,
         prompt_template=prompt_template(args.prompt_template, args.dataset),
         max_source_length=args.max_source_length,
@@ -187,16 +205,80 @@ def run(args: argparse.Namespace) -> None:
         prompt_date=args.prompt_date or getattr(student, "prompt_date", None),
         start_token_id=start,
     )
-    if not state.is_main_process:
-        return
-    cache = CachedTeacher(args.output)
-    size = size_on_disk(args.output)
-    content = {"output": args.output, "captured_rows": captured, "rows": len(cache), "bytes": size}
-    text = f"{args.output}: {captured} rows captured, {len(cache)} in the cache, {size / 1e6:.1f} MB"
+    if state.is_main_process:
+        _report(args, captured)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from ..distillation.teachers.workers import merge_caches
+
+    merge_caches(args.merge, args.output)
+    _report(args)
+
+
+def _write_on_server(args: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
+    from ..distillation.teachers.served_targets import write_targets
+
+    check_at_least_one(args, "max_target_length", "requests")
+    index, num_shards = _shard(args.shard)
+    generation = _generation(args)
+    assert generation is not None, "it was asked for with --generate"
+    if args.max_source_length is not None:
+        raise ValueError("--max-source-length with --generate --server: a server cuts no prompt; leave it out")
+    written = write_targets(
+        args.server,
+        _splits(args),
+        args.output,
+        generation,
+        model=args.server_model or args.teacher or args.teacher_option,
+        requests=args.requests,
+        prompt_template=prompt_template(args.prompt_template, args.dataset),
+        num_shards=num_shards,
+        index=index,
+    )
+    if PartialState().is_main_process:
+        _report(args, written)
+
+
+def _report(args: argparse.Namespace, captured: int | None = None) -> None:
+    """What the folder holds, and where it was uploaded to."""
+    from ..distillation.teachers.cache_hub import push
+    from ..distillation.teachers.recorded import SHARD, TARGETS, read_manifest, size_on_disk
+    from ..distillation.teachers.shards import count_keys
+    from ..distillation.teachers.targets import GENERATED
+    from ..distillation.teachers.workers import add_to_hub
+
+    folder, size = Path(args.output), size_on_disk(args.output)
+    content = {"output": args.output, "bytes": size}
+    text = f"{size / 1e6:.1f} MB"
+    if args.shard is None:  # one job of many does not read what the others wrote
+        targets_only = read_manifest(folder)["kind"] == TARGETS
+        rows, repeated = count_keys(folder, GENERATED if targets_only else SHARD)
+        content |= {"rows": rows, "repeated_rows": repeated}
+        text = f"{rows} in the cache, {text}"
+        if repeated:
+            text += f"; {repeated} rows were captured by more than one job, which only takes space"
+    if captured is not None:
+        content["captured_rows"] = captured
+        text = f"{captured} rows captured, {text}"
+    text = f"{args.output}: {text}"
     if args.push_to_hub is not None:
-        content["url"] = cache.push_to_hub(args.push_to_hub, private=args.private or None)
+        upload = push if args.shard is None else add_to_hub
+        content["url"] = upload(folder, args.push_to_hub, args.private or None)
         text += f"\n{content['url']}"
     say_result(args, content, text)
+
+
+def _shard(given: str | None) -> tuple[int, int]:
+    """`INDEX/NUM` -> both; all rows are shard 0 of 1."""
+    index, _, num_shards = ("0/1" if given is None else given).partition("/")
+    if not (index.isdecimal() and num_shards.isdecimal()):
+        raise ValueError(
+            f"--shard {given}: give INDEX/NUM, such as 0/8 for the first of eight jobs and 7/8 for the last"
+        )
+    return int(index), int(num_shards)
 
 
 def _teacher(args: argparse.Namespace, path: str, tokenizer: Any) -> LiveTeacher | ServedTeacher:
@@ -230,8 +312,8 @@ def _record_encoder_states(args: argparse.Namespace) -> None:
 
     check_vocab_policy(args.vocab_policy)
     check_at_least_one(args, "batch_size", "max_source_length", "max_target_length")
-    given = {"generate": args.generate, "push_to_hub": args.push_to_hub, "server": args.server}
-    other = next((name for name, value in given.items() if value), None)
+    names = ("generate", "push_to_hub", "server", "shard")
+    other = next((name for name in names if getattr(args, name)), None)
     if other is not None:
         raise ValueError(f"--{other.replace('_', '-')} with --encoder-states, which records no teacher: leave one out")
     splits = _splits(args)

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from .teachers.recorded import CachedTeacher as CachedTeacher
     from .teachers.recorded import is_cache as is_cache
     from .teachers.served import ServedTeacher as ServedTeacher
+    from .teachers.served_targets import write_targets as write_targets
     from .teachers.signal import TeacherSignal as TeacherSignal
     from .teachers.targets import TargetGeneration as TargetGeneration
+    from .teachers.workers import merge_caches as merge_caches
     from .trainer import DistillationTrainer as DistillationTrainer
 else:
     __getattr__, __dir__, __all__ = on_first_use(
@@ -32,6 +34,8 @@ else:
             ".teachers.recorded": ["CachedTeacher", "is_cache"],
             ".teachers.served": ["ServedTeacher"],
             ".teachers.capture": ["capture"],
+            ".teachers.served_targets": ["write_targets"],
             ".teachers.targets": ["TargetGeneration"],
+            ".teachers.workers": ["merge_caches"],
         },
     )

@@ -5,13 +5,14 @@ import os
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from huggingface_hub import DatasetCard, DatasetCardData, snapshot_download
+from huggingface_hub import DatasetCardData, snapshot_download
 
 from ...files import inside
 from ...hub import upload
-from .shards import shard_files
+from .shards import PARTIAL, partial_name, shard_files
 
 
+CARD = "README.md"
 _SCHEME = "hf://datasets/"
 _BY_KIND = {
     "top_k": "the {k} likeliest tokens of each target position, with their log-probabilities, and the log of the mass "
@@ -39,12 +40,16 @@ def fetch(address: str) -> Path:
 
 
 def push(
-    folder: Path, repo_id: str, private: bool | None, revision: str | None, token: str | None, commit_message: str
+    folder: Path,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload a cache of a teacher",
 ) -> str:
     """See `CachedTeacher.push_to_hub`."""
-    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     commit = upload(
-        {name: inside(folder, name) for name in names if not name.startswith("partial-")},
+        files_of(folder),
         repo_id,
         "dataset",
         commit_message,
@@ -57,38 +62,66 @@ def push(
     return commit.commit_url
 
 
+def files_of(folder: Path) -> dict[str, Path]:
+    """All that belongs to a cache, by its name in a repository."""
+    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    return {name: inside(folder, name) for name in names if not name.startswith(PARTIAL)}
+
+
 def write_card(folder: Path, manifest: dict[str, Any]) -> None:
     """`README.md`, whose metadata tell `load_dataset` which file is what."""
+    names: list[str] | None = None
+    while (now := [file.name for file in shard_files(folder)]) != names:  # another worker may have put one there
+        names = now
+        partial = folder / partial_name("card")
+        partial.write_text(card(names, manifest), encoding="utf-8")
+        os.replace(partial, folder / CARD)
+
+
+def card(names: list[str], manifest: dict[str, Any]) -> str:
+    """That of a cache with these files, sorted."""
     # By name, which has a hash in it: datasets 5 keeps what it made of a folder by the text of these entries alone
     # and, for a pattern, would give the rows of another folder of the same name.
     splits: dict[str, list[str]] = {}
-    for file in shard_files(folder, "generated"):
-        splits.setdefault(file.name.split("-")[1], []).append(file.name)
+    for name in names:
+        if name.startswith("generated-") and name.endswith(".parquet"):
+            splits.setdefault(name.split("-")[1], []).append(name)
     configs = []
     if splits:
-        data_files = [{"split": split, "path": names} for split, names in sorted(splits.items())]
+        data_files = [{"split": split, "path": paths} for split, paths in sorted(splits.items())]
         configs.append({"config_name": "targets", "default": True, "data_files": data_files})
-    records = [file.name for file in shard_files(folder, "shard")]
-    configs.append({"config_name": "records", "data_files": [{"split": "train", "path": records}]})
+    records = [name for name in names if name.startswith("shard-") and name.endswith(".parquet")]
+    if records:
+        configs.append({"config_name": "records", "data_files": [{"split": "train", "path": records}]})
     data = DatasetCardData(
         pretty_name=f"Cache of {manifest['teacher']}",
         tags=["knowledge-distillation", "hf-encdec-distill"],
         configs=configs,
     )
-    server = manifest.get("server")
+    teacher, server, weight = manifest["teacher"], manifest.get("server"), ""
+    if records:
+        about = [
+            f"What the teacher `{teacher}` predicts, recorded by `hf-encdec-distill cache` for distillation: "
+            f"{_BY_KIND[manifest['kind']].format(**manifest)}.",
+            *([] if server is None else [_OF_A_SERVER.format(**server)]),
+            "A row of `records` belongs to one row of the data that was captured; its `key` is a hash of the tokens "
+            "that the teacher read and of the positions it was asked about."
+            + (" `targets` has the sources and the answers that the teacher wrote for them." if splits else ""),
+        ]
+    else:
+        about = [
+            f"What the teacher `{teacher}` wrote on a server, asked by `hf-encdec-distill cache --generate --server` "
+            "for distillation: a source in each row, and an answer to it in place of the target. `mean_log_prob` is "
+            "the mean log-probability of the answer's tokens in nats, where the server gave it."
+        ]
+        weight = "  # distill_weight=0"
     lines = [
         f"---\n{data.to_yaml()}\n---",
         f"# {data.pretty_name}",
-        f"What the teacher `{manifest['teacher']}` predicts, recorded by `hf-encdec-distill cache` for distillation: "
-        f"{_BY_KIND[manifest['kind']].format(**manifest)}.",
-        *([] if server is None else [_OF_A_SERVER.format(**server)]),
-        "A row of `records` belongs to one row of the data that was captured; its `key` is a hash of the tokens that "
-        "the teacher read and of the positions it was asked about."
-        + (" `targets` has the sources and the answers that the teacher wrote for them." if splits else ""),
+        *about,
         "```python\nfrom hf_encdec_distill import DistillationTrainer\n\n"
-        'trainer = DistillationTrainer(model=student, args=args, teacher="hf://datasets/USER/NAME", ...)\n```',
+        'trainer = DistillationTrainer(model=student, args=args, teacher="hf://datasets/USER/NAME", ...)'
+        f"{weight}\n```",
         f"```json\n{json.dumps(manifest, indent=1, ensure_ascii=False)}\n```",
     ]
-    partial = folder / "partial-card"
-    DatasetCard("\n\n".join(lines) + "\n").save(partial)
-    os.replace(partial, folder / "README.md")
+    return "\n\n".join(lines) + "\n"

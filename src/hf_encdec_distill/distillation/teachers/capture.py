@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +28,6 @@ from .live import LiveTeacher
 from .recorded import (
     COLUMNS,
     FORMAT,
-    IDENTITY,
     KINDS,
     MANIFEST,
     SHARD,
@@ -38,11 +36,11 @@ from .recorded import (
     size_on_disk,
 )
 from .served import ServedTeacher
-from .shards import ShardWriter, read_keys
+from .shards import ShardWriter, read_keys, remove_left_behind
 from .targets import TargetGeneration, check_room, generate_targets
+from .workers import Worker, join_folder
 
 
-_UNFINISHED_MANIFEST = f"{MANIFEST}.partial"
 _ROWS_PER_SHARD = 2048
 _ROWS_PER_COMPARISON = 256  # with what a server predicted at first
 _MOST_ROUNDS = 100_000  # of a target; they are drawn at once, in memory
@@ -60,6 +58,8 @@ def capture(
     proposal_power: float = 1.0,
     temperature: float = 1.0,
     generation: TargetGeneration | None = None,
+    num_shards: int = 1,
+    index: int = 0,
     batch_size: int = 8,
     rows_per_shard: int = _ROWS_PER_SHARD,
     progress: bool = True,
@@ -70,7 +70,8 @@ def capture(
     """Add to a cache all rows of `dataset` that it does not hold yet; returns how many those were.
 
     Called again after an interruption it goes on where it stopped. Under `accelerate launch` each process takes its
-    share of the rows.
+    share of the rows. Independent jobs share them by `num_shards` and `index`, into one folder or into folders of
+    their own (`workers.merge_caches`).
 
     Args:
         teacher: on the device where it is to run, or on a server, which gives `top_k` at temperature 1 only.
@@ -86,6 +87,8 @@ def capture(
         temperature: divides the teacher's logits; `dense` serves any other too.
         generation: how the teacher writes the targets itself (`targets`); they are kept in the cache, as
             splits of a data set, and their distributions are captured. None takes the targets of `dataset`.
+        num_shards: independent jobs that share the rows, as in `Dataset.shard`; each may have several processes.
+        index: which of these jobs this is, from 0.
         batch_size: rows that the teacher reads at once; for one on a server at least its `requests`.
         rows_per_shard: rows in a file; at most so many are lost where the process is killed.
         progress: show a bar with target tokens a second and the size of the cache.
@@ -107,7 +110,8 @@ def capture(
         k = 32
     at_least_one = {"k": k, "rounds": rounds, "batch_size": batch_size, "rows_per_shard": rows_per_shard}
     _check_options(kind, vocab_policy, at_least_one, {"temperature": temperature, "proposal_power": proposal_power})
-    splits = _splits_with_rows(dataset)
+    splits = splits_with_rows(dataset)
+    check_shard(num_shards, index, sum(map(len, splits.values())))
     vocabulary = None
     if vocab_policy in ("id_map", "universal"):
         student_size = 0 if student_tokenizer is None else 1 + max(student_tokenizer.get_vocab().values())
@@ -133,9 +137,11 @@ def capture(
     collate([next(iter(splits.values()))[0]])  # a template or columns that do not work, before anything is written
 
     state = PartialState(cpu=teacher.device.type == "cpu")
+    worker = Worker(index, num_shards, state.process_index, state.num_processes)
     if state.is_main_process:
-        _open_folder(folder, manifest, tokenizer)
+        join_folder(folder, manifest, worker.name, lambda partial: _save_tokenizer(tokenizer, partial))
     state.wait_for_everyone()
+    remove_left_behind(folder, worker.name)
     if isinstance(teacher, ServedTeacher):
         teacher.expect(read_manifest(folder)["server"])
     progress = progress and state.is_main_process
@@ -147,6 +153,7 @@ def capture(
                 folder,
                 collate,
                 generation,
+                worker=worker,
                 split=name,
                 batch_size=batch_size,
                 rows_per_shard=rows_per_shard,
@@ -156,10 +163,11 @@ def capture(
         }
     features = {"key": datasets.Value("binary")}
     features |= {name: datasets.Sequence(datasets.Value(dtype)) for name, dtype in COLUMNS[kind].items()}
-    writer = ShardWriter(folder, SHARD, state.process_index, datasets.Features(features), rows_per_shard)
-    # Numbered through all splits, so that processes get as much to do as each other.
+    writer = ShardWriter(folder, SHARD, worker.name, datasets.Features(features), rows_per_shard)
+    # Numbered through all splits, so that workers get as much to do as each other.
     numbered = [(name, number) for name, rows in splits.items() for number in range(len(rows))]
-    share = numbered[state.process_index :: state.num_processes]
+    # What the teacher wrote are the answers to the rows of this worker.
+    share = numbered if generation is not None else [numbered[place] for place in worker.share(len(numbered))]
     try:
         _capture_rows(teacher, splits, share, collate, recorded, folder, writer, batch_size, progress)
     finally:
@@ -190,7 +198,8 @@ def _check_options(
         )
 
 
-def _splits_with_rows(dataset: "datasets.Dataset | datasets.DatasetDict | list[dict]") -> dict[str, Any]:
+def splits_with_rows(dataset: "datasets.Dataset | datasets.DatasetDict | list[dict]") -> dict[str, Any]:
+    """By their names, `train` for rows without one; raises ValueError where there is no row."""
     splits = dataset if isinstance(dataset, dict) else {"train": dataset}
     splits = {name: rows for name, rows in splits.items() if len(rows)}
     if not splits:
@@ -386,34 +395,17 @@ def _flat(ids: Tensor) -> np.ndarray:
     return ids.to(torch.int32).flatten().cpu().numpy()
 
 
-def _open_folder(folder: Path, manifest: dict[str, Any], tokenizer) -> None:
-    if (folder / MANIFEST).exists():
-        found = read_manifest(folder)
-        if ("server" in found) != ("server" in manifest):
-            of = ("was", "is not") if "server" in found else ("was not", "is")
-            raise ValueError(
-                f"the cache {folder} {of[0]} captured from a teacher on a server, and this one {of[1]}: capture into "
-                "another folder."
-            )
-        for name in IDENTITY:
-            ours = manifest.get(name)
-            if found.get(name, ours) != ours:  # older caches do not say their prompt_date
-                raise ValueError(
-                    f"the cache {folder} was captured with {name}={found[name]!r}, not {ours!r}: capture "
-                    "into another folder."
-                )
-    else:
-        # What is to become the manifest is the first file of a folder, so that one that was left half made is known.
-        partial = folder / _UNFINISHED_MANIFEST
-        if folder.exists() and any(folder.iterdir()) and not partial.exists():
-            raise ValueError(f"{folder} is not empty and no cache: capture into another folder.")
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
-        if tokenizer is not None:
-            in_a_class_of_both_versions(tokenizer).save_pretrained(folder)
-        os.replace(partial, folder / MANIFEST)
-    for left_behind in folder.glob("partial-*"):
-        left_behind.unlink()
+def check_shard(num_shards: int, index: int, rows: int) -> None:
+    """Raises ValueError where there is no such job, or no row for it."""
+    if not 0 <= index < num_shards:
+        raise ValueError(f"shard {index} of {num_shards}: give an index from 0 to the number of shards less 1.")
+    if index >= rows:
+        raise ValueError(f"shard {index} of {num_shards} has no row, for the data has {rows}: make fewer shards.")
+
+
+def _save_tokenizer(tokenizer, folder: Path) -> None:
+    if tokenizer is not None:
+        in_a_class_of_both_versions(tokenizer).save_pretrained(folder)
 
 
 def _manifest(

@@ -4,7 +4,8 @@ A cache is a folder:
 
 - `manifest.json`: what made it and the kind of record;
 - `shard-*.parquet` (see `shards`): rows, each with its key and one record for each of its target tokens;
-- `generated-<split>-*.parquet`: where the teacher wrote the targets itself (`targets`), sources and targets;
+- `generated-<split>-*.parquet`: where the teacher wrote the targets itself (`targets`), sources and targets; nothing
+  else where it was on a server that gives no distributions (`served_targets`);
 - the teacher's tokenizer, and `README.md`, the card of a data set on the Hub (`cache_hub`).
 
 A row's key is a hash of what the teacher read, images too, and of the columns it was asked about, so rows may be
@@ -57,10 +58,13 @@ COLUMNS = {
     "dense": {"log_probs": "float16"},
 }
 KINDS = tuple(COLUMNS)
+TARGETS = "targets"  # the kind of a cache without records: answers of a teacher that gives no distributions
 
 
 class CachedTeacher(TeacherSignal):
     """A `TeacherSignal` that reads what `capture` wrote; no teacher is in memory, records are memory-mapped.
+
+    A cache that `write_targets` wrote `has_targets_only`: it is something to train on, with `distill_weight=0`.
 
     Args:
         folder: of a cache, or `hf://datasets/user/name`, with `@revision` if need be, for one on the Hub.
@@ -76,6 +80,10 @@ class CachedTeacher(TeacherSignal):
         self.vocab_size = self.manifest["vocab_size"]
         self.prompt_date = self.manifest.get("prompt_date")
         self.input_names = tuple(self.manifest.get("teacher_input_names", ()))  # those of teachers that see have them
+        self.has_targets_only = self.manifest["kind"] == TARGETS
+        if self.has_targets_only:
+            self._keys = np.empty(0, dtype="S16")
+            return
         if not shard_files(self.folder, SHARD):
             raise ValueError(
                 f"the cache {self.folder} holds no shard: the capture was stopped before it wrote one; go on with it."
@@ -95,6 +103,8 @@ class CachedTeacher(TeacherSignal):
         self, prompt_template: str | None, divergence: str, temperature: float, prompt_date: str | None = None
     ) -> None:
         """Raises ValueError, naming the field, where training wants what this cache cannot give."""
+        if self.has_targets_only:  # of which nothing is asked
+            return
         recorded = self.manifest["prompt_template"]
         if prompt_template != recorded:
             raise ValueError(
@@ -133,6 +143,8 @@ class CachedTeacher(TeacherSignal):
         images: Mapping[str, Tensor] | None = None,
     ) -> "TopKScores | SampledScores | DenseScores":
         """See `TeacherSignal`; raises ValueError for a row that was not captured."""
+        if self.has_targets_only:
+            raise ValueError(self.how_to_train())
         images = images or {}
         if images and IMAGES_DIGEST not in images:
             raise ValueError(
@@ -170,6 +182,14 @@ class CachedTeacher(TeacherSignal):
         drawn = torch.arange(max(distinct.tolist(), default=0), device=token_ids.device) < distinct[:, None]
         token_ids, log_probs, weights = (_fill(drawn, flat) for flat in (token_ids, log_probs, record["weights"]))
         return SampledScores(token_ids, log_probs, weights, record["top"].long(), vocabulary)
+
+    def how_to_train(self) -> str:
+        """On a cache that has targets only."""
+        return (
+            f"the cache {self.folder} holds the targets that {self.manifest['teacher']!r} wrote and no distributions, "
+            "which its server does not give: train on the targets with distill_weight=0 (on the command line "
+            f"--dataset {self.folder} --distill-weight 0)."
+        )
 
     def push_to_hub(
         self,
@@ -224,7 +244,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         check_fields(manifest, {"kind": str, "vocab_size": int, "temperature": float}, str(folder / MANIFEST))
         required = (name for name in (*IDENTITY, "teacher") if name != "prompt_date")  # which few prompts name
         missing = [name for name in required if name not in manifest]
-        if missing or manifest["kind"] not in KINDS or (manifest["kind"] == "top_k" and not manifest["k"]):
+        if missing or manifest["kind"] not in (*KINDS, TARGETS) or (manifest["kind"] == "top_k" and not manifest["k"]):
             raise ValueError(f"{folder / MANIFEST} lacks {', '.join(missing) or 'a kind of record'}: capture it again")
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is no cache of a teacher: {error}") from error

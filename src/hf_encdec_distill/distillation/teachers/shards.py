@@ -1,12 +1,17 @@
 """Parquet files that are whole or not there.
 
-A shard is written under another name and appears in one rename, as `<prefix>-<process>-<number>-<hash>.parquet`, the
+A shard is written under another name and appears in one rename, as `<prefix>-<worker>-<number>-<hash>.parquet`, the
 hash being that of its own bytes: one that was cut or altered is found, and what a killed process left behind is never
-taken for one.
+taken for one. Any number of workers may write to a folder at once.
 """
 
+import math
 import os
-from collections.abc import Mapping
+import shutil
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,42 +23,57 @@ from huggingface_hub.utils.sha import sha_fileobj
 from ...files import inside
 
 
+PARTIAL = "partial-"  # how the names of files begin that are not whole yet
+_OLD = 3600.0  # seconds after which such a file is one that a killed process left
+
+
 class ShardWriter:
     """Gathers rows and writes them shard by shard.
 
     Args:
         folder: where the shards go.
         prefix: of their names.
-        process: its number; each process writes shards of its own.
+        worker: the name of who writes; each worker writes shards of its own.
         features: the columns of a row.
         rows_per_shard: rows from which on a shard is written; at most so many are lost in an interruption.
+        seconds_per_shard: after which a row is written, however few there are.
     """
 
-    def __init__(self, folder: Path, prefix: str, process: int, features: datasets.Features, rows_per_shard: int):
-        self.folder, self.prefix, self.process = folder, prefix, process
-        self.features, self.rows_per_shard = features, rows_per_shard
+    def __init__(
+        self,
+        folder: Path,
+        prefix: str,
+        worker: str,
+        features: datasets.Features,
+        rows_per_shard: int,
+        seconds_per_shard: float = math.inf,
+    ):
+        self.folder, self.prefix, self.worker = folder, prefix, worker
+        self.features, self.rows_per_shard, self.seconds_per_shard = features, rows_per_shard, seconds_per_shard
         self.rows = 0
-        self._number = len(shard_files(folder, f"{prefix}-{process:03}"))
+        self._number = len(shard_files(folder, f"{prefix}-{worker}"))
         self._buffer: list[Mapping[str, Any]] = []
 
     def add(self, *rows: Mapping[str, Any]) -> None:
         """Rows that belong together: all of them are in one shard."""
+        if not self._buffer:
+            self._begun = time.monotonic()
         self._buffer += rows
-        if len(self._buffer) >= self.rows_per_shard:
+        if len(self._buffer) >= self.rows_per_shard or time.monotonic() - self._begun > self.seconds_per_shard:
             self.flush()
 
     def flush(self) -> None:
         if not self._buffer:
             return
         columns = {name: [row[name] for row in self._buffer] for name in self.features}
-        partial = self.folder / f"partial-{self.process:03}"
+        partial = self.folder / partial_name(self.worker)
         try:
             shard = datasets.Dataset.from_dict(columns, features=self.features)
             with partial.open("wb") as stream:
                 pyarrow.parquet.write_table(shard.with_format("arrow")[:], stream)
                 stream.flush()
                 os.fsync(stream.fileno())
-            name = f"{self.prefix}-{self.process:03}-{self._number:05}-{_digest(partial)}.parquet"
+            name = f"{self.prefix}-{self.worker}-{self._number:05}-{_digest(partial)}.parquet"
             os.replace(partial, self.folder / name)
         finally:
             partial.unlink(missing_ok=True)
@@ -62,12 +82,31 @@ class ShardWriter:
         self._buffer = []
 
 
-def shard_files(folder: Path, prefix: str) -> list[Path]:
+def partial_name(worker: str) -> str:
+    """One that no other process uses, and by which the worker knows its own again."""
+    return f"{PARTIAL}{worker}-{uuid.uuid4().hex[:8]}"
+
+
+def remove_left_behind(folder: Path, worker: str) -> None:
+    """Remove what this worker left when it was killed, and what is so old that nobody can be writing it."""
+    for partial in folder.glob(f"{PARTIAL}*"):
+        try:
+            if not partial.name.startswith(f"{PARTIAL}{worker}-") and time.time() - partial.stat().st_mtime < _OLD:
+                continue
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            else:
+                partial.unlink()
+        except FileNotFoundError:  # its own worker was quicker
+            continue
+
+
+def shard_files(folder: Path, prefix: str = "*") -> list[Path]:
     """The shards whose names begin with `prefix`, sorted; raises ValueError where one is a link out of the folder."""
     return sorted(inside(folder, shard.name) for shard in folder.glob(f"{prefix}-*.parquet"))
 
 
-def check_shards(folder: Path, prefix: str) -> list[Path]:
+def check_shards(folder: Path, prefix: str = "*") -> list[Path]:
     """The same, each with the bytes that were written; raises ValueError, naming the shard, where that is not so."""
     shards = shard_files(folder, prefix)
     # Hashing leaves the interpreter alone: what limits a large cache is then its disk, not one core.
@@ -88,10 +127,18 @@ def read_shards(folder: Path, prefix: str) -> datasets.Dataset:
 
 def read_keys(folder: Path, prefix: str) -> set[bytes]:
     """The column `key` of the checked shards."""
-    keys: set[bytes] = set()
+    return set().union(*_keys_of_each(folder, prefix))
+
+
+def count_keys(folder: Path, prefix: str) -> tuple[int, int]:
+    """How many keys the checked shards have, and how many of them stand in more than one: two workers had a row."""
+    counts = Counter(key for keys in _keys_of_each(folder, prefix) for key in keys)
+    return len(counts), sum(count > 1 for count in counts.values())
+
+
+def _keys_of_each(folder: Path, prefix: str) -> Iterator[set[bytes]]:
     for shard in check_shards(folder, prefix):
-        keys.update(pyarrow.parquet.read_table(shard, columns=["key"]).column("key").to_pylist())
-    return keys
+        yield set(pyarrow.parquet.read_table(shard, columns=["key"]).column("key").to_pylist())
 
 
 def _digest(file: Path) -> str:

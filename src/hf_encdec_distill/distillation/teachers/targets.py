@@ -11,8 +11,10 @@ that of its n best which is closest to the reference. What was written is kept i
 """
 
 import hashlib
+import itertools
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,7 @@ from ..images import refuse_images_of_text
 from ..losses import cross_entropy
 from .live import LiveTeacher
 from .shards import ShardWriter, read_keys, read_shards, shard_files
+from .workers import Worker
 
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+GENERATED = "generated"  # how the names of shards with answers begin
 KEEP = ("likeliest", "closest", "all")
 _MOST_ANSWERS = 1000  # of a row; they are written side by side, in memory
 _TEXT = datasets.Value("string")
@@ -114,12 +118,13 @@ def generate_targets(
     collator: DistillationCollator,
     generation: TargetGeneration,
     *,
+    worker: Worker,
     split: str = "train",
     batch_size: int = 8,
     rows_per_shard: int = 2048,
     progress: bool = True,
 ) -> datasets.Dataset:
-    """Lets the teacher answer all rows that it has not answered yet; returns all answers that are in the folder.
+    """Lets the teacher answer the worker's share of the rows; returns the answers to these that are in the folder.
 
     What is sampled for a row is seeded by the row alone: the same in whatever order, in whatever batches and on
     however many processes, up to the rounding of the logits.
@@ -130,6 +135,7 @@ def generate_targets(
         folder: of a cache.
         collator: with the teacher's tokenizer on both sides, and the template and length limits of the training.
         generation: how answers are written and which are kept.
+        worker: which of those that fill the folder this is.
         split: name of the data set's part that these rows are.
         batch_size: rows that the teacher answers at once.
         rows_per_shard: rows in a file; at most so many are lost in an interruption.
@@ -139,36 +145,92 @@ def generate_targets(
         ValueError: rows are not text; `closest` and no reference; a prompt and an answer of `max_new_tokens` are
             longer than the teacher has positions for; no answer at all was worth keeping.
     """
-    state = PartialState(cpu=teacher.device.type == "cpu")
-    kept_prefix, refused_prefix = f"generated-{split}", f"refused-{split}"
+
+    def request_of(row: Mapping[str, Any]) -> Request:
+        columns = (collator.source_column, collator.target_column)
+        source, reference, is_conversation = source_and_reference(row, *columns, generation)
+        ready = collator.encode({collator.source_column: source, collator.target_column: ""})
+        prompt = ready["teacher_input_ids"][: ready["teacher_labels_start"]]
+        check_room(teacher, generation, len(prompt))
+        read = torch.tensor(prompt, dtype=torch.int32).numpy().tobytes()
+        return Request(request_key(read, reference), prompt, source, reference, is_conversation, *columns)
+
+    asked = collect_answers(
+        rows,
+        folder,
+        generation,
+        request_of,
+        lambda requests, counts: _answer(teacher, requests, collator, generation, batch_size, counts),
+        worker=worker,
+        split=split,
+        rows_per_shard=rows_per_shard,
+        progress=progress,
+    )
+    answers = read_shards(folder, f"{GENERATED}-{split}")
+    return answers.select([number for number, key in enumerate(answers["key"]) if key in asked])
+
+
+def collect_answers(
+    rows: "datasets.Dataset | list[dict]",
+    folder: Path,
+    generation: TargetGeneration,
+    request_of: "Callable[[Mapping[str, Any]], Request]",
+    answer: "Callable[[Iterator[Request], Counter[str]], Iterable[tuple[Request, list[dict], str]]]",
+    *,
+    worker: Worker,
+    split: str,
+    rows_per_shard: int,
+    seconds_per_shard: float = math.inf,
+    progress: bool,
+) -> set[bytes]:
+    """Writes what `answer` gives for those rows of the worker's share that have no answer yet.
+
+    What was answered when an error or Ctrl-C comes is written.
+
+    Args:
+        request_of: what is asked for a row.
+        answer: each request that it is given, with the rows that are kept for it, and why the last answer was dropped
+            if none is; it counts answers that are `written`, `kept`, and dropped, by their reasons.
+        seconds_per_shard: after which a shard is written that has fewer rows.
+
+    Returns:
+        The keys of all rows of the share.
+
+    Raises:
+        ValueError: no answer at all was worth keeping.
+    """
+    state = PartialState()
+    kept_prefix, refused_prefix = f"{GENERATED}-{split}", f"refused-{split}"
     known = read_keys(folder, kept_prefix) | read_keys(folder, refused_prefix)
-    options = (state.process_index, _features(rows[0], collator), rows_per_shard)
+    share, sizes = worker.share(len(rows)), (rows_per_shard, seconds_per_shard)
     refused = datasets.Features({"key": datasets.Value("binary"), "reason": _TEXT})
-    writer = ShardWriter(folder, kept_prefix, *options)
-    refusals = ShardWriter(folder, refused_prefix, state.process_index, refused, rows_per_shard)
-    share = range(state.process_index, len(rows), state.num_processes)
+    writer = ShardWriter(folder, kept_prefix, worker.name, _features(request_of(rows[0])), *sizes)
+    refusals = ShardWriter(folder, refused_prefix, worker.name, refused, *sizes)
+    asked: set[bytes] = set()
     counts: Counter[str] = Counter()
+
+    def new_requests() -> Iterator[Request]:
+        for number in share:
+            request = request_of(rows[number])
+            asked.add(request.key)
+            if request.key not in known:
+                known.add(request.key)
+                yield request
+            bar.update()
+
     description = f"generate {split}"
-    with tqdm(
-        total=len(share), unit=" rows", desc=description, disable=not (progress and state.is_main_process)
-    ) as bar:
-        for first in range(0, len(share), batch_size):
-            numbers = share[first : first + batch_size]
-            requests: dict[bytes, _Request] = {}
-            for number in numbers:
-                request = _Request.of(rows[number], collator, generation)
-                check_room(teacher, generation, len(request.prompt))
-                if request.key not in known:
-                    requests.setdefault(request.key, request)
-            known.update(requests)
-            for request, answers, reason in _answer(teacher, list(requests.values()), collator, generation, counts):
-                if answers:
-                    writer.add(*answers)
+    try:
+        with tqdm(
+            total=len(share), unit=" rows", desc=description, disable=not (progress and state.is_main_process)
+        ) as bar:
+            for request, kept, reason in answer(new_requests(), counts):
+                if kept:
+                    writer.add(*kept)
                 else:
                     refusals.add({"key": request.key, "reason": reason})
-            bar.update(len(numbers))
-    writer.flush()
-    refusals.flush()
+    finally:
+        writer.flush()
+        refusals.flush()
     state.wait_for_everyone()
     counts = sum((Counter(part) for part in gather_object([dict(counts)])), Counter())
     if state.is_main_process and counts["written"]:
@@ -180,106 +242,130 @@ def generate_targets(
             f"max_new_tokens={generation.max_new_tokens} where they are unfinished, and see that prompt_template is "
             "the one that the teacher knows."
         )
-    return read_shards(folder, kept_prefix)
+    return asked
 
 
 @dataclass(frozen=True)
-class _Request:
+class Request:
     """One row: what the teacher reads, what is kept of the row, and its key, which also seeds what is sampled."""
 
     key: bytes
-    prompt: list[int]
+    prompt: Any  # ids; for a server a text, or messages
     source: "str | list[dict]"
     reference: str | None
     is_conversation: bool
+    source_column: str
+    target_column: str
 
-    @classmethod
-    def of(cls, row: Mapping[str, Any], collator: DistillationCollator, generation: TargetGeneration) -> "_Request":
-        refuse_images_of_text(row)
-        is_conversation = row.get(MESSAGES) is not None
-        source: str | list[dict] | None
-        if is_conversation:
-            source, reference = split_conversation(row[MESSAGES])
-        else:
-            source, reference = row.get(collator.source_column), row.get(collator.target_column)
-        if source is None or "input_ids" in row:
-            raise ValueError(
-                f"a row has the columns {sorted(row)}: a teacher writes texts, so give {collator.source_column!r} or "
-                f"{MESSAGES!r}, and no 'input_ids'."
-            )
-        if generation.keep == "closest" and reference is None:
-            raise ValueError(
-                "keep='closest' compares with a reference, and a row has none: keep 'likeliest' or 'all'."
-            )
-        ready = collator.encode({collator.source_column: source, collator.target_column: ""})
-        prompt = ready["teacher_input_ids"][: ready["teacher_labels_start"]]
-        digest = hashlib.blake2b(torch.tensor(prompt, dtype=torch.int32).numpy().tobytes(), digest_size=16)
-        digest.update(b"" if reference is None else b"\0" + reference.encode(errors="surrogatepass"))
-        return cls(digest.digest(), prompt, source, reference, is_conversation)
-
-    def row_with(self, answer: str, collator: DistillationCollator) -> dict[str, Any]:
+    def row_with(self, answer: str) -> dict[str, Any]:
         if self.is_conversation:
             return {MESSAGES: [*self.source, {"role": "assistant", "content": answer}]}
-        return {collator.source_column: self.source, collator.target_column: answer}
+        return {self.source_column: self.source, self.target_column: answer}
 
 
-def _features(row: Mapping[str, Any], collator: DistillationCollator) -> datasets.Features:
-    if row.get(MESSAGES) is not None:
+def source_and_reference(
+    row: Mapping[str, Any], source_column: str, target_column: str, generation: TargetGeneration
+) -> "tuple[str | list[dict], str | None, bool]":
+    """The source of a text row, its target if it has one, and whether it is a conversation in one column."""
+    refuse_images_of_text(row)
+    is_conversation = row.get(MESSAGES) is not None
+    source: str | list[dict] | None
+    if is_conversation:
+        source, reference = split_conversation(row[MESSAGES])
+    else:
+        source, reference = row.get(source_column), row.get(target_column)
+    if source is None or "input_ids" in row:
+        raise ValueError(
+            f"a row has the columns {sorted(row)}: a teacher writes texts, so give {source_column!r} or {MESSAGES!r}, "
+            "and no 'input_ids'."
+        )
+    if generation.keep == "closest" and reference is None:
+        raise ValueError("keep='closest' compares with a reference, and a row has none: keep 'likeliest' or 'all'.")
+    return source, reference, is_conversation
+
+
+def request_key(read: bytes, reference: str | None) -> bytes:
+    """The key of a row, from what the teacher reads and the target that is there."""
+    digest = hashlib.blake2b(read, digest_size=16)
+    digest.update(b"" if reference is None else b"\0" + reference.encode(errors="surrogatepass"))
+    return digest.digest()
+
+
+def _features(request: Request) -> datasets.Features:
+    if request.is_conversation:
         texts = {MESSAGES: _CONVERSATION}
     else:
-        is_text = isinstance(row.get(collator.source_column), str)
-        texts = {collator.source_column: _TEXT if is_text else _CONVERSATION, collator.target_column: _TEXT}
+        is_text = isinstance(request.source, str)
+        texts = {request.source_column: _TEXT if is_text else _CONVERSATION, request.target_column: _TEXT}
     return datasets.Features(
         {"key": datasets.Value("binary"), **texts, "reference": _TEXT, "mean_log_prob": datasets.Value("float32")}
     )
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a teacher wrote; nats a token, where it says how likely that was."""
+
+    text: str
+    is_finished: bool
+    mean_log_prob: float | None = None
+
+
+def rows_of(request: Request, answers: Iterable[Answer], counts: Counter) -> tuple[list[dict], str]:
+    """A row for each answer that is finished, not empty and not there already; why the last one is none."""
+    rows: dict[str, dict] = {}
+    reason = ""
+    for answer in answers:
+        counts["written"] += 1
+        if not answer.is_finished:
+            reason = "unfinished"
+        elif not answer.text.strip():
+            reason = "empty"
+        elif answer.text in rows:
+            reason = "duplicate"
+        else:
+            fixed = {"key": request.key, "reference": request.reference, "mean_log_prob": answer.mean_log_prob}
+            rows[answer.text] = {**request.row_with(answer.text), **fixed, "text": answer.text}
+            continue
+        counts[reason] += 1
+    return list(rows.values()), reason
+
+
+def keep(rows: list[dict], generation: TargetGeneration, counts: Counter) -> list[dict]:
+    """Those of the answers to one row that are kept."""
+    kept = _keep(rows, generation.keep)
+    counts["kept"] += len(kept)
+    return kept
+
+
 def _answer(
     teacher: LiveTeacher,
-    requests: Sequence[_Request],
+    requests: Iterator[Request],
     collator: DistillationCollator,
     generation: TargetGeneration,
+    batch_size: int,
     counts: Counter,
-) -> Iterator[tuple[_Request, list[dict], str]]:
-    """Each request with the rows that are kept for it, and why the last answer was dropped if none is."""
-    if not requests:
-        return
+) -> Iterator[tuple[Request, list[dict], str]]:
+    """See `collect_answers`; `batch_size` rows at a time."""
     tokenizer = collator.teacher_tokenizer
     ends = _end_tokens(teacher.model, tokenizer)
-    written = iter(_write(teacher, requests, generation, ends, tokenizer).tolist())
-    candidates: list[list[dict]] = []
-    reasons = []
-    for request in requests:
-        texts: dict[str, None] = {}
-        reason = ""
-        for _ in range(generation.num_return_sequences):
-            tokens = next(written)
-            length = next((place for place, token in enumerate(tokens) if token in ends), None)
-            text = tokenizer.decode(tokens[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            if length is None:
-                reason = "unfinished"
-            elif not text.strip():
-                reason = "empty"
-            elif text in texts:
-                reason = "duplicate"
-            else:
-                texts[text] = None
-                continue
-            counts[reason] += 1
-        counts["written"] += generation.num_return_sequences
-        fixed: dict[str, Any] = {"key": request.key, "reference": request.reference, "mean_log_prob": None}
-        candidates.append([{**request.row_with(text, collator), **fixed, "text": text} for text in texts])
-        reasons.append(reason)
-    if generation.num_return_sequences > 1 and generation.keep != "closest":
-        of_all = [row for rows in candidates for row in rows]
-        for first in range(0, len(of_all), len(requests)):
-            some = of_all[first : first + len(requests)]
-            for row, value in zip(some, _mean_log_probs(teacher, some, collator), strict=True):
-                row["mean_log_prob"] = value
-    for request, rows, reason in zip(requests, candidates, reasons, strict=True):
-        kept = _keep(rows, generation.keep)
-        counts["kept"] += len(kept)
-        yield request, kept, reason
+
+    def read(tokens: list[int]) -> Answer:
+        length = next((place for place, token in enumerate(tokens) if token in ends), None)
+        text = tokenizer.decode(tokens[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Answer(text, length is not None)
+
+    while batch := list(itertools.islice(requests, batch_size)):
+        written = map(read, _write(teacher, batch, generation, ends, tokenizer).tolist())
+        of_each = [rows_of(one, itertools.islice(written, generation.num_return_sequences), counts) for one in batch]
+        if generation.num_return_sequences > 1 and generation.keep != "closest":
+            of_all = [row for rows, _ in of_each for row in rows]
+            for first in range(0, len(of_all), len(batch)):
+                some = of_all[first : first + len(batch)]
+                for row, value in zip(some, _mean_log_probs(teacher, some, collator), strict=True):
+                    row["mean_log_prob"] = value
+        for request, (rows, reason) in zip(batch, of_each, strict=True):
+            yield request, keep(rows, generation, counts), reason
 
 
 def _keep(rows: list[dict], keep: str) -> list[dict]:
@@ -301,7 +387,7 @@ def _end_tokens(model: "GenerativeModel", tokenizer) -> list[int]:
 
 
 def _write(
-    teacher: LiveTeacher, requests: Sequence[_Request], generation: TargetGeneration, ends: list[int], tokenizer
+    teacher: LiveTeacher, requests: Sequence[Request], generation: TargetGeneration, ends: list[int], tokenizer
 ) -> Tensor:
     """`[requests * num_return_sequences, T]`, what the teacher wrote."""
     prompts, count = [request.prompt for request in requests], generation.num_return_sequences
