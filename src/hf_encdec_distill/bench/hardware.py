@@ -91,5 +91,10 @@ def this_cpu(threads: int) -> Hardware:
     rates = measure_rates(threads)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Hardware(
-        f"{cpu_name()}, {threads} threads", memory, rates["bf16" if bf16 else "fp32"], rates["read"], bf16, PROCESS_BYTES
+        f"{cpu_name()}, {threads} threads",
+        memory,
+        rates["bf16" if bf16 else "fp32"],
+        rates["read"],
+        bf16,
+        PROCESS_BYTES,
     )

@@ -89,8 +89,8 @@ class Way:
 class Plan:
     """
     Attributes:
-        student: bytes on a device (`TrainingMemory.to_dict`) with the student whole on each (`ddp`) and, on several,
-            in shards (`fsdp2`), from a record.
+        memory: bytes of the student on a device (`TrainingMemory.to_dict`) with the student whole on each (`ddp`)
+            and, on several, in shards (`fsdp2`), from a record.
         sharding: which of the two the ways below take: `ddp` where it fits.
         batch_sizes: most rows on a device that fit, for either; 0 where none does.
         teacher_bytes: its weights.
@@ -100,7 +100,7 @@ class Plan:
         disk: bytes of the record as Parquet (`value`, `low`, `high`), and of what `datasets` unpacks of it (`arrow`).
     """
 
-    student: dict[str, dict[str, int]]
+    memory: dict[str, dict[str, int]]
     sharding: str
     batch_sizes: dict[str, int]
     teacher_bytes: int
@@ -137,7 +137,7 @@ def make_plan(
         raise ValueError(f"{devices} devices leave nothing to plan for: give at least 1")
     usable = USABLE * hardware.memory - hardware.process
 
-    def memory(sharding: str, rows: int, signal: str = "recorded"):
+    def of_student(sharding: str, rows: int, signal: str = "recorded"):
         sharded = sharding == "fsdp2"
         return training_memory(
             student,
@@ -152,7 +152,7 @@ def make_plan(
         )
 
     shardings = ["ddp", "fsdp2"] if devices > 1 else ["ddp"]
-    used = {name: memory(name, work.batch_size) for name in shardings}
+    used = {name: of_student(name, work.batch_size) for name in shardings}
     sharding = next((name for name in shardings if used[name].total <= usable), shardings[-1])
     teacher_bytes = weight_bytes(teacher, teacher_dtype)
     lengths = (work.prompt_length, work.target_length)
@@ -168,7 +168,7 @@ def make_plan(
         flops = work.rows * row_flops(teacher, *lengths, everywhere)
         return _at(efficiency, flops / (at_once * hardware.matrix_rate))
 
-    beside = memory(sharding, work.batch_size, "live").total + teacher_bytes + reading
+    beside = of_student(sharding, work.batch_size, "live").total + teacher_bytes + reading
     whole = teacher_bytes + reading
     tensor_parallel, served = served_bytes(teacher, work, hardware, teacher_bytes)
     replicas = max(devices // tensor_parallel, 1)
@@ -189,9 +189,11 @@ def make_plan(
     fitting = [way for way in ways if way.fits]
     raw = float(work.tokens) * record_bytes + 16 * work.rows  # a row's key
     return Plan(
-        student={name: used[name].to_dict() for name in shardings},
+        memory={name: used[name].to_dict() for name in shardings},
         sharding=sharding,
-        batch_sizes={name: _most_rows(lambda rows, name=name: memory(name, rows).total, usable) for name in shardings},
+        batch_sizes={
+            name: _most_rows(lambda rows, name=name: of_student(name, rows).total, usable) for name in shardings
+        },
         teacher_bytes=teacher_bytes,
         steps=steps,
         ways=ways,
@@ -201,7 +203,7 @@ def make_plan(
 
 
 def row_flops(config, prompt_length: int, target_length: int, logits_everywhere: bool = False) -> float:
-    """Of a forward pass over a row: prompt and targets, logits at the targets or, as a server gives them, everywhere."""
+    """Of a forward pass over a row: prompt and targets, with logits at the targets or, as in a server, everywhere."""
     cost = model_cost(config, prompt_length, target_length)
     flops = cost.first_token_flops + (target_length - 1) * cost.flops_per_token
     return flops + logits_everywhere * 2 * prompt_length * cost.parameters["embedding"]
@@ -216,8 +218,10 @@ def step_flops(student, work: Work, teacher=None) -> float:
 
 
 def served_bytes(teacher, work: Work, hardware: Hardware, weights: int) -> tuple[int, int]:
-    """Over how many GPUs tensor parallelism has to spread a teacher, and bytes on each: weights, keys and values of the
-    tokens that are read at once, their states, and the logits of a row with their logarithms.
+    """Over how many GPUs tensor parallelism has to spread a teacher, and bytes on each.
+
+    These are the weights, keys and values of the tokens that are read at once and their states, each in as many parts,
+    and the logits of a row with their logarithms.
 
     The number divides the query heads, as vLLM asks; it is the largest such power of two if even that is too few.
     """

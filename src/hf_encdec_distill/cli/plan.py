@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from ..bench.hardware import Efficiency, Hardware
-    from ..bench.plan import Plan, Way, Work
+    from ..bench.plan import Plan, Work
 
 SUMMARY = "memory, disk and hours of a distillation"
 EXAMPLE = "hf-encdec-distill plan --teacher 70b --student 1b --tokens 1B --gpus 8"
@@ -38,9 +38,9 @@ _PARTS = {
     "total": "student",
 }
 _WAYS = {
-    "live": "live, beside the student",
-    "recorded": "recorded by `cache`, then trained",
-    "served": "served, recorded, then trained",
+    "live": "live",
+    "recorded": "recorded",
+    "served": "served, recorded",
 }
 
 
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
     names = {"teacher": teacher_name, "student": student_name}
     assumptions = _assumptions(args, work, efficiency, student)
     content = {
-        **names,
+        "models": names,
         "parameters": {"teacher": _parameters(teacher), "student": _parameters(student)},
         "work": dataclasses.asdict(work),
         "hardware": {**dataclasses.asdict(hardware), "devices": args.gpus},
@@ -177,8 +177,8 @@ def _assumptions(args: argparse.Namespace, work: Work, efficiency: Efficiency, s
     low_high = "" if efficiency.low == efficiency.high else f" ({efficiency.low:g} to {efficiency.high:g})"
     lines = [
         f"efficiency {efficiency.value:g}{low_high} of the peak rate: {efficiency.source}.",
-        f"Rows have {work.prompt_length} + {work.target_length} tokens without padding, as with --max-tokens-per-batch "
-        "or rows of one length.",
+        f"Rows have {work.prompt_length} + {work.target_length} tokens without padding, which is nearly so with "
+        "--max-tokens-per-batch.",
         "The student trains all its weights with AdamW: float32 weights, "
         f"{'bf16 autocast' if args.device != 'cpu' else 'bf16 autocast where the CPU has a unit for it'}, forward KL, "
         "no gradient accumulation, no on-policy steps.",
@@ -210,20 +210,20 @@ def _page(
     blocks = [
         wrap(
             f"{work['tokens']:,} target tokens in rows of {work['prompt_length']} + {work['target_length']}, "
-            f"{work['passes']:g} pass(es), {work['batch_size']} rows on each device: {plan.steps:,} steps on {devices}."
+            f"passes: {work['passes']:g}, {work['batch_size']} rows on each device: {plan.steps:,} steps on {devices}."
         ),
-        f"teacher  {content['teacher']}: {count['teacher'] / 1e9:.2f} B parameters, {args.teacher_dtype}\n"
-        f"student  {content['student']}: {count['student'] / 1e9:.2f} B parameters",
+        f"teacher  {content['models']['teacher']}: {count['teacher'] / 1e9:.2f} B parameters, {args.teacher_dtype}\n"
+        f"student  {content['models']['student']}: {count['student'] / 1e9:.2f} B parameters",
     ]
     names = {"ddp": "whole" if args.gpus == 1 else "whole (DDP)", "fsdp2": "in shards (FSDP2)"}
     body = [
-        [title, *(f"{part[key] / 1e9:.1f}" for part in plan.student.values())]
+        [title, *(f"{part[key] / 1e9:.1f}" for part in plan.memory.values())]
         for key, title in _PARTS.items()
-        if any(part[key] for part in plan.student.values())
+        if any(part[key] for part in plan.memory.values())
     ]
     body.append(["most rows that fit", *(str(rows) for rows in plan.batch_sizes.values())])
-    blocks.append(table(["GB on a device, training", *(names[name] for name in plan.student)], body))
-    header = ["the teacher", "devices", "GB on each", "fits", "capture, h", "training, h"]
+    blocks.append(table(["GB on a device, training", *(names[name] for name in plan.memory)], body))
+    header = ["teacher", "GPUs", "GB each", "fits", "capture, h", "training, h", "both"]
     blocks.append(
         table(
             header,
@@ -235,6 +235,7 @@ def _page(
                     "yes" if way.fits else "no",
                     _hours(way.capture),
                     _hours(way.training),
+                    f"{way.seconds / 3600:.3g}",
                 ]
                 for way in plan.ways
                 if args.device != "cpu" or way.name != "served"
@@ -245,7 +246,8 @@ def _page(
     blocks.append(
         wrap(
             f"record: {_size(disk['value'])} ({_size(disk['low'])} to {_size(disk['high'])}) of Parquet, "
-            f"{content['record_bytes']} bytes a target before that; {_size(disk['arrow'])} more where it is trained on."
+            f"{content['record_bytes']} bytes a target before that; {_size(disk['arrow'])} more where a student "
+            "trains on it."
         )
     )
     blocks.append(wrap(_advice(args, plan)))
@@ -261,7 +263,7 @@ def _advice(args: argparse.Namespace, plan: Plan) -> str:
                 "Not even one row of the student fits on a device: take more or larger devices, "
                 "--gradient-checkpointing, or a smaller student."
             )
-        if plan.student[plan.sharding]["total"] and max(plan.batch_sizes.values()) < args.batch_size:
+        if plan.memory[plan.sharding]["total"] and max(plan.batch_sizes.values()) < args.batch_size:
             return (
                 f"The student's batch does not fit: --batch-size {max(plan.batch_sizes.values())} does, and "
                 "--gradient-checkpointing makes room for more."

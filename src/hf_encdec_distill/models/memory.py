@@ -1,7 +1,7 @@
 """Bytes that a student's training step, and a teacher's forward pass, hold on one device: counted from configs.
 
-Symbols as in `cost`: h, m, H, K, d of a block, V the vocabulary; e is 2 bytes under bf16 autocast, else 4. The residual
-stream and the norms are float32 in either case. What a block keeps of a token for its backward pass:
+Symbols as in `cost`: h, m, H, K, d of a block, V the vocabulary; e is 2 bytes under bf16 autocast, else 4. The
+residual stream and the norms are float32 in either case. What a block keeps of a token for its backward pass:
 
     block             16*h                          two norms: the input, and that scaled
                       e = 2: 10*h (8*h without gate)  a cast for each of the products that read them
