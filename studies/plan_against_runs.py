@@ -9,8 +9,8 @@ first two, since other work may share the cores; the rates of matrix products an
 process, before and after. Memory is the peak of the process; what it takes with everything imported and no model yet
 is measured too, and added to what is foretold.
 
-A time is foretold with the efficiency that the *other* runs of the same precision had (their median), so that no run
-is held against itself.
+A time is foretold with the median efficiency of the *other* runs of its group, so that no run is held against itself:
+this is what `plan --efficiency` does for somebody who has timed one run on the machine.
 """
 
 from __future__ import annotations
@@ -26,20 +26,10 @@ import sysconfig
 import time
 from pathlib import Path
 
-import torch
-from datasets import Dataset
-from tasks import taken_before
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-
-from hf_encdec_distill import DistillationTrainer, DistillationTrainingArguments, RopeEncDecForConditionalGeneration
-from hf_encdec_distill.bench import machine_description, model_cost
 from hf_encdec_distill.bench.plan import PARQUET_SHARE, UPDATE_BYTES, Work, row_flops, step_flops
-from hf_encdec_distill.data import fetch_builtin_teacher
-from hf_encdec_distill.distillation import LiveTeacher, capture
-from hf_encdec_distill.distillation.teachers.recorded import record_bytes, size_on_disk
 from hf_encdec_distill.files import write_json
-from hf_encdec_distill.models.loading import load_config
-from hf_encdec_distill.models.memory import forward_bytes, training_memory, weight_bytes
+from hf_encdec_distill.models.cost import model_cost
+from hf_encdec_distill.models.memory import LOGIT_BYTES, forward_bytes, training_memory, weight_bytes
 from hf_encdec_distill.models.sizes import split_config, typical_config
 
 
@@ -75,13 +65,32 @@ RUNS = {
     "5 + 6, live, float32": Run(5, 6, 49_152, 8, 128, 16, live=True, bf16=False),
 }
 CAPTURES = {"capture, 128 rows": (128, 96, 64)}  # rows, prompt, target
-# docs/studies/cost/cost.json: rows of 200 to 256 prompt tokens in batches of 8, whose longest is taken for all.
+# Runs that are in docs/, each group on one machine and thread count. The rate of bfloat16 products is that of
+# docs/measured.md (0.2 TFLOP/s for each AMD core), that of reading the least that `Budget` names.
+CORE, READ = 0.2e12, 20e9
+COST = Run(20, 10, 49_152, 8, 252, 24)  # prompts of 200 to 256 tokens: of 8, the longest is taken for all
+HEAL = Run(None, 4, 49_152, 8, 75, 20)  # mean over batches of the longest row, 95 tokens, and target of 8
+TWO_HOURS = Run(11, 4, 49_152, 8, 127, 13)  # rows of one length; means of docs/measured.md
 COMMITTED = {
-    "cross-entropy alone": Run(20, 10, 49_152, 8, 252, 24),
-    "cache, top 32": Run(20, 10, 49_152, 8, 252, 24),
-    "live teacher": Run(20, 10, 49_152, 8, 252, 24, live=True),
+    "study of cost": {
+        "cross-entropy alone": COST,
+        "cache, top 32": COST,
+        "live teacher": dataclasses.replace(COST, live=True),
+    },
+    "two-hour quickstart": {
+        "adapt the teacher to the task": dataclasses.replace(TWO_HOURS, encoder=None, decoder=30),
+        "train the student on the teacher": dataclasses.replace(TWO_HOURS, live=True),
+        "train its twin on the labels alone": TWO_HOURS,
+    },
+    "study of splits": {
+        "only_4": HEAL,
+        "only_6": dataclasses.replace(HEAL, decoder=6),
+        "only_8": dataclasses.replace(HEAL, decoder=8),
+    },
 }
-COMMITTED_PROCESS = 0.7e9
+CORES = {"study of cost": 1, "two-hour quickstart": 2, "study of splits": 1}
+_LOADED = dataclasses.replace(COST, live=True)
+PROCESS = 0.7e9  # of the study of cost, which did not measure it
 
 
 def main() -> None:
@@ -89,22 +98,26 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/studies"), help="for caches")
     parser.add_argument("--output", type=Path, default=Path("docs/studies/plan"))
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--runs", nargs="+", choices=[*RUNS, *CAPTURES], default=[*RUNS, *CAPTURES])
+    parser.add_argument(
+        "--runs", nargs="*", choices=[*RUNS, *CAPTURES], default=[*RUNS, *CAPTURES], help="none: report alone"
+    )
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "plan.json"
-    taken = taken_before(file, [*RUNS, *CAPTURES])
+    taken = _read(file) if file.exists() else {}
+    if args.runs:
+        import hf_encdec_distill.distillation.trainer  # noqa: F401  # before processes are forked, so that all have it
+
     for number in range(args.rounds):
         for name in args.runs:
-            if len(taken[name]) > number:
+            if len(taken.setdefault(name, [])) > number:
                 continue
             if name in RUNS:
                 apart(record, name, args.work)
             taken[name].append(apart(measure if name in RUNS else measure_capture, name, args.work))
             print(number, name, taken[name][-1], flush=True)
             write_json(file, taken)
-    cost = json.loads((Path(__file__).parents[1] / "docs" / "studies" / "cost" / "cost.json").read_text("utf-8"))
-    (args.output / "plan.md").write_text(report(taken, cost), encoding="utf-8")
+    (args.output / "plan.md").write_text(report(taken, Path(__file__).parents[1] / "docs"), encoding="utf-8")
 
 
 # --- runs ---
@@ -129,6 +142,10 @@ def configs(run: Run):
 
 def record(name: str, work: Path) -> None:
     """The cache of a run that needs one, where it is not there yet."""
+    import torch
+
+    from hf_encdec_distill.distillation import LiveTeacher, capture
+
     run, folder = RUNS[name], _folder(name, work)
     if run.live or folder.exists():
         return
@@ -143,12 +160,24 @@ def _folder(name: str, work: Path) -> Path:
 
 
 def _teacher(run: Run):
+    import torch
+    from transformers import AutoModelForCausalLM
+
     config, _ = configs(run)
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if run.bf16 else torch.float32)
 
 
 def measure(name: str, work: Path) -> dict:
     """CPU seconds of a step, peak memory of the process, what it took before there were models, and rates."""
+    import torch
+    from transformers import AutoModelForCausalLM, TrainerCallback
+
+    from hf_encdec_distill import (
+        DistillationTrainer,
+        DistillationTrainingArguments,
+        RopeEncDecForConditionalGeneration,
+    )
+
     torch.set_num_threads(1)
     torch.manual_seed(0)
     run = RUNS[name]
@@ -202,6 +231,13 @@ def measure(name: str, work: Path) -> dict:
 
 def measure_capture(name: str, work: Path) -> dict:
     """CPU seconds and bytes on disk of a record of the built-in teacher, and what `measure` has of the process."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from hf_encdec_distill.data import fetch_builtin_teacher
+    from hf_encdec_distill.distillation import LiveTeacher, capture
+    from hf_encdec_distill.distillation.teachers.recorded import size_on_disk
+
     torch.set_num_threads(1)
     number, prompt, target = CAPTURES[name]
     process = _peak()
@@ -233,6 +269,9 @@ def measure_capture(name: str, work: Path) -> dict:
 
 
 def _random_rows(run: Run):
+    import torch
+    from datasets import Dataset
+
     generator = torch.Generator().manual_seed(0)
     prompt = run.prompt - (run.encoder is not None)  # a merged student's teacher reads its start token beside these
 
@@ -247,6 +286,8 @@ def _random_rows(run: Run):
 
 
 def _stack(rows: list[dict]) -> dict:
+    import torch
+
     return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -262,6 +303,7 @@ def _peak() -> float:
 
 def _rates() -> dict[str, float]:
     """As `bench.floors.measure_rates`, of one thread and in CPU time, since other work may share its core."""
+    import torch
 
     def best(run, work: float) -> float:
         taken = []
@@ -281,6 +323,8 @@ def _rates() -> dict[str, float]:
 
 
 def _machine() -> dict:
+    from hf_encdec_distill.bench import machine_description
+
     machine = machine_description()
     return {name: machine[name] for name in ("cpu", "bf16_unit", "torch", "transformers")}
 
@@ -316,95 +360,155 @@ def step_parts(run: Run) -> tuple[float, float]:
     return flops, UPDATE_BYTES * model_cost(student, run.prompt, run.target).parameters["total"]
 
 
-def efficiency(run: Run, measured: dict) -> float:
-    """Counted FLOPs over those of the measured rate, in the time that the update leaves."""
+def efficiency(run: Run, seconds: float, matrix_rate: float, read_rate: float) -> float:
+    """Counted FLOPs over those of the rate, in the time that the update leaves."""
     flops, update = step_parts(run)
-    rates = measured["rates"]
-    return flops / rates["bfloat16" if run.bf16 else "float32"] / (measured["seconds"] - update / rates["read"])
+    return flops / matrix_rate / (seconds - update / read_rate)
 
 
-def report(taken: dict[str, list[dict]], cost: dict[str, list[dict]]) -> str:
+def committed_seconds(docs: Path) -> dict[str, dict[str, float]]:
+    """Of a step of each run in `COMMITTED`."""
+    cost = _read(docs / "studies" / "cost" / "cost.json")
+    stages = _read(docs / "runs" / "quickstart-120-minutes" / "metrics.json")["stages"]
+    splits = _read(docs / "studies" / "heal" / "docstrings-4.json")
+    cpu_seconds = 60 * splits["setting"]["cpu_minutes"]
+    arms = {name: [run["steps"] for run in splits["arms"][name].values()] for name in COMMITTED["study of splits"]}
+    return {
+        "study of cost": {
+            name: statistics.median(run["seconds"] for run in cost[name]) for name in COMMITTED["study of cost"]
+        },
+        "two-hour quickstart": {
+            stage["name"]: stage["seconds"] / stage["steps"]
+            for stage in stages
+            if stage["name"] in COMMITTED["two-hour quickstart"]
+        },
+        "study of splits": {name: cpu_seconds / statistics.mean(steps) for name, steps in arms.items()},
+    }
+
+
+def foretold_loss(targets: int, chunk: int, hidden: int = 576, vocabulary: int = 49_152) -> float:
+    """Bytes beyond the inputs of `studies/chunked_loss.py`: with chunks the head's gradient is there at the peak, too,
+    without them its bfloat16 copy alone."""
+    head = hidden * vocabulary
+    return LOGIT_BYTES["live"] * chunk * vocabulary + (11 if chunk < targets else 2) * head
+
+
+def _read(file: Path):
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+# --- the report ---
+
+
+class Check:
+    """Gathers how far what is foretold is off."""
+
+    def __init__(self):
+        self.offs: list[tuple[str, float]] = []
+
+    def row(self, what: str, measured: float, foretold: float, unit: float = 1.0) -> list[str]:
+        off = foretold / measured - 1
+        self.offs.append((what, off))
+        return [f"{measured / unit:.3g}", f"{foretold / unit:.3g}", f"{100 * off:+.0f} %"]
+
+    def summary(self) -> str:
+        misses = [f"{what} ({100 * off:+.0f} %)" for what, off in self.offs if abs(off) > GOAL]
+        text = f"{len(self.offs) - len(misses)} of {len(self.offs)} numbers are within {100 * GOAL:.0f} %."
+        return f"{text} Those that are not: {'; '.join(misses)}." if misses else text
+
+
+def report(taken: dict[str, list[dict]], docs: Path) -> str:
     """Markdown: each number that was measured, what is foretold of it, and how far off that is."""
-    taken = {name: runs[-1] for name, runs in taken.items() if runs}
-    trained = {name: measured for name, measured in taken.items() if name in RUNS}
-    machine = next(iter(taken.values()))
-    misses: list[str] = []
-    offs: list[float] = []
-
-    def off(what: str, foretold: float, measured: float) -> str:
-        offs.append(foretold / measured - 1)
-        if abs(offs[-1]) > GOAL:
-            misses.append(f"{what} ({100 * offs[-1]:+.0f} %)")
-        return f"{100 * offs[-1]:+.0f} %"
-
-    memory = [["run", "rows", "measured, GB", "foretold, GB", "off"]]
-    for name, measured in trained.items():
-        run, foretold = RUNS[name], foretold_memory(RUNS[name], measured["process"])
-        cells = [name, f"{run.batch} x ({run.prompt} + {run.target})", f"{measured['peak'] / 1e9:.2f}"]
-        memory.append([*cells, f"{foretold / 1e9:.2f}", off(f"memory of {name}", foretold, measured["peak"])])
-    for name, run in COMMITTED.items():
-        peak = statistics.median(each["peak_mb"] for each in cost[name]) * 1e6
-        foretold = foretold_memory(run, COMMITTED_PROCESS)
-        cells = [f"[cost of a step](../cost/cost.md): {name}", f"{run.batch} x ({run.prompt} + {run.target})"]
-        cells += [
-            f"{peak / 1e9:.2f}",
-            f"{foretold / 1e9:.2f}",
-            off(f"memory of the study of cost, {name}", foretold, peak),
+    here = {name: runs[-1] for name, runs in taken.items() if runs}
+    check = Check()
+    tables = [times(here, docs, check), memories(here, docs, check), losses(docs, check), records(here, check)]
+    lines = ["# Plans against runs", "", check.summary()]
+    if here:
+        machine = next(iter(here.values()))
+        lines[1:1] = [
+            "",
+            f"`python studies/plan_against_runs.py`; runs made here on one thread of an {machine['cpu']} "
+            f"({machine['bf16_unit']}), torch {machine['torch']}, transformers {machine['transformers']}, with other "
+            "work on the machine.",
         ]
-        memory.append(cells)
-    times = [["run", "CPU s a step", "efficiency", "foretold, s", "off"]]
-    shares = {name: efficiency(RUNS[name], measured) for name, measured in trained.items()}
-    for name, measured in trained.items():
-        run = RUNS[name]
-        others = [share for other, share in shares.items() if other != name and RUNS[other].bf16 == run.bf16]
-        if not others:
-            continue
-        flops, update = step_parts(run)
-        rates = measured["rates"]
-        foretold = flops / rates["bfloat16" if run.bf16 else "float32"] / statistics.median(others)
-        foretold += update / rates["read"]
-        cells = [name, f"{measured['seconds']:.2f}", f"{shares[name]:.2f}", f"{foretold:.2f}"]
-        times.append([*cells, off(f"time of {name}", foretold, measured["seconds"])])
-    alone = "cross-entropy alone"
-    ratios = [["study of cost: step relative to cross-entropy alone", "measured", "foretold", "off"]]
-    for name in [name for name in COMMITTED if name != alone]:
-        measured_ratio = statistics.median(
-            run["seconds"] / base["seconds"] for run, base in zip(cost[name], cost[alone], strict=True)
-        )
-        foretold = step_parts(COMMITTED[name])[0] / step_parts(COMMITTED[alone])[0]
-        cells = [name, f"{measured_ratio:.2f}", f"{foretold:.2f}"]
-        ratios.append([*cells, off(f"time of the study of cost, {name}", foretold, measured_ratio)])
-    disk = [["record, top_k 32", "targets", "bytes a target", "foretold", "off", "CPU s", "efficiency"]]
-    for name, (rows, prompt, target) in CAPTURES.items():
-        if name not in taken:
-            continue
-        measured, config = taken[name], load_config(fetch_builtin_teacher())
-        each = measured["bytes"] / (rows * target)
-        foretold = PARQUET_SHARE["value"] * (record_bytes("top_k", 32, 0, config.vocab_size) + 16 / target)
-        share = rows * row_flops(config, prompt, target) / measured["rates"]["bfloat16"] / measured["seconds"]
-        cells = [name, str(rows * target), f"{each:.0f}", f"{foretold:.0f}", off(f"disk of {name}", foretold, each)]
-        disk.append([*cells, f"{measured['seconds']:.1f}", f"{share:.2f}"])
-    used = [f"{process / 1e9:.2f}" for process in sorted(measured["process"] for measured in taken.values())]
-    lines = [
-        "# What `plan` foretells, against runs",
-        "",
-        f"`python studies/plan_against_runs.py` on one thread of an {machine['cpu']} ({machine['bf16_unit']}), torch "
-        f"{machine['torch']}, transformers {machine['transformers']}; other work on the machine. A process with "
-        f"everything imported and no model takes {used[0]} to {used[-1]} GB, which is in what is foretold.",
-        "",
-        f"{len(offs) - len(misses)} of {len(offs)} numbers are within {100 * GOAL:.0f} %."
-        + (f" Those that are not: {'; '.join(misses)}." if misses else ""),
+    return "\n".join([*lines, *(line for table in tables for line in table)]) + "\n"
+
+
+def times(here: dict[str, dict], docs: Path, check: Check) -> list[str]:
+    """Each with the median efficiency of the others of its group."""
+    groups: dict[str, dict[str, tuple[Run, float, float, float]]] = {}
+    for group, seconds in committed_seconds(docs).items():
+        rate = CORES[group] * CORE
+        groups[group] = {name: (COMMITTED[group][name], seconds[name], rate, READ) for name in COMMITTED[group]}
+    for name, measured in here.items():
+        if name in RUNS:
+            kind = "bfloat16" if RUNS[name].bf16 else "float32"
+            rates = measured["rates"]
+            group = groups.setdefault(f"made here, {kind}", {})
+            group[name] = (RUNS[name], measured["seconds"], rates[kind], rates["read"])
+    rows = []
+    for group, runs in groups.items():
+        shares = {name: efficiency(*run) for name, run in runs.items()}
+        for name, (run, seconds, rate, read) in runs.items():
+            others = [share for other, share in shares.items() if other != name]
+            if others:
+                flops, update = step_parts(run)
+                foretold = flops / rate / statistics.median(others) + update / read
+                cells = check.row(f"time of {group}, {name}", seconds, foretold)
+                rows.append([group, name, f"{flops / 1e12:.2f}", f"{shares[name]:.2f}", *cells])
+    title = "Seconds of a step, foretold with the efficiency of the others of the same group"
+    return _table(title, ["group", "run", "TFLOP", "efficiency", "measured", "foretold", "off"], rows)
+
+
+def memories(here: dict[str, dict], docs: Path, check: Check) -> list[str]:
+    cost = _read(docs / "studies" / "cost" / "cost.json")
+    runs = [
+        (f"study of cost, {name}", run, PROCESS, statistics.median(each["peak_mb"] for each in cost[name]) * 1e6)
+        # Where it is not asked, the teacher was loaded all the same.
+        for name, run in {**COMMITTED["study of cost"], "cross-entropy alone": _LOADED}.items()
     ]
-    for table in (memory, times, ratios, disk):
-        if len(table) > 1:
-            head, *rows = table
-            lines += [
-                "",
-                f"| {' | '.join(head)} |",
-                "|" + "---|" * len(head),
-                *(f"| {' | '.join(row)} |" for row in rows),
-            ]
-    return "\n".join(lines) + "\n"
+    runs += [
+        (name, RUNS[name], measured["process"], measured["peak"]) for name, measured in here.items() if name in RUNS
+    ]
+    rows = [
+        [name, f"{run.batch} x ({run.prompt} + {run.target})", f"{process / 1e9:.2f}"]
+        + check.row(f"memory of {name}", peak, foretold_memory(run, process), 1e9)
+        for name, run, process, peak in runs
+    ]
+    header = ["run", "rows", "of these before there are models", "measured", "foretold", "off"]
+    return _table("GB of the process at its peak", header, rows)
+
+
+def losses(docs: Path, check: Check) -> list[str]:
+    rows = []
+    for name, runs in _read(docs / "studies" / "chunked_loss" / "chunked_loss.json").items():
+        divergence, targets, chunk = name.split()
+        if divergence == "forward_kl" and int(targets) > 128:
+            measured = statistics.median(run["gb"] for run in runs)
+            foretold = foretold_loss(int(targets), int(chunk)) / 1e9
+            rows.append([targets, "all" if targets == chunk else chunk])
+            rows[-1] += check.row(f"loss at {targets} targets in chunks of {chunk}", measured, foretold)
+    return _table("GB of the loss, forward KL", ["targets", "chunk", "measured", "foretold", "off"], rows)
+
+
+def records(here: dict[str, dict], check: Check) -> list[str]:
+    rows = []
+    for name, (number, prompt, target) in CAPTURES.items():
+        if name in here:
+            measured, config = here[name], configs(COST)[0]
+            share = number * row_flops(config, prompt, target) / measured["rates"]["bfloat16"] / measured["seconds"]
+            foretold = PARQUET_SHARE["value"] * (32 * 8 + 4 + 16 / target)
+            rows.append([name, str(number * target), f"{measured['seconds']:.1f}", f"{share:.2f}"])
+            rows[-1] += check.row(f"disk of {name}", measured["bytes"] / (number * target), foretold)
+    header = ["record, top_k 32", "targets", "CPU s", "efficiency", "measured", "foretold", "off"]
+    return _table("Bytes of a target on disk", header, rows)
+
+
+def _table(title: str, header: list[str], rows: list[list[str]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [header, ["---"] * len(header), *rows]
+    return ["", f"## {title}", "", *(f"| {' | '.join(line)} |" for line in lines)]
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import math
 from .cost import model_block, model_cost
 
 
-# Bytes beside a logit while a loss is made, its gradient among them: measured, see docs/studies/plan.
+# Bytes of all that stands beside a logit while a loss is made, its gradient among them: docs/studies/plan/plan.md.
 LOGIT_BYTES = {"live": 29, "recorded": 24}
 ADAMW_BYTES = 8  # two float32 moments a parameter
 # Bytes of a weight in the teacher's blocks; NF4 has a float32 scale for 64 weights (arXiv 2305.14314, section 3).
@@ -93,8 +93,8 @@ def training_memory(
     targets = rows * target_length
     at_once = targets if chunk_size is None or targets <= 4 * chunk_size else chunk_size
     logits = LOGIT_BYTES[teacher] * at_once * config.vocab_size
-    if at_once < targets:  # the head's gradient so far, and that of a chunk
-        logits += 6 * head
+    if at_once < targets:  # the head once more in bfloat16, and the gradient that a chunk has of it
+        logits += 5 * head
     layers = _layers(config)
     blocks = total - parameters["embedding"] - parameters["head"]
     if shards > 1:  # weights and gradients of embedding and head, of the block in use and of the next one
