@@ -75,7 +75,13 @@ OF_GPUS = Efficiency(
     "2407.21783, table 4) with kernels and parallelism of its own, so that is the upper end; 0.3 is a guess for "
     "transformers' Trainer",
 )
-OF_CPUS = Efficiency(0.5, 0.3, 0.7, "measured on CPUs: docs/studies/plan/plan.md")
+OF_CPUS = Efficiency(
+    0.45,
+    0.32,
+    0.76,
+    "measured in bfloat16 on two AMD machines, over nine runs (docs/studies/plan/plan.md). Runs on one machine with "
+    "like batches agree to 5 %, so time one step and give its share",
+)
 
 
 PROCESS_BYTES = 0.75e9  # torch, transformers, datasets and the trainer, imported: docs/studies/plan/plan.md

@@ -28,7 +28,8 @@ import math
 from .cost import model_block, model_cost
 
 
-# Bytes of all that stands beside a logit while a loss is made, its gradient among them: docs/studies/plan/plan.md.
+# Bytes of all that stands beside a logit while a loss is made, its gradient among them. That of a live teacher is
+# fitted to studies/chunked_loss.py (docs/studies/plan/plan.md); of a record it is a count of tensors.
 LOGIT_BYTES = {"live": 29, "recorded": 24}
 ADAMW_BYTES = 8  # two float32 moments a parameter
 # Bytes of a weight in the teacher's blocks; NF4 has a float32 scale for 64 weights (arXiv 2305.14314, section 3).
