@@ -26,6 +26,7 @@ import sysconfig
 import time
 from pathlib import Path
 
+from hf_encdec_distill.bench.hardware import PROCESS_BYTES
 from hf_encdec_distill.bench.plan import PARQUET_SHARE, UPDATE_BYTES, Work, row_flops, step_flops
 from hf_encdec_distill.files import write_json
 from hf_encdec_distill.models.cost import model_cost
@@ -90,7 +91,7 @@ COMMITTED = {
 }
 CORES = {"study of cost": 1, "two-hour quickstart": 2, "study of splits": 1}
 _LOADED = dataclasses.replace(COST, live=True)
-PROCESS = 0.7e9  # of the study of cost, which did not measure it
+PROCESS = PROCESS_BYTES  # of the study of cost, which did not measure it
 
 
 def main() -> None:

@@ -212,15 +212,19 @@ def _page(
             f"{work['tokens']:,} target tokens in rows of {work['prompt_length']} + {work['target_length']}, "
             f"passes: {work['passes']:g}, {work['batch_size']} rows on each device: {plan.steps:,} steps on {devices}."
         ),
-        f"teacher  {content['models']['teacher']}: {count['teacher'] / 1e9:.2f} B parameters, {args.teacher_dtype}\n"
-        f"student  {content['models']['student']}: {count['student'] / 1e9:.2f} B parameters",
+        "\n".join(
+            wrap(f"{side}  {content['models'][side]}: {_count(count[side])} parameters{suffix}", 9)
+            for side, suffix in (("teacher", f", {args.teacher_dtype}"), ("student", ""))
+        ),
     ]
     names = {"ddp": "whole" if args.gpus == 1 else "whole (DDP)", "fsdp2": "in shards (FSDP2)"}
     body = [
-        [title, *(f"{part[key] / 1e9:.1f}" for part in plan.memory.values())]
+        [title, *(f"{part[key] / 1e9:.3g}" for part in plan.memory.values())]
         for key, title in _PARTS.items()
         if any(part[key] for part in plan.memory.values())
     ]
+    if hardware.process:
+        body.append(["the process without it", f"{hardware.process / 1e9:.3g}"])
     body.append(["most rows that fit", *(str(rows) for rows in plan.batch_sizes.values())])
     blocks.append(table(["GB on a device, training", *(names[name] for name in plan.memory)], body))
     header = ["teacher", "GPUs", "GB each", "fits", "capture, h", "training, h", "both"]
@@ -231,7 +235,7 @@ def _page(
                 [
                     _WAYS[way.name],
                     str(way.devices),
-                    f"{way.device_bytes / 1e9:.1f}",
+                    f"{way.device_bytes / 1e9:.3g}",
                     "yes" if way.fits else "no",
                     _hours(way.capture),
                     _hours(way.training),
@@ -290,6 +294,10 @@ def _hours(seconds: dict[str, float]) -> str:
         return ""
     value, low, high = (f"{seconds[name] / 3600:.3g}" for name in ("value", "low", "high"))
     return value if low == high else f"{value} ({low} to {high})"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
 
 def _size(count: float) -> str:
