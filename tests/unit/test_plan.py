@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from distillation_toys import make_rope, make_teacher, ragged_rows
+from distillation_toys import make_rope, make_teacher
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_encdec_distill.bench.hardware import GPUS, OF_GPUS, Efficiency, Hardware
@@ -38,8 +38,9 @@ def test_bytes_of_a_record_by_hand():
 
 @pytest.mark.parametrize("kind", ["top_k", "sampled", "dense"])
 def test_bytes_of_a_record_that_was_written(kind, tmp_path):
-    rows, teacher = ragged_rows(12), LiveTeacher(make_teacher())
-    capture(teacher, rows, tmp_path, kind=kind, k=8, rounds=6, progress=False)
+    ids = torch.randint(4, 280, (12, 10), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"input_ids": row[:6], "attention_mask": [1] * 6, "labels": row[6:]} for row in ids]
+    capture(LiveTeacher(make_teacher()), rows, tmp_path, kind=kind, k=8, rounds=6, progress=False)
     columns = CachedTeacher(tmp_path)._rows.with_format("arrow")[:]
     stored = sum(
         len(values) * columns.schema.field(name).type.value_type.bit_width // 8
@@ -61,7 +62,8 @@ def test_the_disk_of_a_plan_is_a_share_of_the_record():
 
 
 def test_flops_of_a_step_are_those_that_torch_counts():
-    student, teacher = make_rope("merged", hidden_size=64, intermediate_size=192), make_teacher(hidden_size=64)
+    fields = {"hidden_size": 64, "intermediate_size": 192, "cross_attention_layers": [1, 2]}  # no encoder layer unread
+    student, teacher = make_rope("merged", **fields), make_teacher(hidden_size=64)
     for model in (student, teacher):
         model.set_attn_implementation("eager")  # which shows all products
     batch, prompt, target = 2, 200, 12
@@ -73,8 +75,8 @@ def test_flops_of_a_step_are_those_that_torch_counts():
         teacher(whole, logits_to_keep=target)
     work = Work(batch * target, prompt, target, batch)
     # The counter has the masked half of the targets' attention too, and the first layer no gradient of its input.
-    assert step_flops(student.config, work) == pytest.approx(trained.get_total_flops(), rel=0.03)
-    assert batch * row_flops(teacher.config, prompt, target) == pytest.approx(asked.get_total_flops(), rel=0.03)
+    assert step_flops(student.config, work) == pytest.approx(trained.get_total_flops(), rel=0.05)
+    assert batch * row_flops(teacher.config, prompt, target) == pytest.approx(asked.get_total_flops(), rel=0.05)
     both = step_flops(student.config, work, teacher.config)
     assert both == step_flops(student.config, work) + batch * row_flops(teacher.config, prompt, target)
     more = row_flops(teacher.config, prompt, target, logits_everywhere=True) - row_flops(
@@ -235,4 +237,4 @@ def test_a_cpu_is_measured(capsys, monkeypatch):
     monkeypatch.setattr("hf_encdec_distill.bench.floors.measure_rates", lambda threads: rates)
     said = planned(capsys, "--teacher", "135m", "--student", "135m", "--tokens", "20k", "--device", "cpu")
     assert said["hardware"]["matrix_rate"] in (2e11, 1e12) and said["hardware"]["read_rate"] == 1e10
-    assert said["hardware"]["process"] > 5e8 and "CPUs" in said["efficiency"]["source"]
+    assert said["hardware"]["process"] > 5e8 and "measured" in said["efficiency"]["source"]
