@@ -80,6 +80,7 @@ def student_folder(tmp_path, teacher_folder, data_arguments, capsys):
 def test_the_commands_are_those_that_work():
     assert set(COMMANDS) == {
         "quickstart",
+        "plan",
         "init",
         "teach",
         "heal",

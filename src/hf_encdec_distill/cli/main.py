@@ -28,6 +28,7 @@ from . import (
     heal,
     info,
     init,
+    plan,
     push,
     serve,
     teach,
@@ -39,6 +40,7 @@ from .quickstart import command as quickstart
 PROGRAM = "hf-encdec-distill"
 COMMANDS = {
     "quickstart": quickstart,
+    "plan": plan,
     "init": init,
     "teach": teach,
     "heal": heal,

@@ -30,7 +30,7 @@ from . import SUPPORTED_FAMILIES
 
 
 @dataclasses.dataclass(frozen=True)
-class _Block:
+class Block:
     """Sizes of one transformer block, in elements; the names follow the module docstring."""
 
     h: int
@@ -84,7 +84,7 @@ class _Block:
         return 4 * queries * keys * self.H * self.d
 
 
-def _block(config) -> _Block:
+def model_block(config) -> Block:
     """Of a decoder, or of a decoder-only model."""
     family = config.model_type
     if family != "rope_encdec" and family not in SUPPORTED_FAMILIES:
@@ -94,7 +94,7 @@ def _block(config) -> _Block:
         )
     # What Qwen's two families do is not in their configs.
     attention_bias = "qkv" if family == "qwen2" else getattr(config, "attention_bias", False)
-    return _Block(
+    return Block(
         h=config.hidden_size,
         m=getattr(config, "decoder_intermediate_size", config.intermediate_size),
         H=config.num_attention_heads,
@@ -178,7 +178,7 @@ def model_cost(
     for name, value in (("prompt_length", prompt_length), ("new_tokens", new_tokens)):
         if value < 2:
             raise ValueError(f"{name}={value} leaves nothing to count: give at least 2 tokens")
-    block = _block(config)
+    block = model_block(config)
     embedding = config.vocab_size * block.h
     head = 0 if config.tie_word_embeddings else embedding
     cache_row = 2 * block.K * block.d  # elements of one token's key and value in one layer

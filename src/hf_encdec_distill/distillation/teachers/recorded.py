@@ -251,6 +251,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def record_bytes(kind: str, k: int, rounds: int, vocab_size: int) -> int:
+    """Bytes of the record of one target token, before Parquet stores it; of `sampled` at most, if no token came up
+    twice."""
+    kept = {"top_k": k, "sampled": rounds, "dense": vocab_size}[kind]
+    once = ("tail", "distinct", "top")  # not one for each kept token
+    return sum(np.dtype(dtype).itemsize * (1 if name in once else kept) for name, dtype in COLUMNS[kind].items())
+
+
 def size_on_disk(folder: str | os.PathLike) -> int:
     """Bytes of all that is in the folder of a cache."""
     return sum(file.stat().st_size for file in Path(folder).glob("*.parquet"))

@@ -168,8 +168,8 @@ def from_decoder_only(
     }
 
     def build(share_memory=False, savings=savings, **layers):
-        config = _student_config(
-            teacher,
+        config = student_config(
+            teacher.config,
             **layers,
             cross_attention=cross_attention,
             encoder_attention=encoder_attention,
@@ -219,7 +219,7 @@ def from_decoder_only(
             every = list(range(depth))
             shape = {"encoder_attention": encoder_attention, **savings, **config_overrides}
             shape["decoder_intermediate_size"] = width
-            config = _student_config(teacher, every, every, cross_attention, **shape)
+            config = student_config(teacher.config, every, every, cross_attention, **shape)
             held_out = calibration_batches(rows[::_HELD_OUT_EVERY][:MEASURED_ROWS], device)
             held_out_logprobs, _ = measure_teacher(teacher, held_out)
 
@@ -370,8 +370,9 @@ def _special_tokens(teacher, tokenizer, prompt_template, given) -> dict:
     }
 
 
-def _student_config(teacher, encoder_layers, decoder_layers, cross_attention, **fields):
-    config, family = teacher.config, teacher.config.model_type
+def student_config(config, encoder_layers, decoder_layers, cross_attention, **fields) -> RopeEncDecConfig:
+    """Of a student with these layers, numbered as in the decoder-only model that `config` is of."""
+    family = config.model_type
     attention_bias = getattr(config, "attention_bias", False)
     no_rope = [i for i, rope in enumerate(getattr(config, "no_rope_layers", None) or []) if not rope]
     kept_without_rope = {
@@ -518,7 +519,7 @@ def encoder_is_first_layers_of(student, teacher) -> bool:
     if depth > teacher.config.num_hidden_layers:
         return False
     layers = list(range(config.encoder_num_hidden_layers))
-    of_teacher = _student_config(teacher, layers, [0], "merged")
+    of_teacher = student_config(teacher.config, layers, [0], "merged")
     without_rope = [layer for layer in of_teacher.encoder_no_rope_layers if layer < depth]
     if [layer for layer in config.encoder_no_rope_layers if layer < depth] != without_rope:
         return False
@@ -581,7 +582,7 @@ def _as_causal_encoder(model, layers=None, share_memory=True):
     """Layers of a decoder-only model, all by default, as an encoder of ours."""
     if layers is None:
         layers = list(range(model.config.num_hidden_layers))
-    config = _student_config(model, layers, layers[-1:], "merged", encoder_attention="causal")
+    config = student_config(model.config, layers, layers[-1:], "merged", encoder_attention="causal")
     whole = _load(RopeEncDecForConditionalGeneration, config, model, layers, layers[-1:], share_memory=share_memory)
     return whole.model.encoder
 
