@@ -214,8 +214,8 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
         metadata={
             "help": "Target tokens whose logits are in memory at once. A batch with more than four times as many "
             "computes its training loss in chunks, each with its backward pass before the next: the same result in a "
-            "fraction of the memory. With FSDP, DeepSpeed, torch.compile, or a model that changes the output of its "
-            "head, all logits are in memory."
+            "fraction of the memory. With DeepSpeed, torch.compile, or a model that changes the output of its head, "
+            "all logits are in memory."
         },
     )
     max_source_length: int | None = field(

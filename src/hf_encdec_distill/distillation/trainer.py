@@ -75,7 +75,7 @@ from .options.schedules import EncoderAnnealing, ProgressiveDepth
 from .options.shared_prompt import SharedPrompt
 from .options.token_batches import TokenBatches
 from .teachers.live import LiveTeacher
-from .teachers.lm_head import catch_head_input
+from .teachers.lm_head import HeadInput, catch_head_input
 from .teachers.recorded import CachedTeacher, is_cache
 from .teachers.served import ServedTeacher, is_served
 from .teachers.signal import PartialScores, TeacherScores
@@ -362,6 +362,11 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         """Whether nothing is known of the teacher but answers that it wrote."""
         return isinstance(self.teacher, CachedTeacher) and self.teacher.has_targets_only
 
+    @property
+    def _is_fsdp2(self) -> bool:
+        """Whether it is FSDP2 that does, which gathers the weights of a module for each of its forwards."""
+        return self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 2
+
     def _as_exported(self) -> AbstractContextManager[None]:
         """While the block runs, the student has the weights that it is trained for: rounded, with `qat`."""
         return fake_quantized(self.model, self.args.qat)
@@ -519,14 +524,16 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     def _goes_in_chunks(self, model: nn.Module, student: Mapping[str, Any], tokens: int, return_outputs: bool) -> bool:
         """Whether the student's logits at the targets are made a few at a time, by `losses.chunked_sum`."""
         # Below four chunks, their gradient of the head in float32 is as large as what they save.
-        if tokens <= 4 * self.args.loss_chunk_size or return_outputs or "labels" in student:
+        few = tokens <= 4 * self.args.loss_chunk_size
+        # With FSDP2 all processes have to find out in the same step, whatever each has been dealt.
+        if (few and not self._is_fsdp2) or return_outputs or "labels" in student:
             return False
-        # A sharded head is whole inside its module's forward only; a compiled model was traced without our hooks.
-        if self.is_sharded or self.args.n_gpu > 1 or is_compiled_module(model):
+        # The old FSDP and DeepSpeed keep no head by itself; a compiled model was traced without our hooks.
+        if (self.is_sharded and not self._is_fsdp2) or self.args.n_gpu > 1 or is_compiled_module(model):
             return False
         if self._student_head_is_last is None:
             self._student_head_is_last = self._find_out_about_head(model, student)
-        return self._student_head_is_last
+        return self._student_head_is_last and not few
 
     @torch.no_grad()
     def _find_out_about_head(self, model: nn.Module, student: Mapping[str, Any]) -> bool:
@@ -534,7 +541,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         # Unwrapped: DistributedDataParallel would talk to processes that may have nothing to find out yet.
         unwrapped = self.accelerator.unwrap_model(model)
         head = unwrapped.get_output_embeddings()
-        if type(head) is not nn.Linear:
+        if type(head).forward is not nn.Linear.forward:  # FSDP2 makes a class of its own of nn.Linear
             return False
         devices = [head.weight.device] if head.weight.device.type == "cuda" else []
         zero = torch.zeros(1, dtype=torch.long, device=head.weight.device)
@@ -548,18 +555,27 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum over all targets, with a gradient, and its terms, `[N]` each, without."""
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        with catch_head_input(head, rows, columns, keep=1) as caught:
-            model(**student)
-        assert caught.hidden is not None and caught.logits is not None, "the head was called when it was asked about"
         weights = self._term_weights()
-        loss, terms = chunked_sum(
-            lambda student_CV, chunk: torch.stack(list(score(student_CV, chunk).values())),
-            caught.hidden.to(caught.logits.dtype),  # what autocast made of them for the head
-            head.weight,
-            head.bias,
-            chunk_size=self.args.loss_chunk_size,
-            term_weights=tuple(weights.values()),
-        )
+        results: list[tuple[Tensor, Tensor]] = []
+
+        def take(caught: HeadInput) -> None:
+            assert caught.hidden is not None and caught.logits is not None, "the head was called"
+            results.append(
+                chunked_sum(
+                    lambda student_CV, chunk: torch.stack(list(score(student_CV, chunk).values())),
+                    caught.hidden.to(caught.logits.dtype),  # what autocast made of them for the head
+                    head.weight,
+                    head.bias,
+                    chunk_size=self.args.loss_chunk_size,
+                    term_weights=tuple(weights.values()),
+                )
+            )
+
+        with catch_head_input(head, rows, columns, keep=1, then=take):
+            outputs = model(**student)
+        ((loss, terms),) = results
+        if self._is_fsdp2:  # it prepares for a backward where a gradient reaches the outputs
+            loss = loss + 0.0 * (outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]).sum()
         return loss, dict(zip(weights, terms, strict=True))
 
     def _term_weights(self) -> dict[str, float]:
@@ -601,10 +617,10 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
                 f"on_policy_fraction={self.args.on_policy_fraction} with the cache {self.teacher.folder}: nobody can "
                 "have recorded what the student is going to write. Give a live teacher."
             )
-        if self.is_sharded:
+        if self.is_sharded and not self._is_fsdp2:
             raise ValueError(
-                f"on_policy_fraction={self.args.on_policy_fraction} needs the whole student on each process to "
-                "generate with: use DistributedDataParallel instead of FSDP or DeepSpeed."
+                f"on_policy_fraction={self.args.on_policy_fraction} with FSDP 1 or DeepSpeed, under which no rollout "
+                "has been tried: use FSDP2 (fsdp_version: 2) or DistributedDataParallel."
             )
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
@@ -639,6 +655,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     def _roll_out(self, batch: dict[str, Any], step: int, number: int) -> dict[str, Any]:
         batch = self._prepare_inputs(batch)
         self.check_weights()  # of NaN no token can be drawn
+        let_fsdp2_generate(self.model)
         # Each process and each batch of a step draws tokens of its own.
         process = self.accelerator.process_index
         with self._as_exported():

@@ -1,6 +1,6 @@
 """What a language model hands its head at chosen positions, so that logits need not be made anywhere else."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,7 +24,13 @@ class HeadInput:
 
 
 @contextmanager
-def catch_head_input(head: nn.Module, rows: Tensor, columns: Tensor, keep: int | None = None) -> Iterator[HeadInput]:
+def catch_head_input(
+    head: nn.Module,
+    rows: Tensor,
+    columns: Tensor,
+    keep: int | None = None,
+    then: Callable[[HeadInput], None] | None = None,
+) -> Iterator[HeadInput]:
     """While the block runs, `head` gets `[1, N, H]`, its input at `[rows, columns]`, in place of `[B, T, H]`.
 
     What a model does around its head (soft-capping, scaling) stays with the model, and it works for models without
@@ -34,6 +40,7 @@ def catch_head_input(head: nn.Module, rows: Tensor, columns: Tensor, keep: int |
         head: the output embedding of the model that is about to run.
         rows, columns: `[N]` each.
         keep: how many of the N the head is left; all by default.
+        then: called with what was caught while the weights of the head are whole, even where FSDP2 shards them.
     """
     caught = HeadInput()
 
@@ -44,8 +51,11 @@ def catch_head_input(head: nn.Module, rows: Tensor, columns: Tensor, keep: int |
 
     def note(_module: nn.Module, _args: tuple, output: Tensor) -> None:
         caught.logits = output
+        if then is not None:
+            then(caught)
 
-    handles = head.register_forward_pre_hook(pick), head.register_forward_hook(note)
+    # Ours come between those of FSDP2: it gathers the weights in its first hook and frees them in its last.
+    handles = head.register_forward_pre_hook(pick), head.register_forward_hook(note, prepend=True)
     try:
         yield caught
     finally:
