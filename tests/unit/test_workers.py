@@ -249,5 +249,5 @@ def test_a_card_that_two_write_names_all_shards(tmp_path, tokenizer, monkeypatch
             os.link(late, tmp_path / "cache" / late.name)
 
     monkeypatch.setattr(os, "replace", replaced)
-    workers.write_card(tmp_path / "cache", json.loads((tmp_path / "cache" / "manifest.json").read_text()))
+    workers.write_card(tmp_path / "cache", json.loads((tmp_path / "cache" / "manifest.json").read_text()), "000")
     assert late.name in (tmp_path / "cache" / "README.md").read_text()

@@ -68,12 +68,12 @@ def files_of(folder: Path) -> dict[str, Path]:
     return {name: inside(folder, name) for name in names if not name.startswith(PARTIAL)}
 
 
-def write_card(folder: Path, manifest: dict[str, Any]) -> None:
+def write_card(folder: Path, manifest: dict[str, Any], worker: str) -> None:
     """`README.md`, whose metadata tell `load_dataset` which file is what."""
     names: list[str] | None = None
     while (now := [file.name for file in shard_files(folder)]) != names:  # another worker may have put one there
         names = now
-        partial = folder / partial_name("card")
+        partial = folder / partial_name(worker)
         partial.write_text(card(names, manifest), encoding="utf-8")
         os.replace(partial, folder / CARD)
 

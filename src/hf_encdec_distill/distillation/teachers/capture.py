@@ -174,7 +174,7 @@ def capture(
         writer.flush()
     state.wait_for_everyone()
     if state.is_main_process:
-        write_card(folder, manifest)
+        write_card(folder, manifest, worker.name)
     return sum(gather_object([writer.rows]))
 
 

@@ -147,7 +147,7 @@ def write_targets(
             progress=progress,
         )
     if state.is_main_process:
-        write_card(folder, read_manifest(folder))
+        write_card(folder, read_manifest(folder), worker.name)
     return sum(gather_object([kept["kept"]]))
 
 

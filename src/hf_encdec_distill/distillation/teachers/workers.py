@@ -17,6 +17,9 @@ from .recorded import IDENTITY, MANIFEST, local_cache, read_manifest
 from .shards import PARTIAL, check_shards, partial_name, remove_left_behind
 
 
+_MERGING = "merge"  # the name of who merges
+
+
 @dataclass(frozen=True)
 class Worker:
     """One of the processes that capture: process `process` of `processes` in job `index` of `num_shards`.
@@ -66,7 +69,7 @@ def join_folder(
             place.parent.mkdir(exist_ok=True)
             os.replace(file, place)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
-        _put(partial / MANIFEST, folder / MANIFEST)
+        _put(partial / MANIFEST, folder / MANIFEST, worker)
         shutil.rmtree(partial)
     check_agrees(read_manifest(folder), manifest, folder)
 
@@ -116,11 +119,11 @@ def merge_caches(folders: Sequence[str | os.PathLike], output: str | os.PathLike
                 (partial / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, partial / name)
 
-    join_folder(output, manifests[0], "merge", add_files)
-    remove_left_behind(output, "merge")
+    join_folder(output, manifests[0], _MERGING, add_files)
+    remove_left_behind(output, _MERGING)
     for shard in shards:
-        _put(shard.resolve(), output / shard.name)
-    write_card(output, read_manifest(output))
+        _put(shard.resolve(), output / shard.name, _MERGING)
+    write_card(output, read_manifest(output), _MERGING)
 
 
 def add_to_hub(folder: str | os.PathLike, repo_id: str, private: bool | None = None) -> str:
@@ -157,7 +160,7 @@ def _is_beside_shards(name: Path) -> bool:
     return name.suffix != ".parquet" and not name.parts[0].startswith((PARTIAL, "."))
 
 
-def _put(file: Path, place: Path) -> None:
+def _put(file: Path, place: Path, worker: str) -> None:
     """`file` at `place` too, whole, unless there is one: whoever is first wins."""
     try:
         os.link(file, place)
@@ -165,6 +168,6 @@ def _put(file: Path, place: Path) -> None:
         pass
     except OSError:  # another disk, or a file system without hard links: there two could come at the same moment
         if not place.exists():
-            partial = place.parent / partial_name("copy")
+            partial = place.parent / partial_name(worker)
             shutil.copyfile(file, partial)
             os.replace(partial, place)
