@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet
 import pytest
+import torch
 from distillation_toys import make_teacher, ragged_rows, write_teacher
 from transformers import AutoTokenizer
 
@@ -215,6 +216,8 @@ def test_jobs_let_the_teacher_write(tmp_path, make_bpe_tokenizer):
     """In folders of their own and in one: the answers of a single job, and a record of each."""
     folder = write_teacher(tmp_path / "teacher", make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>"))
     teacher, tokenizer = LiveTeacher.load(folder), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():  # so that answers come to an end
+        teacher.model.model.embed_tokens.weight[teacher.model.config.eos_token_id] *= 3
     rows = [{"source": f"def f{i}(): return" + " x" * (i // 2 % 4)} for i in range(9)]
     options = {
         "generation": TargetGeneration(

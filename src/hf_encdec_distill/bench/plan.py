@@ -147,7 +147,6 @@ def make_plan(
             teacher=signal,
             autocast=hardware.bf16,
             checkpointing=work.checkpointing,
-            chunk_size=None if sharded else 128,  # a sharded head is whole inside its own forward only
             shards=devices if sharded else 1,
         )
 

@@ -205,6 +205,7 @@ class ServedTeacher(TeacherSignal):
                 f"{self.model!r}: capture into another folder."
             )
         self._expected = described["probe"]
+        self._forget()
         self.confirm()
 
     def confirm(self) -> None:
@@ -216,12 +217,19 @@ class ServedTeacher(TeacherSignal):
         if len(expected) == len(now):
             apart = np.mean([_apart(int(token), float(value), *there) for (token, value), there in zip(expected, now)])
         if not apart <= TOLERANCE:
+            self._forget()
             raise ValueError(
                 f"the server {self._client.url} does not predict what it did: log-probabilities of the probe differ "
                 f"by {apart:.3f} nats on average, more than {TOLERANCE}. It serves another model, other weights or "
                 f"another quantization under the name {self.model!r}. What was captured before is kept; rows since "
                 "the last comparison are not."
             )
+
+    def _forget(self) -> None:
+        """Rows that are under way are asked about another time: who knows which model answers."""
+        for future in self._asked.values():
+            future.cancel()
+        self._asked.clear()
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says of the server: no address, and no path on that machine."""
