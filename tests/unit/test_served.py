@@ -24,6 +24,7 @@ from hf_encdec_distill.distillation import CachedTeacher, LiveTeacher, ServedTea
 from hf_encdec_distill.distillation.alignment.vocabularies import SharedVocabulary
 from hf_encdec_distill.distillation.teachers import http_client, served
 from hf_encdec_distill.distillation.teachers.wire import log_tail, top_k
+from hf_encdec_distill.distillation.teachers.workers import merge_caches
 
 
 ROWS = ragged_rows(13)
@@ -430,6 +431,20 @@ def test_another_model_half_way_is_noticed_before_its_rows_are_kept(server, toke
     assert found.keys() == expected.keys()
     for key, row in found.items():
         np.testing.assert_allclose(row["log_probs"], expected[key]["log_probs"], atol=1e-5)
+
+
+def test_only_captures_of_one_model_are_merged(vllm, tokenizer, tmp_path):
+    rows = ragged_rows(12)
+    for index in range(2):
+        shard = {"num_shards": 2, "index": index, "progress": False}
+        capture(ask_for(vllm, tokenizer), rows, tmp_path / f"{index}", tokenizer, **shard)
+    merge_caches([tmp_path / "0", tmp_path / "1"], tmp_path / "merged")
+    assert len(CachedTeacher(tmp_path / "merged")) == 12
+    change_weights(vllm)
+    capture(ask_for(vllm, tokenizer), rows, tmp_path / "other", tokenizer, progress=False)
+    with pytest.raises(ValueError, match="or there was another model under that name"):
+        merge_caches([tmp_path / "0", tmp_path / "other"], tmp_path / "mixed")
+    assert not (tmp_path / "mixed").exists()
 
 
 def _rows(folder):

@@ -328,6 +328,19 @@ class ServedTeacher(TeacherSignal):
         return self._client.ask(*self._wire.score(self.model, ids, columns, self.k), read)
 
 
+def is_same_model(described: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two of `ServedTeacher.describe` are of one model: by its name, and by what it predicts of the probes."""
+    pairs, others = ([pair.split(":") for pair in one["probe"].split()] for one in (described, other))
+    if described["model"] != other["model"] or len(pairs) != len(others):
+        return False
+    # Of two tokens that are nearly as likely, either may come first.
+    apart = [
+        max(abs(float(value) - float(there)), 0.5 if token != instead else 0.0)
+        for (token, value), (instead, there) in zip(pairs, others)
+    ]
+    return bool(np.mean(apart) <= TOLERANCE)
+
+
 def _bare(text: str) -> str:
     """Without white space, which versions clean up or not, and without what is no UTF-8, which they replace or not."""
     return "".join(text.split()).replace("\ufffd", "")

@@ -14,6 +14,7 @@ from ...files import read_json
 from ...hub import upload
 from .cache_hub import CARD, card, files_of, write_card
 from .recorded import IDENTITY, MANIFEST, local_cache, read_manifest
+from .served import is_same_model
 from .shards import PARTIAL, check_shards, partial_name, remove_left_behind
 
 
@@ -91,6 +92,16 @@ def check_agrees(found: dict[str, Any], manifest: dict[str, Any], where: Any) ->
             )
 
 
+def _check_one_capture(found: dict[str, Any], manifest: dict[str, Any], where: Any) -> None:
+    """The same for two that were captured apart, of which no `ServedTeacher` has compared the probes."""
+    check_agrees(found, manifest, where)
+    if "server" in found and not is_same_model(found["server"], manifest["server"]):
+        raise ValueError(
+            f"the cache {where} was captured from {found['server']['model']!r} on a server, the other from "
+            f"{manifest['server']['model']!r}, or there was another model under that name: leave one of them out."
+        )
+
+
 def merge_caches(folders: Sequence[str | os.PathLike], output: str | os.PathLike) -> None:
     """Put the shards of several caches, captured by different workers, into one folder.
 
@@ -109,7 +120,7 @@ def merge_caches(folders: Sequence[str | os.PathLike], output: str | os.PathLike
     output, sources = Path(output), [local_cache(folder) for folder in folders]
     manifests = [read_manifest(source) for source in sources]
     for source, manifest in zip(sources, manifests, strict=True):
-        check_agrees(manifest, manifests[0], source)
+        _check_one_capture(manifest, manifests[0], source)
     shards = [shard for source in sources for shard in check_shards(source)]
 
     def add_files(partial: Path) -> None:
@@ -146,7 +157,7 @@ def add_to_hub(folder: str | os.PathLike, repo_id: str, private: bool | None = N
         once = {}
         if MANIFEST in there:
             theirs = hf_hub_download(repo_id, MANIFEST, repo_type="dataset", revision=commit)
-            check_agrees(read_json(Path(theirs)), manifest, repo_id)
+            _check_one_capture(read_json(Path(theirs)), manifest, repo_id)
             once = {MANIFEST: Path(theirs).read_bytes()}
         return {CARD: card(sorted({*files, *there}), manifest).encode(), **once}
 
