@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from hf_encdec_distill.distillation.alignment.vocabularies import SharedVocabula
 from hf_encdec_distill.distillation.teachers import http_client, served
 from hf_encdec_distill.distillation.teachers.wire import log_tail, top_k
 from hf_encdec_distill.distillation.teachers.workers import merge_caches
+from hf_encdec_distill.export.gguf import write_decoder_only
 
 
 ROWS = ragged_rows(13)
@@ -396,6 +398,52 @@ def test_many_rows_at_once_and_never_more(vllm, tokenizer, tmp_path):
     vllm.delay = 0.02
     capture(ask_for(vllm, tokenizer, requests=4), ragged_rows(40), tmp_path, tokenizer, progress=False)
     assert vllm.most_at_once == 4
+
+
+LLAMA_CPP = """
+import sys, xllamacpp
+options = xllamacpp.CommonParams()
+options.model.path, options.n_ctx, options.n_parallel = sys.argv[1], 1024, 2
+options.cpuparams.n_threads, options.warmup, options.verbosity, options.port = 1, False, -1, int(sys.argv[2])
+server = xllamacpp.Server(options)
+print("ADDRESS", server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def llama_cpp(make_bpe_tokenizer, tmp_path):
+    """llama.cpp's server, with a toy: its address, and the toy."""
+    folder = write_teacher(tmp_path / "toy", make_bpe_tokenizer(), layers=2)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.tokenizer = AutoTokenizer.from_pretrained(folder)
+    write_decoder_only(model, tmp_path / "toy.gguf", "fp32")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = [sys.executable, "-c", LLAMA_CPP, str(tmp_path / "toy.gguf"), str(port)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        address = next(line.split()[1] for line in server.stdout if line.startswith("ADDRESS"))
+        yield address, model
+        server.kill()
+
+
+@pytest.mark.process
+def test_a_capture_from_llama_cpp_is_a_local_one(llama_cpp, tmp_path):
+    """To what its keys and values in float16 leave. Its probes make it draw parts of characters, of which it is
+    silent unless a letter is drawn instead."""
+    address, model = llama_cpp
+    teacher = ServedTeacher(address, model.tokenizer, k=8, vocab_size=model.config.vocab_size, requests=2)
+    assert teacher.software.startswith("llamacpp") and teacher.max_positions == 511
+    rows = ragged_rows(8)
+    assert capture(teacher, rows, tmp_path / "served", model.tokenizer, progress=False) == 8
+    capture(LiveTeacher(model), rows, tmp_path / "local", model.tokenizer, k=8, progress=False)
+    served, local = (_rows(tmp_path / name) for name in ("served", "local"))
+    assert served.keys() == local.keys()
+    for key, row in served.items():
+        np.testing.assert_allclose(row["log_probs"], local[key]["log_probs"], atol=5e-3)
+        np.testing.assert_allclose(row["tail"], local[key]["tail"], atol=5e-3)
+        firsts = [np.asarray(one["ids"])[::8] for one in (row, local[key])]
+        assert (firsts[0] == firsts[1]).mean() > 0.7  # of two that are as likely, either
 
 
 # Another model behind the same address -------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 Read in vLLM 0.33.0 (`vllm/entrypoints/openai/completion/`, `vllm/v1/engine/logprobs.py`), SGLang 0.5.23
 (`sglang/srt/managers/`, `sglang/srt/layers/logits_processor.py`) and llama.cpp (`tools/server/README.md` of October
-2026). All three give log-softmax in float32 of the model's logits as they are, before any temperature or penalty.
+2026, and its answers). All three give log-softmax in float32 of the model's logits as they are, before any temperature or penalty.
 
 A column c of a row predicts its token c + 1; k tokens are wanted at each of T columns.
 """
@@ -171,7 +171,10 @@ class LlamaCpp:
 
     def score(self, model: str, ids: list[int], columns: Sequence[int], k: int) -> Question:
         prompts = [ids[: column + 1] for column in columns]
-        return "/completion", {"prompt": prompts, "n_predict": 1, "n_probs": k, "cache_prompt": True}
+        options = {"n_predict": 1, "n_probs": k, "cache_prompt": True}
+        # It says nothing of a token that is a part of a character, so a letter is drawn; the log-probabilities are
+        # those before any bias.
+        return "/completion", {"prompt": prompts, **options, "logit_bias": [["a", 1000.0]]}
 
     def entries(self, answer: Any, model: str, ids: list[int], columns: Sequence[int]) -> Entries:
         answers = answer if isinstance(answer, list) else [answer]
