@@ -60,6 +60,7 @@ def upload(
         adding = [CommitOperationAdd(name, file) for name, file in files.items()]  # what has gone up stays there
         for attempt in range(_TRIES):
             head = api.repo_info(repo_id, repo_type=repo_type, revision=revision).sha
+            assert head is not None, "what is made has a commit"
             there = api.list_repo_files(repo_id, repo_type=repo_type, revision=head)
             more = follows(head, there)
             gone = set(replaces(there)) - set(files) - set(more)

@@ -150,6 +150,9 @@ def make_plan(
             shards=devices if sharded else 1,
         )
 
+    def most_rows(sharding: str) -> int:
+        return _most_rows(lambda rows: of_student(sharding, rows).total, usable)
+
     shardings = ["ddp", "fsdp2"] if devices > 1 else ["ddp"]
     used = {name: of_student(name, work.batch_size) for name in shardings}
     sharding = next((name for name in shardings if used[name].total <= usable), shardings[-1])
@@ -190,9 +193,7 @@ def make_plan(
     return Plan(
         memory={name: used[name].to_dict() for name in shardings},
         sharding=sharding,
-        batch_sizes={
-            name: _most_rows(lambda rows, name=name: of_student(name, rows).total, usable) for name in shardings
-        },
+        batch_sizes={name: most_rows(name) for name in shardings},
         teacher_bytes=teacher_bytes,
         steps=steps,
         ways=ways,

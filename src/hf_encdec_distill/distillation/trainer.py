@@ -237,7 +237,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             self.teacher = LiveTeacher.load(teacher, args.teacher_dtype, args.teacher_quantization)
             check_same_on_each_process(self.teacher.model, self.accelerator)
             self.teacher.to(args.device)
-        if tokenizer is None and not self._has_targets_only:
+        if tokenizer is None and not (self._has_targets_only or isinstance(teacher, ServedTeacher)):
             tokenizer = tokenizer_beside(teacher, "using the student's for both")
         own_size = vocab_size(self.model.config)
         self._vocabulary = SharedVocabulary.between(

@@ -113,7 +113,7 @@ class HttpClient:
         tries = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type((_NoAnswer, BadAnswer)),
             wait=_pause,
-            stop=tenacity.stop_any(tenacity.stop_before_delay(patience), is_bad_for_good),
+            stop=tenacity.stop_before_delay(patience) | is_bad_for_good,  # type: ignore[operator]  # any callable will do
             before_sleep=self._tell,
             reraise=True,
         )

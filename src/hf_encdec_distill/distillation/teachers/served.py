@@ -4,6 +4,7 @@ Of each position it gives the k likeliest tokens; the mass of all others is 1 mi
 kind `top_k` holds, so training on either is the same. It gives no whole distributions and no hidden states.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import PurePath
@@ -102,7 +103,7 @@ class ServedTeacher(TeacherSignal):
         ids = sorted(set(self.tokenizer.get_vocab().values()))
         self.vocab_size = ids[-1] + 1 if vocab_size is None else vocab_size
         self.k = min(k, self.vocab_size)
-        about = self._client.ask(self._wire.about, patience=_PATIENCE_AT_START).result()
+        about: dict[str, Any] = self._client.ask(self._wire.about, patience=_PATIENCE_AT_START).result()
         self.software = f"{self._wire.software} {self._wire.version(about)}"
         self.max_positions = self._wire.max_length(card, about)
         self._prove_tokenizer(self.tokenizer, ids)
@@ -153,16 +154,16 @@ class ServedTeacher(TeacherSignal):
         cut = [ask(*wire.tokenize(self.model, text), lambda answer: list(answer["tokens"])) for text in texts]
         parts = [list(ids[first : first + _IDS_AT_ONCE]) for first in range(0, len(ids), _IDS_AT_ONCE)]
         read = [ask(*wire.detokenize(self.model, part), wire.text) for part in parts]
-        for text, future in zip(texts, cut):
-            theirs, ours = self._of_tokenizer(future), tokenizer.encode(text, add_special_tokens=False)
-            if theirs != ours:
+        for text, cut_there in zip(texts, cut):
+            theirs, here = self._of_tokenizer(cut_there), tokenizer.encode(text, add_special_tokens=False)
+            if theirs != here:
                 raise ValueError(
-                    f"the tokenizer of the server {url} makes {theirs[:12]} of {text!r}, the one here {ours[:12]}: "
+                    f"the tokenizer of the server {url} makes {theirs[:12]} of {text!r}, the one here {here[:12]}: "
                     f"give the tokenizer of the model that it serves, {self.model!r}."
                 )
-        for part, future in zip(parts, read):
-            ours = tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            if _bare(self._of_tokenizer(future)) != _bare(ours):
+        for part, read_there in zip(parts, read):
+            text = tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            if _bare(self._of_tokenizer(read_there)) != _bare(text):
                 raise ValueError(
                     f"the tokens {part[0]} to {part[-1]} of the server {url} stand for other texts than those of the "
                     f"tokenizer here: give the tokenizer of the model that it serves, {self.model!r}."
@@ -213,9 +214,10 @@ class ServedTeacher(TeacherSignal):
         self._probe()
         expected = [pair.split(":") for pair in self._expected.split()]
         now = [position for answer in self._last_probe for position in zip(*answer)]
-        apart = np.inf
+        apart = math.inf
         if len(expected) == len(now):
-            apart = np.mean([_apart(int(token), float(value), *there) for (token, value), there in zip(expected, now)])
+            each = [_apart(int(token), float(value), *there) for (token, value), there in zip(expected, now)]
+            apart = float(np.mean(each))
         if not apart <= TOLERANCE:
             self._forget()
             raise ValueError(
@@ -310,9 +312,8 @@ class ServedTeacher(TeacherSignal):
         ids = np.concatenate([nothing, *(ids for ids, _ in answers)]).astype(np.int64)
         log_probs = np.concatenate([nothing, *(values for _, values in answers)]).astype(np.float32)
         tail = log_tail(log_probs, self.vocab_size)
-        return TopKScores(
-            *(torch.from_numpy(part).to(input_ids.device) for part in (ids, log_probs, tail)), vocabulary
-        )
+        parts = [torch.from_numpy(part).to(input_ids.device) for part in (ids, log_probs, tail)]
+        return TopKScores(parts[0], parts[1], parts[2], vocabulary)
 
     def _send(self, ids: list[int], columns: Sequence[int]) -> "Future[tuple[np.ndarray, np.ndarray]]":
         """`[T, k]` ids and log-probabilities at the T columns of a row, in the future."""

@@ -113,7 +113,7 @@ def write_targets(
         if prompt_template is None:
             messages = [{"role": "user", "content": source}] if isinstance(source, str) else source
             # Tables have all fields in all messages.
-            prompt = [{name: value for name, value in one.items() if value is not None} for one in messages]
+            prompt: Any = [{name: value for name, value in one.items() if value is not None} for one in messages]
         elif isinstance(source, str):
             prompt = prompt_template.replace(PLACEHOLDER, source)
         else:
