@@ -75,8 +75,11 @@ def train(cls, models, output, kind, dropout=0.0, resume=None, **changed):
     )
     args.device  # noqa: B018, where processes meet: from here on weights may be divided among them
     dropped = {"dropout_rate": dropout} if kind == "t5" else {"attention_dropout": dropout}
+    student = AutoModelForSeq2SeqLM.from_pretrained(models / kind, **dropped)
+    if args.on_policy_fraction:  # so that some answers end before others
+        student.generation_config.eos_token_id = list(range(0, VOCABULARY, 4))
     trainer = cls(
-        AutoModelForSeq2SeqLM.from_pretrained(models / kind, **dropped),
+        student,
         args,
         teacher=str(models / "teacher"),
         train_dataset=ROWS,

@@ -150,11 +150,11 @@ def test_errors_are_one_line_with_exit_code_2(capsys, tmp_path, teacher_folder):
 )
 def test_a_misspelt_command_suggests_the_right_one(capsys, said, meant):
     error = one_line_error(capsys, "--debug", said, "student")
-    assert f"invalid choice: {said!r}, maybe you meant {meant!r}? (choose from quickstart, init, " in error
+    assert f"invalid choice: {said!r}, maybe you meant {meant!r}? (choose from quickstart, plan, " in error
 
 
 def test_a_word_that_is_like_no_command_gets_the_list_alone(capsys):
-    assert "invalid choice: 'zzz' (choose from quickstart, init, " in one_line_error(capsys, "zzz")
+    assert "invalid choice: 'zzz' (choose from quickstart, plan, " in one_line_error(capsys, "zzz")
 
 
 @pytest.mark.parametrize(

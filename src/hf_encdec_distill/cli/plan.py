@@ -78,11 +78,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lengths.add_argument("--rounds", type=int, default=50, metavar="N", help="tokens that sampled draws (default: 50)")
     hardware = parser.add_argument_group("hardware")
     hardware.add_argument(
-        "--device", choices=_DEVICES, default="h100", help="a GPU, or cpu for this machine (default: h100)"
+        "--device",
+        choices=_DEVICES,
+        default="h100",
+        metavar="NAME",
+        help=f"{', '.join(_DEVICES[:-1])}, or cpu for this machine (default: h100)",
     )
     hardware.add_argument("--gpus", type=int, default=1, metavar="N", help="default: 1")
     hardware.add_argument(
-        "--teacher-dtype", choices=_DTYPES, default="bfloat16", help="of its weights (default: bfloat16)"
+        "--teacher-dtype",
+        choices=_DTYPES,
+        default="bfloat16",
+        metavar="NAME",
+        help=f"of its weights: {', '.join(_DTYPES)} (default: bfloat16)",
     )
     hardware.add_argument(
         "--efficiency",
