@@ -97,7 +97,9 @@ def lowest(session):
         ),
     )
     deselected = [f"--deselect={test}" for test in beyond]
-    session.run("pytest", *(session.posargs or ("tests/unit", "tests/model", *deselected)))
+    # Tests with processes of their own take minutes, and are about files and signals more than about versions.
+    chosen = ("-m", "not slow and not wheel and not process", "tests/unit", "tests/model", *deselected)
+    session.run("pytest", *(session.posargs or chosen))
 
 
 @nox.session
