@@ -72,6 +72,18 @@ def write_teacher(folder, tokenizer, layers=4, std=0.2):
     return folder
 
 
+def write_writer(folder, tokenizer):
+    """The same, of a teacher that ends some of its answers within 30 tokens and others not."""
+    teacher = LlamaForCausalLM.from_pretrained(write_teacher(folder, tokenizer))
+    with torch.no_grad():
+        teacher.model.embed_tokens.weight[teacher.config.eos_token_id] *= 3
+        for parameter in teacher.model.layers.parameters():
+            if parameter.dim() > 1:
+                parameter *= 3
+    teacher.save_pretrained(folder)
+    return folder
+
+
 def logged_loss(trainer, name="loss"):
     """Train, and the first value that was logged under the name."""
     trainer.train()

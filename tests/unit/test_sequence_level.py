@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from distillation_toys import arguments, ragged_rows, write_teacher
+from distillation_toys import arguments, ragged_rows, write_writer
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoTokenizer
 
@@ -27,16 +27,7 @@ def _own_datasets_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def teacher_folder(tmp_path, make_bpe_tokenizer):
-    """A teacher that ends some of its answers within 30 tokens and others not."""
-    folder = write_teacher(tmp_path / "teacher", make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>"))
-    teacher = LiveTeacher.load(folder).model
-    with torch.no_grad():
-        teacher.model.embed_tokens.weight[teacher.config.eos_token_id] *= 3
-        for parameter in teacher.model.layers.parameters():
-            if parameter.dim() > 1:
-                parameter *= 3
-    teacher.save_pretrained(folder)
-    return folder
+    return write_writer(tmp_path / "teacher", make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>"))
 
 
 @pytest.fixture

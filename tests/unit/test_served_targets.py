@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
-from distillation_toys import arguments, write_teacher
+from distillation_toys import arguments, write_writer
 from teacher_server import TeacherServer
 from toys import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -105,17 +105,8 @@ def _own_datasets_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory, make_bpe_tokenizer):
-    """A teacher that ends some of its answers within 30 tokens and others not."""
     tokenizer = make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>")
-    folder = write_teacher(tmp_path_factory.mktemp("served") / "teacher", tokenizer)
-    teacher = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        teacher.model.embed_tokens.weight[teacher.config.eos_token_id] *= 3
-        for parameter in teacher.model.layers.parameters():
-            if parameter.dim() > 1:
-                parameter *= 3
-    teacher.save_pretrained(folder)
-    return folder
+    return write_writer(tmp_path_factory.mktemp("served") / "teacher", tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -138,7 +138,6 @@ def make_plan(
     usable = USABLE * hardware.memory - hardware.process
 
     def of_student(sharding: str, rows: int, signal: str = "recorded"):
-        sharded = sharding == "fsdp2"
         return training_memory(
             student,
             rows,
@@ -147,7 +146,7 @@ def make_plan(
             teacher=signal,
             autocast=hardware.bf16,
             checkpointing=work.checkpointing,
-            shards=devices if sharded else 1,
+            shards=devices if sharding == "fsdp2" else 1,
         )
 
     def most_rows(sharding: str) -> int:

@@ -41,7 +41,7 @@ from .targets import TargetGeneration, check_room, generate_targets
 from .workers import Worker, join_folder
 
 
-_ROWS_PER_SHARD = 2048
+ROWS_PER_SHARD = 2048
 _ROWS_PER_COMPARISON = 256  # with what a server predicted at first
 _MOST_ROUNDS = 100_000  # of a target; they are drawn at once, in memory
 
@@ -61,7 +61,7 @@ def capture(
     num_shards: int = 1,
     index: int = 0,
     batch_size: int = 8,
-    rows_per_shard: int = _ROWS_PER_SHARD,
+    rows_per_shard: int = ROWS_PER_SHARD,
     progress: bool = True,
     student_tokenizer=None,
     vocab_policy: str = "mask_padding",

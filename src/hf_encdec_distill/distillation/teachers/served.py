@@ -24,6 +24,7 @@ from .signal import TeacherSignal
 
 
 if TYPE_CHECKING:
+    from .http_client import HttpClient
     from .wire import Wire
 
 # vLLM gives no more unless it is told to, with --max-logprobs.
@@ -88,14 +89,10 @@ class ServedTeacher(TeacherSignal):
         timeout: float = 300.0,
         patience: float = 900.0,
     ):
-        try:
-            from .http_client import HttpClient
-        except ImportError as error:
-            raise ImportError('a teacher on a server needs: pip install "hf-encdec-distill[served]"') from error
         if k < 1 or requests < 1:
             raise ValueError(f"k={k}, requests={requests}: both have to be at least 1.")
         self.requests = requests
-        self._client = HttpClient(url, requests=requests, timeout=timeout, patience=patience)
+        self._client = client_of(url, requests, timeout, patience)
         self._asked: dict[bytes, Future[tuple[np.ndarray, np.ndarray]]] = {}
         self._wire, card = self._find_out(model)
         self.model = card["id"]
@@ -109,7 +106,7 @@ class ServedTeacher(TeacherSignal):
         self._prove_tokenizer(self.tokenizer, ids)
         probes = [self.tokenizer.encode(text, add_special_tokens=False) for text in _PROBES]
         self._probes = [probe[: self.max_positions] for probe in probes]
-        self._expected = self._probe(first=True)
+        self._expected = _probe_text(self._probe(first=True))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._client.url!r}, {self.software}, model={self.model!r}, k={self.k})"
@@ -180,22 +177,18 @@ class ServedTeacher(TeacherSignal):
                 "as to /v1, and give the tokenizer of the model that it serves."
             ) from None
 
-    def _probe(self, first: bool = False) -> str:
-        """The likeliest token at each position of the probes and its log-probability, `id:log_prob` in a row."""
+    def _probe(self, first: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids and log-probabilities at each position of the probes, likeliest first, `[T, k]` each."""
         from .http_client import Refused
 
         try:
             under_way = [self._send(probe, range(len(probe) - 1)) for probe in self._probes]
-            answers = [future.result() for future in under_way]
+            return [future.result() for future in under_way]
         except Refused as error:
             if first:
                 mend = self._wire.allows_more.format(k=self.k)
                 raise ValueError(f"{error}. If that is about {self.k} log-probabilities: {mend}.") from None
             raise
-        self._last_probe = answers
-        return " ".join(
-            f"{ids[0]}:{value:.4f}" for ids_Tk, values_Tk in answers for ids, value in zip(ids_Tk, values_Tk[:, 0])
-        )
 
     def expect(self, described: Mapping[str, Any]) -> None:
         """From here on the server has to be the one that `describe` described; raises ValueError where it is not."""
@@ -211,9 +204,8 @@ class ServedTeacher(TeacherSignal):
 
     def confirm(self) -> None:
         """Raises ValueError where the server's predictions are no longer those of the start: another model."""
-        self._probe()
         expected = [pair.split(":") for pair in self._expected.split()]
-        now = [position for answer in self._last_probe for position in zip(*answer)]
+        now = [position for answer in self._probe() for position in zip(*answer)]
         apart = math.inf
         if len(expected) == len(now):
             each = [_apart(int(token), float(value), *there) for (token, value), there in zip(expected, now)]
@@ -235,10 +227,9 @@ class ServedTeacher(TeacherSignal):
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says of the server: no address, and no path on that machine."""
-        absolute = self.model.startswith("/")
         return {
             "software": self.software,
-            "model": PurePath(self.model).name if absolute else self.model,
+            "model": without_place(self.model),
             "probe": self._expected,
         }
 
@@ -327,6 +318,27 @@ class ServedTeacher(TeacherSignal):
                 raise type(error)(f"the server {self._client.url}, to the row {ids[:12]}...: {error}.") from None
 
         return self._client.ask(*self._wire.score(self.model, ids, columns, self.k), read)
+
+
+def client_of(url: str, requests: int, timeout: float, patience: float) -> "HttpClient":
+    """See `HttpClient`, whose packages only those need who ask a server; raises ImportError where they are missing."""
+    try:
+        from .http_client import HttpClient
+    except ImportError as error:
+        raise ImportError('a teacher on a server needs: pip install "hf-encdec-distill[served]"') from error
+    return HttpClient(url, requests=requests, timeout=timeout, patience=patience)
+
+
+def without_place(model: str) -> str:
+    """Where a file lies on the server's machine is nobody's business on the Hub."""
+    return PurePath(model).name if model.startswith("/") else model
+
+
+def _probe_text(answers: list[tuple[np.ndarray, np.ndarray]]) -> str:
+    """The likeliest token at each position and its log-probability, `id:log_prob` in a row."""
+    return " ".join(
+        f"{ids[0]}:{value:.4f}" for ids_Tk, values_Tk in answers for ids, value in zip(ids_Tk, values_Tk[:, 0])
+    )
 
 
 def is_same_model(described: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

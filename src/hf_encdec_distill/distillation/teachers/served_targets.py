@@ -25,8 +25,9 @@ from accelerate.utils import gather_object
 
 from ...models.prompts import PLACEHOLDER, check_template
 from .cache_hub import write_card
-from .capture import check_shard, splits_with_rows
+from .capture import ROWS_PER_SHARD, check_shard, splits_with_rows
 from .recorded import FORMAT, TARGETS, read_manifest
+from .served import client_of, without_place
 from .shards import remove_left_behind
 from .targets import (
     Answer,
@@ -44,7 +45,6 @@ from .workers import Worker, join_folder
 if TYPE_CHECKING:
     from .http_client import HttpClient
 
-_ROWS_PER_SHARD = 2048
 _SECONDS_PER_SHARD = 60.0  # of answers that may have been paid for
 _PATIENCE_AT_START = 30.0  # seconds; a wrong address or option should not take a quarter of an hour
 
@@ -93,10 +93,6 @@ def write_targets(
         OSError: the server does not answer.
         ImportError: httpx or tenacity is missing.
     """
-    try:
-        from .http_client import HttpClient
-    except ImportError as error:
-        raise ImportError('a teacher on a server needs: pip install "hf-encdec-distill[served]"') from error
     if generation.num_beams > 1:
         raise ValueError(
             f"num_beams={generation.num_beams}: a server gives no beams. Leave it out, or sample several answers "
@@ -122,7 +118,7 @@ def write_targets(
         return Request(request_key(read, reference), prompt, source, reference, is_conversation, *columns)
 
     first = request_of(next(iter(splits.values()))[0])
-    client = HttpClient(url, requests=requests, timeout=timeout, patience=patience)
+    client = client_of(url, requests, timeout, patience)
     writer = _Writer(client, model or _only_model(client), generation, is_chat=prompt_template is None)
     writer.find_out(first)
     state = PartialState(cpu=True)
@@ -142,7 +138,7 @@ def write_targets(
             lambda requests, counts: writer.answer(requests, counts, kept),
             worker=worker,
             split=name,
-            rows_per_shard=_ROWS_PER_SHARD,
+            rows_per_shard=ROWS_PER_SHARD,
             seconds_per_shard=_SECONDS_PER_SHARD,
             progress=progress,
         )
@@ -195,10 +191,10 @@ class _Writer:
             "prompt_template": prompt_template,
             "generation": {
                 **dataclasses.asdict(self._generation),
-                "model": _without_place(self._answering or self._model),
+                "model": without_place(self._answering or self._model),
                 "api": self._path,
             },
-            "teacher": _without_place(self._model),
+            "teacher": without_place(self._model),
             "versions": {"datasets": importlib.metadata.version("datasets")},
         }
 
@@ -320,11 +316,6 @@ def _seed(key: bytes, seed: int, place: int) -> int:
     """From nothing but the row, the place of the answer, and the seed; below 2**31, as most servers want it."""
     digest = request_key(key, f"{seed} {place}")
     return int.from_bytes(digest[:4], "big") >> 1
-
-
-def _without_place(model: str) -> str:
-    """Where a file lies on the server's machine is nobody's business on the Hub."""
-    return Path(model).name if Path(model).is_absolute() else model
 
 
 def _cut(source: Any) -> str:
