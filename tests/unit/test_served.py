@@ -456,9 +456,9 @@ def change_weights(server):
             parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
-def test_another_model_half_way_is_noticed_before_its_rows_are_kept(server, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_encdec_distill.distillation.teachers.capture._ROWS_PER_COMPARISON", 4)
+def test_another_model_half_way_is_noticed_before_its_rows_are_kept(server, tokenizer, tmp_path):
     teacher = ask_for(server, tokenizer, requests=2)
+    teacher.rows_per_comparison = 4
     rows, scored = ragged_rows(40), server._log_probs
 
     def changing(ids):
@@ -479,6 +479,17 @@ def test_another_model_half_way_is_noticed_before_its_rows_are_kept(server, toke
     assert found.keys() == expected.keys()
     for key, row in found.items():
         np.testing.assert_allclose(row["log_probs"], expected[key]["log_probs"], atol=1e-5)
+
+
+@pytest.mark.parametrize("on_policy", [0.0, 1.0])
+def test_a_training_ends_where_the_model_is_another(on_policy, vllm, tokenizer, tmp_path):
+    teacher = ask_for(vllm, tokenizer)
+    teacher.rows_per_comparison = 5
+    options = {"teacher": teacher, "max_steps": 4, "on_policy_fraction": on_policy, "max_target_length": 6}
+    train(vllm, tokenizer, tmp_path / "same", **options)
+    change_weights(vllm)
+    with pytest.raises(ValueError, match="does not predict what it did: .* another model"):
+        train(vllm, tokenizer, tmp_path / "other", **options)
 
 
 def test_only_captures_of_one_model_are_merged(vllm, tokenizer, tmp_path):
@@ -627,7 +638,7 @@ def test_commands(make_bpe_tokenizer, tmp_path, capsys):
 
 
 KILLED = """
-import importlib, os, shutil, signal, socket, sys, threading, time, traceback
+import os, shutil, signal, socket, sys, threading, time, traceback
 from pathlib import Path
 import numpy as np
 import torch
@@ -638,7 +649,7 @@ from hf_encdec_distill.distillation import CachedTeacher, LiveTeacher, ServedTea
 from hf_encdec_distill.distillation.teachers import http_client
 
 torch.set_num_threads(1)
-importlib.import_module("hf_encdec_distill.distillation.teachers.capture")._ROWS_PER_COMPARISON = 4
+ServedTeacher.rows_per_comparison = 4
 http_client._LONGEST_WAIT = 0.05
 folder, tokenizer, points = Path(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2]), int(sys.argv[3])
 model, rows = make_teacher(), ragged_rows(48)

@@ -3,6 +3,8 @@
 All batches of a step are asked about when the step begins, and with them the first of the next step: accelerate's
 loaders make one batch more than they have handed out (`DataLoaderShard.__iter__`). With `dataloader_num_workers` that
 batch is made in another process, and is asked about when its own step begins.
+
+Every 256 rows the server's probes are compared with what it predicted at first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,13 +36,22 @@ class AskedAhead:
 
     def __init__(self, teacher: ServedTeacher, collator: RemembersLast, vocabulary: SharedVocabulary):
         self._teacher, self._collator, self._vocabulary = teacher, collator, vocabulary
+        self._rows_since_comparison = 0
 
     def __call__(self, batches: Sequence[Mapping[str, Any]], and_next: bool = True) -> None:
-        """Asks about `batches`, and about the one that comes after them if `and_next`."""
+        """Asks about `batches`, and about the one that comes after them if `and_next`.
+
+        Raises:
+            ValueError: the server has another model than at first.
+        """
         last, self._collator.last = self._collator.last, None
         for batch in [*batches, *([last] if and_next and last is not None else [])]:
             if batch.get("labels") is None:
                 continue
             inputs = with_teacher_inputs(batch, self._collator.start_token_id, self._vocabulary)
             rows, columns, _ = asked_positions(inputs, *target_positions(batch["labels"]))
-            self._teacher.ask(inputs["teacher_input_ids"], inputs["teacher_attention_mask"], rows, columns)
+            keys = self._teacher.ask(inputs["teacher_input_ids"], inputs["teacher_attention_mask"], rows, columns)
+            self._rows_since_comparison += len(keys)
+        if self._rows_since_comparison >= self._teacher.rows_per_comparison:
+            self._rows_since_comparison = 0
+            self._teacher.confirm()

@@ -42,7 +42,6 @@ from .workers import Worker, join_folder
 
 
 ROWS_PER_SHARD = 2048
-_ROWS_PER_COMPARISON = 256  # with what a server predicted at first
 _MOST_ROUNDS = 100_000  # of a target; they are drawn at once, in memory
 
 
@@ -277,7 +276,7 @@ def _capture_rows(
                 tokens += len(question.rows)
                 speed = tokens / (time.monotonic() - begin)
                 bar.set_postfix_str(f"{speed:.0f} tokens/s, {size_on_disk(folder) / 1e6:.1f} MB")
-            if isinstance(teacher, LiveTeacher) or len(waiting) >= _ROWS_PER_COMPARISON:
+            if isinstance(teacher, LiveTeacher) or len(waiting) >= teacher.rows_per_comparison:
                 _keep(teacher, waiting, writer)
             bar.update(len(question.names))
     _keep(teacher, waiting, writer)

@@ -76,6 +76,7 @@ class ServedTeacher(TeacherSignal):
 
     input_names: tuple[str, ...] = ()
     device = torch.device("cpu")  # where its scores are made; they go where its inputs are
+    rows_per_comparison = 256  # of its probes with what it predicted at first, which `confirm` makes
 
     def __init__(
         self,
@@ -215,8 +216,8 @@ class ServedTeacher(TeacherSignal):
             raise ValueError(
                 f"the server {self._client.url} does not predict what it did: log-probabilities of the probe differ "
                 f"by {apart:.3f} nats on average, more than {TOLERANCE}. It serves another model, other weights or "
-                f"another quantization under the name {self.model!r}. What was captured before is kept; rows since "
-                "the last comparison are not."
+                f"another quantization under the name {self.model!r}, perhaps for the last {self.rows_per_comparison} "
+                "rows. A capture has kept none of those; resume a training from a checkpoint before them."
             )
 
     def _forget(self) -> None:
