@@ -14,16 +14,22 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessor,
     Idefics3Processor,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     SiglipVisionConfig,
     SiglipVisionModel,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 
 from hf_encdec_distill import RopeEncDecForImageTextToText
@@ -105,14 +111,43 @@ def _llava(vocab_size):
     return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE))
 
 
-def _idefics3(vocab_size, image_token_id=IMAGE):
-    config = Idefics3Config(
+def _llava_next(vocab_size):
+    text = make_llama(layers=2, vocab_size=vocab_size, max_position_embeddings=256).config
+    vision = CLIPVisionConfig(**_SIZES, **_MLP)
+    tiles = {"image_grid_pinpoints": [[8, 16], [16, 8], [16, 16]]}
+    return LlavaNextForConditionalGeneration(
+        LlavaNextConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, **tiles)
+    )
+
+
+def _idefics3(vocab_size, image_token_id=IMAGE, smolvlm=False):
+    config = (SmolVLMConfig if smolvlm else Idefics3Config)(
         vision_config={**_SIZES, **_MLP},
         text_config={"model_type": "llama", "vocab_size": vocab_size, **_TEXT, "max_position_embeddings": 2048},
         image_token_id=image_token_id,
         scale_factor=2,
     )
-    return Idefics3ForConditionalGeneration(config)
+    return (SmolVLMForConditionalGeneration if smolvlm else Idefics3ForConditionalGeneration)(config)
+
+
+def _smolvlm(vocab_size):
+    return _idefics3(vocab_size, smolvlm=True)
+
+
+def _gemma3(vocab_size):
+    config = Gemma3Config(
+        text_config={
+            "vocab_size": vocab_size,
+            **_TEXT,
+            "head_dim": 8,
+            "sliding_window": 6,
+            "sliding_window_pattern": 2,
+        },
+        vision_config={**_SIZES, **_MLP, "model_type": "siglip_vision_model"},
+        image_token_index=IMAGE,
+        mm_tokens_per_image=4,
+    )
+    return Gemma3ForConditionalGeneration(config)
 
 
 def _qwen2_vl(vocab_size):
@@ -127,7 +162,14 @@ def _qwen2_vl(vocab_size):
     return Qwen2VLForConditionalGeneration(config)
 
 
-SEEING = {"llava": _llava, "idefics3": _idefics3, "qwen2_vl": _qwen2_vl}
+SEEING = {
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "idefics3": _idefics3,
+    "smolvlm": _smolvlm,
+    "gemma3": _gemma3,
+    "qwen2_vl": _qwen2_vl,
+}
 
 
 def make_seeing_teacher(kind, vocab_size=VOCAB):
@@ -163,7 +205,18 @@ def seen(kind, count):
         return {}, []
     if kind == "llava":
         return {"pixel_values": pixels(count)}, [10, *[IMAGE] * FEATURES, 11] * count
-    if kind == "idefics3":
+    if kind == "llava_next":  # the whole image, then the tiles of a grid, of which a token ends each line
+        sizes = torch.tensor([[8, 16], [16, 16], [16, 8]])[:count]
+        tiles = 1 + sizes.prod(dim=-1) // 64
+        images = pixels(count, int(tiles.max()))
+        for image, number in zip(images, tiles.tolist()):
+            image[number:] = 0
+        lengths = [FEATURES + height // 2 * (width // 2 + 1) for height, width in sizes.tolist()]
+        tokens = [token for length in lengths for token in (10, *[IMAGE] * length, 11)]
+        return {"pixel_values": images, "image_sizes": sizes}, tokens
+    if kind == "gemma3":
+        return {"pixel_values": pixels(count)}, [10, *[IMAGE] * 4, 11] * count
+    if kind in ("idefics3", "smolvlm"):
         mask = torch.ones(1, count, 8, 8, dtype=torch.long)
         return {"pixel_values": pixels(1, count), "pixel_attention_mask": mask}, [10, *[IMAGE] * 4, 11] * count
     grids = torch.tensor([[1, 4, 4], [1, 4, 6], [1, 2, 4]])[:count]  # patches; an image token is of 2 x 2 of them

@@ -30,6 +30,8 @@ def rows_of(kind, counts=COUNTS):
     for number, count in enumerate(counts):
         images, tokens = seen(kind, count)
         prompt, target, source = [*ids(1 + number), *tokens, *ids(2)], ids(2 + number % 3), ids(3 + number % 2)
+        if kind == "gemma3":
+            images["token_type_ids"] = (torch.tensor([prompt]) == IMAGE).long()
         rows.append(
             {
                 "input_ids": source,
@@ -46,11 +48,15 @@ def rows_of(kind, counts=COUNTS):
 def alone(teacher, row):
     """The teacher's logits at the target tokens of one row, `[T, V]`, without padding."""
     ids = torch.tensor([row["teacher_input_ids"]])
+    others = ("teacher_input_ids", "teacher_labels_start")
     images = {
-        name: row[f"teacher_{name}"]
-        for name in ("pixel_values", "pixel_attention_mask", "image_grid_thw")
-        if f"teacher_{name}" in row
+        name.removeprefix("teacher_"): value
+        for name, value in row.items()
+        if name.startswith("teacher_") and name not in others
     }
+    if "token_type_ids" in images:  # of the prompt; the target's are zero
+        types = images["token_type_ids"]
+        images["token_type_ids"] = F.pad(types, (0, ids.shape[1] - types.shape[1]))
     if "image_grid_thw" in images and hasattr(teacher.model, "compute_3d_position_ids"):  # transformers 5
         images["mm_token_type_ids"] = (ids == IMAGE).long()
     with torch.no_grad():
@@ -97,13 +103,15 @@ def tokenizer(make_bpe_tokenizer):
 def test_logits_of_a_ragged_batch_are_those_of_each_row_alone(kind, side, chunked, tokenizer):
     teacher, rows = make_seeing_teacher(kind), rows_of(kind)
     batch = DistillationCollator(tokenizer)(rows)
-    ids, mask = batch["teacher_input_ids"], batch["teacher_attention_mask"]
+    ids, mask, images = batch["teacher_input_ids"], batch["teacher_attention_mask"], teacher_images(batch)
     places, columns = target_positions(batch["labels"])
     columns = teacher_columns(batch["teacher_labels_start"], places, columns)
     if side == "left":
         columns += (mask == 0).sum(dim=1)[places]
+        if "token_type_ids" in images:
+            images["token_type_ids"], _ = left_padded(images["token_type_ids"], mask)
         ids, mask = left_padded(ids, mask)
-    ours = LiveTeacher(teacher).logits_at(ids, mask, places, columns, chunked, teacher_images(batch))(slice(None))
+    ours = LiveTeacher(teacher).logits_at(ids, mask, places, columns, chunked, images)(slice(None))
     torch.testing.assert_close(ours, torch.cat([alone(teacher, row) for row in rows]), atol=5e-4, rtol=5e-4)
 
 
@@ -288,9 +296,12 @@ def test_images_that_are_missing_or_of_another_form_are_refused(kind, tokenizer,
     with pytest.raises(ValueError, match="teacher_input_ids have image tokens, but the batch has no images"):
         make_trainer(tmp_path, teacher, tokenizer, blind).train()
     row = rows[0]
-    if kind == "idefics3":  # an image processor's only row, as one takes the only row of input_ids
+    if kind in ("idefics3", "smolvlm"):  # an image processor's only row, as one takes the only row of input_ids
         wrong = {"teacher_pixel_values": row["teacher_pixel_values"][0]}
-    elif kind == "llava":
+    elif kind == "llava_next":
+        wrong = {name: row[f"teacher_{name}"][:1] for name in ("pixel_values", "image_sizes")}
+        wrong = {f"teacher_{name}": value for name, value in wrong.items()}
+    elif kind in ("llava", "gemma3"):
         wrong = {"teacher_pixel_values": row["teacher_pixel_values"][:1]}
     else:
         wrong = {"teacher_pixel_values": row["teacher_pixel_values"][:16], "teacher_image_grid_thw": [[1, 4, 4]]}

@@ -2,8 +2,8 @@
 
 The processors of transformers make of a batch what they make of each row alone, one after another along the first
 dimension. A row has as many there as it has images (LLaVA), or patches of them (Qwen2-VL), or one (Idefics3,
-SmolVLM): then its images are along the second, and what other rows have more of is filled up with zeros, which these
-models leave out (`Idefics3Model.get_image_features`).
+SmolVLM): then its images are along the second, as the tiles of an image are (LLaVA-NeXT). What other rows have more of
+is filled up with zeros, which these models leave out (`Idefics3Model.get_image_features`, `image_sizes`).
 """
 
 from collections.abc import Mapping, Sequence
