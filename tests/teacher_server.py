@@ -130,7 +130,12 @@ class TeacherServer:
             "sglang": {
                 "/server_info": lambda: (
                     200,
-                    {"version": "0.5.23", "api_key": self.key, "model_path": "/secret/path"},
+                    {
+                        "version": "0.5.23",
+                        "api_key": self.key,
+                        "model_path": "/secret/path",
+                        "max_req_input_len": self.max_length - 6,
+                    },
                 ),
                 "/generate": lambda: self._generate(body),
                 "/detokenize": lambda: (
@@ -192,8 +197,10 @@ class TeacherServer:
 
     def _generate(self, body):
         ids, first, k = body["input_ids"], body["logprob_start_len"], body["top_logprobs_num"]
-        if len(ids) + body["sampling_params"]["max_new_tokens"] > self.max_length:
-            return 400, {"error": {"message": f"Requested token count exceeds the model's {self.max_length} tokens."}}
+        longest = self.max_length - 6
+        if len(ids) >= longest:
+            message = f"Input length ({len(ids)} tokens) exceeds the maximum allowed length ({longest} tokens)."
+            return 400, {"error": {"message": message}}
         log_probs = self._log_probs(ids)[first:-1]
         own = [None, *(row[token].item() for row, token in zip(log_probs, ids[first + 1 :]))]
         last = self.model.config.vocab_size - 1

@@ -229,9 +229,13 @@ def test_what_cannot_be_captured_is_refused(options, problem, vllm, tokenizer, t
 def test_it_knows_whom_it_asks(server, tokenizer):
     teacher = ask_for(server, tokenizer)
     assert teacher.software == {"vllm": "vllm 0.33.0", "sglang": "sglang 0.5.23"}[server.kind]
-    assert (teacher.model, teacher.max_positions, teacher.k) == ("toy/teacher", 511, 8)
-    long = torch.ones(1, 512, dtype=torch.long)
-    with pytest.raises(ValueError, match="512 tokens of prompt and target, but the teacher's server has .* 511"):
+    longest = {"vllm": 511, "sglang": 505}[server.kind]
+    assert (teacher.model, teacher.max_positions, teacher.k) == ("toy/teacher", longest, 8)
+    ids = torch.randint(5, 90, (1, longest))
+    where = torch.tensor([0]), torch.tensor([longest - 2])
+    assert len(teacher.scores(ids, torch.ones_like(ids), *where, SharedVocabulary(280, 280)).ids) == 1
+    long = torch.ones(1, longest + 1, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"{longest + 1} tokens of prompt and target, .* server has .* {longest}"):
         teacher.ask(long, long, torch.tensor([0]), torch.tensor([3]))
 
 

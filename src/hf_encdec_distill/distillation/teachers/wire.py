@@ -119,7 +119,8 @@ class SGLang:
         return about["version"]
 
     def max_length(self, card: dict[str, Any], about: dict[str, Any]) -> int | None:
-        return None if card.get("max_model_len") is None else card["max_model_len"] - 1
+        # Less than the model's length by a few tokens, and than what the server has memory for; as long is too long.
+        return about["max_req_input_len"] - 1
 
     def score(self, model: str, ids: list[int], columns: Sequence[int], k: int) -> Question:
         return "/generate", {
