@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from distillation_toys import write_teacher
 from PIL import Image
+from teacher_server import TeacherServer
 from toys import make_model
-from transformers import Dinov2Config, Dinov2Model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model
 
 
 STUDIES = Path(__file__).parents[2] / "studies"
@@ -192,6 +195,30 @@ def test_chunked_loss(studies, tmp_path, monkeypatch):
     assert len(asked) == len(taken) and all(run["seconds"] > 0 for (run,) in taken.values())
     chunked_loss.main()  # nothing is run twice
     assert len(asked) == len(taken)
+
+
+def test_served_captures(studies, make_bpe_tokenizer, tmp_path, monkeypatch):
+    """Of a server with the same weights nothing differs, of one with others much does."""
+    import served_captures
+
+    tokenizer = make_bpe_tokenizer(pad_token="<|endoftext|>")
+    folder = write_teacher(tmp_path / "toy", tokenizer, layers=2)
+    rows = [{"source": f"a{i} and b{i}", "target": f"the {i} pairs"} for i in range(40)]
+    monkeypatch.setattr(served_captures, "load_python_docstrings", lambda _: {"test": Dataset.from_list(rows)})
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    model, found = AutoModelForCausalLM.from_pretrained(folder), []
+    for _ in range(2):
+        with TeacherServer(model, AutoTokenizer.from_pretrained(folder), max_length=4096) as server:
+            options = ["--teacher", str(folder), "--rows", "6", "--k", "8", "--output", str(tmp_path)]
+            monkeypatch.setattr(sys, "argv", ["served_captures", server.url, *options])
+            served_captures.main()
+        found.append(json.loads((tmp_path / f"{server.kind}-0.33.0-float32.json").read_text()))
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.5)
+    same, other = found
+    assert same["rows"] == 6 and same["targets"] > 6
+    assert same["log_prob_largest"] < 1e-4 and same["of_one_record_alone"] == same["other_first"] == 0
+    assert other["log_prob_mean"] > 0.02
 
 
 @pytest.mark.slow
