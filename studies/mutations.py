@@ -326,6 +326,14 @@ MUTATIONS = [
         "distillation/teachers/workers.py",
         "os.link(file, place)",
         "os.replace(file, place)",
+        "unit/test_workers.py::test_a_manifest_that_came_in_between_stays",
+    ),
+    Mutation(
+        8,
+        "merging takes the shards away from the folders that are merged",
+        "distillation/teachers/workers.py",
+        "_put(shard.resolve(), output / shard.name, _MERGING)",
+        "os.replace(shard.resolve(), output / shard.name)",
         "unit/test_workers.py::test_folders_are_merged_without_a_rewrite",
     ),
     Mutation(
@@ -343,6 +351,14 @@ MUTATIONS = [
         "        teacher.confirm()\n",
         "        pass\n",
         "unit/test_served.py::test_another_model_half_way_is_noticed_before_its_rows_are_kept",
+    ),
+    Mutation(
+        8,
+        "a training learns from whichever model comes to be behind the address of a server",
+        "distillation/options/asked_ahead.py",
+        "self._teacher.confirm()",
+        "pass",
+        "unit/test_served.py::test_a_training_ends_where_the_model_is_another",
     ),
     Mutation(
         8,

@@ -183,11 +183,12 @@ def test_folders_are_merged_without_a_rewrite(tmp_path, tokenizer, monkeypatch, 
             raise OSError(18, "Invalid cross-device link")
 
         monkeypatch.setattr(os, "link", link)
+    shards = [shard for source in sources for shard in source.glob("*.parquet")]
+    assert len(shards) >= 8
     merge_caches(sources, tmp_path / "merged")
-    for source in sources:
-        for shard in source.glob("*.parquet"):
-            merged = tmp_path / "merged" / shard.name
-            assert merged.read_bytes() == shard.read_bytes() and merged.samefile(shard) is same_disk
+    for shard in shards:
+        merged = tmp_path / "merged" / shard.name
+        assert merged.read_bytes() == shard.read_bytes() and merged.samefile(shard) is same_disk
     assert count_keys(tmp_path / "merged", "shard") == (13, 2)
     assert len(CachedTeacher(tmp_path / "merged")) == 13
     names = {file.name for file in (tmp_path / "merged").iterdir() if file.suffix != ".parquet"}
@@ -195,6 +196,21 @@ def test_folders_are_merged_without_a_rewrite(tmp_path, tokenizer, monkeypatch, 
     assert len(datasets.load_dataset(str(tmp_path / "merged"))["train"]) == 15
     merge_caches(sources, tmp_path / "merged")  # nothing more
     assert count_keys(tmp_path / "merged", "shard") == (13, 2)
+
+
+def test_a_manifest_that_came_in_between_stays(tmp_path, tokenizer):
+    """Of two jobs that begin together, the second finds the manifest of the first when it comes to put its own."""
+    make_cache(tmp_path / "first", tokenizer, rows=ROWS[:2], k=7)
+    make_cache(tmp_path / "second", tokenizer, rows=ROWS[:2])
+    first, second = (workers.read_manifest(tmp_path / name) for name in ("first", "second"))
+    folder = tmp_path / "both"
+
+    def the_first_is_done(_):
+        (folder / workers.MANIFEST).write_text(json.dumps(first))
+
+    with pytest.raises(ValueError, match="captured with k=7, not 32"):
+        workers.join_folder(folder, second, "000", the_first_is_done)
+    assert workers.read_manifest(folder) == first
 
 
 def test_what_does_not_belong_together_is_not_merged(tmp_path, tokenizer):
