@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 # vLLM gives no more unless it is told to, with --max-logprobs.
 DEFAULT_K = 20
-# Nats, on average over the log-probabilities of a probe's likeliest tokens. Other kernels, batches and bfloat16 move
-# them by a hundredth or two, other weights by some tenths.
-TOLERANCE = 0.05
+# Nats, on average over the log-probabilities of the likeliest tokens of the probes. SmolLM2-135M in bfloat16: 0.01 on
+# one server, 0.04 between engines and from float32. Its weights in 6 bits: 0.11, in 4 bits: 0.76, before tuning: 0.73.
+TOLERANCE = 0.1
 _PROBES = (
     "The committee met on 3 March 1987 in Zürich, and nobody knew why. It was",
     "def area(radius):\n    return 3.14159 * radius ** 2  # in m²\n\n\nprint(",
