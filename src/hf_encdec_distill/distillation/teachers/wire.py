@@ -2,8 +2,8 @@
 
 Read in vLLM 0.33.0 (`vllm/entrypoints/openai/completion/`, `vllm/v1/engine/logprobs.py`), SGLang 0.5.23
 (`sglang/srt/managers/`, `sglang/srt/layers/logits_processor.py`) and llama.cpp (`tools/server/README.md` of October
-2026); asked were vLLM 0.32.0, SGLang 0.5.23 and llama.cpp (`studies/served_captures.py`). All three give log-softmax in
-float32 of the model's logits as they are, before any temperature or penalty.
+2026); run were vLLM 0.32.0, SGLang 0.5.23 and llama.cpp (docs/measured.md). All three give log-softmax in float32 of
+the model's logits as they are, before any temperature or penalty.
 
 A column c of a row predicts its token c + 1; k tokens are wanted at each of T columns.
 """
