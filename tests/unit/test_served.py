@@ -239,6 +239,18 @@ def test_it_knows_whom_it_asks(server, tokenizer):
         teacher.ask(long, long, torch.tensor([0]), torch.tensor([3]))
 
 
+def test_a_token_that_no_teacher_has_is_never_sent(server, tokenizer, tmp_path):
+    teacher = ask_for(server, tokenizer)
+    wrong = {**ROWS[3], "input_ids": [*ROWS[3]["input_ids"], 280]}
+    for run in (
+        lambda: capture(teacher, [wrong], tmp_path, tokenizer, progress=False),
+        lambda: train(server, tokenizer, tmp_path / "run", teacher=teacher, rows=[wrong]),
+    ):
+        with pytest.raises(ValueError, match="has the token 280, and the teacher has 280 ids"):
+            run()
+    assert server.scored and not any(280 in ids for ids in server.scored)
+
+
 def test_more_log_probabilities_than_vllm_gives(vllm, tokenizer):
     with pytest.raises(ValueError, match=r"max allowed: 20\. If that .* --max-logprobs 32, or ask for fewer"):
         ask_for(vllm, tokenizer, k=32)

@@ -263,9 +263,15 @@ class ServedTeacher(TeacherSignal):
             rows, columns: `[N]` each, the positions whose next-token log-probabilities are wanted, in order.
 
         Raises:
-            ValueError: a row has more tokens than the server reads.
+            ValueError: a row has more tokens than the server reads, or a token that is not in the vocabulary.
         """
         check_length("teacher's server", self.max_positions, "prompt and target", attention_mask)
+        largest = int(input_ids.masked_fill(~attention_mask.bool(), 0).max()) if input_ids.numel() else 0
+        if largest >= self.vocab_size:  # which ends an SGLang, again each time that it is restarted
+            raise ValueError(
+                f"a row for the teacher's server has the token {largest}, and the teacher has {self.vocab_size} ids: "
+                "encode the prompt with the teacher's own tokenizer."
+            )
         keys = []
         for row, key in enumerate(row_keys(input_ids, attention_mask, rows, columns)):
             if key is None:
