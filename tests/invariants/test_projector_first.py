@@ -98,6 +98,23 @@ def test_projector_then_decoder_then_all(share, checkpointing, llava, image_toke
         )
 
 
+def test_a_batch_of_texts_alone_moves_nothing(llava, image_tokenizer, tmp_path):
+    student, rows = twin_of(llava, image_tokenizer), rows_of(image_tokenizer)
+    image = image_tokenizer.convert_tokens_to_ids("<image>")
+    for row in rows[:2]:
+        row["input_ids"] = [token for token in row["input_ids"] if token != image]
+        row |= {"attention_mask": [1] * len(row["input_ids"]), "pixel_values": None}
+    options = {"per_device_train_batch_size": 2, "max_steps": 3, "train_projector_first": 2, "logging_steps": 1}
+    trainer = make_trainer(tmp_path, student, llama_of(llava), image_tokenizer, rows, **options)
+    trainer.add_callback(watch := Watch(trainer))
+    trainer.train()
+    texts, images, again = watch.moved
+    assert not texts
+    assert images and all("multi_modal_projector" in name for name in images)
+    assert any("decoder" in name for name in again)
+    assert all(log["loss"] > 0 for log in trainer.state.log_history if "loss" in log)
+
+
 def test_all_but_a_tower_that_was_frozen_before(llava, image_tokenizer, tmp_path):
     """LLaVA's two stages: the projector, then all but the tower."""
     student, expected, rows = (

@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from distillation_toys import InOrder, arguments, collate, make_t5, make_teacher, ragged_rows, token_terms
+from test_vision_student import make_trainer
+from test_vision_student import rows_of as seeing_rows
+from transformers import AutoTokenizer
+from vision_toys import llama_of, make_llava, twin_of
 
 from hf_encdec_distill.distillation.options.rollouts import draw
 
@@ -83,14 +87,51 @@ def run(folder: Path) -> None:
             torch.save(trainer._matching.state_dict(), folder / f"projections-{processes}-{rank}.pt")
         if trainer.is_world_process_zero():
             torch.save(trainer.model.state_dict(), folder / f"{name}-{processes}.pt")
+    results["seeing"] = {"logs": see(folder, processes)}
     if trainer.is_world_process_zero():
         (folder / f"results-{processes}.json").write_text(json.dumps(results))
 
 
+def see(folder: Path, processes: int) -> list[float]:
+    """Losses of a student with a tower: two steps each on its projector, on its decoder too, and on all of it.
+
+    In each second step the second of two processes has no image."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    llava, rows = make_llava(tokenizer), seeing_rows(tokenizer, 8)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    for row in rows[6:]:
+        row["pixel_values"] = None
+        row["input_ids"] = [token for token in row["input_ids"] if token != image]
+        row["attention_mask"] = [1] * len(row["input_ids"])
+    trainer = make_trainer(
+        folder / "seeing",
+        twin_of(llava, tokenizer),
+        llama_of(llava),
+        tokenizer,
+        rows,
+        max_steps=6,
+        per_device_train_batch_size=4 // processes,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        train_projector_first=2,
+        freeze_encoder=True,
+        unfreeze_encoder_after=4,
+        ddp_backend="gloo" if processes > 1 else None,
+    )
+    trainer.train()
+    if trainer.is_world_process_zero():
+        torch.save(trainer.model.state_dict(), folder / f"seeing-{processes}.pt")
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, make_bpe_tokenizer):
     """Both runs' numbers, and the folder with their weights."""
     folder = tmp_path_factory.mktemp("distributed")
+    tokenizer = make_bpe_tokenizer(chat_template=None)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(folder / "tokenizer")
     here = Path(__file__)
     paths = [str(here.parents[1]), str(Path(sys.modules["hf_encdec_distill"].__file__).parents[1])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
@@ -169,6 +210,17 @@ def test_rounded_weights_of_two_processes(runs):
         torch.testing.assert_close(double[key], value, rtol=1e-4, atol=1e-6, msg=key)
     assert any(not torch.allclose(plain[key], value, rtol=1e-3) for key, value in single.items())
     assert two["quantized"]["eval"] == pytest.approx(one["quantized"]["eval"], rel=1e-5)
+
+
+def test_a_student_that_sees_in_two_processes(runs):
+    """Its projector first, then its decoder, then all, where one process has images and the other none."""
+    folder, one, two = runs
+    single, double = (torch.load(folder / f"seeing-{n}.pt", weights_only=True) for n in (1, 2))
+    assert single.keys() == double.keys() and any("vision_tower" in key for key in single)
+    for key, value in single.items():
+        torch.testing.assert_close(double[key], value, rtol=1e-4, atol=1e-6, msg=key)
+    assert len(one["seeing"]["logs"]) == 6
+    assert two["seeing"]["logs"] == pytest.approx(one["seeing"]["logs"], rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["plain", "accumulated"])

@@ -65,7 +65,7 @@ from .options.asked_ahead import AskedAhead, RemembersLast
 from .options.cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
 from .options.encoder_states import EncoderStates
 from .options.fake_quantization import fake_quantized
-from .options.frozen_encoder import Unfreeze, freeze, freeze_encoder, unfrozen
+from .options.frozen_encoder import Unfreeze, freeze, freeze_encoder, give_texts_a_gradient, unfrozen
 from .options.hidden_states import HiddenStateTraining, catch_hidden_states
 from .options.muon import MUON, muon_and_kwargs
 from .options.neftune import noise_on_tied_embeddings
@@ -688,6 +688,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             waiting["unfreeze_encoder_after"] = freeze_encoder(model, but=projector)
         if projector:
             waiting["train_projector_first"] = freeze(model, but=projector)
+            give_texts_a_gradient(model)
         return {option: parameters for option, parameters in waiting.items() if getattr(args, option) > 0}
 
     def create_optimizer(self, *args, **kwargs):

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, TrainerCallback
@@ -51,6 +52,21 @@ def freeze(module: nn.Module, but: Sequence[nn.Parameter]) -> list[nn.Parameter]
     for parameter in frozen:
         parameter.requires_grad_(False)
     return frozen
+
+
+def give_texts_a_gradient(model: PreTrainedModel) -> None:
+    """Where the projector alone is trained, a batch without images has a gradient of zero in place of none.
+
+    Without one `backward` raises, and where others have images, DistributedDataParallel would wait for it for ever.
+    """
+
+    def with_gradient(module: nn.Module, _, output):
+        if torch.is_grad_enabled() and not output.last_hidden_state.requires_grad:
+            trained = (parameter.sum() for parameter in module.parameters() if parameter.requires_grad)
+            output.last_hidden_state = output.last_hidden_state + 0 * sum(trained)
+        return output
+
+    model.base_model.register_forward_hook(with_gradient)
 
 
 @contextmanager
