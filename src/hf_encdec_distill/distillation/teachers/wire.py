@@ -120,7 +120,7 @@ class SGLang:
 
     def max_length(self, card: dict[str, Any], about: dict[str, Any]) -> int | None:
         # Less than the model's length by a few tokens, and than what the server has memory for; as long is too long.
-        return about["max_req_input_len"] - 1
+        return about["max_req_input_len"] - 1 if "max_req_input_len" in about else None
 
     def score(self, model: str, ids: list[int], columns: Sequence[int], k: int) -> Question:
         return "/generate", {
