@@ -688,7 +688,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             waiting["unfreeze_encoder_after"] = freeze_encoder(model, but=projector)
         if projector:
             waiting["train_projector_first"] = freeze(model, but=projector)
-            give_texts_a_gradient(model)
+            give_texts_a_gradient(model, projector)
         return {option: parameters for option, parameters in waiting.items() if getattr(args, option) > 0}
 
     def create_optimizer(self, *args, **kwargs):

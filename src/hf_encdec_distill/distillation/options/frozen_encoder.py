@@ -54,19 +54,18 @@ def freeze(module: nn.Module, but: Sequence[nn.Parameter]) -> list[nn.Parameter]
     return frozen
 
 
-def give_texts_a_gradient(model: PreTrainedModel) -> None:
+def give_texts_a_gradient(model: PreTrainedModel, projector: Sequence[nn.Parameter]) -> None:
     """Where the projector alone is trained, a batch without images has a gradient of zero in place of none.
 
     Without one `backward` raises, and where others have images, DistributedDataParallel would wait for it for ever.
     """
 
-    def with_gradient(module: nn.Module, _, output):
+    def with_gradient(_, __, output):
         if torch.is_grad_enabled() and not output.last_hidden_state.requires_grad:
-            trained = (parameter.sum() for parameter in module.parameters() if parameter.requires_grad)
-            output.last_hidden_state = output.last_hidden_state + 0 * sum(trained)
+            output.last_hidden_state = output.last_hidden_state + 0 * sum(part.sum() for part in projector)
         return output
 
-    model.base_model.register_forward_hook(with_gradient)
+    model.get_decoder().register_forward_hook(with_gradient)
 
 
 @contextmanager
