@@ -39,8 +39,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "vision"))
 from students import STUDENTS, Lesson, Picture, Task  # noqa: E402
 
 
-LINES = Task(size=(28, 168), vision_feature_layer=4, pixel_shuffle=1, example="t h e _ r e d", most_tokens=16)
-CLIPART = Task(size=(112, 112), vision_feature_layer=12, pixel_shuffle=2, example="the red house", most_tokens=16)
+LINES = Task(size=(28, 168), vision_feature_layer=4, pixel_shuffle=1, examples=("t h e _ r e d",), most_tokens=16)
+CLIPART = Task(
+    size=(112, 112),
+    vision_feature_layer=12,
+    pixel_shuffle=2,
+    examples=("the red house", "hammer", "old man with dog", "sheep"),
+    most_tokens=16,
+)
 CHARACTERS = 12
 FONTS = ("Sans", "Sans-Bold", "SansMono", "SansMono-Bold", "Serif", "Serif-Bold")
 OTHER_FONTS = ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic")

@@ -26,7 +26,7 @@ from transformers import set_seed
 from hf_encdec_distill.metrics.significance import interval, mean
 
 
-TASK = Task(size=(84, 84), vision_feature_layer=4, pixel_shuffle=2, example="the red house", most_tokens=8)
+TASK = Task(size=(84, 84), vision_feature_layer=4, pixel_shuffle=2, examples=("the red house",), most_tokens=8)
 LEARNING_RATE = 3e-4
 HELD_OUT = 312
 BLIND_SHARE = 0.15  # of the time to train in: there is little for it to learn

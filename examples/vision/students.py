@@ -52,14 +52,15 @@ class Task:
         size: height and width of a picture in pixels.
         vision_feature_layer: of the tower. Strokes and shapes are in the lower layers, which also cost less.
         pixel_shuffle: so many patches squared are a token.
-        example: of what is written down. A small model that is shown none would rather talk about it.
+        examples: of what is written down. A small model that is shown none would rather talk about it; of one it
+            takes over the first word.
         most_tokens: of an answer.
     """
 
     size: tuple[int, int]
     vision_feature_layer: int
     pixel_shuffle: int
-    example: str
+    examples: tuple[str, ...]
     most_tokens: int
 
 
@@ -110,7 +111,8 @@ class Lesson:
     def _told(self, words: str, tokenizer) -> str:
         """The teacher's prompt."""
         say = "Say: {}"
-        turns = [say.format(self.task.example), self.task.example, say.format(words)]
+        turns = [turn for example in self.task.examples for turn in (say.format(example), example)]
+        turns.append(say.format(words))
         messages = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(turns)]
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
