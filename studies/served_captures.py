@@ -18,8 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from hf_encdec_distill.bench.latency import machine_description
 from hf_encdec_distill.data import PROMPT_TEMPLATE, fetch_builtin_teacher, load_python_docstrings
@@ -46,7 +45,7 @@ def main() -> None:
     begin = time.perf_counter()
     there = ServedTeacher(options.url, tokenizer, k=options.k, requests=options.requests)
     seconds = {"start": time.perf_counter() - begin}
-    here = LiveTeacher(AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype)).eval())
+    here = LiveTeacher.load(folder, options.dtype)
     limits = {"prompt_template": PROMPT_TEMPLATE, "max_source_length": MAX_SOURCE, "max_target_length": MAX_TARGET}
     records = {}
     with tempfile.TemporaryDirectory() as work:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from distillation_toys import arguments
-from test_vision_student import expected_loss, make_trainer, rows_of
+from test_vision_student import expected_loss, make_trainer, rows_of, without_image
 from toys import make_model
 from transformers import TrainerCallback
 from vision_toys import llama_of, make_llava, twin_of
@@ -100,10 +100,7 @@ def test_projector_then_decoder_then_all(share, checkpointing, llava, image_toke
 
 def test_a_batch_of_texts_alone_moves_nothing(llava, image_tokenizer, tmp_path):
     student, rows = twin_of(llava, image_tokenizer), rows_of(image_tokenizer)
-    image = image_tokenizer.convert_tokens_to_ids("<image>")
-    for row in rows[:2]:
-        row["input_ids"] = [token for token in row["input_ids"] if token != image]
-        row |= {"attention_mask": [1] * len(row["input_ids"]), "pixel_values": None}
+    rows[:2] = [without_image(row, image_tokenizer) for row in rows[:2]]
     options = {"per_device_train_batch_size": 2, "max_steps": 3, "train_projector_first": 2, "logging_steps": 1}
     trainer = make_trainer(tmp_path, student, llama_of(llava), image_tokenizer, rows, **options)
     trainer.add_callback(watch := Watch(trainer))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from distillation_toys import InOrder, arguments, collate, make_t5, make_teacher, ragged_rows, token_terms
-from test_vision_student import make_trainer
+from test_vision_student import make_trainer, without_image
 from test_vision_student import rows_of as seeing_rows
 from transformers import AutoTokenizer
 from vision_toys import llama_of, make_llava, twin_of
@@ -99,11 +99,7 @@ def see(folder: Path, processes: int) -> list[float]:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     llava, rows = make_llava(tokenizer), seeing_rows(tokenizer, 8)
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    for row in rows[6:]:
-        row["pixel_values"] = None
-        row["input_ids"] = [token for token in row["input_ids"] if token != image]
-        row["attention_mask"] = [1] * len(row["input_ids"])
+    rows[6:] = [without_image(row, tokenizer) for row in rows[6:]]
     trainer = make_trainer(
         folder / "seeing",
         twin_of(llava, tokenizer),

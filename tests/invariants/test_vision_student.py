@@ -42,6 +42,12 @@ def rows_of(tokenizer, count=4):
     return rows
 
 
+def without_image(row, tokenizer):
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    prompt = [token for token in row["input_ids"] if token != image]
+    return {**row, "input_ids": prompt, "attention_mask": [1] * len(prompt), "pixel_values": None}
+
+
 def make_trainer(folder, student, teacher, tokenizer, rows, **changed):
     settings = {"per_device_train_batch_size": 4, "optim": "sgd", "learning_rate": 0.1, "max_steps": 1}
     return InOrder(

@@ -246,7 +246,7 @@ def test_a_token_that_no_teacher_has_is_never_sent(server, tokenizer, tmp_path):
         lambda: capture(teacher, [wrong], tmp_path, tokenizer, progress=False),
         lambda: train(server, tokenizer, tmp_path / "run", teacher=teacher, rows=[wrong]),
     ):
-        with pytest.raises(ValueError, match="has the token 280, and the teacher has 280 ids"):
+        with pytest.raises(ValueError, match="hold id 280, but the teacher has 280 ids"):
             run()
     assert server.scored and not any(280 in ids for ids in server.scored)
 
@@ -506,6 +506,14 @@ def test_a_training_ends_where_the_model_is_another(on_policy, vllm, tokenizer, 
     change_weights(vllm)
     with pytest.raises(ValueError, match="does not predict what it did: .* another model"):
         train(vllm, tokenizer, tmp_path / "other", **options)
+
+
+def test_a_row_that_is_asked_about_ahead_counts_once(vllm, tokenizer, tmp_path, monkeypatch):
+    teacher, compared = ask_for(vllm, tokenizer), []
+    teacher.rows_per_comparison = 6
+    monkeypatch.setattr(teacher, "confirm", lambda: compared.append(1))
+    train(vllm, tokenizer, tmp_path, teacher=teacher)
+    assert len(compared) == (len(ROWS) + len(ROWS[:5])) // 6
 
 
 def test_only_captures_of_one_model_are_merged(vllm, tokenizer, tmp_path):

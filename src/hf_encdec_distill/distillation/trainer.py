@@ -65,11 +65,11 @@ from .options.asked_ahead import AskedAhead, RemembersLast
 from .options.cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
 from .options.encoder_states import EncoderStates
 from .options.fake_quantization import fake_quantized
-from .options.frozen_encoder import Unfreeze, freeze, freeze_encoder, give_texts_a_gradient, unfrozen
+from .options.frozen_encoder import Unfreeze, freeze, freeze_encoder, unfrozen
 from .options.hidden_states import HiddenStateTraining, catch_hidden_states
 from .options.muon import MUON, muon_and_kwargs
 from .options.neftune import noise_on_tied_embeddings
-from .options.projector_first import projector_parameters
+from .options.projector_first import give_texts_a_gradient, projector_parameters
 from .options.rollouts import ReplayBuffer, as_it_was, draw, on_policy_fraction_at, roll_out
 from .options.schedules import EncoderAnnealing, ProgressiveDepth
 from .options.shared_prompt import SharedPrompt

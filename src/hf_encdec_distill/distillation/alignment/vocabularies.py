@@ -142,7 +142,6 @@ class SharedVocabulary:
             teacher_input_ids: `[B, L]`.
         """
         unknown = self.lacks(labels)
-        beyond = teacher_input_ids >= self.teacher_size
         if bool(unknown.any()):
             raise ValueError(
                 f"labels hold id {int(labels[unknown][0])}, which is not in the vocabulary that student and teacher "
@@ -151,11 +150,17 @@ class SharedVocabulary:
                 + "). Encode the targets with tokens that both have, or set such labels to -100 and give "
                 "teacher_input_ids."
             )
-        if bool(beyond.any()):
-            raise ValueError(
-                f"teacher_input_ids hold id {int(teacher_input_ids[beyond][0])}, but the teacher has "
-                f"{self.teacher_size} ids. Encode the prompt with the teacher's own tokenizer."
-            )
+        check_teacher_ids(teacher_input_ids, self.teacher_size)
+
+
+def check_teacher_ids(teacher_input_ids: Tensor, size: int) -> None:
+    """Raises ValueError for an id, in a tensor of any shape, that a teacher with `size` of them does not have."""
+    beyond = teacher_input_ids >= size
+    if bool(beyond.any()):
+        raise ValueError(
+            f"teacher_input_ids hold id {int(teacher_input_ids[beyond][0])}, but the teacher has {size} ids. Encode "
+            "the prompt with the teacher's own tokenizer."
+        )
 
 
 @dataclass(frozen=True, eq=False)

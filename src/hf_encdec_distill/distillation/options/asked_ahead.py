@@ -45,13 +45,17 @@ class AskedAhead:
             ValueError: the server has another model than at first.
         """
         last, self._collator.last = self._collator.last, None
-        for batch in [*batches, *([last] if and_next and last is not None else [])]:
-            if batch.get("labels") is None:
-                continue
-            inputs = with_teacher_inputs(batch, self._collator.start_token_id, self._vocabulary)
-            rows, columns, _ = asked_positions(inputs, *target_positions(batch["labels"]))
-            keys = self._teacher.ask(inputs["teacher_input_ids"], inputs["teacher_attention_mask"], rows, columns)
-            self._rows_since_comparison += len(keys)
+        self._rows_since_comparison += sum(map(self._ask, batches))
+        if and_next and last is not None:
+            self._ask(last)  # counted when its own step begins
         if self._rows_since_comparison >= self._teacher.rows_per_comparison:
             self._rows_since_comparison = 0
             self._teacher.confirm()
+
+    def _ask(self, batch: Mapping[str, Any]) -> int:
+        """How many of its rows the teacher is asked about."""
+        if batch.get("labels") is None:
+            return 0
+        inputs = with_teacher_inputs(batch, self._collator.start_token_id, self._vocabulary)
+        rows, columns, _ = asked_positions(inputs, *target_positions(batch["labels"]))
+        return len(self._teacher.ask(inputs["teacher_input_ids"], inputs["teacher_attention_mask"], rows, columns))

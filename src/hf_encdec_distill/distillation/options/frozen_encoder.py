@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, TrainerCallback
@@ -52,20 +51,6 @@ def freeze(module: nn.Module, but: Sequence[nn.Parameter]) -> list[nn.Parameter]
     for parameter in frozen:
         parameter.requires_grad_(False)
     return frozen
-
-
-def give_texts_a_gradient(model: PreTrainedModel, projector: Sequence[nn.Parameter]) -> None:
-    """Where the projector alone is trained, a batch without images has a gradient of zero in place of none.
-
-    Without one `backward` raises, and where others have images, DistributedDataParallel would wait for it for ever.
-    """
-
-    def with_gradient(_, __, output):
-        if torch.is_grad_enabled() and not output.last_hidden_state.requires_grad:
-            output.last_hidden_state = output.last_hidden_state + 0 * sum(part.sum() for part in projector)
-        return output
-
-    model.get_decoder().register_forward_hook(with_gradient)
 
 
 @contextmanager

@@ -5,6 +5,9 @@ Here the decoder may come before the encoder (`freeze_encoder`, `unfreeze_encode
 trained, stays so.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,3 +26,17 @@ def projector_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
             "trained: it is for students that read images. Leave it out."
         )
     return parameters
+
+
+def give_texts_a_gradient(model: PreTrainedModel, projector: Sequence[nn.Parameter]) -> None:
+    """Where the projector alone is trained, a batch without images has a gradient of zero in place of none.
+
+    Without one `backward` raises, and where others have images, DistributedDataParallel would wait for it for ever.
+    """
+
+    def with_gradient(_, __, output):
+        if torch.is_grad_enabled() and not output.last_hidden_state.requires_grad:
+            output.last_hidden_state = output.last_hidden_state + 0 * sum(part.sum() for part in projector)
+        return output
+
+    model.get_decoder().register_forward_hook(with_gradient)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...files import check_fields
 from ...models.loading import load_tokenizer
-from ..alignment.vocabularies import SharedVocabulary
+from ..alignment.vocabularies import SharedVocabulary, check_teacher_ids
 from ..checks.limits import check_length
 from .fingerprints import row_keys
 from .recorded_losses import TopKScores
@@ -266,12 +266,6 @@ class ServedTeacher(TeacherSignal):
             ValueError: a row has more tokens than the server reads, or a token that is not in the vocabulary.
         """
         check_length("teacher's server", self.max_positions, "prompt and target", attention_mask)
-        largest = int(input_ids.masked_fill(~attention_mask.bool(), 0).max()) if input_ids.numel() else 0
-        if largest >= self.vocab_size:  # which ends an SGLang, again each time that it is restarted
-            raise ValueError(
-                f"a row for the teacher's server has the token {largest}, and the teacher has {self.vocab_size} ids: "
-                "encode the prompt with the teacher's own tokenizer."
-            )
         keys = []
         for row, key in enumerate(row_keys(input_ids, attention_mask, rows, columns)):
             if key is None:
@@ -280,7 +274,9 @@ class ServedTeacher(TeacherSignal):
             if key not in self._asked:
                 is_read = attention_mask[row].bool()
                 places = (is_read.cumsum(dim=0) - 1)[columns[rows == row]]
-                self._asked[key] = self._send(input_ids[row][is_read].tolist(), places.tolist())
+                ids = input_ids[row][is_read]
+                check_teacher_ids(ids, self.vocab_size)  # one beyond ends an SGLang, again at each try
+                self._asked[key] = self._send(ids.tolist(), places.tolist())
         while len(self._asked) > _MOST_WAITING:
             self._asked.pop(next(iter(self._asked))).cancel()
         return keys
