@@ -107,6 +107,7 @@ def generated(folder, side, dtype=torch.float32):
 
 def ask(tab, text=TEXT):
     expect(tab.locator("#answer")).to_be_visible(timeout=90_000)  # the field may be there before it
+    tab.wait_for_load_state("networkidle")  # Gradio empties the field once more, some ms after both are there
     tab.locator("#text textarea").fill(text)
     tab.locator("#text textarea").press("Control+Enter")
 
