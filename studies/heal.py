@@ -136,7 +136,6 @@ MEASURES = {"ce": (1, 3), "kl": (1, 3), "teacher_agreement": (100, 1), "rouge_l"
 
 BATCH_SIZE, LEARNING_RATE, WARMUP = 8, 1e-3, 0.1  # the last is a share of the time
 HEAL_ROWS = 200
-TEST_ROWS, GENERATED = 96, 48
 STEPS = 16  # of an answer, from which the time of all its tokens is taken
 
 
@@ -148,6 +147,8 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=4.0, help="CPU time of each run, on one thread")
+    parser.add_argument("--test-rows", type=int, default=96, help="held-out rows for CE, KL and agreement")
+    parser.add_argument("--generated", type=int, default=48, help="of those, rows for ROUGE-L and distinct answers")
     parser.add_argument("--latency", action="store_true", help="only measure the time of requests")
     parser.add_argument("--rounds", type=int, default=3, help="of --latency")
     parser.add_argument("--table", action="store_true", help="only write tables and plots")
@@ -205,7 +206,7 @@ def run(arm: Arm, task: Task, seed: int, args: argparse.Namespace) -> dict:
     """Train and measure one student from its fit; the seed orders its rows."""
     set_seed(seed)
     records, rows = _records(task, arm.targets), _train_rows(task, arm.targets)
-    student, tokenizer, start = _fitted(arm, task)
+    student, tokenizer, start = _fitted(arm, task, args)
     clock = _CpuTime(60 * args.minutes)
     with tempfile.TemporaryDirectory() as folder:
         frozen = {"encoder_states": f"{folder}/states"} if "freeze_encoder" in arm.training else {}
@@ -240,10 +241,10 @@ def run(arm: Arm, task: Task, seed: int, args: argparse.Namespace) -> dict:
         trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: clock.rate())
         clock.start = time.process_time()
         trainer.train()
-    result = measure(student, task)
+    result = measure(student, task, args)
     if arm.also_int4:
         with torch.no_grad(), fake_quantized(student, "int4"):
-            result["int4"] = measure(student, task)
+            result["int4"] = measure(student, task, args)
     return {
         **result,
         "steps": trainer.state.global_step,
@@ -252,7 +253,7 @@ def run(arm: Arm, task: Task, seed: int, args: argparse.Namespace) -> dict:
     }
 
 
-def _fitted(arm: Arm, task: Task):
+def _fitted(arm: Arm, task: Task, args: argparse.Namespace):
     """The arm's student as the closed form makes it, once for all seeds, its tokenizer, and what it measures."""
     sides = "-".join(str(side).replace(" ", "") for side in (arm.encoder, arm.decoder, *arm.options.items()))
     folder = task.teacher.parent / "fits" / f"{sides}-{arm.heal}"
@@ -265,7 +266,7 @@ def _fitted(arm: Arm, task: Task):
         partial = Path(tempfile.mkdtemp(dir=folder.parent))
         student.save_pretrained(partial)
         student.tokenizer.save_pretrained(partial)
-        write_json(partial / "start.json", measure(student, task) | {"fit_seconds": seconds})
+        write_json(partial / "start.json", measure(student, task, args) | {"fit_seconds": seconds})
         os.replace(partial, folder)
     load = load_teacher if arm.encoder is None else load_student
     student, tokenizer = load(folder, dtype=torch.float32), load_tokenizer(folder, PreTrainedTokenizerFast)
@@ -341,21 +342,21 @@ def _train_rows(task: Task, targets: str) -> Dataset:
 
 
 @functools.cache
-def _test_rows(task_name: str, work: Path) -> list[dict]:
+def _test_rows(task_name: str, work: Path, count: int) -> list[dict]:
     task = load_task(task_name, work)
-    rows = task.rows["test"].select(range(min(TEST_ROWS, len(task.rows["test"]))))
+    rows = task.rows["test"].select(range(min(count, len(task.rows["test"]))))
     return encode_rows(rows, _tokenizer(task.teacher), task.prompt_template, MAX_SOURCE, MAX_TARGET)
 
 
-def measure(student, task: Task) -> dict:
+def measure(student, task: Task, args: argparse.Namespace) -> dict:
     """Cross-entropy, KL and agreement per target token of the test rows; ROUGE-L and distinct answers of the first."""
-    rows = _test_rows(task.name, task.teacher.parents[1])
+    rows = _test_rows(task.name, task.teacher.parents[1], args.test_rows)
     was_training = student.training
     student.eval()
     sums = score({"student": student}, rows, remembering_teacher(task.teacher, torch.float32, torch.device("cpu")))[
         "student"
     ]
-    answers = generate(student, _tokenizer(task.teacher), rows[:GENERATED], MAX_TARGET)
+    answers = generate(student, _tokenizer(task.teacher), rows[: args.generated], MAX_TARGET)
     student.train(was_training)
     tokens = sum(len(row["labels"]) for row in rows)
     result = {name: float(values.sum() / tokens) for name, values in sums.items()}
@@ -369,9 +370,9 @@ def _of_texts(answers: list[str], rows: list[dict]) -> dict:
 
 def _setting(args: argparse.Namespace, task: Task) -> dict:
     """What all arms have in common."""
-    rows = _test_rows(task.name, task.teacher.parents[1])
+    rows = _test_rows(task.name, task.teacher.parents[1], args.test_rows)
     teacher = remembering_teacher(task.teacher, torch.float32, torch.device("cpu"))
-    answers = generate(teacher, _tokenizer(task.teacher), rows[:GENERATED], MAX_TARGET)
+    answers = generate(teacher, _tokenizer(task.teacher), rows[: args.generated], MAX_TARGET)
     tokens = sum(len(row["labels"]) for row in rows)
     ce = float(score({"teacher": teacher}, rows)["teacher"]["ce"].sum() / tokens)
     return {
@@ -381,7 +382,7 @@ def _setting(args: argparse.Namespace, task: Task) -> dict:
         "heal_rows": HEAL_ROWS,
         "test_rows": len(rows),
         "test_tokens": tokens,
-        "generated_rows": GENERATED,
+        "generated_rows": min(args.generated, len(rows)),
         "teacher": {"ce": ce, **_of_texts(answers, rows)},
         "machine": machine_description(),
     }

@@ -364,6 +364,52 @@ def test_a_continued_run_that_is_interrupted_goes_on(again):
     check_continued(again, metrics)
 
 
+def test_a_short_run_that_is_continued_for_long_reads_all_packages(again, tmp_path, monkeypatch):
+    """The held-out rows, the vocabulary and what was recorded stay; an interruption while it reads costs nothing."""
+    file, folder = again.folder / "state.json", again.folder / "work"
+    content = json.loads(file.read_text())
+    # As if it were the built-in task, which the toy teacher knows by its own prompt.
+    content["settings"] |= {"dataset": "built-in", "prompt_template": recipe.OTHER_TEMPLATE}
+    file.write_text(json.dumps(content))
+    short, long = ({"minutes": minutes} for minutes in (recipe.FROZEN_BELOW_MINUTES - 20.0, 30.0))
+    assert not open_run(again.folder, short, True, again.machine).reads_more
+    assert open_run(again.folder, long, True, again.machine).reads_more == again.is_short
+    if not again.is_short:
+        return  # it has read them all
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    for split, rows in (("train", 900), ("validation", 5), ("test", 5)):
+        write_pairs(pairs / f"{split}.csv", rows)
+    asked, load = [], pipeline.load_splits
+
+    def load_splits(dataset, source, target, packages):
+        asked.append((dataset, packages))
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return load(str(pairs), source, target, packages)
+
+    rows_trained, order = [], pipeline.training_order
+    monkeypatch.setattr(
+        pipeline, "training_order", lambda lengths, *rest: rows_trained.append(len(lengths)) or order(lengths, *rest)
+    )
+    monkeypatch.setattr(pipeline, "load_splits", load_splits)
+    data = [path.read_bytes() for path in sorted((folder / "data").rglob("*.arrow"))]
+    vocabulary = (folder / "teacher-before" / "tokenizer.json").read_bytes()
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        run(again.machine, again.folder, long, resume=True)
+    metrics, minutes = run(again.machine, again.folder, {}, resume=True)
+    assert asked == [("built-in", "all")] * 2 and 27.0 < minutes <= 30.0
+    assert (again.metrics["data"]["train_rows"], metrics["data"]["train_rows"]) == (300, 900)
+    assert [path.read_bytes() for path in sorted((folder / "data").rglob("*.arrow"))] == data
+    assert (folder / "teacher-before" / "tokenizer.json").read_bytes() == vocabulary
+    assert metrics["data"]["test_rows"] == again.metrics["data"]["test_rows"]
+    assert metrics["models"]["teacher_before"] == again.metrics["models"]["teacher_before"]
+    assert rows_trained == [900]
+    open_run(again.folder, short, True, again.machine).save()
+    run(again.machine, again.folder, {}, resume=True)
+    assert len(asked) == 2 and results(again.folder)["more"]["rows"] == 900
+
+
 def test_a_continued_run_has_as_many_rows_as_its_minutes_allow(again):
     file = again.folder / "state.json"
 

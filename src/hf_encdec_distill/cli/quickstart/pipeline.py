@@ -65,6 +65,7 @@ _NEXT_ROWS = 32  # of the first evaluation, after which the plan is made again
 TITLES = {
     "teacher": "fetch the teacher",
     "data": "mine the data",
+    "more": "mine more data to train on",
     "before": "evaluate the teacher as it is",
     "teach": "teach the teacher the task",
     "start": "cut the student from the teacher",
@@ -130,7 +131,8 @@ class Pipeline:
 
     @property
     def _stages(self) -> list[str]:
-        return [name for name in TITLES if name != "twin" or self.state.has_twin]
+        optional = {"more": self.state.reads_more, "twin": self.state.has_twin}
+        return [name for name in TITLES if optional.get(name, True)]
 
     def run(self) -> dict:
         stages: dict[str, Callable[[Callable[[float, str], None]], dict]] = {
@@ -231,6 +233,8 @@ class Pipeline:
     def rows(self) -> dict[str, list[dict]]:
         """All rows of train, validation and test, encoded; test rows in an order drawn from the seed."""
         splits = datasets.DatasetDict.load_from_disk(str(self.work / "data"))
+        if "more" in self.state.results:
+            splits["train"] = datasets.load_from_disk(str(self.work / "more-data"))
         rows = {
             name: encode_rows(split, self.tokenizer, self.template, recipe.MAX_PROMPT, recipe.MAX_TARGET)
             for name, split in splits.items()
@@ -284,7 +288,7 @@ class Pipeline:
     def data(self, update) -> dict:
         settings = self.settings
         # Mining all packages takes most of a minute, and yields more than a short run can read.
-        packages: Literal["stdlib", "all"] = "all" if settings.minutes >= 30 else "stdlib"
+        packages: Literal["stdlib", "all"] = "stdlib" if self.state.is_frozen else "all"
         splits = load_splits(settings.dataset, settings.source_column, settings.target_column, packages)
         splits.save_to_disk(str(self.work / "data"))
         sizes = {name: len(split) for name, split in splits.items()}
@@ -299,6 +303,13 @@ class Pipeline:
         if tokens:
             note += f"; a vocabulary of {tokens[0]:,} of {tokens[1]:,} tokens"
         return {"sizes": sizes, "teacher": teacher, "tokens": tokens, "note": note}
+
+    def more(self, update) -> dict:
+        """The held-out rows, and the vocabulary, stay those of the first round."""
+        splits = load_splits(self.settings.dataset, self.settings.source_column, self.settings.target_column, "all")
+        splits["train"].save_to_disk(str(self.work / "more-data"))
+        rows = len(splits["train"])
+        return {"rows": rows, "note": f"{rows} rows to train, from all installed packages"}
 
     def before(self, update) -> dict:
         """Measure the untuned teacher on the first rows, and plan from what they cost how many there will be."""
@@ -611,6 +622,7 @@ class Pipeline:
         teacher_parameters = results["latency"]["cost"]["teacher"]["parameters"]["total"]
         models["teacher_before"]["parameters"] = models["teacher"]["parameters"] = teacher_parameters
         sizes = results["data"]["sizes"]
+        train_rows = results["more"]["rows"] if "more" in results else sizes["train"]
         return {
             "title": f"{teacher['name']} as an encoder-decoder",
             "task": self._task(),
@@ -628,7 +640,7 @@ class Pipeline:
             "data": {
                 "name": dataset_name(settings.dataset),
                 "license": ROWS_LICENSE if self.built_in_task else None,
-                "train_rows": sizes["train"],
+                "train_rows": train_rows,
                 "validation_rows": sizes.get("validation"),
                 "test_rows": held_out,
             },

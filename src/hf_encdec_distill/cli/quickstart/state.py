@@ -120,6 +120,14 @@ class State:
         return not (self.is_frozen or self.results.get("start", {}).get("recorded"))
 
     @property
+    def reads_more(self) -> bool:
+        """Whether a short run of the built-in task, which has read the standard library alone, goes on with more."""
+        if "more" in self.results:
+            return True
+        is_long = self.earlier["rounds"] > 0 and self.settings.minutes >= FROZEN_BELOW_MINUTES
+        return is_long and self.settings.dataset == BUILT_IN and self.results["start"]["recorded"] > 0
+
+    @property
     def trainings(self) -> list[str]:
         """Stages that train a student."""
         return [name for name in TRAININGS if name != "twin" or self.has_twin]
