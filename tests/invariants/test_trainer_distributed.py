@@ -25,6 +25,10 @@ pytestmark = pytest.mark.process
 
 ROWS = ragged_rows(8)
 EVAL_ROWS = ragged_rows(7, seed=5)
+SEEING = {
+    "seeing": {"train_projector_first": 2, "freeze_encoder": True, "unfreeze_encoder_after": 4},
+    "seeing_checkpointed": {"gradient_checkpointing": True},
+}
 
 
 def run(folder: Path) -> None:
@@ -87,15 +91,16 @@ def run(folder: Path) -> None:
             torch.save(trainer._matching.state_dict(), folder / f"projections-{processes}-{rank}.pt")
         if trainer.is_world_process_zero():
             torch.save(trainer.model.state_dict(), folder / f"{name}-{processes}.pt")
-    results["seeing"] = {"logs": see(folder, processes)}
+    for name in SEEING:
+        results[name] = {"logs": see(folder, processes, name)}
     if trainer.is_world_process_zero():
         (folder / f"results-{processes}.json").write_text(json.dumps(results))
 
 
-def see(folder: Path, processes: int) -> list[float]:
-    """Losses of a student with a tower: two steps each on its projector, on its decoder too, and on all of it.
+def see(folder: Path, processes: int, name: str) -> list[float]:
+    """Losses of a student with a tower: all of it is trained, or for two steps each its projector, its decoder, all.
 
-    In each second step the second of two processes has no image."""
+    In each second step the second of two processes has no image, so that its tower has no gradient."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     llava, rows = make_llava(tokenizer), seeing_rows(tokenizer, 8)
@@ -110,14 +115,12 @@ def see(folder: Path, processes: int) -> list[float]:
         per_device_train_batch_size=4 // processes,
         learning_rate=1e-3,
         lr_scheduler_type="constant",
-        train_projector_first=2,
-        freeze_encoder=True,
-        unfreeze_encoder_after=4,
+        **SEEING[name],
         ddp_backend="gloo" if processes > 1 else None,
     )
     trainer.train()
     if trainer.is_world_process_zero():
-        torch.save(trainer.model.state_dict(), folder / f"seeing-{processes}.pt")
+        torch.save(trainer.model.state_dict(), folder / f"{name}-{processes}.pt")
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
@@ -208,15 +211,16 @@ def test_rounded_weights_of_two_processes(runs):
     assert two["quantized"]["eval"] == pytest.approx(one["quantized"]["eval"], rel=1e-5)
 
 
-def test_a_student_that_sees_in_two_processes(runs):
-    """Its projector first, then its decoder, then all, where one process has images and the other none."""
+@pytest.mark.parametrize("name", SEEING)
+def test_a_student_that_sees_in_two_processes(name, runs):
+    """One process has images, the other none."""
     folder, one, two = runs
-    single, double = (torch.load(folder / f"seeing-{n}.pt", weights_only=True) for n in (1, 2))
+    single, double = (torch.load(folder / f"{name}-{n}.pt", weights_only=True) for n in (1, 2))
     assert single.keys() == double.keys() and any("vision_tower" in key for key in single)
     for key, value in single.items():
         torch.testing.assert_close(double[key], value, rtol=1e-4, atol=1e-6, msg=key)
-    assert len(one["seeing"]["logs"]) == 6
-    assert two["seeing"]["logs"] == pytest.approx(one["seeing"]["logs"], rel=1e-4, abs=1e-4)
+    assert len(one[name]["logs"]) == 6
+    assert two[name]["logs"] == pytest.approx(one[name]["logs"], rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["plain", "accumulated"])

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+from transformers import TrainingArguments
 
 
 _ALONE = {"pixel_values": 3, "token_type_ids": 1}  # dimensions of one image, and of one row's tokens
@@ -93,3 +95,15 @@ def refuse_images_of_text(row: Mapping[str, Any]) -> None:
             "with the processors of student and teacher: input_ids, labels, teacher_input_ids, and all that they make "
             "of images."
         )
+
+
+def let_processes_have_no_image(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """For gradient checkpointing, with which `Trainer` lets DistributedDataParallel look for no unused parameters.
+
+    A batch of texts alone gives the vision tower no gradient. If others have images, they would wait for it for ever.
+    """
+    options = {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})}
+    if args.ddp_find_unused_parameters is None and not options["use_reentrant"]:  # the two exclude each other
+        args.gradient_checkpointing_kwargs, args.ddp_find_unused_parameters = options, True
+        if accelerator.ddp_handler is not None:  # transformers 4.57 makes it later, from the arguments
+            accelerator.ddp_handler.find_unused_parameters = True

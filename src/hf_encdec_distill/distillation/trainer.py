@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import CONFIG_NAME, logging
 
 from ..models.either_version import add_fields_of_4_57
+from ..models.loading import reads_images
 from ..models.prompts import (
     PreTrainedTokenizerFast,
     frozen_prompt_date,
@@ -60,6 +61,7 @@ from .decoder_only_student import (
     refuse_encoder_options,
     sequence_inputs,
 )
+from .images import let_processes_have_no_image
 from .losses import chunked_sum, cross_entropy, select_divergence, token_mean, universal_logit_distance
 from .options.asked_ahead import AskedAhead, RemembersLast
 from .options.cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
@@ -318,6 +320,8 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             check_cross_attention_warmup(self.model, args.cross_attention_warmup_steps, whole)
         if args.on_policy_fraction > 0:
             self._check_on_policy()
+        if args.gradient_checkpointing and reads_images(self.model.config):
+            let_processes_have_no_image(args, self.accelerator)
         if args.qat is not None and (self.is_sharded or hasattr(self.model, "peft_config")):
             raise ValueError(
                 f"qat={args.qat!r} rounds weights that are whole and exported as they are: use one device or "

@@ -450,7 +450,8 @@ class Pipeline:
     def distill(self, update) -> dict:
         start, earlier = self.state.results["start"], self.state.earlier
         share = self._share(
-            max(self._seconds_to_train() - len(self.state.trainings) * start["overhead"], 1.0),
+            # It is saved afterwards, which takes as long as to load it.
+            max(self._seconds_to_train() - self.plan.load - (len(self.state.trainings) - 1) * start["overhead"], 1.0),
             earlier["steps"] + self._most_steps(),
             update,
             twin_step=start["twin_step"],

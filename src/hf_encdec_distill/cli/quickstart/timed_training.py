@@ -69,7 +69,8 @@ class TimeShare(TrainerCallback, ExportableState):
     before its rate is chosen.
 
     Args:
-        seconds: the share of the wall clock; `inf` with `replay`.
+        seconds: the share of the wall clock from now on, so that what precedes the first step counts; `inf` with
+            `replay`.
         steps: the most steps to make, those of earlier rounds among them; what there is data for.
         peak: the largest learning rate.
         update: called as `update(fraction, detail)` after each step.
@@ -167,7 +168,7 @@ class TimeShare(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": record}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._start = self._saved = self._step_begun = self.now()
+        self._saved = self._step_begun = self.now()
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         rate = self.rate()
