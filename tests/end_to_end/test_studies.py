@@ -94,12 +94,11 @@ def test_heal(studies, toy_task, tmp_path, monkeypatch):
     arms["pooled"] = heal.Arm("2 + 1, pooled", 1, 2, options={"encoder_pooling": 2})
     monkeypatch.setattr(heal, "ARMS", arms)
     monkeypatch.setattr(heal, "HEAL_ROWS", 40)
-    monkeypatch.setattr(heal, "TEST_ROWS", 6)
     monkeypatch.setattr(heal, "SHAPES", {"8/3": (8, 3), "4/2": (4, 2)})
     monkeypatch.setattr(heal, "load_task", lambda *_: toy_task)
     monkeypatch.setattr(heal, "fetch_builtin_teacher", lambda: toy_task.teacher)
     out = tmp_path / "out"
-    options = ["heal", "--work", str(tmp_path), "--output", str(out)]
+    options = ["heal", "--work", str(tmp_path), "--output", str(out), "--test-rows", "6", "--generated", "4"]
 
     def main(*more):
         monkeypatch.setattr(sys, "argv", [*options, *more])
@@ -108,6 +107,7 @@ def test_heal(studies, toy_task, tmp_path, monkeypatch):
     main("--minutes", "0.02", "--seeds", "0", "1", "--arms", *arms)
     file = out / "docstrings-0.02.json"
     results = json.loads(file.read_text())
+    assert (results["setting"]["test_rows"], results["setting"]["generated_rows"]) == (6, 4)
     for runs in results["arms"].values():
         assert set(runs) == {"0", "1"}
         for run in runs.values():
