@@ -102,7 +102,8 @@ def let_processes_have_no_image(args: TrainingArguments, accelerator: Accelerato
 
     A batch of texts alone gives the vision tower no gradient. If others have images, they would wait for it for ever.
     """
-    options = {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})}
+    given: Any = args.gradient_checkpointing_kwargs  # a string only until `TrainingArguments` has read it
+    options = {"use_reentrant": False, **(given or {})}
     if args.ddp_find_unused_parameters is None and not options["use_reentrant"]:  # the two exclude each other
         args.gradient_checkpointing_kwargs, args.ddp_find_unused_parameters = options, True
         if accelerator.ddp_handler is not None:  # transformers 4.57 makes it later, from the arguments
