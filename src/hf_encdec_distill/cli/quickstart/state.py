@@ -122,10 +122,8 @@ class State:
     @property
     def reads_more(self) -> bool:
         """Whether a short run of the built-in task, which has read the standard library alone, goes on with more."""
-        if "more" in self.results:
-            return True
         is_long = self.earlier["rounds"] > 0 and self.settings.minutes >= FROZEN_BELOW_MINUTES
-        return is_long and self.settings.dataset == BUILT_IN and self.results["start"]["recorded"] > 0
+        return "more" in self.results or (is_long and self.settings.dataset == BUILT_IN and not self.has_twin)
 
     @property
     def trainings(self) -> list[str]:
