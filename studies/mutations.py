@@ -444,7 +444,7 @@ MUTATIONS = [
         11,
         "the replay buffer is not in the checkpoint",
         _TRAINER,
-        "self._replay.save(output_dir, self.accelerator.process_index)",
+        "self._on_policy.replay.save(output_dir, self.accelerator.process_index)",
         "pass",
         "invariants/test_on_policy.py::test_resumed_equals_never_stopped_with_replay",
     ),

@@ -5,7 +5,7 @@ import torch
 from distillation_toys import EOS, InOrder, arguments, make_t5, make_teacher, ragged_rows, token_terms, write_teacher
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
-from hf_encdec_distill.distillation.options.rollouts import draw, on_policy_fraction_at, roll_out
+from hf_encdec_distill.distillation.options.rollouts import OnPolicy, draw, on_policy_fraction_at, roll_out
 from hf_encdec_distill.distillation.teachers.capture import capture
 from hf_encdec_distill.distillation.teachers.live import LiveTeacher
 
@@ -219,7 +219,7 @@ def test_resumed_equals_never_stopped_with_replay(tmp_path, make_bpe_tokenizer, 
     whole.train()
     resumed = make(tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
-    assert len(whole._replay) == len(resumed._replay) == 3
+    assert len(whole._on_policy.replay) == len(resumed._on_policy.replay) == 3
     for (name, one), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other), name
     (tmp_path / f"checkpoint-{stop}" / "replay_buffer-0.pt").unlink()
@@ -238,8 +238,8 @@ def test_replayed_batches_are_earlier_ones(tmp_path, tokenizer, monkeypatch):
         replay_fraction=0.6,
         seed=1,
     )
-    add, seen = trainer._roll_out, []
-    monkeypatch.setattr(trainer, "_roll_out", lambda *args: rolled.append(add(*args)) or rolled[-1])
+    roll_out, seen = OnPolicy.roll_out, []
+    monkeypatch.setattr(OnPolicy, "roll_out", lambda *args: rolled.append(roll_out(*args)) or rolled[-1])
     score = trainer.compute_loss
     monkeypatch.setattr(
         trainer, "compute_loss", lambda model, batch, **kw: seen.append(batch["labels"]) or score(model, batch, **kw)

@@ -106,7 +106,7 @@ def what_came_out(trainer):
 
 def rollouts(trainer):
     """What the student wrote in each step, row by row, of all processes."""
-    own = [batch["labels"].tolist() for batch in trainer._replay._batches]
+    own = [batch["labels"].tolist() for batch in trainer._on_policy.replay._batches]
     return [
         [[token for token in row if token != -100] for part in parts for row in part]
         for parts in zip(*gather_object([own]), strict=True)

@@ -136,6 +136,9 @@ def test_errors_are_one_line_with_exit_code_2(capsys, tmp_path, teacher_folder):
     assert "--resume" in one_line_error(capsys, "quickstart", "--output", str(full))
     assert "no run" in one_line_error(capsys, "quickstart", "--output", missing, "--resume")
     assert "minutes=0.0" in one_line_error(capsys, "quickstart", "--output", missing, "--minutes", "0")
+    assert "minutes=12: so few are for one student; give --minutes 30" in one_line_error(
+        capsys, "quickstart", "--output", missing, "--twin"
+    )
 
 
 @pytest.mark.parametrize(

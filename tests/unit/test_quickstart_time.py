@@ -123,18 +123,19 @@ def results(folder):
 
 
 def runs_with_all(monkeypatch, minutes):
-    """All weights and a twin, from so many minutes on."""
+    """All weights, from so many minutes on."""
     monkeypatch.setattr(state, "FROZEN_BELOW_MINUTES", minutes)
 
 
-@pytest.fixture(scope="module", params=["on records", "with all weights"])
+@pytest.fixture(scope="module", params=["on records", "with all weights", "with a twin"])
 def finished(request, given, tmp_path_factory):
     """A run of twelve minutes, what it said, the rows that its students trained on, and the clock that it showed.
 
-    As a short run, and as if twelve minutes were many.
+    As a short run, and as if twelve minutes were many, without and with a twin.
     """
     folder, said = tmp_path_factory.mktemp("finished") / "run", io.StringIO()
-    is_short = request.param == "on records"
+    kind = request.param
+    is_short, has_twin = kind == "on records", kind == "with a twin"
     with pytest.MonkeyPatch.context() as monkeypatch:
         runs_with_all(monkeypatch, recipe.FROZEN_BELOW_MINUTES if is_short else 12.0)
         machine, shown = build(monkeypatch, Machine()), []
@@ -146,11 +147,14 @@ def finished(request, given, tmp_path_factory):
 
         monkeypatch.setattr(pipeline, "Display", Watched)
         with contextlib.redirect_stderr(said):
-            metrics, minutes = run(machine, folder, {**given, "minutes": 12.0, "vocabulary": 270 if is_short else 0})
+            asked = {"minutes": 12.0, "vocabulary": 270 if is_short else 0, "twin": has_twin}
+            metrics, minutes = run(machine, folder, {**given, **asked})
     shown = [(machine.now - now, left) for now, left in shown]
     return SimpleNamespace(
         folder=folder,
+        kind=kind,
         is_short=is_short,
+        has_twin=has_twin,
         metrics=metrics,
         minutes=minutes,
         said=said.getvalue(),
@@ -170,11 +174,13 @@ def test_twelve_minutes_are_twelve_on_a_slow_machine(finished):
     # Few steps: the learning rate arrives all the same, and falls.
     for stage, peak in (("teach", recipe.TEACHER_LEARNING_RATE), ("distill", recipe.STUDENT_LEARNING_RATE)):
         rates = done[stage]["rates"]
-        most = 50 if finished.is_short and stage == "distill" else 25  # with the time of the twin
+        most = (
+            {"on records": 50, "with all weights": 40, "with a twin": 25}[finished.kind] if stage == "distill" else 25
+        )
         assert 4 <= len(rates) < most and max(rates) > 0.8 * peak and rates[-1] < 0.4 * peak
         assert rates.index(max(rates)) <= len(rates) // 3
     assert done["distill"]["steps"] == metrics["recipe"]["steps"]
-    if not finished.is_short:
+    if finished.has_twin:
         assert done["twin"]["rates"] == pytest.approx(done["distill"]["rates"])
         assert done["twin"]["steps"] == done["distill"]["steps"]
     assert sum(stage["seconds"] for stage in metrics["stages"]) == pytest.approx(60 * finished.minutes, abs=20)
@@ -222,7 +228,7 @@ def test_a_vocabulary_that_cannot_be_trimmed_is_refused(tokenizer, problem, make
     assert trim_teacher(str(teacher), 0, rows, "{source}:", tmp_path / "trimmed") == (str(teacher), [])
 
 
-def test_only_a_run_with_time_for_it_has_a_twin(finished):
+def test_only_a_run_that_was_asked_for_it_has_a_twin(finished):
     metrics, said = finished.metrics, (finished.folder / "student" / "README.md").read_text()
     for there in (
         "twin" in finished.results,
@@ -233,7 +239,7 @@ def test_only_a_run_with_time_for_it_has_a_twin(finished):
         (finished.folder / "work" / "student-ce").exists(),
         any("twin" in stage["name"] for stage in metrics["stages"]),
     ):
-        assert there is not finished.is_short
+        assert there is finished.has_twin
     for difference in metrics["differences"]:
         for name in ("ce", "kl", "teacher_agreement", "rouge_l"):
             models = metrics["models"]
@@ -319,7 +325,7 @@ def check_continued(again, metrics):
     # The data go on where they ended: both students read the same batches.
     read = {kind: [rows for name, rows in machine.rows_trained if name == kind] for kind in ("distill", "twin")}
     assert len(read["distill"]) == steps - first
-    if again.is_short:
+    if not again.has_twin:
         assert "twin" not in done and not read["twin"]
     else:
         assert done["twin"]["steps"] == steps and metrics["curves"]["student_ce"][-1]["step"] == steps
@@ -358,7 +364,7 @@ def test_a_finished_run_trains_on_for_more_minutes(again, monkeypatch):
 def test_a_continued_run_that_is_interrupted_goes_on(again):
     card = again.folder / "student" / "README.md"
     given = {"minutes": 10.0}
-    for kind in ("distill",) if again.is_short else ("distill", "twin"):
+    for kind in ("distill", "twin") if again.has_twin else ("distill",):
         again.machine.interrupt_at = (kind, again.results["distill"]["steps"] + 2)
         with pytest.raises(KeyboardInterrupt, match="--resume"):
             run(again.machine, again.folder, given, resume=True)
@@ -427,7 +433,7 @@ def test_a_continued_run_has_as_many_rows_as_its_minutes_allow(again):
         return open_run(again.folder, {"minutes": minutes}, True, again.machine).results
 
     assert go_on(60.0)["before"]["plan"]["held_out"] == 64  # what is known of the untuned teacher
-    load, a_row = (9, 1.925) if again.is_short else (12, 2.525)
+    load, a_row = (12, 2.525) if again.has_twin else (9, 1.925)
     assert go_on(3.0)["before"]["plan"]["held_out"] == int((0.35 * 180 - load) / a_row)
     content = json.loads(file.read_text())
     content["results"]["before"]["ce"] = content["results"]["before"]["ce"][:20]
@@ -437,7 +443,7 @@ def test_a_continued_run_has_as_many_rows_as_its_minutes_allow(again):
 
 
 def test_a_finished_run_without_its_last_checkpoints_is_not_continued(again):
-    name = "training-student" if again.is_short else "training-student-ce"
+    name = "training-student-ce" if again.has_twin else "training-student"
     (checkpoint,) = (again.folder / "work" / name).iterdir()
     (checkpoint / "trainer_state.json").unlink()
     with pytest.raises(ValueError, match=rf"{name} has no whole checkpoint of step \d+"):

@@ -72,7 +72,7 @@ from .options.hidden_states import HiddenStateTraining, catch_hidden_states
 from .options.muon import MUON, muon_and_kwargs
 from .options.neftune import noise_on_tied_embeddings
 from .options.projector_first import give_texts_a_gradient, projector_parameters
-from .options.rollouts import ReplayBuffer, as_it_was, draw, on_policy_fraction_at, roll_out
+from .options.rollouts import OnPolicy, as_it_was
 from .options.schedules import EncoderAnnealing, ProgressiveDepth
 from .options.shared_prompt import SharedPrompt
 from .options.token_batches import TokenBatches
@@ -318,8 +318,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         if args.cross_attention_warmup_steps > 0:
             whole = not (self.is_sharded or steps_in_backward(args))
             check_cross_attention_warmup(self.model, args.cross_attention_warmup_steps, whole)
-        if args.on_policy_fraction > 0:
-            self._check_on_policy()
+        self._on_policy = OnPolicy(self)
         if args.gradient_checkpointing and reads_images(self.model.config):
             let_processes_have_no_image(args, self.accelerator)
         if args.qat is not None and (self.is_sharded or hasattr(self.model, "peft_config")):
@@ -351,7 +350,6 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         can_share = not (self.is_sharded or args.bidirectional_warmup_steps or args.encoder_states)
         runs_the_prompt = self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
         self._shared_prompt = SharedPrompt(runs_the_prompt if can_share else None)
-        self._replay = ReplayBuffer(args.replay_buffer_size)
         self._asked_ahead: AskedAhead | None = None
         if isinstance(self.teacher, ServedTeacher):
             assert isinstance(self.data_collator, RemembersLast)  # `_collator` saw to it
@@ -368,11 +366,11 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         return isinstance(self.teacher, CachedTeacher) and self.teacher.has_targets_only
 
     @property
-    def _is_fsdp2(self) -> bool:
+    def is_fsdp2(self) -> bool:
         """Whether it is FSDP2 that does, which gathers the weights of a module for each of its forwards."""
         return self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 2
 
-    def _as_exported(self) -> AbstractContextManager[None]:
+    def as_exported(self) -> AbstractContextManager[None]:
         """While the block runs, the student has the weights that it is trained for: rounded, with `qat`."""
         return fake_quantized(self.model, self.args.qat)
 
@@ -531,10 +529,10 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         # Below four chunks, their gradient of the head in float32 is as large as what they save.
         few = tokens <= 4 * self.args.loss_chunk_size
         # With FSDP2 all processes have to find out in the same step, whatever each has been dealt.
-        if (few and not self._is_fsdp2) or return_outputs or "labels" in student:
+        if (few and not self.is_fsdp2) or return_outputs or "labels" in student:
             return False
         # The old FSDP and DeepSpeed keep no head by itself; a compiled model was traced without our hooks.
-        if (self.is_sharded and not self._is_fsdp2) or self.args.n_gpu > 1 or is_compiled_module(model):
+        if (self.is_sharded and not self.is_fsdp2) or self.args.n_gpu > 1 or is_compiled_module(model):
             return False
         if self._student_head_is_last is None:
             self._student_head_is_last = self._find_out_about_head(model, student)
@@ -579,7 +577,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         with catch_head_input(head, rows, columns, keep=1, then=take):
             outputs = model(**student)
         ((loss, terms),) = results
-        if self._is_fsdp2:  # it prepares for a backward where a gradient reaches the outputs
+        if self.is_fsdp2:  # it prepares for a backward where a gradient reaches the outputs
             loss = loss + 0.0 * (outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]).sum()
         return loss, dict(zip(weights, terms, strict=True))
 
@@ -614,67 +612,24 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             return 1
         return self.accelerator.num_processes // self.get_tp_size()
 
-    # --- on-policy steps ---
-
-    def _check_on_policy(self) -> None:
-        if isinstance(self.teacher, CachedTeacher):
-            raise ValueError(
-                f"on_policy_fraction={self.args.on_policy_fraction} with the cache {self.teacher.folder}: nobody can "
-                "have recorded what the student is going to write. Give a live teacher."
-            )
-        if self.is_sharded and not self._is_fsdp2:
-            raise ValueError(
-                f"on_policy_fraction={self.args.on_policy_fraction} with FSDP 1 or DeepSpeed, under which no rollout "
-                "has been tried: use FSDP2 (fsdp_version: 2) or DistributedDataParallel."
-            )
+    # --- the batches of a step ---
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """As the base class; for an on-policy step the student's own targets, counted as those of any step."""
-        batches, count = self._batches_to_learn(epoch_iterator, num_batches, device)
-        if self._asked_ahead is not None and self.args.distill_weight > 0:
-            self._asked_ahead(batches, and_next=not self._is_on_policy(self.state.global_step + 1))
-        return batches, count
-
-    def _is_on_policy(self, step: int) -> bool:
-        args = self.args
-        share = on_policy_fraction_at(step, args.on_policy_fraction, args.on_policy_warmup_steps)
-        return draw(args.seed, step, 0) < share
-
-    def _batches_to_learn(self, epoch_iterator, num_batches: int, device: torch.device):
+        self._on_own_targets = False
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._empty_targets.see(batches, self.state.epoch, self.accelerator)
-        seed, step, args = self.args.seed, self.state.global_step, self.args
-        self._on_own_targets = False
         if self._depth is not None and batches and self._depth.is_due():
             self._depth.remove_best(self._loss_in_each(self._depth.without_each(), batches))
             self.forget_encoder()
-        self._on_own_targets = bool(batches) and self._is_on_policy(step)
-        if not self._on_own_targets:
-            return batches, count
-        if len(self._replay) and draw(seed, step, 1) < args.replay_fraction:
-            batches = [self._replay.pick(draw(seed, step, 2 + i), device) for i in range(len(batches))]
-        else:
-            batches = [self._roll_out(batch, step, i) for i, batch in enumerate(batches)]
-        return batches, self._get_num_items_in_batch(batches, device)
-
-    def _roll_out(self, batch: dict[str, Any], step: int, number: int) -> dict[str, Any]:
-        batch = self._prepare_inputs(batch)
-        self.check_weights()  # of NaN no token can be drawn
-        let_fsdp2_generate(self.model)
-        # Each process and each batch of a step draws tokens of its own.
-        process = self.accelerator.process_index
-        with self._as_exported():
-            rolled = roll_out(
-                self.accelerator.unwrap_model(self.model),
-                batch,
-                max_new_tokens=self.args.max_target_length or batch["labels"].shape[1],
-                temperature=self.args.sampling_temperature,
-                forbidden=self._vocabulary.missing_below(vocab_size(self.model.config)),
-                vocabulary=self._vocabulary,
-                seed=int(draw(self.args.seed, step, 1000 + 1000 * process + number) * (1 << 62)),
-            )
-        self._replay.add(rolled)
-        return rolled
+        step = self.state.global_step
+        self._on_own_targets = bool(batches) and self._on_policy.is_due(step)
+        if self._on_own_targets:
+            batches = self._on_policy.batches(batches, device)
+            count = self._get_num_items_in_batch(batches, device)
+        if self._asked_ahead is not None and self.args.distill_weight > 0:
+            self._asked_ahead(batches, and_next=not self._on_policy.is_due(step + 1))
+        return batches, count
 
     # --- what is trained when ---
 
@@ -709,7 +664,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
 
     def training_step(self, *args, **kwargs) -> Tensor:
         """As the base class; during the warm-up of the cross-attention the other gradients are dropped."""
-        with self._as_exported():
+        with self.as_exported():
             loss = super().training_step(*args, **kwargs)
         if self.state.global_step < self.args.cross_attention_warmup_steps:
             keep_cross_attention_gradients(self.model)
@@ -726,7 +681,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         """The loss of a step's batches, of all processes, inside each of the N contexts, in eval mode: `[N]`."""
         student = self.accelerator.unwrap_model(self.model)
         totals, tokens = [0.0] * len(contexts), 0
-        with self._as_exported(), as_it_was(student, seed=0):
+        with self.as_exported(), as_it_was(student, seed=0):
             for batch in map(self._prepare_inputs, batches):
                 labels = batch["labels"]
                 rows, columns = target_positions(labels)
@@ -776,14 +731,14 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self._replay.save(output_dir, self.accelerator.process_index)
+        self._on_policy.replay.save(output_dir, self.accelerator.process_index)
         # trainer_state.json comes next and says that a checkpoint is whole: it has to be, on every process.
         self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._replay.load(checkpoint, self.accelerator.process_index)
+            self._on_policy.replay.load(checkpoint, self.accelerator.process_index)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """As the base class, whose draft does not take the place of a card that is no draft."""
@@ -814,7 +769,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         # Anew each time: `auto_find_batch_size` comes here again after a batch that did not fit.
         self.forget_encoder()
         self._train_sums, self._train_steps = {}, Counter()
-        self._replay = ReplayBuffer(self.args.replay_buffer_size)
+        self._on_policy = OnPolicy(self)
         self._empty_targets = EmptyTargets(self._eos_token_ids())
         let_gradients_reach_adapters(self.model, self.args)
         with noise_on_tied_embeddings(self.model, self.neftune_noise_alpha):
@@ -860,7 +815,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             self.forget_encoder()
         self._eval_sums = {}
         try:
-            with torch.no_grad(), self._as_exported():
+            with torch.no_grad(), self.as_exported():
                 output = super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )

@@ -2,10 +2,10 @@
 
 A decoder-only teacher (by default SmolLM2-135M-Instruct) is taught the task, cut down to an encoder-decoder, and
 distilled into it. These are measured on the same held-out rows: the student, the teacher before and after, a one-line
-baseline and, from 30 minutes on, a twin of the student trained without the teacher. The output folder gets the
-student (loads anywhere), its model card, metrics.json, plots and samples. Ctrl-C stops a run; --resume continues it.
---resume --minutes 60 trains a finished run for 60 more minutes. On a machine with other load, set
-OMP_WAIT_POLICY=PASSIVE in the environment: waiting threads then leave the cores to others.
+baseline and, with --twin, a student trained without the teacher. The output folder gets the student (loads anywhere),
+its model card, metrics.json, plots and samples. Ctrl-C stops a run; --resume continues it. --resume --minutes 60
+trains a finished run for 60 more minutes. On a machine with other load, set OMP_WAIT_POLICY=PASSIVE in the
+environment: waiting threads then leave the cores to others.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 from .._display import say_result
 from .._inputs import BUILT_IN
@@ -36,6 +37,8 @@ _HELP = {
     "encoder_layers": "number of encoder layers",
     "decoder_layers": "number of decoder layers",
     "vocabulary": "most tokens of the vocabulary: those most frequent in the training rows; 0: the teacher's own",
+    "twin": "also train a student on the labels alone, for as many steps, to show how much the teacher adds "
+    "(30 minutes or more)",
 }
 
 
@@ -47,14 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="continue the interrupted run in --output, or a finished one for --minutes more",
     )
     for field in dataclasses.fields(Settings):
-        default = "" if field.default in (None, BUILT_IN) else f" (default: {field.default})"
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=str if field.default is None else type(field.default),
-            default=argparse.SUPPRESS,  # what was not said is not there, and --resume need not agree with it
-            metavar=field.name.split("_")[-1].upper(),
-            help=_HELP[field.name] + default,
-        )
+        option, default = f"--{field.name.replace('_', '-')}", ""
+        kind: dict[str, Any] = {"action": "store_true"}
+        if field.default is not False:
+            default = "" if field.default in (None, BUILT_IN) else f" (default: {field.default})"
+            value = str if field.default is None else type(field.default)
+            kind = {"type": value, "metavar": field.name.split("_")[-1].upper()}
+        # What was not said is not there, and --resume need not agree with it.
+        parser.add_argument(option, default=argparse.SUPPRESS, help=_HELP[field.name] + default, **kind)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import platform
 import shlex
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,14 +22,11 @@ from ...bench import (
     compare_cost,
     compare_latency,
     greedy_decode,
-    machine_description,
     plot_loss_curves,
     plot_quality,
 )
-from ...cards.model_card import teacher_entry, write_model_card
+from ...cards.model_card import write_model_card
 from ...data import lead_sentence
-from ...data.builtin_teacher import FACTS
-from ...data.python_docstrings import ROWS_LICENSE
 from ...devices import device, precision_arguments, working_dtype
 from ...distillation import DistillationTrainer, DistillationTrainingArguments
 from ...evaluation.scoring import BATCH_SIZE as EVALUATION_BATCH
@@ -40,19 +35,18 @@ from ...files import write_json
 from ...metrics.measures import measure_texts
 from ...metrics.significance import interval, mean
 from ...metrics.texts import distinct_share
-from ...metrics.verdict import verdict
 from ...models.either_version import save_teacher
 from ...models.loading import check_decoder_only, load_config, load_student, load_teacher, load_tokenizer
-from ...models.prompts import PreTrainedTokenizerFast, encode_prompt, prompt_start_token_id
+from ...models.prompts import PreTrainedTokenizerFast, prompt_start_token_id
 from ...models.rope_encdec import RopeEncDecForConditionalGeneration
 from ...models.rope_encdec.initialization import check_family
 from ...progress import Display, clock
-from .._inputs import BUILT_IN, dataset_name, load_splits, prompt_template, teacher_path
-from . import recipe
+from .._inputs import load_splits, prompt_template, teacher_path
+from . import outcome, recipe
 from .planning import Plan, groups_of_like_length
 from .recording import record
-from .report import continuation, percent, samples_page
-from .state import TRAININGS, State, open_run
+from .report import percent, samples_page
+from .state import TITLES, TRAININGS, State, open_run
 from .timed_training import InOrder, TimeShare, train, training_order
 from .trimming import trim_teacher
 from .tuning import tune_teacher
@@ -61,20 +55,6 @@ from .tuning import tune_teacher
 # The fastest machine makes fewer steps a second than this; it bounds the data order that is laid out in advance.
 _STEPS_PER_SECOND = 10
 _NEXT_ROWS = 32  # of the first evaluation, after which the plan is made again
-
-TITLES = {
-    "teacher": "fetch the teacher",
-    "data": "mine the data",
-    "more": "mine more data to train on",
-    "before": "evaluate the teacher as it is",
-    "teach": "teach the teacher the task",
-    "start": "cut the student from the teacher",
-    "distill": "train the student on the teacher",
-    "twin": "train its twin on the labels alone",
-    "evaluate": "evaluate on held-out rows",
-    "latency": "measure the latency",
-    "report": "write the report",
-}
 
 
 class _StudentTrainer(InOrder, DistillationTrainer):
@@ -131,7 +111,7 @@ class Pipeline:
 
     @property
     def _stages(self) -> list[str]:
-        optional = {"more": self.state.reads_more, "twin": self.state.has_twin}
+        optional = {"more": self.state.reads_more, "twin": self.settings.twin}
         return [name for name in TITLES if optional.get(name, True)]
 
     def run(self) -> dict:
@@ -177,7 +157,7 @@ class Pipeline:
         plan, results = self.plan, self.state.results
         seconds = {"evaluate": plan.evaluation(plan.held_out), "latency": plan.latency()}
         seconds["report"] = recipe.REPORT_SECONDS
-        if "distill" in results and self.state.has_twin:
+        if "distill" in results and self.settings.twin:
             distill, steps = results["distill"], results["distill"]["steps"] - self.state.earlier["steps"]
             seconds["twin"] = results["start"]["overhead"] + steps * distill["step_seconds"] * distill["twin_cost"]
         return {name: seconds[name] for name in seconds if name not in results}
@@ -210,10 +190,6 @@ class Pipeline:
         return self.seconds_to_go() - self.state.seconds_left
 
     # What stages share -----------------------------------------------------------------------------------------------
-
-    @property
-    def built_in_task(self) -> bool:
-        return self.settings.dataset == BUILT_IN
 
     @property
     def template(self) -> str:
@@ -250,7 +226,7 @@ class Pipeline:
 
     def answers(self, model, rows, update) -> list[str]:
         texts = generate(model, self.tokenizer, rows, recipe.MAX_TARGET, update)
-        if not self.built_in_task:
+        if not self.settings.is_built_in_task:
             return texts
         # The task is one sentence. An untuned teacher closes the docstring and goes on; that is not its answer.
         return [text.partition('"""')[0].strip().partition("\n")[0].strip() for text in texts]
@@ -382,8 +358,8 @@ class Pipeline:
         return result | {"note": f"{result['steps']} steps of {recipe.BATCH_SIZE}, {loss}"}
 
     def start(self, update) -> dict:
-        """Make the student. A short run records rows for it; in others a step of its twin is measured: the time has to
-        last for both."""
+        """Make the student. A short run records rows for it. If there will be a twin, a step of it is measured: the
+        time has to last for both."""
         teacher = self.load_teacher(self.work / "teacher", torch.float32)
         rows = self.rows["train"]
         drawn = np.random.default_rng(self.settings.seed).permutation(len(rows))[: recipe.HEAL_ROWS]
@@ -410,7 +386,7 @@ class Pipeline:
             )
             note += f", {recorded} rows recorded"
         del teacher, student
-        twin_step, overhead = self._time_steps(1, 0.0, 0) if self.state.has_twin else (0.0, 2 * self.plan.load)
+        twin_step, overhead = self._time_steps(1, 0.0, 0) if self.settings.twin else (0.0, 2 * self.plan.load)
         return {
             "parameters": parameters,
             "healing": healing,
@@ -527,7 +503,7 @@ class Pipeline:
         held_out, dtype = self.held_out, working_dtype()
         teacher = self.load_teacher(self.work / "teacher", dtype)
         students = {"student_start": self.load_student(self.work / "start", dtype)}
-        if self.state.has_twin:
+        if self.settings.twin:
             students["student_ce"] = self.load_student(self.work / "student-ce", dtype)
         students["student_kd"] = self.load_student(self.folder / "student", dtype)
         writers = {"teacher": teacher} | {name: model for name, model in students.items() if name != "student_start"}
@@ -559,7 +535,7 @@ class Pipeline:
         models = {"teacher_before": self._entry(sums_before, [before["texts"][index] for index in done], rows)}
         models |= {name: self._entry(sums.get(name, {}), texts.get(name), rows) for name in [*sums, "lead_baseline"]}
 
-        differences = [self._difference("student_kd", "student_ce", sums, texts, rows)] if self.state.has_twin else []
+        differences = [self._difference("student_kd", "student_ce", sums, texts, rows)] if self.settings.twin else []
         samples = [
             {"source": row["source"], "reference": row["target"], **{name: texts[name][index] for name in texts}}
             for index, row in enumerate(rows[: recipe.SAMPLES])
@@ -599,155 +575,19 @@ class Pipeline:
         return {"latency": measured.to_dict(), "cost": cost.to_dict()}
 
     def report(self, update) -> dict:
-        metrics = self._metrics()
+        metrics = outcome.metrics(self.state, self.tokenizer, self.template)
         # Beside the card too, which goes to the Hub with the student's folder.
         for folder in (self.folder, self.folder / "student"):
             plot_loss_curves(metrics["curves"], folder / "loss.png")
             plot_quality(metrics["models"], folder / "quality.png", spread=metrics["spread"])
-            write_json(folder / "recipe.json", self._recipe_file())
+            write_json(folder / "recipe.json", outcome.recipe_file(self.state))
         write_json(self.folder / "metrics.json", metrics)
         (self.folder / "samples.md").write_text(
-            samples_page(metrics["samples"], "python" if self.built_in_task else ""), encoding="utf-8"
+            samples_page(metrics["samples"], "python" if self.settings.is_built_in_task else ""), encoding="utf-8"
         )
         write_model_card(self.folder / "student", metrics)
         return {"metrics": metrics}
 
-    def _metrics(self) -> dict:
-        results, settings = self.state.results, self.settings
-        teacher = FACTS if settings.teacher == BUILT_IN else teacher_entry(settings.teacher)
-        config = load_config(self.folder / "student")
-        held_out, models = results["evaluate"]["rows"], results["evaluate"]["models"]
-        for name in models:
-            if name.startswith("student_"):
-                models[name]["parameters"] = results["start"]["parameters"]
-        teacher_parameters = results["latency"]["cost"]["teacher"]["parameters"]["total"]
-        models["teacher_before"]["parameters"] = models["teacher"]["parameters"] = teacher_parameters
-        sizes = results["data"]["sizes"]
-        train_rows = results["more"]["rows"] if "more" in results else sizes["train"]
-        return {
-            "title": f"{teacher['name']} as an encoder-decoder",
-            "task": self._task(),
-            "teacher": {
-                **teacher,
-                "adaptation": self._adaptation(),
-            },
-            "student": {
-                "encoder_layers": settings.encoder_layers,
-                "decoder_layers": settings.decoder_layers,
-                "cross_attention": config.cross_attention,
-                "encoder_attention": config.encoder_attention,
-                "parameters": results["start"]["parameters"],
-            },
-            "data": {
-                "name": dataset_name(settings.dataset),
-                "license": ROWS_LICENSE if self.built_in_task else None,
-                "train_rows": train_rows,
-                "validation_rows": sizes.get("validation"),
-                "test_rows": held_out,
-            },
-            "recipe": self._recipe(),
-            "stages": [
-                {"name": TITLES[name], "steps": results[name].get("steps"), "seconds": self.state.stage_seconds(name)}
-                for name in TITLES
-                if name in results
-            ],
-            "seeds": [settings.seed],
-            "spread": f"95 % interval, bootstrap over the {held_out} held-out rows (one seed of training)",
-            "models": models,
-            "verdict": self._verdict(models),
-            "differences": results["evaluate"]["differences"],
-            "latency": results["latency"]["latency"],
-            "cost": results["latency"]["cost"],
-            "machine": machine_description(),
-            "curves": {
-                name: results[stage]["curve"]
-                for name, stage in (("student_ce", "twin"), ("student_kd", "distill"))
-                if stage in results
-            },
-            "samples": results["evaluate"]["samples"],
-            "figures": {"Loss": "loss.png", "Quality": "quality.png"},
-        }
-
-    def _adaptation(self) -> str:
-        steps = f"all layers, {self.state.results['teach']['steps']} steps of {recipe.BATCH_SIZE}"
-        tokens = self.state.results["data"]["tokens"]
-        return f"{tokens[0]:,} of its {tokens[1]:,} tokens, {steps}" if tokens else steps
-
-    def _task(self) -> dict:
-        read = PreTrainedTokenizerFast.from_pretrained(self.folder / "student")("a")["input_ids"]
-        built_in = read == encode_prompt(self.tokenizer, "a", self.template)[:-1]
-        task = {"prompt_template": self.template, "built_in": built_in}
-        task |= {"pipeline_tag": "summarization", "language": "en"}
-        if self.built_in_task:
-            return task | {
-                "name": "Python docstrings",
-                "description": "Reads a Python function without its docstring and writes the first sentence of the "
-                "docstring.",
-            }
-        return task | {"name": self.settings.dataset}
-
-    def _verdict(self, models: Mapping[str, Mapping]) -> dict:
-        results = self.state.results
-        sentences = verdict(models, "student_kd", results["distill"]["curve"])
-        rows, enough = results["evaluate"]["rows"], min(recipe.ENOUGH_ROWS, results["data"]["sizes"]["test"])
-        if rows < enough:
-            sentences.append(
-                f"Few rows. The time did not allow {enough} held-out rows, only {rows}: take the scores as rough."
-            )
-        # An absolute path says more about the machine than the readers of a card should know.
-        folder = self.folder.name if self.folder.is_absolute() else str(self.folder)
-        return {"sentences": sentences, **({"command": continuation(folder)} if sentences else {})}
-
-    def _recipe(self) -> dict:
-        results, earlier = self.state.results, self.state.earlier
-        schedule = f"warm-up over {recipe.WARMUP:.0%} of the steps, then linear to zero"
-        return {
-            "divergence": recipe.DIVERGENCE,
-            "distill_weight": recipe.DISTILL_WEIGHT,
-            "minutes": self.state.minutes,
-            "steps": results["distill"]["steps"],
-            "batch_size": recipe.BATCH_SIZE,
-            "encoder": self._encoder_training(),
-            "learning_rate": _peak(results["distill"]["rates"]),
-            "schedule": schedule + (f", {earlier['rounds'] + 1} times" if earlier["rounds"] else ""),
-            "teacher_steps": results["teach"]["steps"],
-            "teacher_learning_rate": _peak(results["teach"]["rates"]),
-            "max_prompt_tokens": recipe.MAX_PROMPT,
-            "max_target_tokens": recipe.MAX_TARGET,
-            "precision": str(working_dtype()).removeprefix("torch."),
-            "seed": self.settings.seed,
-        }
-
-    def _encoder_training(self) -> str:
-        rows = self.state.results["start"]["recorded"]
-        frozen = f"frozen, the decoder is trained on {rows} rows"
-        if self.state.is_frozen:
-            return frozen
-        return f"{frozen}, then all weights on all rows" if rows else "trained"
-
-    def _recipe_file(self) -> dict:
-        return {
-            "settings": dataclasses.asdict(self.settings) | {"minutes": self.state.minutes},
-            "recipe": self._recipe(),
-            "versions": {name: _version(name) for name in _VERSIONS} | {"python": platform.python_version()},
-            "machine": machine_description(),
-        }
-
 
 def _quiet(fraction: float, detail: str) -> None:
     pass
-
-
-def _peak(rates: list[float]) -> float:
-    """The largest learning rate of a training, which the clock decided; to three digits."""
-    return float(f"{max(rates):.3g}")
-
-
-_VERSIONS = ("hf-encdec-distill", "torch", "transformers", "accelerate", "datasets", "tokenizers")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -26,7 +26,7 @@ TOP_K = 32  # tokens that are recorded of the teacher
 VALIDATION_ROWS = 96  # at most, and as many as take `VALIDATION_SHARE` of the teacher's time
 VALIDATION_SHARE = 0.1
 
-# The time that evaluation and report leave, in parts; the student and its twin share one.
+# The time that evaluation and report leave, in parts; a student and its twin share one.
 PARTS = {"teach": 16, "start": 2, "students": 56}
 
 # Evaluation: all its rows, of all models, before and after.

@@ -26,6 +26,20 @@ from .recipe import (
 _FILE = "state.json"
 _FIELDS = {"settings": dict, "seconds_used": float, "begun": dict, "results": dict, "earlier": dict}
 _EARLIER = {"rounds": int, "minutes": float, "seconds": float, "steps": int, "twin_cost": float, "stages": dict}
+# The stages, in their order.
+TITLES = {
+    "teacher": "fetch the teacher",
+    "data": "mine the data",
+    "more": "mine more data to train on",
+    "before": "evaluate the teacher as it is",
+    "teach": "teach the teacher the task",
+    "start": "cut the student from the teacher",
+    "distill": "train the student on the teacher",
+    "twin": "train its twin on the labels alone",
+    "evaluate": "evaluate on held-out rows",
+    "latency": "measure the latency",
+    "report": "write the report",
+}
 TRAININGS = {"distill": "training-student", "twin": "training-student-ce"}  # folders in work/, with their checkpoints
 _ONCE_A_ROUND = (*TRAININGS, "evaluate", "report")
 
@@ -44,6 +58,7 @@ class Settings:
     encoder_layers: int = ENCODER_LAYERS
     decoder_layers: int = DECODER_LAYERS
     vocabulary: int = VOCABULARY
+    twin: bool = False
 
     def __post_init__(self):
         if not 0 < self.minutes < float("inf"):
@@ -59,6 +74,10 @@ class Settings:
             raise ValueError(
                 f"prompt_template={self.prompt_template!r} lacks the source: put {{source}} where it goes"
             )
+
+    @property
+    def is_built_in_task(self) -> bool:
+        return self.dataset == BUILT_IN
 
 
 class State:
@@ -115,20 +134,16 @@ class State:
         return self.settings.minutes < FROZEN_BELOW_MINUTES and not self.earlier["rounds"]
 
     @property
-    def has_twin(self) -> bool:
-        """A short run has no time for a student that only shows what the teacher is worth, nor has what follows it."""
-        return not (self.is_frozen or self.results.get("start", {}).get("recorded"))
-
-    @property
     def reads_more(self) -> bool:
         """Whether a short run of the built-in task, which has read the standard library alone, goes on with more."""
         is_long = self.earlier["rounds"] > 0 and self.settings.minutes >= FROZEN_BELOW_MINUTES
-        return "more" in self.results or (is_long and self.settings.dataset == BUILT_IN and not self.has_twin)
+        was_short = bool(self.results.get("start", {}).get("recorded"))
+        return "more" in self.results or (is_long and was_short and self.settings.is_built_in_task)
 
     @property
     def trainings(self) -> list[str]:
         """Stages that train a student."""
-        return [name for name in TRAININGS if name != "twin" or self.has_twin]
+        return [name for name in TRAININGS if name != "twin" or self.settings.twin]
 
     def begin(self, stage: str) -> None:
         self.begun.setdefault(stage, self.seconds_used)
@@ -167,7 +182,7 @@ class State:
             "minutes": self.minutes,
             "seconds": self._seconds_before,
             "steps": distill["steps"],
-            "twin_cost": self.results["twin"]["step_seconds"] / distill["step_seconds"] if self.has_twin else 0.0,
+            "twin_cost": self.results["twin"]["step_seconds"] / distill["step_seconds"] if self.settings.twin else 0.0,
             "stages": {name: self.stage_seconds(name) for name in self.results},
         }
         for name in _ONCE_A_ROUND:
@@ -214,7 +229,8 @@ def open_run(
         now, start: the clock, and when the command began.
 
     Raises:
-        ValueError: the folder is in use and `resume` is not set, there is nothing to resume, or a setting differs.
+        ValueError: the folder is in use and `resume` is not set, there is nothing to resume, a setting differs, or the
+            minutes of a new run are too few for a twin.
     """
     used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if not resume:
@@ -223,7 +239,13 @@ def open_run(
                 f"{folder} is not empty: go on with the run that is in it with --resume, or choose another folder "
                 "with --output"
             )
-        return State(folder, Settings(**given), now=now, start=start)
+        settings = Settings(**given)
+        if settings.twin and settings.minutes < FROZEN_BELOW_MINUTES:
+            raise ValueError(
+                f"twin=True, but minutes={settings.minutes:g}: so few are for one student; give --minutes "
+                f"{FROZEN_BELOW_MINUTES} or more, or leave --twin out"
+            )
+        return State(folder, settings, now=now, start=start)
     try:
         content = read_json(folder / _FILE, fields=_FIELDS)
     except FileNotFoundError:

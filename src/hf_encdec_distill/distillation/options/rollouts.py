@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from .._compat import let_fsdp2_generate
 from ..alignment.positions import IGNORED, OF_TEACHER, teacher_images, teacher_inputs
-from ..alignment.vocabularies import SharedVocabulary
+from ..alignment.vocabularies import SharedVocabulary, vocab_size
 from ..decoder_only_student import answers_alone, is_decoder_only
+from ..teachers.recorded import CachedTeacher
 
 
 if TYPE_CHECKING:
@@ -26,6 +28,61 @@ if TYPE_CHECKING:
 _FILE = "replay_buffer-{process}.pt"
 # What the targets of a batch are, and what is made of them: a rollout replaces these.
 _OF_TARGETS = {"labels", "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"}
+
+
+class OnPolicy:
+    """The steps of a `DistillationTrainer` whose targets the student writes, `on_policy_fraction` of all.
+
+    Raises:
+        ValueError: for a teacher that only knows recorded rows, and under FSDP 1 and DeepSpeed.
+    """
+
+    def __init__(self, trainer) -> None:
+        args = trainer.args
+        self._trainer, self.replay = trainer, ReplayBuffer(args.replay_buffer_size)
+        if args.on_policy_fraction > 0 and isinstance(trainer.teacher, CachedTeacher):
+            raise ValueError(
+                f"on_policy_fraction={args.on_policy_fraction} with the cache {trainer.teacher.folder}: nobody can "
+                "have recorded what the student is going to write. Give a live teacher."
+            )
+        if args.on_policy_fraction > 0 and trainer.is_sharded and not trainer.is_fsdp2:
+            raise ValueError(
+                f"on_policy_fraction={args.on_policy_fraction} with FSDP 1 or DeepSpeed, under which no rollout "
+                "has been tried: use FSDP2 (fsdp_version: 2) or DistributedDataParallel."
+            )
+
+    def is_due(self, step: int) -> bool:
+        args = self._trainer.args
+        share = on_policy_fraction_at(step, args.on_policy_fraction, args.on_policy_warmup_steps)
+        return draw(args.seed, step, 0) < share
+
+    def batches(self, batches: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+        """As many with the student's own targets: written now, or earlier ones again."""
+        args, step = self._trainer.args, self._trainer.state.global_step
+        if len(self.replay) and draw(args.seed, step, 1) < args.replay_fraction:
+            return [self.replay.pick(draw(args.seed, step, 2 + i), device) for i in range(len(batches))]
+        return [self.roll_out(batch, step, i) for i, batch in enumerate(batches)]
+
+    def roll_out(self, batch: dict[str, Any], step: int, number: int) -> dict[str, Any]:
+        """Batch `number` of the step, with targets that the student writes now; the buffer keeps it."""
+        trainer, args = self._trainer, self._trainer.args
+        batch = trainer._prepare_inputs(batch)
+        trainer.check_weights()  # of NaN no token can be drawn
+        let_fsdp2_generate(trainer.model)
+        # Each process and each batch of a step draws tokens of its own.
+        process = trainer.accelerator.process_index
+        with trainer.as_exported():
+            rolled = roll_out(
+                trainer.accelerator.unwrap_model(trainer.model),
+                batch,
+                max_new_tokens=args.max_target_length or batch["labels"].shape[1],
+                temperature=args.sampling_temperature,
+                forbidden=trainer._vocabulary.missing_below(vocab_size(trainer.model.config)),
+                vocabulary=trainer._vocabulary,
+                seed=int(draw(args.seed, step, 1000 + 1000 * process + number) * (1 << 62)),
+            )
+        self.replay.add(rolled)
+        return rolled
 
 
 def on_policy_fraction_at(step: int, fraction: float, warmup_steps: int) -> float:

@@ -1,0 +1,168 @@
+"""What a run leaves to read, `metrics.json` and `recipe.json`, from the results of its stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+
+from ...bench import machine_description
+from ...cards.model_card import teacher_entry
+from ...data.builtin_teacher import FACTS
+from ...data.python_docstrings import ROWS_LICENSE
+from ...devices import working_dtype
+from ...metrics.verdict import verdict
+from ...models.loading import load_config
+from ...models.prompts import PreTrainedTokenizerFast, encode_prompt
+from .._inputs import BUILT_IN, dataset_name
+from . import recipe
+from .report import continuation
+from .state import TITLES, State
+
+
+_VERSIONS = ("hf-encdec-distill", "torch", "transformers", "accelerate", "datasets", "tokenizers")
+
+
+def metrics(state: State, tokenizer: PreTrainedTokenizerFast, template: str) -> dict:
+    """The content of `metrics.json`, see `hf_encdec_distill.cards.model_card`.
+
+    Args:
+        state: of a run of which all but the report is done.
+        tokenizer: the teacher's.
+        template: of its prompts.
+    """
+    results, settings = state.results, state.settings
+    teacher = FACTS if settings.teacher == BUILT_IN else teacher_entry(settings.teacher)
+    config = load_config(state.folder / "student")
+    held_out, models = results["evaluate"]["rows"], results["evaluate"]["models"]
+    for name in models:
+        if name.startswith("student_"):
+            models[name]["parameters"] = results["start"]["parameters"]
+    teacher_parameters = results["latency"]["cost"]["teacher"]["parameters"]["total"]
+    models["teacher_before"]["parameters"] = models["teacher"]["parameters"] = teacher_parameters
+    sizes = results["data"]["sizes"]
+    return {
+        "title": f"{teacher['name']} as an encoder-decoder",
+        "task": _task(state, tokenizer, template),
+        "teacher": {**teacher, "adaptation": _adaptation(results)},
+        "student": {
+            "encoder_layers": settings.encoder_layers,
+            "decoder_layers": settings.decoder_layers,
+            "cross_attention": config.cross_attention,
+            "encoder_attention": config.encoder_attention,
+            "parameters": results["start"]["parameters"],
+        },
+        "data": {
+            "name": dataset_name(settings.dataset),
+            "license": ROWS_LICENSE if settings.is_built_in_task else None,
+            "train_rows": results["more"]["rows"] if "more" in results else sizes["train"],
+            "validation_rows": sizes.get("validation"),
+            "test_rows": held_out,
+        },
+        "recipe": _recipe(state),
+        "stages": [
+            {"name": TITLES[name], "steps": results[name].get("steps"), "seconds": state.stage_seconds(name)}
+            for name in TITLES
+            if name in results
+        ],
+        "seeds": [settings.seed],
+        "spread": f"95 % interval, bootstrap over the {held_out} held-out rows (one seed of training)",
+        "models": models,
+        "verdict": _verdict(state, models),
+        "differences": results["evaluate"]["differences"],
+        "latency": results["latency"]["latency"],
+        "cost": results["latency"]["cost"],
+        "machine": machine_description(),
+        "curves": {
+            name: results[stage]["curve"]
+            for name, stage in (("student_ce", "twin"), ("student_kd", "distill"))
+            if stage in results
+        },
+        "samples": results["evaluate"]["samples"],
+        "figures": {"Loss": "loss.png", "Quality": "quality.png"},
+    }
+
+
+def recipe_file(state: State) -> dict:
+    """The content of `recipe.json`: settings, recipe, versions and machine."""
+    return {
+        "settings": dataclasses.asdict(state.settings) | {"minutes": state.minutes},
+        "recipe": _recipe(state),
+        "versions": {name: _version(name) for name in _VERSIONS} | {"python": platform.python_version()},
+        "machine": machine_description(),
+    }
+
+
+def _adaptation(results: Mapping[str, Mapping]) -> str:
+    steps = f"all layers, {results['teach']['steps']} steps of {recipe.BATCH_SIZE}"
+    tokens = results["data"]["tokens"]
+    return f"{tokens[0]:,} of its {tokens[1]:,} tokens, {steps}" if tokens else steps
+
+
+def _task(state: State, tokenizer: PreTrainedTokenizerFast, template: str) -> dict:
+    read = PreTrainedTokenizerFast.from_pretrained(state.folder / "student")("a")["input_ids"]
+    built_in = read == encode_prompt(tokenizer, "a", template)[:-1]
+    task = {"prompt_template": template, "built_in": built_in}
+    task |= {"pipeline_tag": "summarization", "language": "en"}
+    if state.settings.is_built_in_task:
+        return task | {
+            "name": "Python docstrings",
+            "description": "Reads a Python function without its docstring and writes the first sentence of the "
+            "docstring.",
+        }
+    return task | {"name": state.settings.dataset}
+
+
+def _verdict(state: State, models: Mapping[str, Mapping]) -> dict:
+    results = state.results
+    sentences = verdict(models, "student_kd", results["distill"]["curve"])
+    rows, enough = results["evaluate"]["rows"], min(recipe.ENOUGH_ROWS, results["data"]["sizes"]["test"])
+    if rows < enough:
+        sentences.append(
+            f"Few rows. The time did not allow {enough} held-out rows, only {rows}: take the scores as rough."
+        )
+    # An absolute path says more about the machine than the readers of a card should know.
+    folder = state.folder.name if state.folder.is_absolute() else str(state.folder)
+    return {"sentences": sentences, **({"command": continuation(folder)} if sentences else {})}
+
+
+def _recipe(state: State) -> dict:
+    results, earlier = state.results, state.earlier
+    schedule = f"warm-up over {recipe.WARMUP:.0%} of the steps, then linear to zero"
+    return {
+        "divergence": recipe.DIVERGENCE,
+        "distill_weight": recipe.DISTILL_WEIGHT,
+        "minutes": state.minutes,
+        "steps": results["distill"]["steps"],
+        "batch_size": recipe.BATCH_SIZE,
+        "encoder": _encoder_training(state),
+        "learning_rate": _peak(results["distill"]["rates"]),
+        "schedule": schedule + (f", {earlier['rounds'] + 1} times" if earlier["rounds"] else ""),
+        "teacher_steps": results["teach"]["steps"],
+        "teacher_learning_rate": _peak(results["teach"]["rates"]),
+        "max_prompt_tokens": recipe.MAX_PROMPT,
+        "max_target_tokens": recipe.MAX_TARGET,
+        "precision": str(working_dtype()).removeprefix("torch."),
+        "seed": state.settings.seed,
+    }
+
+
+def _encoder_training(state: State) -> str:
+    rows = state.results["start"]["recorded"]
+    frozen = f"frozen, the decoder is trained on {rows} rows"
+    if state.is_frozen:
+        return frozen
+    return f"{frozen}, then all weights on all rows" if rows else "trained"
+
+
+def _peak(rates: list[float]) -> float:
+    """The largest learning rate of a training, which the clock decided; to three digits."""
+    return float(f"{max(rates):.3g}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
