@@ -64,7 +64,8 @@ def test_init_makes_a_model_of_transformers(made, tmp_path, capsys):
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     for name in ("encoder_layers", "decoder_intermediate_size"):
         option = f"--{name.replace('_', '-')}"
-        told = one_line_error(capsys, "init", "x", "--decoder-only", "3", option, "2", "--output", "y")
+        wrong = [option, "2", "--dataset", "missing.csv"]  # which is not looked for: options are read first
+        told = one_line_error(capsys, "init", "x", "--decoder-only", "3", *wrong, "--output", "y")
         assert "decoder_only=3" in told and f"{name}=2" in told
 
 

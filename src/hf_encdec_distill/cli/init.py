@@ -125,11 +125,11 @@ def run(args: argparse.Namespace) -> None:
     from ..models.either_version import save_teacher
 
     budget = _budget(args)
+    said = {field.name for field in dataclasses.fields(Shape)} & set(vars(args))
+    shape = Shape(**{name: getattr(args, name) for name in said})
     output = new_folder(args.output)
     path = teacher_path(args.teacher)
     rows = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")["train"]
-    said = {field.name for field in dataclasses.fields(Shape)} & set(vars(args))
-    shape = Shape(**{name: getattr(args, name) for name in said})
     template = prompt_template(args.prompt_template, args.dataset)
     student = make_student(path, shape, rows, template, args.prompt_date, budget)
     counts: dict[str, int]
