@@ -134,8 +134,7 @@ def finished(request, given, tmp_path_factory):
     As a short run, and as if twelve minutes were many, without and with a twin.
     """
     folder, said = tmp_path_factory.mktemp("finished") / "run", io.StringIO()
-    kind = request.param
-    is_short, has_twin = kind == "on records", kind == "with a twin"
+    is_short, has_twin = request.param == "on records", request.param == "with a twin"
     with pytest.MonkeyPatch.context() as monkeypatch:
         runs_with_all(monkeypatch, recipe.FROZEN_BELOW_MINUTES if is_short else 12.0)
         machine, shown = build(monkeypatch, Machine()), []
@@ -152,7 +151,6 @@ def finished(request, given, tmp_path_factory):
     shown = [(machine.now - now, left) for now, left in shown]
     return SimpleNamespace(
         folder=folder,
-        kind=kind,
         is_short=is_short,
         has_twin=has_twin,
         metrics=metrics,
@@ -174,9 +172,7 @@ def test_twelve_minutes_are_twelve_on_a_slow_machine(finished):
     # Few steps: the learning rate arrives all the same, and falls.
     for stage, peak in (("teach", recipe.TEACHER_LEARNING_RATE), ("distill", recipe.STUDENT_LEARNING_RATE)):
         rates = done[stage]["rates"]
-        most = (
-            {"on records": 50, "with all weights": 40, "with a twin": 25}[finished.kind] if stage == "distill" else 25
-        )
+        most = 25 if stage == "teach" or finished.has_twin else 50 if finished.is_short else 40
         assert 4 <= len(rates) < most and max(rates) > 0.8 * peak and rates[-1] < 0.4 * peak
         assert rates.index(max(rates)) <= len(rates) // 3
     assert done["distill"]["steps"] == metrics["recipe"]["steps"]

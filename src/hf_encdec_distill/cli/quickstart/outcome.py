@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 
+from ... import __version__
 from ...bench import machine_description
 from ...cards.model_card import teacher_entry
 from ...data.builtin_teacher import FACTS
@@ -21,7 +22,7 @@ from .report import continuation
 from .state import TITLES, State
 
 
-_VERSIONS = ("hf-encdec-distill", "torch", "transformers", "accelerate", "datasets", "tokenizers")
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
 
 
 def metrics(state: State, tokenizer: PreTrainedTokenizerFast, template: str) -> dict:
@@ -86,10 +87,11 @@ def metrics(state: State, tokenizer: PreTrainedTokenizerFast, template: str) -> 
 
 def recipe_file(state: State) -> dict:
     """The content of `recipe.json`: settings, recipe, versions and machine."""
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
         "settings": dataclasses.asdict(state.settings) | {"minutes": state.minutes},
         "recipe": _recipe(state),
-        "versions": {name: _version(name) for name in _VERSIONS} | {"python": platform.python_version()},
+        "versions": {"hf-encdec-distill": __version__, **packages, "python": platform.python_version()},
         "machine": machine_description(),
     }
 
@@ -159,10 +161,3 @@ def _encoder_training(state: State) -> str:
 def _peak(rates: list[float]) -> float:
     """The largest learning rate of a training, which the clock decided; to three digits."""
     return float(f"{max(rates):.3g}")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

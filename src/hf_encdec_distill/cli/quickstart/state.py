@@ -136,9 +136,9 @@ class State:
     @property
     def reads_more(self) -> bool:
         """Whether a short run of the built-in task, which has read the standard library alone, goes on with more."""
-        is_long = self.earlier["rounds"] > 0 and self.settings.minutes >= FROZEN_BELOW_MINUTES
         was_short = bool(self.results.get("start", {}).get("recorded"))
-        return "more" in self.results or (is_long and was_short and self.settings.is_built_in_task)
+        is_long = self.settings.minutes >= FROZEN_BELOW_MINUTES
+        return "more" in self.results or (was_short and is_long and self.settings.is_built_in_task)
 
     @property
     def trainings(self) -> list[str]:
