@@ -54,7 +54,7 @@ def main() -> None:
             begin = time.perf_counter()
             capture(teacher, rows, Path(work) / name, tokenizer, **k, **limits)
             seconds[name] = time.perf_counter() - begin
-            records[name] = {row["key"]: row for row in CachedTeacher(Path(work) / name)._rows}
+            records[name] = {row["key"]: row for row in CachedTeacher(Path(work) / name).records}
     found = {
         "software": there.software,
         "k": there.k,

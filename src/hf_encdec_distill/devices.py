@@ -58,6 +58,11 @@ def working_dtype() -> torch.dtype:
     return best_cpu_dtype()
 
 
+def autocast() -> torch.autocast:
+    """Matrix products in `working_dtype()` for what runs on `device()` with float32 weights."""
+    return torch.autocast(device().type, working_dtype(), enabled=working_dtype() is not torch.float32)
+
+
 def precision_arguments() -> dict:
     """Training arguments for `device()` and `working_dtype()`: fp32 weights, bf16 autocast."""
     return {"use_cpu": device().type == "cpu", "bf16": working_dtype() is torch.bfloat16}

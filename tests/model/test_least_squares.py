@@ -299,6 +299,20 @@ def test_half_precision(dtype):
     assert mean_divergence(teacher, student, unseen) < mean_divergence(teacher, plain, unseen)
 
 
+def test_autocast_does_not_go_on_with_weights_as_they_were_before_the_fit():
+    """It keeps the weights that it has cast; what is fitted under it is what is fitted without, but for rounding."""
+    teacher, rows = make_teacher(num_hidden_layers=DEPTH), make_rows(120)
+    with torch.autocast("cpu", torch.bfloat16):
+        student = make_student(teacher, rows)
+    expected = make_student(teacher, rows)
+    assert student.healing.taken and {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+    assert student.healing.kl_after == pytest.approx(expected.healing.kl_after, rel=0.05)
+    assert student.healing.kl_after < 0.9 * student.healing.kl_before
+    weight, fitted = (model.model.encoder.layers[1].mlp.down_proj.weight for model in (student, expected))
+    plain = teacher.model.layers[ENCODER[1]].mlp.down_proj.weight
+    assert (weight - fitted).norm() < 0.1 * (fitted - plain).norm()
+
+
 def test_it_is_the_same_twice_and_in_batches_of_another_size(monkeypatch):
     teacher, rows = make_teacher(num_hidden_layers=DEPTH), make_rows(80)
     student = make_student(teacher, rows)

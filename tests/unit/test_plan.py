@@ -41,7 +41,7 @@ def test_bytes_of_a_record_that_was_written(kind, tmp_path):
     ids = torch.randint(4, 280, (12, 10), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [{"input_ids": row[:6], "attention_mask": [1] * 6, "labels": row[6:]} for row in ids]
     capture(LiveTeacher(make_teacher()), rows, tmp_path, kind=kind, k=8, rounds=6, progress=False)
-    columns = CachedTeacher(tmp_path)._rows.with_format("arrow")[:]
+    columns = CachedTeacher(tmp_path).records.with_format("arrow")[:]
     stored = sum(
         len(values) * columns.schema.field(name).type.value_type.bit_width // 8
         for name in columns.column_names

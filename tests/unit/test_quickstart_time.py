@@ -533,3 +533,39 @@ def test_rows_are_measured_in_groups_of_like_length_in_random_order():
     spans = [(lengths[group].min(), lengths[group].max()) for group in groups]
     assert all(high <= low for (_, high), (low, _) in zip(sorted(spans), sorted(spans)[1:], strict=False))
     assert spans != sorted(spans) and groups != planning.groups_of_like_length(lengths, 16, seed=4)
+
+
+def test_a_resumed_run_knows_what_was_done_and_asked_for(tmp_path):
+    folder = tmp_path / "run"
+    state = open_run(folder, {"minutes": 3.0, "seed": 5}, resume=False)
+    assert not folder.exists()
+    state.begin("data")
+    state.finish("data", {"sizes": {"train": 7}, "teacher": "some/teacher", "tokens": []})
+    state.begin("teach")
+    again = open_run(folder, {"seed": 5}, resume=True)
+    assert (again.settings.minutes, again.settings.seed, again.results["data"]["sizes"]) == (3.0, 5, {"train": 7})
+    assert again.begun == state.begun and list(again.begun) == ["data", "teach"]
+    assert 0 < again.seconds_used < 180 and again.seconds_left == pytest.approx(180 - again.seconds_used, abs=1)
+    with pytest.raises(ValueError, match="seed=5, not 6"):
+        open_run(folder, {"seed": 6}, resume=True)
+    with pytest.raises(ValueError, match=r"--resume.*--output"):
+        open_run(folder, {}, resume=False)
+    del state.results["data"]["teacher"]  # of a version without a smaller vocabulary
+    state.save()
+    with pytest.raises(ValueError, match="no 'teacher'.*another version began this run.*--output"):
+        open_run(folder, {}, resume=True)
+
+
+def test_the_order_of_training_uses_each_row_once_a_pass_in_batches_of_like_length():
+    lengths = np.random.default_rng(1).integers(5, 200, size=1000)
+    order = np.array(timed_training.training_order(lengths, 8, 125 * 2, seed=3)).reshape(-1, 8)
+    for one_pass in (order[:125], order[125:]):
+        assert sorted(one_pass.ravel()) == list(range(1000))
+    padding = (lengths[order].max(axis=1, keepdims=True) - lengths[order]).sum() / lengths[order].sum()
+    shuffled = lengths[np.random.default_rng(0).permutation(1000)].reshape(-1, 8)
+    assert padding < 0.25 * (shuffled.max(axis=1, keepdims=True) - shuffled).sum() / shuffled.sum()
+    # A run that lays out more steps begins with the same ones: a twin sees the same rows.
+    assert order[:30].ravel().tolist() == timed_training.training_order(lengths, 8, 30, seed=3)
+    assert order[:30].ravel().tolist() != timed_training.training_order(lengths, 8, 30, seed=4)
+    with pytest.raises(ValueError, match="cannot fill a batch"):
+        timed_training.training_order(lengths[:7], 8, 1, seed=0)

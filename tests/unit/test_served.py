@@ -3,13 +3,11 @@
 import json
 import logging
 import math
-import os
 import socket
 import subprocess
 import sys
 import time
 import traceback
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -532,7 +530,7 @@ def test_only_captures_of_one_model_are_merged(vllm, tokenizer, tmp_path):
 
 
 def _rows(folder):
-    return {row["key"]: row for row in CachedTeacher(folder)._rows}
+    return {row["key"]: row for row in CachedTeacher(folder).records}
 
 
 def test_a_cache_is_not_gone_on_with_by_another_model(vllm, tokenizer, tmp_path):
@@ -657,125 +655,3 @@ def test_commands(make_bpe_tokenizer, tmp_path, capsys):
     provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert provenance["fingerprints"]["teacher"] == {"server": "toy/teacher"}
     assert "toy/teacher" in (tmp_path / "out" / "README.md").read_text()
-
-
-# Killed --------------------------------------------------------------------------------------------------------------
-
-
-KILLED = """
-import os, shutil, signal, socket, sys, threading, time, traceback
-from pathlib import Path
-import numpy as np
-import torch
-from distillation_toys import make_teacher, ragged_rows
-from teacher_server import TeacherServer
-from transformers import AutoTokenizer
-from hf_encdec_distill.distillation import CachedTeacher, LiveTeacher, ServedTeacher, capture
-from hf_encdec_distill.distillation.teachers import http_client
-
-torch.set_num_threads(1)
-ServedTeacher.rows_per_comparison = 4
-http_client._LONGEST_WAIT = 0.05
-folder, tokenizer, points = Path(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2]), int(sys.argv[3])
-model, rows = make_teacher(), ragged_rows(48)
-with socket.create_server(("127.0.0.1", 0)) as free:
-    port = free.getsockname()[1]
-
-
-def process(run):
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        run()
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-
-
-def serve():
-    with TeacherServer(model, tokenizer, port=port, delay=0.01):
-        threading.Event().wait()
-
-
-def ask():
-    teacher = ServedTeacher(f"http://127.0.0.1:{port}", tokenizer, k=8, requests=2)
-    capture(teacher, rows, folder, tokenizer, batch_size=2, rows_per_shard=4, progress=False)
-
-
-def kill(pid):
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-
-
-def end_of(pid):
-    assert os.waitpid(pid, 0)[1] == 0
-
-
-def content():
-    cache = CachedTeacher(folder)
-    return {row["key"]: (row["ids"].tolist(), row["log_probs"], row["tail"]) for row in cache._rows}
-
-
-capture(LiveTeacher(model), rows, folder, tokenizer, k=8, progress=False)
-expected = content()
-shutil.rmtree(folder)
-server = process(serve)
-begin = time.monotonic()
-end_of(process(ask))
-whole = time.monotonic() - begin
-gone_on = restarted = 0
-for point in range(points):
-    for victim in ("client", "server"):
-        shutil.rmtree(folder, ignore_errors=True)
-        client = process(ask)
-        time.sleep(whole * (point + 0.5) / points)
-        at_work = os.waitpid(client, os.WNOHANG) == (0, 0)
-        if victim == "client":
-            if at_work:
-                kill(client)
-            gone_on += at_work and bool(list(folder.glob("shard-*")))
-            client = process(ask)
-        else:
-            kill(server)
-            time.sleep(0.1)
-            server = process(serve)
-            restarted += at_work
-            if not at_work:
-                client = process(ask)
-        end_of(client)
-        found = content()
-        assert found.keys() == expected.keys(), (victim, point, len(found))
-        for key, (ids, *numbers) in expected.items():
-            assert found[key][0] == ids, (victim, point)
-            for ours, theirs in zip(numbers, found[key][1:]):
-                np.testing.assert_allclose(ours, theirs, atol=1e-4)
-kill(server)
-print(gone_on, restarted)
-"""
-
-
-def kill_at(points, tmp_path, tokenizer):
-    """In how many of them the client had a shard when it was killed, and was at work when its server was."""
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "killed.py").write_text(KILLED)
-    paths = [str(Path(__file__).parents[1]), *sys.path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    words = [
-        sys.executable,
-        str(tmp_path / "killed.py"),
-        str(tmp_path / "cache"),
-        str(tmp_path / "tokenizer"),
-        str(points),
-    ]
-    environment["HF_DATASETS_CACHE"] = str(tmp_path / "theirs")
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    return [int(word) for word in done.stdout.split()]
-
-
-@pytest.mark.slow
-def test_client_and_server_killed_at_twenty_points(tmp_path, tokenizer):
-    gone_on, restarted = kill_at(20, tmp_path, tokenizer)
-    assert gone_on >= 10 and restarted >= 15

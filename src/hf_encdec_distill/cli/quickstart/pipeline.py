@@ -27,7 +27,7 @@ from ...bench import (
 )
 from ...cards.model_card import write_model_card
 from ...data import lead_sentence
-from ...devices import device, precision_arguments, working_dtype
+from ...devices import autocast, device, precision_arguments, working_dtype
 from ...distillation import DistillationTrainer, DistillationTrainingArguments
 from ...evaluation.scoring import BATCH_SIZE as EVALUATION_BATCH
 from ...evaluation.scoring import encode_rows, generate, score
@@ -363,14 +363,15 @@ class Pipeline:
         teacher = self.load_teacher(self.work / "teacher", torch.float32)
         rows = self.rows["train"]
         drawn = np.random.default_rng(self.settings.seed).permutation(len(rows))[: recipe.HEAL_ROWS]
-        student = RopeEncDecForConditionalGeneration.from_decoder_only(
-            teacher,
-            encoder_num_hidden_layers=self.settings.encoder_layers,
-            decoder_num_hidden_layers=self.settings.decoder_layers,
-            tokenizer=self.tokenizer,
-            prompt_template=self.template,
-            calibration=[(rows[index]["prompt"], rows[index]["labels"]) for index in drawn],
-        )
+        with autocast():  # only what the layers compute: sums and solves of the fit keep their precision
+            student = RopeEncDecForConditionalGeneration.from_decoder_only(
+                teacher,
+                encoder_num_hidden_layers=self.settings.encoder_layers,
+                decoder_num_hidden_layers=self.settings.decoder_layers,
+                tokenizer=self.tokenizer,
+                prompt_template=self.template,
+                calibration=[(rows[index]["prompt"], rows[index]["labels"]) for index in drawn],
+            )
         student.save_pretrained(self.work / "start")
         parameters = student.num_parameters()
         healing = student.healing and student.healing.to_dict()

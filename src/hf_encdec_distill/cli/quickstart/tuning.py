@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ...devices import precision_arguments, working_dtype
+from ...devices import autocast, precision_arguments
 from ...distillation.alignment.positions import IGNORED
 from ...distillation.checks.finite_training import FiniteTraining
 from ...evaluation.scoring import completion_batch, score
@@ -64,7 +64,7 @@ def held_out_loss(model, rows: Sequence[dict]) -> float:
     """Cross-entropy a target token, in nats; the model's mode is left as it was."""
     was_training = model.training
     model.eval()
-    with torch.autocast(model.device.type, working_dtype(), enabled=working_dtype() is not torch.float32):
+    with autocast():
         total = score({"model": model}, rows)["model"]["ce"].sum()
     model.train(was_training)
     return float(total / np.sum([len(row["labels"]) for row in rows]))

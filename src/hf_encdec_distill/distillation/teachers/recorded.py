@@ -69,6 +69,11 @@ class CachedTeacher(TeacherSignal):
     Args:
         folder: of a cache, or `hf://datasets/user/name`, with `@revision` if need be, for one on the Hub.
 
+    Attributes:
+        manifest (`dict`): Of `manifest.json`: what was recorded, of which teacher.
+        records (`datasets.Dataset`): A row for each row captured, in the columns of `COLUMNS` and its `key`; not there
+            if the cache `has_targets_only`.
+
     Raises:
         ValueError: it is no cache, or a shard is not what was written.
         OSError: it is not on the Hub, or the Hub cannot be reached.
@@ -88,9 +93,9 @@ class CachedTeacher(TeacherSignal):
             raise ValueError(
                 f"the cache {self.folder} holds no shard: the capture was stopped before it wrote one; go on with it."
             )
-        self._rows = read_shards(self.folder, SHARD).with_format("numpy")
+        self.records = read_shards(self.folder, SHARD).with_format("numpy")
         # 24 bytes a row; a dict of bytes takes six times as much, in each process.
-        keys = np.concatenate([np.array(part.to_pylist(), dtype="S16") for part in self._rows.data["key"].chunks])
+        keys = np.concatenate([np.array(part.to_pylist(), dtype="S16") for part in self.records.data["key"].chunks])
         self._keys, self._row_of_key = np.unique(keys, return_index=True)
 
     def __len__(self) -> int:
@@ -165,7 +170,7 @@ class CachedTeacher(TeacherSignal):
                 "and length limits and, for a merged student of a teacher without any template, with its "
                 "start_token_id (cache --student). Rows that are there already are not captured again."
             )
-        found = self._rows[self._row_of_key[places].tolist()]
+        found = self.records[self._row_of_key[places].tolist()]
         record: dict[str, Tensor] = {
             # A batch without any target still has columns, of their dtype.
             name: torch.from_numpy(np.concatenate([np.empty(0, dtype), *found[name]])).to(input_ids.device)

@@ -618,6 +618,7 @@ def _unless_it_harms(student, norm, teacher, fit, logits, rows) -> Healing | Non
         logger.info("Fitted %d layers by least squares. %s.", len(gaps), healing)
     else:
         student.load_state_dict(plain)
+        torch.clear_autocast_cache()
         logger.warning(
             "heal='least_squares' is not taken: it does harm. %s. Pass more calibration rows, or rows of the task.",
             healing,

@@ -454,8 +454,9 @@ def _fit_projection(
         inputs, leaving = states["entering"][at].float(), states["leaving"][at].float()
         goal = target(batch).to(leaving.device).float()
         missing = goal - leaving
-        gram += (inputs.T @ inputs).to(device)
-        moment += (inputs.T @ missing).to(device)
+        with torch.autocast(inputs.device.type, enabled=False):
+            gram += (inputs.T @ inputs).to(device)
+            moment += (inputs.T @ missing).to(device)
         total += goal.sum(0).to(device)
         squared += goal.square().sum().item()
         missing_squared += missing.square().sum().item()
@@ -477,6 +478,7 @@ def _fit_projection(
         of_kept = torch.linalg.cholesky(gram[kept][:, kept])
         change[kept] = torch.cholesky_solve((moment - gram @ change)[kept], of_kept)
     linear.weight.copy_((weight + change).T)
+    torch.clear_autocast_cache()  # which would go on with the weights as they were
     if kept is not None:
         keep_neurons(mlp, kept)
     left = missing_squared - (change * (2 * moment - gram @ change)).sum().item()
