@@ -223,12 +223,14 @@ def test_a_gap_that_weights_can_fill_is_filled(monkeypatch):
     assert mean_divergence(teacher, student, make_rows(10, seed=2)) < 1e-5 < student.healing.kl_before
 
 
-def test_a_fit_that_does_harm_is_undone(caplog):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_fit_that_does_harm_is_undone(autocast, caplog):
     """Fitted to rows of one token, which say nothing of the rows that are held out."""
     teacher = make_teacher(num_hidden_layers=DEPTH)
     rows = [row if index % 5 == 0 else ([5] * (20 + index), [5] * 20) for index, row in enumerate(make_rows(20))]
-    plain = make_student(teacher, rows, heal=None)
-    student = make_student(teacher, rows)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain = make_student(teacher, rows, heal=None)
+        student = make_student(teacher, rows)
     assert not student.healing.taken and student.healing.kl_after > student.healing.kl_before
     assert "heal='least_squares' is not taken" in caplog.text and "Pass more calibration rows" in caplog.text
     assert len(unchanged(student, plain)) == len(list(plain.parameters()))

@@ -1,4 +1,4 @@
-"""The command line and what the quickstart is made of, held against transformers, torch and numbers done by hand."""
+"""The command line, held against transformers, torch and numbers done by hand."""
 
 import io
 import json

@@ -1,4 +1,5 @@
-"""The time of a quickstart, by a clock that moves as on a slow machine, whatever the real one does."""
+"""The time of a quickstart, by a clock that moves as on a slow machine, whatever the real one does; what a run that is
+resumed knows, and the order of its rows."""
 
 import contextlib
 import io

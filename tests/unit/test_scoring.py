@@ -15,7 +15,7 @@ def toy_rows(count):
     return [{"prompt": row["input_ids"], "inputs": row["input_ids"][:-1], "labels": row["labels"]} for row in rows]
 
 
-def test_thecompletion_loss_is_that_of_transformers(teacher_folder):
+def test_the_completion_loss_is_that_of_transformers(teacher_folder):
     model = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
     rows = toy_rows(5)
     batch = scoring.completion_batch(rows, pad_token_id=0)
