@@ -55,7 +55,8 @@ def upload(
         repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
         if private and not api.repo_info(repo_id, repo_type=repo_type).private:
             raise OSError("it is there already, and public: push without private, or to another name")
-        if revision is not None and not create_pr:
+        # A pull request's branch, refs/pr/N, is there, and cannot be made.
+        if revision and not create_pr and not api.revision_exists(repo_id, revision, repo_type=repo_type):
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
         adding = [CommitOperationAdd(name, file) for name, file in files.items()]  # what has gone up stays there
         for attempt in range(_TRIES):

@@ -53,7 +53,7 @@ class ToyBackend(Backend):
         return "float32"
 
     def export(self, model, graphs, shapes, variant, stateful, folder, license, options):
-        for name, program in export_programs(model.float(), graphs).items():
+        for name, program in export_programs(model, graphs).items():
             torch.export.save(program, folder / f"{name}.pt2")
 
     def load(self, folder, graphs, shapes, dtype, stateful):

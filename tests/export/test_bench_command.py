@@ -9,16 +9,18 @@ import torch
 import transformers
 from distillation_toys import spread
 from packaging.version import Version
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from toys import make_llama
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
 from hf_encdec_distill.bench import contenders as registry
 from hf_encdec_distill.bench import model_cost
 from hf_encdec_distill.bench.contenders import Model, contender_of, contenders
 from hf_encdec_distill.bench.contenders.ctranslate2 import CTranslate2
+from hf_encdec_distill.bench.contenders.llama_cpp import LlamaCppDecoderOnly
 from hf_encdec_distill.bench.contenders.onnxruntime_genai import OnnxRuntimeGenAi
 from hf_encdec_distill.bench.floors import counted, floor, measure_rates
-from hf_encdec_distill.bench.race import Request, check_answer, plan
+from hf_encdec_distill.bench.race import Request, _Bench, _size, check_answer, plan
 from hf_encdec_distill.bench.results import check_against, compare, headlines, read_report
 from hf_encdec_distill.bench.worker import Failed, Worker
 from hf_encdec_distill.cli.main import main
@@ -129,6 +131,21 @@ def test_a_contender_answers_as_transformers_does(folder, tmp_path, name, backen
     assert len({token for row in theirs for token in row}) > 2
 
 
+def test_llama_cpp_answers_requests_of_all_sizes_one_after_the_other(tmp_path):
+    """Sequences share no cells: a long prompt needs those that eight short ones had among them."""
+    torch.manual_seed(0)
+    teacher = make_llama(1, max_position_embeddings=1024)
+    teacher.save_pretrained(tmp_path / "teacher")
+    contender = LlamaCppDecoderOnly("teacher", str(tmp_path / "teacher"), "llama.cpp -fa off", "fp32")
+    contender.prepare(tmp_path)
+    contender.load(tmp_path, threads=1)
+    options = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "eos_token_id": None}
+    for rows, length in ((8, 16), (1, 600), (8, 16)):
+        ids = torch.randint(3, teacher.config.vocab_size, (rows, length))
+        theirs = teacher.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, length:].tolist()
+        assert contender.answer(ids.tolist(), 8)[0] == theirs
+
+
 def test_every_target_has_a_contender_of_the_student(folder):
     from hf_encdec_distill.export.backends import targets
 
@@ -195,6 +212,28 @@ def test_a_worker_has_the_threads_it_is_told_and_its_own_memory(folder):
             worker.ask("answer", prompts=ids, new_tokens=4)
 
 
+@pytest.mark.process
+def test_the_current_folders_python_files_are_not_asked(folder, tmp_path, monkeypatch):
+    """Neither by a worker nor by what converts for it. A `random.py` of the user would break both."""
+    (tmp_path / "random.py").write_text("open('asked', 'w')\nraise ImportError('not for you')")
+    monkeypatch.chdir(tmp_path)
+    with Worker(find(folder, "student", "pytorch", "fp32"), threads=1) as worker:
+        worker.ask("load", folder=str(folder / "student"), threads=1)
+    (tmp_path / "no_model").mkdir()
+    with pytest.raises(ValueError, match="its builder .* failed"):  # once it has imported what it needs
+        OnnxRuntimeGenAi("teacher", str(tmp_path / "no_model"), "onnxruntime-genai", "fp32").prepare(tmp_path / "out")
+    assert not (tmp_path / "asked").exists()
+
+
+@pytest.mark.process
+def test_rates_that_cannot_be_measured(tmp_path):
+    """As where a graphics card is there for the contenders, and not for what measures it."""
+    bench = _Bench({}, None, tmp_path, 1, 1.0, None)
+    said = "what abacus reads and multiplies .* could not be measured: .*--backend"
+    with Worker(None, threads=1) as worker, pytest.raises(ValueError, match=said):
+        bench._rates(worker, "abacus")
+
+
 # The command ---------------------------------------------------------------------------------------------------------
 
 
@@ -258,9 +297,9 @@ def test_a_second_bench_converts_nothing_again_and_is_held_against_the_first(fol
     assert main([str(word) for word in words]) == 2
     said = capsys.readouterr()
     assert "student / decoder-only rose by more than its spread: 12 in, 3 out, batch 1" in said.err
-    assert "student, onnx fp32" in said.out and "of the time of the fastest decoder-only model" in " ".join(
-        said.out.split()
-    )
+    page = " ".join(said.out.split())
+    assert "student, onnx fp32" in page
+    assert "of the time of the fastest decoder-only model whose weights take no more bytes each (" in page
     assert {path: path.stat().st_mtime_ns for path in (output / "converted").rglob("*") if path.is_file()} == before
     assert main(["bench", "--compare", str(folder / "baseline.json"), str(output / "bench.json"), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
@@ -286,6 +325,10 @@ def test_mistakes_on_the_command_line(folder, tmp_path, capsys):
     assert "'teacher' in this bench" in error(
         student, "--teacher", folder / "teacher", "--decoder-only", folder / "teacher", "--output", tmp_path / "out"
     )
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path / "gpt2")
+    said = error(student, "--decoder-only", tmp_path / "gpt2", "--output", tmp_path / "out")
+    assert f"{tmp_path / 'gpt2'}: cannot count the cost of model_type 'gpt2'" in said
+    assert said.endswith("leave it out of --decoder-only\n") and not list(tmp_path.rglob("converted"))
     (tmp_path / "no.json").write_text('{"version": 1, "rounds": 1, "headlines": [], "rows": [{"model": 3}]}')
     assert "no.json, rows[0], has the int 3 as 'model'" in error(
         "--compare", tmp_path / "no.json", tmp_path / "no.json"
@@ -427,8 +470,9 @@ def test_two_reports_by_hand():
 
 def test_a_ratio_may_rise_by_its_spread(tmp_path):
     def report(value, low, high, rounds=3, source=8):
-        ratio = {"value": value, "low": low, "high": high}
-        return {"rounds": rounds, "headlines": [{"source": source, "target": 4, "batch": 1, "ratio": ratio}]}
+        request = {"source": source, "target": 4, "batch": 1}
+        headlines = [{**request, "ratio": {"value": value, "low": low, "high": high}}]
+        return {"rounds": rounds, "headlines": headlines, "rows": [request], "left_out": []}
 
     file, baseline = tmp_path / "before.json", report(0.5, 0.45, 0.55)
     check_against(report(0.6, 0.6, 0.6), baseline, file)
@@ -439,3 +483,40 @@ def test_a_ratio_may_rise_by_its_spread(tmp_path):
         check_against(report(0.6, 0.6, 0.6, rounds=2), baseline, file)
     with pytest.raises(ValueError, match="no request of this bench"):
         check_against(report(0.6, 0.6, 0.6, source=9), baseline, file)
+
+
+def test_a_ratio_that_is_gone_is_a_failure(tmp_path):
+    """Of a request that was asked for again; one that was not may be missing."""
+
+    def request(source):
+        return {"source": source, "target": 4, "batch": 1}
+
+    def out(model, why, **request):
+        return {"model": model, "backend": "onnx", "precision": "int8", "why": why, **request}
+
+    ratio = {"value": 0.5, "low": 0.5, "high": 0.5}
+    file = tmp_path / "before.json"
+    before = {"rounds": 3, "headlines": [{**request(source), "ratio": ratio} for source in (8, 16)]}
+    now = {"rounds": 3, "headlines": before["headlines"][:1], "rows": [row("student", "int8", [1.0])], "left_out": []}
+    check_against(now, before, file)
+    with pytest.raises(ValueError, match="16 in, 4 out, batch 1, where no model was left out, so give --backend"):
+        check_against({**now, "rows": [*now["rows"], {**now["rows"][0], **request(16)}]}, before, file)
+    late = [out("student", "no time to warm up", **request(16)), out("student", "too hot", **request(8))]
+    gone = [out("teacher", "onnx not installed")]
+    reason = r"16 in, 4 out, batch 1, left out: student onnx int8 \(no time to warm up\); teacher .*not installed\)\."
+    with pytest.raises(ValueError, match=reason):
+        check_against({**now, "left_out": late + gone}, before, file)
+    # And where no request has a ratio left.
+    with pytest.raises(ValueError, match="8 in, 4 out, batch 1, left out: teacher onnx int8"):
+        check_against({**now, "headlines": [], "left_out": gone}, before, file)
+
+
+def test_sizes_on_disk_by_hand(folder, tmp_path):
+    """A conversion is counted with its folders, such as an `.mlpackage`; a source without, such as its exports."""
+    for path, size in (("a.bin", 5), ("encoder.mlpackage/Data/weight.bin", 70)):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(bytes(size))
+    contender = find(folder, "student", "coreml", "int8")
+    assert _size(contender, tmp_path) == 75
+    contender.source = str(tmp_path)
+    assert _size(contender, tmp_path) == 5

@@ -114,6 +114,15 @@ def test_a_tokenizer_that_ends_the_process(make_bpe_tokenizer, tmp_path, caplog,
     assert "its process ended with exit code" in caplog.text and not (tmp_path / "exported" / TOKENIZER).exists()
 
 
+@pytest.mark.process
+def test_the_current_folders_python_files_are_not_asked(make_bpe_tokenizer, tmp_path, caplog, monkeypatch):
+    (tmp_path / "json.py").write_text("raise ImportError('not for you')")
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        exported(tmp_path / "exported", make_bpe_tokenizer(), vocab_size=300, **SMALLEST)
+    assert not caplog.text and (tmp_path / "exported" / TOKENIZER).is_dir()
+
+
 def test_both_graphs_read_one_file_of_weights(tmp_path):
     model = exported(tmp_path / "exported", vocab_size=4096)
     parameters = sum(p.numel() for p in model.parameters()) * 4

@@ -202,6 +202,26 @@ def test_llama_cpp_knows_the_tokens(make_bpe_tokenizer, tmp_path):
     assert runtime.metadata["hf_encdec_distill.decoder_start_token_id"] == str(model.config.decoder_start_token_id)
 
 
+def test_tokens_that_the_tokenizer_lacks_have_names_that_it_lacks(make_bpe_tokenizer, tmp_path):
+    """Where two tokens have one name llama.cpp ends the process, so the names are looked at first."""
+    from gguf import GGUFReader
+    from llama_cpp import Llama
+
+    tokenizer = make_bpe_tokenizer()
+    names = ["[unused300]", "[unused_]"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names[:1]})
+    tokenizer.add_tokens(names[1:])
+    model = make_model("merged", vocab_size=310, eos_token_id=tokenizer.eos_token_id)
+    export_model(model, tokenizer, "gguf", tmp_path / "exported")
+    for file in (target.ENCODER, target.DECODER):
+        tokens = GGUFReader(tmp_path / "exported" / file).fields["tokenizer.ggml.tokens"].contents()
+        assert len(set(tokens)) == len(tokens) == 310
+        runtime = Llama(str(tmp_path / "exported" / file), n_ctx=64, verbose=False, vocab_only=True)
+        for name in names:
+            ids = tokenizer.convert_tokens_to_ids([name])
+            assert runtime.tokenize(name.encode(), add_bos=False, special=True) == ids
+
+
 def test_states_of_another_form_are_refused():
     keys = [np.arange(6, dtype=np.float16).reshape(3, 2)]
     state = llama_cpp.PromptState(keys, [key + 10 for key in keys])

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -175,6 +176,26 @@ def test_not_a_number_is_out_of_bounds(exported_once, trained, rows, monkeypatch
     assert any("cross-entropy rises by nan%" in sentence for sentence in failures)
 
 
+@pytest.mark.parametrize("variant", ["fp32", "int8"])
+def test_padded_prompts_that_are_not_a_number_are_out_of_bounds(variant, exported_once, trained, rows, monkeypatch):
+    """No row has pads, and of the grid's cases those without come first."""
+    from hf_encdec_distill.export.runtime import ExportedForConditionalGeneration
+
+    folder = exported_once("onnx", variant)
+    forward = ExportedForConditionalGeneration.forward
+
+    def broken(self, input_ids=None, attention_mask=None, **kwargs):
+        outputs = forward(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if input_ids is not None and not attention_mask.all():
+            outputs.logits = torch.full_like(outputs.logits, torch.nan)
+        return outputs
+
+    monkeypatch.setattr(ExportedForConditionalGeneration, "forward", broken)
+    report = prove(folder, trained, rows[:3], max_new_tokens=4)
+    assert np.isfinite(report["shapes"][0]["max"]) and np.isfinite(report["ce"]["exported"])
+    assert "not all logits are finite numbers" in report["failures"]
+
+
 def test_a_student_that_was_trained_without_its_cache(trained, rows, tmp_path):
     """`Trainer` writes `use_cache=False` into the config, for one where gradients are checkpointed."""
     trained.config.use_cache = False
@@ -281,6 +302,23 @@ def test_errors_before_anything_is_written(options, message, trained_folder, tmp
     assert export(trained_folder, tmp_path / "out", *options) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_current_folder(trained, trained_folder, tmp_path, capsys, monkeypatch):
+    """The export would take its place, and leave whoever stands in it in a folder that is gone; a folder of each
+    target in it does not."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert export(trained_folder, ".", "--target", "onnx") == 2
+    assert (
+        f"{here} is the current folder: name a new one in it, such as {here / 'exported'}" in capsys.readouterr().err
+    )
+    with pytest.raises(ValueError, match="is the current folder"):
+        exported(trained, Path("."), "onnx")
+    assert here.samefile(Path.cwd()) and [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert export(trained_folder, ".", "--target", "onnx,openvino", "--shapes", "fixed:8,8") == 0
+    assert sorted(path.name for path in here.iterdir()) == ["onnx", "openvino"]
 
 
 @pytest.mark.parametrize("given", [{"prompts": (5,)}, {"targets": 8}])

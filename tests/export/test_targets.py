@@ -10,8 +10,10 @@ import torch
 from architectures import OPTIONS, TARGETS, TOGETHER
 from toys import make_model, ragged, random_ids
 
+from hf_encdec_distill import RopeEncDecForConditionalGeneration
 from hf_encdec_distill.export.backends import backend_of
 from hf_encdec_distill.export.exporting import export_model
+from hf_encdec_distill.export.parity import prove
 from hf_encdec_distill.export.recipe import Shapes
 from hf_encdec_distill.export.runtime import ExportedForConditionalGeneration
 
@@ -419,6 +421,41 @@ def test_a_model_of_another_type(tmp_path):
 
     with pytest.raises(ValueError, match="LlamaForCausalLM of model type 'llama' cannot be exported"):
         export_model(make_llama(), None, "onnx", tmp_path / "exported")
+
+
+@pytest.mark.parametrize("target", ["onnx", "openvino"])
+def test_a_model_that_is_not_in_float32(target, tmp_path):
+    """As transformers 5 loads one that was saved in bfloat16. It is exported and proven in float32, and stays as it
+    was in every part."""
+    toy(kind="merged", **SMALLEST).bfloat16().save_pretrained(tmp_path / "student")
+    model, whole = (
+        RopeEncDecForConditionalGeneration.from_pretrained(tmp_path / "student", dtype=dtype)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    model.train().model.encoder.eval()
+
+    def state():
+        tensors = {name: (tensor.dtype, tensor.data_ptr()) for name, tensor in model.state_dict().items()}
+        return tensors, {name: module.training for name, module in model.named_modules()}, model.tokenizer
+
+    before = state()
+    exported = export(model, tmp_path / "exported", target)
+    assert state() == before
+    assert_logits_equal(exported, whole.eval(), 2, 5, 3)
+    report = prove(tmp_path / "exported", model, [{"inputs": [9, 8, 7], "labels": [6, 5]}], max_new_tokens=4)
+    assert report["failures"] == [] and state() == before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_in_training_stays_so(fails, tmp_path, monkeypatch):
+    model = toy(kind="merged", **SMALLEST).train()
+    if fails:
+        monkeypatch.setattr(backend_of("onnx"), "export", lambda *_: (_ for _ in ()).throw(OSError("No space left")))
+        with pytest.raises(OSError, match="No space left"):
+            export(model, tmp_path / "exported", "onnx")
+    else:
+        export(model, tmp_path / "exported", "onnx")
+    assert all(module.training for module in model.modules())
 
 
 def test_nothing_half_done_is_left(tmp_path, monkeypatch):

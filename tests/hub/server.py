@@ -211,6 +211,8 @@ class _Handler(BaseHTTPRequestHandler):
     def branch(self, repo: str, revision: str) -> None:
         if (found := self._found(repo, writes=True)) is None:
             return
+        if revision.startswith("refs/"):  # a pull request's, which is made with it
+            return self._send_json({"error": "Invalid reference for a branch"}, 400)
         if revision in found.branches:
             return self._send_json({"error": "Reference already exists"}, 409)
         start = json.loads(self.body or b"{}").get("startingPoint", "main")

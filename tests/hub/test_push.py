@@ -154,10 +154,40 @@ def test_a_dry_run_lists_the_same_and_asks_nothing(hub, folder, capsys, monkeypa
     assert not hub.requests
 
 
+def test_pictures_that_a_card_shows_in_other_ways(hub, folder, capsys):
+    """With a title, with a blank in the name, as HTML; those that are in the card itself or on the web need no file,
+    and what a card only spells out shows none."""
+    shown = ["a.png", "b c.png", "d.png", "e.png", "f.png"]
+    text = f"""{CARD}
+![a](a.png "title") ![b](<b c.png> 'title') <img alt="d" src="d.png"> <IMG
+ src='./e.png'/> [![f](f.png)](https://example.com)
+![data](data:image/png;base64,iVBORw0KGgo=) <img src="https://example.com/no.png"> <img src="//example.com/no.png">
+`![no](no.png)` <!-- <img src="no.png"> -->
+
+```html
+<img src="no.png">
+```
+"""
+    (folder / "README.md").write_text(text)
+    assert push(folder, "ann/student") == 2
+    assert f"README.md shows {', '.join(['a.png', 'b c.png', 'f.png', 'd.png', 'e.png'])}, not in" in one_error(capsys)
+    for name in shown:
+        (folder / name).write_bytes(b"\x89PNG\0")
+    assert push(folder, "ann/student") == 0
+    assert set(pushed(hub)[1]) == STUDENT | RECORDS | set(shown)
+
+
 def test_a_second_push_replaces_weights_and_exports(hub, folder, capsys):
     write_export(folder / "onnx")
+    templates = ("chat_template.jinja", "additional_chat_templates/tool_use.jinja")
+    for name in templates:  # of the earlier student alone: `AutoTokenizer` would read them beside any other
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{{ messages }}")
     assert push(folder, "ann/student") == 0
-    first, _ = pushed(hub)
+    first, files = pushed(hub)
+    assert set(templates) < set(files)
+    for name in templates:
+        (folder / name).unlink()
     repository = hub.repositories["models/ann/student"]
     repository.commit("main", {**repository.at("main")[1], "notes/theirs.md": b"kept"}, "by hand")
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
@@ -183,6 +213,9 @@ def test_branches_and_pull_requests(hub, folder, capsys):
     assert pushed(hub)[0] == main_before
     for revision in ("refs/pr/1", "v2"):
         assert pushed(hub, revision)[1]["recipe.yaml"] == b"seed: 1\n"
+    (folder / "recipe.yaml").write_text("seed: 2\n")
+    assert push(folder, "ann/student", "--revision", "refs/pr/1") == 0  # another commit to what is proposed
+    assert pushed(hub, "refs/pr/1")[1]["recipe.yaml"] == b"seed: 2\n" and pushed(hub)[0] == main_before
 
 
 def test_a_public_repository_does_not_become_private(hub, folder, capsys):

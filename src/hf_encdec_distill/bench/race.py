@@ -88,7 +88,8 @@ def race(
         The report: `bench.json`, see docs/bench.md.
 
     Raises:
-        ValueError: a contender answers with another number of tokens than it was asked for, or not one is left.
+        ValueError: a contender answers with another number of tokens than it was asked for, not one is left, or the
+            rates of a device cannot be measured.
     """
     bench = _Bench(models, prompts, folder, threads, minutes, stage)
     machine = {**machine_description(), "threads": threads}
@@ -156,8 +157,21 @@ class _Bench:
                 self.leave_out(contender, why)
             with Worker(None, self.threads) as worker:
                 devices = dict.fromkeys(["cpu", *(contender.device for contender, _ in ready)])
-                rates = {device: worker.ask("rates", threads=self.threads, device=device) for device in devices}
+                rates = {device: self._rates(worker, device) for device in devices}
         return ready, rates
+
+    def _rates(self, worker: Worker, device: str) -> dict[str, float]:
+        """
+        Raises:
+            ValueError: they cannot be measured, and without them there is no floor.
+        """
+        try:
+            return worker.ask("rates", threads=self.threads, device=device)
+        except Failed as failure:
+            raise ValueError(
+                f"what {device} reads and multiplies in a second could not be measured: {failure}; mend that, or name "
+                "backends that compute elsewhere with --backend"
+            ) from failure
 
     def _converted(self, contender: Contender) -> Path:
         """What the contender is loaded from: its source, or a conversion of it that is whole.
@@ -193,7 +207,7 @@ class _Bench:
                 if not self.is_in_time(_LOADED):
                     self.leave_out(contender, "no time to load it: give --minutes more")
                     continue
-                if free < _TIMES_FILES * _size(converted) + _PACKAGES:
+                if free < _TIMES_FILES * _size(contender, converted) + _PACKAGES:
                     why = f"no memory to load it beside the others, {free / 1e9:.1f} GB are left"
                     self.leave_out(contender, f"{why}: choose fewer with --backend and --precision")
                     continue
@@ -309,7 +323,7 @@ def _row(runner: _Runner, request: Request, model: Model, rates: Mapping[str, fl
         "cores": max(answer["cores"] for answer in answers),
         "peak_mb": answers[-1]["peak_mb"],
         "memory_mb": answers[-1]["memory_mb"],
-        "disk_mb": _size(runner.folder) / 1e6,
+        "disk_mb": _size(contender, runner.folder) / 1e6,
         "counted": counts,
         "floor": least,
         "over_floor": {name: values[name]["value"] / least[name] for name in _TIMINGS},
@@ -317,8 +331,11 @@ def _row(runner: _Runner, request: Request, model: Model, rates: Mapping[str, fl
     }
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+def _size(contender: Contender, folder: Path) -> int:
+    """Bytes of what a contender is loaded from: of a conversion all files, since an `.mlpackage` is a folder; of its
+    source those on top, since exports and checkpoints may lie below."""
+    files = folder.iterdir() if folder == Path(contender.source) else folder.rglob("*")
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _cost(model: Model, request: Request) -> ModelCost:

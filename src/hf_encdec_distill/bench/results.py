@@ -107,13 +107,15 @@ def _key(row: Mapping[str, Any]) -> tuple:
 
 
 def check_against(report: Mapping[str, Any], baseline: Mapping[str, Any], file: Path) -> None:
-    """A ratio student / decoder-only may rise by the larger of the two spreads (from quartile to quartile).
+    """A ratio student / decoder-only may rise by the larger of the two spreads (from quartile to quartile). A request
+    of the baseline that was not asked for in this bench is passed over.
 
     Args:
         baseline: read from `file`.
 
     Raises:
-        ValueError: one rose by more, the reports have no request in common, or too few rounds for a spread.
+        ValueError: one rose by more, a request that was asked for has none any more, the reports have no request in
+            common, or too few rounds for a spread.
     """
     for name, rounds in (("this bench", report["rounds"]), (str(file), baseline["rounds"])):
         if rounds < _ROUNDS:
@@ -122,6 +124,15 @@ def check_against(report: Mapping[str, Any], baseline: Mapping[str, Any], file: 
             )
     before = {tuple(entry[name] for name in _REQUEST): entry["ratio"] for entry in baseline["headlines"]}
     now = {tuple(entry[name] for name in _REQUEST): entry["ratio"] for entry in report["headlines"]}
+    left_out = [entry for entry in report["left_out"] if "source" in entry]
+    asked = {tuple(entry[name] for name in _REQUEST) for entry in (*report["rows"], *left_out)}
+    lost = sorted((before.keys() & asked) - now.keys())
+    if lost:
+        each = (f"{_words(request)}, {_why_left_out(report['left_out'], request)}" for request in lost)
+        raise ValueError(
+            f"{file} has a ratio student / decoder-only where this bench has none: {'; '.join(each)}. Measure both "
+            "again, with what is missing"
+        )
     if not before.keys() & now.keys():
         raise ValueError(f"{file} has no request of this bench: give the --source, --target and --batch of its rows")
     risen = []
@@ -129,10 +140,22 @@ def check_against(report: Mapping[str, Any], baseline: Mapping[str, Any], file: 
         old, new = before[request], now[request]
         spread = max(ratio["high"] - ratio["low"] for ratio in (old, new))
         if new["value"] - old["value"] > spread:
-            source, target, batch = request
-            risen.append(
-                f"{source} in, {target} out, batch {batch}: {old['value']:.2f} before, {new['value']:.2f} now, "
-                f"spread {spread:.2f}"
-            )
+            risen.append(f"{_words(request)}: {old['value']:.2f} before, {new['value']:.2f} now, spread {spread:.2f}")
     if risen:
         raise ValueError(f"student / decoder-only rose by more than its spread: {'; '.join(sorted(risen))}")
+
+
+def _words(request: tuple) -> str:
+    source, target, batch = request
+    return f"{source} in, {target} out, batch {batch}"
+
+
+def _why_left_out(entries: Sequence[Mapping[str, Any]], request: tuple) -> str:
+    """Who has no row for a request, and why; those that could not even be loaded have none for any."""
+    whom: dict[str, list[str]] = {}
+    for entry in entries:
+        if "source" not in entry or tuple(entry[name] for name in _REQUEST) == request:
+            whom.setdefault(entry["why"], []).append(" ".join(entry[name] for name in _WHO))
+    if not whom:
+        return "where no model was left out, so give --backend and --precision of both sides"
+    return "left out: " + "; ".join(f"{', '.join(names)} ({why})" for why, names in whom.items())

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..export.backends import child_environment
 from ..files import one_line
 from .contenders import Contender, contender_of
 
@@ -39,12 +40,13 @@ class Worker:
 
     def __init__(self, contender: Contender | None, threads: int):
         self.threads = threads
-        fields = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment = {**child_environment(), "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment.pop("OMP_WAIT_POLICY", None)
         command = [sys.executable, "-m", __name__, json.dumps(contender and contender.to_dict())]
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # what its libraries say, until `__exit__`
         self._process = subprocess.Popen(
             command,
-            env={**{name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}, **fields},
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,

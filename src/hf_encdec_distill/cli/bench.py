@@ -171,7 +171,8 @@ def _models(args: argparse.Namespace) -> dict[str, Model]:
     """The student, its teacher, a decoder-only model of the student's size, and those of `--decoder-only`.
 
     Raises:
-        ValueError: the student is none of this package, or has no teacher to be compared with.
+        ValueError: the student is none of this package, or has no teacher to be compared with, or the cost of a model
+            cannot be counted.
     """
     from ..bench.contenders import Model
     from ..models.cost import decoder_only_config, model_cost
@@ -189,9 +190,13 @@ def _models(args: argparse.Namespace) -> dict[str, Model]:
     student = Model("student", _folder(args.student), config)
     models = {"student": student}
 
-    def add(name: str, folder: Path) -> None:
+    def add(name: str, folder: Path, mend: str = "name another --teacher") -> None:
         of_folder = load_config(folder)
         check_decoder_only(folder, of_folder)
+        try:
+            model_cost(of_folder, 2)  # each row has one
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}; {mend}") from error
         models[name] = Model(name, folder, of_folder)
 
     if args.teacher is not None:
@@ -213,7 +218,7 @@ def _models(args: argparse.Namespace) -> dict[str, Model]:
         name = public_name(path)
         if name in models:
             raise ValueError(f"--decoder-only {path}: there is a {name!r} in this bench; rename the folder")
-        add(name, _folder(teacher_path(path)))
+        add(name, _folder(teacher_path(path)), "leave it out of --decoder-only")
     return models
 
 
@@ -330,7 +335,8 @@ def _page(report: dict[str, Any]) -> str:
             wrap(
                 f"{_request(entry)}: the student ({student['backend']} {student['precision']}) takes "
                 f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) of the time of the fastest "
-                f"decoder-only model ({other['model']}, {other['backend']} {other['precision']})."
+                f"decoder-only model whose weights take no more bytes each ({other['model']}, {other['backend']} "
+                f"{other['precision']})."
             )
         )
     if report["left_out"]:

@@ -74,14 +74,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..export.exporting import check_new
     from ..export.recipe import Shapes
 
     chosen = list(dict.fromkeys(part.strip() for part in args.target.split(",")))
     check_at_least_one(args, "rows", "calibration_rows")
-    output = Path(args.output)
+    output = Path(args.output).resolve()  # "." has no name, and others are made of it
     folders = {target: output if len(chosen) == 1 else output / target for target in chosen}
     for folder in folders.values():
-        _refuse_used(folder)
+        check_new(folder)
+        check_new(folder.with_name(f"{folder.name}.rejected"))
     shapes = Shapes.parse(args.shapes)
     model, processor = _load(args.model)
     for target in chosen:
@@ -93,12 +95,6 @@ def run(args: argparse.Namespace) -> None:
         sentences = "; ".join(f"{target}: {', '.join(failures)}" for target, failures in failed.items())
         names = ", ".join(f"{folders[target]}.rejected" for target in failed)
         raise ValueError(f"not equal to PyTorch within bounds: {sentences}; kept as {names}")
-
-
-def _refuse_used(folder: Path) -> None:
-    for path in (folder, folder.with_name(f"{folder.name}.rejected")):
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(f"{path} is not empty: remove it, or choose another OUT")
 
 
 def _load(name: str) -> tuple[Any, Any]:

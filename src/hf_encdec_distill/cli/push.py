@@ -10,6 +10,7 @@ and exports of an earlier push are replaced.
 from __future__ import annotations
 
 import argparse
+import html
 import re
 import sys
 from pathlib import Path
@@ -41,8 +42,14 @@ _TOKENIZER = (
     "spiece.model",
     "tokenizer.model",
 )
+_TEMPLATES = "additional_chat_templates/"  # those of a tokenizer that has several, each by its name
 _RECORDS = ("recipe.json", "recipe.yaml", "provenance.json", "LICENSE", "NOTICE")
-_FIGURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
+# `![text](path "title")` or `![text](<path>)`; `<img src="path">`; what is not shown, as code or a comment; a picture
+# that is on the web or, as `data:`, in the card itself.
+_FIGURE = re.compile(r"!\[[^\]]*\]\(\s*(?:<([^>\n]*)>|([^)\s]+))(?:\s+(?:\"[^\"]*\"|'[^']*'|\([^)]*\)))?\s*\)")
+_TAG = re.compile(r"<img\s(?:[^>]*?\s)?src\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s\"'>]+))", re.IGNORECASE)
+_HIDDEN = re.compile(r"^ *(`{3,}|~{3,}).*?^ *\1|(`+)[^\n]+?\2|<!--.*?-->", re.DOTALL | re.MULTILINE)
+_ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]+:|//", re.IGNORECASE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +156,8 @@ def _beside_weights(folder: Path) -> list[str]:
         code |= new
         imported = {f"{module}.py" for name in new for module in get_relative_imports(inside(folder, name))}
         new = imported - code
-    names = ("config.json", "generation_config.json", *sorted(code), *_TOKENIZER, *_PROCESSOR)
+    templates = sorted(path.relative_to(folder).as_posix() for path in folder.glob(f"{_TEMPLATES}*.jinja"))
+    names = ("config.json", "generation_config.json", *sorted(code), *_TOKENIZER, *templates, *_PROCESSOR)
     return [name for name in names if (folder / name).is_file()]
 
 
@@ -175,11 +183,18 @@ def _figures(folder: Path) -> list[str]:
         card = ModelCard.load(inside(folder, _CARD))
     except Exception as error:  # PyYAML's are no ValueErrors
         raise ValueError(f"the metadata of {folder / _CARD} are not valid: {error}") from error
-    shown = [unquote(path) for path in _FIGURE.findall(card.text) if "://" not in path]
+    shown = [Path(unquote(path)).as_posix() for path in _pictures(card.text) if path and not _ELSEWHERE.match(path)]
     missing = [path for path in shown if not inside(folder, path).is_file()]
     if missing:
         raise ValueError(f"{folder / _CARD} shows {', '.join(missing)}, not in {folder}: put it there or take it out")
     return shown
+
+
+def _pictures(text: str) -> list[str]:
+    """The pictures that a card shows, those of Markdown and those of HTML; paths in it, or addresses."""
+    text = _HIDDEN.sub("", text)
+    of_markdown = [bracketed or plain for bracketed, plain in _FIGURE.findall(text)]
+    return [*of_markdown, *(html.unescape("".join(quoted)) for quoted in _TAG.findall(text))]
 
 
 def _card(folder: Path, names: list[str], repo_id: str) -> bytes:
@@ -210,12 +225,18 @@ def _left_out(folder: Path, names: list[str]) -> list[str]:
 
 
 def _of_earlier_student(there: list[str]) -> list[str]:
-    """Weights and exports in the repository, which do not belong to the student that comes."""
+    """Weights, exports and what else `from_pretrained` would read in the repository, of a student that it is no more:
+    a chat template that was left there would be put around the prompt of the one that comes."""
     from ..export.manifest import MANIFEST
 
-    exports = {name.removesuffix(MANIFEST) for name in there if name.endswith(f"/{MANIFEST}")}
-    return [name for name in there if re.fullmatch(r"model.*\.safetensors(\.index\.json)?", name)] + [
-        name for name in there if name.startswith(tuple(exports))
+    exports = [name.removesuffix(MANIFEST) for name in there if name.endswith(f"/{MANIFEST}")]
+    read = {"generation_config.json", *_TOKENIZER, *_PROCESSOR}
+    return [
+        name
+        for name in there
+        if name in read
+        or re.fullmatch(r"model.*\.safetensors(\.index\.json)?", name)
+        or name.startswith((_TEMPLATES, *exports))
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,7 +78,8 @@ class Backend(Protocol):
         license: str,
         options: Mapping[str, Any],
     ) -> None:
-        """Write the graphs of `model`, a [`RopeEncDecForConditionalGeneration`] in evaluation mode, into `folder`.
+        """Write the graphs of `model`, a [`RopeEncDecForConditionalGeneration`] in float32 and evaluation mode, into
+        `folder`.
 
         Args:
             graphs: from [`recipe.graphs`].
@@ -137,6 +139,13 @@ def backend_of(target: str) -> Backend:
     if target not in _BACKENDS:
         importlib.import_module(f".{target}", __package__)
     return _BACKENDS[target]
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a Python process that is started with `-m` or `-c`: it does not import what lies in the
+    current folder, where a `random.py` of the user would stand in for Python's own. Python 3.10, which is past its
+    end, does not heed it."""
+    return {**os.environ, "PYTHONSAFEPATH": "1"}
 
 
 def check_installed(target: str, to_run: bool = False) -> None:

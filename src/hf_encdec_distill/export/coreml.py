@@ -105,7 +105,8 @@ class CoreMlBackend(Backend):
             import coremltools as ct
         prompts, targets = shapes.prompts, shapes.targets
         assert prompts is not None and targets is not None  # `settle` leaves nothing open
-        model = model.float() if variant == "fp32" else with_scaled_norms(model.float())
+        if variant != "fp32":
+            model = with_scaled_norms(model)
         pooling = model.config.encoder_pooling
         # What the decoder reads of the prompt, and how far that reaches in positions.
         left: Sequence[int] = sorted({pooled_length(size, pooling) for size in prompts})

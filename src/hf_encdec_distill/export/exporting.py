@@ -12,7 +12,22 @@ import torch
 from ..models.prompts import in_a_class_of_both_versions
 from .backends import backend_of, check_installed
 from .manifest import write_manifest
+from .modules import in_float32
 from .recipe import Shapes, check_exportable, check_options, graphs, size_of_images, that_fit
+
+
+def check_new(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: something is there already, or the folder is the current one.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: remove it, or choose another folder")
+    if folder.samefile(Path.cwd()):
+        # The finished folder takes the empty one's place: whoever stands in it would be left in one that is gone.
+        raise ValueError(f"{folder} is the current folder: name a new one in it, such as {folder / 'exported'}")
 
 
 def export_model(
@@ -30,10 +45,11 @@ def export_model(
     """Write the graphs of a student, its config, generation config and tokenizer, and `exported.json`.
 
     Args:
-        model: a [`RopeEncDecForConditionalGeneration`] or [`RopeEncDecForImageTextToText`].
+        model: a [`RopeEncDecForConditionalGeneration`] or [`RopeEncDecForImageTextToText`]. It stays as it is:
+            where it is in another type than float32, a float32 copy is exported.
         tokenizer: its tokenizer, or `None`; of a student that reads images its processor, whose size of images is that
             of the graphs.
-        folder: new or empty; takes its name when everything is in it.
+        folder: new or empty, and not the current one; takes its name when everything is in it.
         stateful: whether the runtime keeps the target's keys and values. `None` is the target's way: OpenVINO does,
             Core ML does in half precision (its states have no other), ONNX does not.
         license: of the weights, as an identifier that the Hub knows; written into the files.
@@ -43,8 +59,8 @@ def export_model(
             file. `None` leaves it to whoever runs the file.
 
     Raises:
-        ValueError: the folder is in use, no row of `calibration` fits the shapes, the target cannot do what is asked
-            for, or see [`recipe.check_exportable`].
+        ValueError: the folder is in use or the current one, no row of `calibration` fits the shapes, the target cannot
+            do what is asked for, or see [`recipe.check_exportable`].
         ImportError: the target's package is missing; the message has the line that installs it.
     """
     shapes = shapes or Shapes()
@@ -58,8 +74,8 @@ def export_model(
         options["calibration"] = that_fit(calibration, shapes)
     backend = backend_of(target)
     shapes, stateful = backend.settle(model.config, variant, shapes, stateful, options)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty: choose a folder that is not there yet")
+    folder = Path(folder).resolve()  # "." has no name
+    check_new(folder)
     check_installed(target)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -68,9 +84,9 @@ def export_model(
     try:
         if tokenizer is not None:
             model.tokenizer = tokenizer  # GGUF has the vocabulary in the file
-        with torch.no_grad():
+        with torch.no_grad(), in_float32(model) as exact:
             recipe = graphs(model.config, shapes, image_size)
-            backend.export(model.eval(), recipe, shapes, variant, stateful, partial, license, options)
+            backend.export(exact, recipe, shapes, variant, stateful, partial, license, options)
         model.config.save_pretrained(partial)
         model.generation_config.save_pretrained(partial)
         if processor is not tokenizer:

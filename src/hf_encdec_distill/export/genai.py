@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..files import read_json, write_json
 from ..models.rope_encdec.modeling_rope_encdec import apply_rotary_pos_emb
-from .backends import Backend, register_backend
+from .backends import Backend, child_environment, register_backend
 from .graphs import GraphCache, Graphs, threads
 from .modules import RULED_BY_LENGTH, ExportedDecoder, ExportedEncoder, TraceableRotary
 from .onnx import write_graphs
@@ -348,7 +348,14 @@ for probe in json.load(sys.stdin):
 def _difference(tokenizer, start: int, folder: Path) -> str | None:
     """A word on how GenAI's tokenizer in `folder` differs from the student's, if it does."""
     command = [sys.executable, "-c", _READ_PROBES, str(folder)]
-    run = subprocess.run(command, input=json.dumps(_PROBES), capture_output=True, text=True, encoding="utf-8")
+    run = subprocess.run(
+        command,
+        input=json.dumps(_PROBES),
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
     if run.returncode:
         said = run.stderr.strip().splitlines()
         return said[-1] if said else f"its process ended with exit code {run.returncode}"

@@ -377,7 +377,10 @@ def _add_tokenizer(writer, model) -> None:
         return
     vocabulary = content["model"]["vocab"]
     added = {token["content"]: token for token in content["added_tokens"]}
-    tokens = [f"[unused{index}]" for index in range(model.config.vocab_size)]
+    unused = "unused"
+    while any(text.startswith(f"[{unused}") for text in (*vocabulary, *added)):
+        unused += "_"  # llama.cpp ends the process where two tokens have one name
+    tokens = [f"[{unused}{index}]" for index in range(model.config.vocab_size)]
     kinds = [int(gguf.TokenType.UNUSED)] * len(tokens)
     for text, index in vocabulary.items():
         if index < len(tokens):

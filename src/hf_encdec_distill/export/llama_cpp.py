@@ -97,7 +97,8 @@ class LlamaCpp:
         if sequences > _MAX_SEQUENCES:
             raise ValueError(f"{sequences} sequences at once: llama.cpp takes {_MAX_SEQUENCES}; use smaller batches")
         self._used = 0
-        if sequences > self._sequences:
+        # Where sequences share no cells, each has as many as it has a part of: one among eight, an eighth.
+        if sequences > self._sequences or (sequences != self._sequences and not self.shared):
             self._open(max(self._cells, _LEAST_CONTEXT), sequences)
         else:
             self._api.llama_memory_clear(self._memory, True)

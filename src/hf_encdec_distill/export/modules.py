@@ -14,7 +14,8 @@ each.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -338,6 +339,20 @@ class ScaledRMSNorm(nn.Module):
         largest = x.abs().amax(-1, keepdim=True).clamp(min=1.0)
         x = x / largest
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps * largest.pow(-2)))
+
+
+@contextmanager
+def in_float32(model: _Module) -> Iterator[_Module]:
+    """The model in float32 and evaluation mode: a copy where it has weights of another type. Afterwards each module of
+    the model is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    tensors = (*model.parameters(), *model.buffers())
+    is_float32 = all(tensor.dtype == torch.float32 for tensor in tensors if tensor.is_floating_point())
+    try:
+        yield (model if is_float32 else copy.deepcopy(model).float()).eval()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def with_scaled_norms(model: RopeEncDecForConditionalGeneration) -> RopeEncDecForConditionalGeneration:

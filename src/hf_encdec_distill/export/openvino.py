@@ -91,7 +91,7 @@ class OpenVinoBackend(Backend):
         growing = stateful and shapes.targets is None
         joined = growing and model.config.cross_attention == "merged"
         traced = {**graphs, "decoder": with_prompt_in_cache(graphs["decoder"])} if joined else graphs
-        programs = export_programs(model.float(), traced, stateful=growing)
+        programs = export_programs(model, traced, stateful=growing)
         for name, graph in traced.items():
             with quiet():
                 converted = openvino.convert_model(programs[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from ..models.rope_encdec.compat_rope_encdec import CACHE_FIELD
+from .modules import in_float32
 from .recipe import BOUNDS, Shapes, that_fit
 from .runtime import ExportedForConditionalGeneration
 
@@ -33,7 +35,8 @@ def prove(
     """Compare an exported folder with the model that it was made from.
 
     Args:
-        model: the [`RopeEncDecForConditionalGeneration`], in fp32.
+        model: the [`RopeEncDecForConditionalGeneration`]. It is compared in float32, in a copy where it is in another
+            type, and stays as it is.
         rows: real rows, `inputs` (prompt token ids) and `labels` (target token ids with EOS), and `target` (text) for
             ROUGE-L; where the prompt has images also `pixel_values` `(I, 3, height, width)`.
         tokenizer: turns tokens into the texts that ROUGE-L compares. Without it, or without the package rouge-score,
@@ -47,25 +50,26 @@ def prove(
     """
     exported = ExportedForConditionalGeneration.from_pretrained(folder)
     manifest = exported.manifest
-    model = model.float().eval()
     bounds = BOUNDS[manifest["variant"]]
     shapes = exported.graphs.shapes
     rows = that_fit(rows, shapes)
-    update(0.0, "logits over a grid of shapes")
-    grid = compare_logits(exported, model, shapes)
-    update(0.3, f"greedy and beam answers to {len(rows)} rows")
-    tokens, rouge_l = compare_answers(exported, model, rows, shapes, tokenizer, max_new_tokens)
-    update(0.7, "cross-entropy on the rows")
-    ce, agreement = compare_on_rows(exported, model, rows)
-    seen = {"image_features": compare_features(exported, model, rows)} if "vision" in exported.graphs.graphs else {}
-    update(0.9, "time")
-    seconds = {"pytorch": time_answer(model, rows), "exported": time_answer(exported, rows)}
+    with in_float32(model) as exact:
+        update(0.0, "logits over a grid of shapes")
+        grid = compare_logits(exported, exact, shapes)
+        update(0.3, f"greedy and beam answers to {len(rows)} rows")
+        tokens, rouge_l = compare_answers(exported, exact, rows, shapes, tokenizer, max_new_tokens)
+        update(0.7, "cross-entropy on the rows")
+        ce, agreement = compare_on_rows(exported, exact, rows)
+        sees = "vision" in exported.graphs.graphs
+        seen = {"image_features": compare_features(exported, exact, rows)} if sees else {}
+        update(0.9, "time")
+        seconds = {"pytorch": time_answer(exact, rows), "exported": time_answer(exported, rows)}
     report = {
         "target": manifest["target"],
         "variant": manifest["variant"],
         "shapes_taken": manifest["shapes"],
         "shapes": grid,
-        "logits": max(case["max"] for case in grid),
+        "logits": float(np.max([case["max"] for case in grid])),  # unlike `max`, NaN if one is
         **seen,
         "tokens": tokens,
         "ce": ce,
@@ -90,6 +94,7 @@ def _failures(report: Mapping[str, Any], bounds) -> list[str]:
     rise = ce["exported"] / ce["pytorch"] - 1
     features = report.get("image_features", 0.0)
     checks = {
+        "not all logits are finite numbers": math.isfinite(report["logits"]),
         f"image features differ by {features:.2g} of the largest, bound {bounds.logits}": bounds.logits is None
         or features <= bounds.logits,
         f"logits differ by {report['logits']:.2g} of the largest, bound {bounds.logits}": bounds.logits is None

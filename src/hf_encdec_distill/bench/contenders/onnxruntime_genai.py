@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...export.backends import child_environment
 from . import Contender, Model
 
 
@@ -25,7 +26,7 @@ class OnnxRuntimeGenAi(Contender):
             options = {"-i": self.source, "-o": str(folder), "-p": self.precision, "-e": "cpu", "-c": cache}
             command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
             command += [word for option in options.items() for word in option]
-            run = subprocess.run(command, capture_output=True, text=True)
+            run = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
         if run.returncode != 0:
             last = (run.stderr.strip().splitlines() or ["no word"])[-1]
             raise ValueError(f"its builder (onnxruntime_genai.models.builder) failed: {last}")
