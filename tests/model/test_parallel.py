@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate import cpu_offload, disk_offload, dispatch_model, infer_auto_device_map
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch.nn.parallel import DistributedDataParallel
 from toys import KINDS, make_model, ragged, random_ids
 
@@ -127,6 +128,24 @@ def test_offloaded_weights_give_the_same(kind, offload, tmp_path):
         assert next(model.parameters()).device.type == "meta"
         torch.testing.assert_close(model(**inputs).logits, logits)
         assert torch.equal(model.generate(inputs["input_ids"], **settings), tokens)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "pooled"])
+def test_layers_on_two_devices(kind):
+    """As a device_map puts them on two GPUs; `meta` stands for the second, where shapes are computed."""
+    model = make_model(kind)
+    encoder, decoder = model.model.encoder, model.model.decoder
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
+    for module in (encoder.embed_tokens, encoder.layers[0], encoder.rotary_emb):
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    second = [*encoder.layers[1:], encoder.norm, *decoder.layers, decoder.norm, decoder.rotary_emb, model.lm_head]
+    for module in second:
+        module.to("meta")
+        add_hook_to_module(module, AlignDevicesHook(execution_device="meta"))
+    inputs = batch()
+    logits = model(**inputs).logits
+    assert logits.device.type == "meta"
+    assert logits.shape == (*inputs["labels"].shape, model.config.vocab_size)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -157,6 +157,49 @@ def test_generation_is_that_of_the_llava(beams, twin, llava, image_id):
     assert found[0, 1:].tolist() == expected[0, whole.shape[1] :].tolist()
 
 
+def test_a_replica_computes_the_same(twin, image_id):
+    """As `nn.DataParallel` makes it of a model on each GPU: weights are attributes there, no parameters."""
+    inputs = {
+        "input_ids": prompt_of(image_id, 2, "image"),
+        "pixel_values": pixels(1),
+        "labels": torch.tensor([[5, 6]]),
+    }
+    replica = copy.deepcopy(twin)
+    for module in replica.modules():
+        for name, parameter in list(module._parameters.items()):
+            del module._parameters[name]
+            setattr(module, name, None if parameter is None else parameter.detach())
+    assert not list(replica.parameters())
+    with torch.no_grad():
+        assert torch.equal(replica(**inputs).loss, twin(**inputs).loss)
+
+
+class Rounded(torch.nn.Linear):
+    """A weight in 8 bits, as quantising libraries keep it: an int8 parameter and a scale."""
+
+    def __init__(self, of):
+        super().__init__(of.in_features, of.out_features)
+        self.scale = of.weight.detach().abs().max() / 127
+        weight = (of.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight, self.bias = torch.nn.Parameter(weight, requires_grad=False), of.bias
+
+    def forward(self, inputs):
+        return torch.nn.functional.linear(inputs, self.weight * self.scale, self.bias)
+
+
+def test_quantised_weights_of_a_projector(twin, image_id):
+    """They are integers; features are of the dtype of the tokens all the same."""
+    images, projector = pixels(1), twin.model.encoder.multi_modal_projector
+    with torch.no_grad():
+        expected = twin.model.encoder.get_image_features(images)
+        for name, module in list(projector.named_children()):
+            if isinstance(module, torch.nn.Linear):
+                setattr(projector, name, Rounded(module))
+        found = twin.model.encoder.get_image_features(images)
+    assert found.dtype == expected.dtype
+    assert 0 < (found - expected).norm() < 0.1 * expected.norm()
+
+
 def test_the_tower_runs_once_for_an_answer(twin, image_id):
     calls = []
     twin.model.encoder.vision_tower.register_forward_hook(lambda *_: calls.append(1))

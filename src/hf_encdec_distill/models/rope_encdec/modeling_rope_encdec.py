@@ -474,6 +474,12 @@ def _real_positions(attention_mask, length, device):
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def beside(tensor, other):
+    """`tensor`, which may be None, on the device of `other`: with `device_map` the layers are on several. Asked first,
+    since a tracer would note even a move that moves nothing."""
+    return tensor if tensor is None or tensor.device == other.device else tensor.to(other.device)
+
+
 def pool_positions(hidden_states, attention_mask, size):
     """`(B, S, H)` to the means `(B, P, H)` of `size` neighbours each, counted from a row's first real position.
 
@@ -614,6 +620,7 @@ class RopeEncDecEncoder(RopeEncDecPreTrainedModel):
         hidden_states = climb(self.layers[: self.pooling_layer], hidden_states, position_ids, attention_mask)
         if self.pooling_layer is not None:
             size = self.config.encoder_pooling
+            attention_mask = beside(attention_mask, hidden_states)
             hidden_states = pool_positions(hidden_states, attention_mask, size)
             positions = _real_positions(None, hidden_states.shape[1], hidden_states.device)
             hidden_states = climb(
@@ -628,11 +635,12 @@ class RopeEncDecEncoder(RopeEncDecPreTrainedModel):
         states_read = [
             entering[index]
             if self.pooling_layer is None or index >= self.pooling_layer
-            else pool_positions(entering[index], attention_mask, size)
+            else pool_positions(entering[index], beside(attention_mask, entering[index]), size)
             for index in self.states_read
         ]
         if self.config.cross_attention == "separate":  # its keys have no norm of their own
             states_read = [self.norm(state) for state in states_read]
+        states_read = [beside(state, last_hidden_state) for state in states_read]
         return RopeEncDecEncoderOutput(
             last_hidden_state=last_hidden_state,
             hidden_states=(*entering[:-1], last_hidden_state) if output_hidden_states else None,

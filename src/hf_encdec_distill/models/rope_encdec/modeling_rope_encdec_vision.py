@@ -108,11 +108,12 @@ class RopeEncDecVisionEncoder(RopeEncDecVisionPreTrainedModel, RopeEncDecEncoder
         # DINOv2 fits its positions to the image by itself, the others on demand.
         if (height, width) != (vision.image_size,) * 2 and not vision.model_type.startswith("dinov2"):
             options["interpolate_pos_encoding"] = True
-        dtype = next(self.vision_tower.parameters()).dtype
-        states = self.vision_tower(pixel_values=pixel_values.to(dtype), **options).last_hidden_state
+        # Each tower casts to the dtype of its own embedding of patches.
+        states = self.vision_tower(pixel_values=pixel_values, **options).last_hidden_state
         rows, columns = height // vision.patch_size, width // vision.patch_size
         patches = states[:, -rows * columns :]  # in front of them stand what some towers call class and registers
-        return self.multi_modal_projector(patches.to(self.multi_modal_projector.linear_1.weight.dtype), rows, columns)
+        # The dtype of the tokens among which they stand: weights of the projector may be quantised.
+        return self.multi_modal_projector(patches.to(self.embed_tokens.weight.dtype), rows, columns)
 
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, pixel_values=None, **kwargs
