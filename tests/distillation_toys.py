@@ -25,6 +25,7 @@ from hf_encdec_distill import (
 
 
 EOS = 2
+TEMPLATE = "{source}\n#"
 
 
 def spread(model, std=0.2, seed=0):

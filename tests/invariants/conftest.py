@@ -1,9 +1,11 @@
-"""A trainer in mixed precision leaves that behind for the whole process; here no test inherits it."""
+"""What tests of a trainer share. One in mixed precision leaves that behind for the process; here none inherits it."""
 
+import logging
 import os
 
 import pytest
 from accelerate.state import AcceleratorState
+from transformers.utils import logging as transformers_logging
 
 
 @pytest.fixture(autouse=True)
@@ -15,3 +17,11 @@ def _own_precision():
     if before is not None:
         os.environ["ACCELERATE_MIXED_PRECISION"] = before
     AcceleratorState._reset_state()
+
+
+@pytest.fixture
+def warnings_of(caplog, monkeypatch):
+    """What was warned of so far. Our logger is of transformers' kind, whose messages do not reach the root."""
+    monkeypatch.setattr(logging.getLogger("hf_encdec_distill"), "propagate", True)
+    transformers_logging.warning_once.cache_clear()  # what a test of another file was told already
+    return lambda: [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

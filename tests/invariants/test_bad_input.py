@@ -21,6 +21,7 @@ import pytest
 import torch
 from distillation_toys import (
     EOS,
+    TEMPLATE,
     InOrder,
     arguments,
     collate,
@@ -31,7 +32,6 @@ from distillation_toys import (
     write_teacher,
 )
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, TrainerCallback
-from transformers.utils import logging
 
 from hf_encdec_distill import DistillationTrainer
 from hf_encdec_distill.cli.main import main
@@ -41,20 +41,11 @@ from hf_encdec_distill.models.prompts import student_tokenizer
 
 
 ROWS = ragged_rows(8)
-TEMPLATE = "{source}\n#"
 
 
 @pytest.fixture
 def tokenizer(make_bpe_tokenizer):
     return make_bpe_tokenizer(pad_token="<|endoftext|>")
-
-
-@pytest.fixture
-def warnings_of(caplog, monkeypatch):
-    """Names a logger of transformers' kind, whose messages do not travel to the root by themselves."""
-    monkeypatch.setattr(__import__("logging").getLogger("hf_encdec_distill"), "propagate", True)
-    logging.warning_once.cache_clear()  # what a test of another file was told already
-    return lambda: [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
 
 def make_trainer(folder, tokenizer, rows=ROWS, student=None, teacher=None, eval_rows=None, **changed):
@@ -103,6 +94,17 @@ def test_all_targets_are_empty(tmp_path, tokenizer, kind):
     last = make_trainer(tmp_path, tokenizer, rows=rows, num_train_epochs=1)
     with pytest.raises(ValueError, match="all 8 rows"):
         last.train()
+
+
+def test_the_rest_of_an_epoch_says_nothing_of_all_rows(tmp_path, tokenizer):
+    """A resumed run reads the last row alone, whose target is empty; the rows before it are not."""
+    rows = [*ROWS[:4], {**ROWS[4], "labels": [EOS]}]
+    args = arguments(tmp_path, per_device_train_batch_size=2, num_train_epochs=1, save_strategy="steps", save_steps=2)
+    given = {"train_dataset": rows, "teacher": make_teacher(), "processing_class": tokenizer}
+    InOrder(make_t5(), args, **given).train()
+    resumed = InOrder(make_t5(), args, **given)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 3
 
 
 def test_some_targets_are_empty(tmp_path, tokenizer, warnings_of):

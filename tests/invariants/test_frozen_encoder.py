@@ -110,6 +110,37 @@ def test_a_shared_prompt_pass_is_the_ordinary_one(tmp_path, tokenizer, monkeypat
         torch.testing.assert_close(shared[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_a_run_after_a_frozen_one_says_that_the_encoder_is_frozen(tmp_path, tokenizer, warnings_of):
+    teacher = make_deep()
+    student = make_student(teacher)
+    make_trainer(tmp_path, student, teacher, tokenizer).train()
+    assert not any("encoder" in text for text in warnings_of())
+    make_trainer(tmp_path, student, teacher, tokenizer, freeze_encoder=False)
+    assert "freeze_encoder=True leaves it so" in warnings_of()[-1]
+    told = len(warnings_of())
+    student.requires_grad_(True)
+    make_trainer(tmp_path, student, teacher, tokenizer, freeze_encoder=False)
+    assert len(warnings_of()) == told
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_a_prompt_whose_rope_depends_on_the_target_is_not_shared(tmp_path, tokenizer, rope_type):
+    """The teacher reads prompt and target, which are longer than its frequencies were made for; the encoder does not
+    read the target."""
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16}
+    teacher = make_deep(max_position_embeddings=16, rope_parameters=rope)
+    student = make_student(teacher, heal=None)
+    trainer = make_trainer(tmp_path, student, teacher, tokenizer, max_steps=1)
+    rows = [{"input_ids": [3 + index, *range(20, 31)], "labels": [*range(40, 49), EOS]} for index in range(4)]
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    shared = gradients_of(trainer, batch)
+    trainer._shared_prompt = SharedPrompt(None)
+    for name, gradient in gradients_of(trainer, batch).items():
+        assert torch.equal(shared[name], gradient), name
+
+
 def test_what_is_not_the_teachers_is_not_shared(tmp_path, tokenizer):
     teacher = make_deep()
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from distillation_toys import EOS, InOrder, arguments, make_t5, make_teacher, ragged_rows, token_terms, write_teacher
+from peft import LoraConfig, get_peft_model
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
 from hf_encdec_distill.distillation.options.rollouts import OnPolicy, draw, on_policy_fraction_at, roll_out
@@ -102,6 +103,29 @@ def test_sampling_is_seeded_and_in_proportion_to_its_temperature(tmp_path, token
     probs = torch.softmax(logits.detach() / 2.0, -1)
     counts = torch.bincount(one[:, 0], minlength=280)
     assert ((counts - 3000 * probs).abs() <= 5 * (3000 * probs * (1 - probs)).sqrt() + 1).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_only_the_arguments_say_how_a_student_writes(tmp_path, tokenizer, temperature, adapter):
+    """Its generation config, often the teacher's, has defaults for those who use it; drawn from is what it learns."""
+
+    def written(**defaults):
+        student = make_t5()
+        if adapter:
+            student = get_peft_model(student, LoraConfig(target_modules=["q", "v"]))
+        config = student.generation_config
+        for name, value in defaults.items():
+            setattr(config, name, value)
+        batch = {"input_ids": torch.tensor([ROWS[0]["input_ids"]] * 50), "labels": torch.tensor([[5]] * 50)}
+        rolled = roll_out(student, batch, max_new_tokens=5, temperature=temperature, seed=1)
+        base = student.get_base_model() if adapter else student
+        assert student.generation_config is config and base.generation_config is config
+        return rolled["labels"]
+
+    others = {"temperature": 0.3, "top_p": 0.3, "top_k": 2, "min_p": 0.5, "do_sample": True, "num_beams": 4}
+    others |= {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_length": 5}
+    assert torch.equal(written(**others), written())
 
 
 def test_ids_that_the_teacher_lacks_are_never_written(tmp_path, tokenizer):

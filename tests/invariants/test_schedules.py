@@ -3,6 +3,7 @@
 Run as a script (by torchrun, or alone) this file trains with layers taken out and has rank 0 write what came out.
 """
 
+import contextlib
 import copy
 import os
 import re
@@ -322,6 +323,33 @@ def test_encoder_learns_to_look_ahead(tmp_path, window):
     ids, mask = prompts()
     asked = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :4]}
     assert torch.equal(loaded(**asked).logits, trainer.model.eval()(**asked).logits)
+
+
+class Stop(TrainerCallback):
+    """After step 2, by the flag or by an exception."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2 and self.how == "exception":
+            raise KeyboardInterrupt
+        control.should_training_stop = state.global_step == 2
+
+
+@pytest.mark.parametrize("how", ["flag", "exception"])
+def test_a_student_whose_training_ends_amid_the_warm_up_is_what_is_saved(tmp_path, how, warnings_of):
+    student = make_student()
+    trainer = make_trainer(tmp_path, student, bidirectional_warmup_steps=4, max_steps=5)
+    trainer.add_callback(Stop(how))
+    with pytest.raises(KeyboardInterrupt) if how == "exception" else contextlib.nullcontext():
+        trainer.train()
+    assert "ended before step 4" in warnings_of()[-1]
+    trainer.save_model()
+    ids, mask = prompts()
+    asked = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :4]}
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**asked).logits, student.eval()(**asked).logits)
 
 
 # --- what does not go ---

@@ -67,7 +67,7 @@ from .options.asked_ahead import AskedAhead, RemembersLast
 from .options.cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
 from .options.encoder_states import EncoderStates
 from .options.fake_quantization import fake_quantized
-from .options.frozen_encoder import Unfreeze, freeze, freeze_encoder, unfrozen
+from .options.frozen_encoder import Unfreeze, freeze, freeze_encoder, tell_of_frozen_encoder, unfrozen
 from .options.hidden_states import HiddenStateTraining, catch_hidden_states
 from .options.muon import MUON, muon_and_kwargs
 from .options.neftune import noise_on_tied_embeddings
@@ -332,7 +332,8 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
                 "DeepSpeed, or another optimizer."
             )
         self._depth = ProgressiveDepth(self) if args.progressive_depth_steps else None
-        for schedule in (self._depth, EncoderAnnealing(self) if args.bidirectional_warmup_steps else None):
+        self._annealing = EncoderAnnealing(self) if args.bidirectional_warmup_steps else None
+        for schedule in (self._depth, self._annealing):
             if schedule is not None:
                 self.add_callback(schedule)
         self._match_hidden_states()
@@ -642,6 +643,8 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     def _freeze(self, model: "GenerativeModel") -> dict[str, list[nn.Parameter]]:
         """Takes the gradient from what is trained later, which is returned, or never."""
         args, waiting = self.args, {}
+        if not args.freeze_encoder:
+            tell_of_frozen_encoder(model)
         projector = projector_parameters(model) if args.train_projector_first > 0 else []
         if args.freeze_encoder:
             waiting["unfreeze_encoder_after"] = freeze_encoder(model, but=projector)
@@ -762,7 +765,9 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             output = super().train(*args, **kwargs)
         finally:
             self._on_own_targets = False
-        self._empty_targets.report(self.accelerator, whole_pass=(self.state.epoch or 0) >= 1)
+            if self._annealing is not None:
+                self._annealing.end()
+        self._empty_targets.report(self.state.epoch, self.accelerator)
         return output
 
     def _inner_training_loop(self, *args, **kwargs):

@@ -42,10 +42,9 @@ class EmptyTargets:
         """The batches of a step, before it; `epoch` as in `TrainerState`, by which the end of a pass is known."""
         if self.reported:
             return
-        epoch = epoch or 0.0
-        self._first_epoch = epoch if self._first_epoch is None else self._first_epoch
-        if epoch - self._first_epoch >= 1:
-            return self.report(accelerator, whole_pass=True)
+        self._first_epoch = (epoch or 0.0) if self._first_epoch is None else self._first_epoch
+        if self._has_passed(epoch):
+            return self.report(epoch, accelerator)
         for batch in batches:
             labels = batch.get("labels")
             if labels is not None:
@@ -64,7 +63,11 @@ class EmptyTargets:
         every = torch.ones_like(empty)
         return torch.stack([every, empty, every & is_ready, ends & is_ready]).sum(dim=1)
 
-    def report(self, accelerator: Accelerator, whole_pass: bool) -> None:
+    def _has_passed(self, epoch: float | None) -> bool:
+        """Whether all rows were seen: a resumed run begins amid an epoch."""
+        return self._first_epoch is not None and (epoch or 0.0) - self._first_epoch >= 1
+
+    def report(self, epoch: float | None, accelerator: Accelerator) -> None:
         """Warns if there were such rows.
 
         Raises:
@@ -72,7 +75,7 @@ class EmptyTargets:
         """
         if self.reported or self._counts is None:
             return
-        self.reported = True
+        self.reported, whole_pass = True, self._has_passed(epoch)
         counts = accelerator.gather(self._counts.unsqueeze(0)).sum(dim=0).tolist()
         rows, empty = counts[:2]
         what = "an empty target (labels all -100, or nothing but the end of sequence)"

@@ -56,14 +56,24 @@ def check_rows(who: str, config, sources: Sequence[int], targets: Sequence[int],
         mend: what the message advises.
     """
     limit = max_positions(config)
-    in_a_row = not config.is_encoder_decoder or getattr(config, "cross_attention", None) == "merged"
     both = {"source": sources, "target": targets}
-    if in_a_row:
+    if _reads_in_a_row(config):
         both = {"prompt and target": [sum(pair) for pair in zip(sources, targets, strict=True)]}
     for what, lengths in both.items():
         row = max(range(len(lengths)), key=lengths.__getitem__)
         if limit is not None and lengths[row] > limit:
             _refuse(f"row {row}", lengths[row], what, who, limit, mend)
+
+
+def room_for_target(config, source: int) -> int | None:
+    """Target tokens for which a model has positions once it has read `source` tokens; None where there is no limit."""
+    limit = max_positions(config)
+    return limit - source if limit is not None and _reads_in_a_row(config) else limit
+
+
+def _reads_in_a_row(config) -> bool:
+    """Whether prompt and target share positions."""
+    return not config.is_encoder_decoder or getattr(config, "cross_attention", None) == "merged"
 
 
 def _refuse(row: str, length: int, what: str, who: str, limit: int, mend: str) -> None:

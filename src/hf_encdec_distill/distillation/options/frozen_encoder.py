@@ -44,6 +44,19 @@ def freeze_encoder(model: PreTrainedModel, but: Sequence[nn.Parameter] = ()) -> 
     return frozen
 
 
+def tell_of_frozen_encoder(model: PreTrainedModel) -> None:
+    """Warns where a run is not asked to freeze the encoder and it is frozen all the same: by a run before, maybe."""
+    if not getattr(model.config, "is_encoder_decoder", False) or getattr(model, "peft_config", None):
+        return
+    of_encoder = [parameter.requires_grad for parameter in model.get_encoder().parameters()]
+    if not any(of_encoder) and any(parameter.requires_grad for parameter in model.parameters()):
+        logger.warning(
+            "No parameter of the encoder asks for a gradient, so that the decoder alone is trained: an earlier run "
+            "with freeze_encoder=True leaves it so. model.requires_grad_(True) trains all again; freeze_encoder=True "
+            "says that it is meant."
+        )
+
+
 def freeze(module: nn.Module, but: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     """Takes the gradient from all parameters but these, and returns those that had one."""
     kept = {id(parameter) for parameter in but}

@@ -151,7 +151,12 @@ def roll_out(
         **{f"{name}_token_id": getattr(own, f"{name}_token_id") for name in ("decoder_start", "bos", "eos", "pad")},
     )
     decoder_only = is_decoder_only(model.config)
-    with as_it_was(model, seed), torch.no_grad(), answers_alone(model) if decoder_only else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(as_it_was(model, seed))
+        stack.enter_context(_generating_by(config, model))
+        if decoder_only:
+            stack.enter_context(answers_alone(model))
         tokens = model.generate(**inputs, generation_config=config)
     if not decoder_only:
         tokens = tokens[:, 1:]  # without the start token
@@ -173,6 +178,22 @@ def _until_eos(tokens: Tensor, eos: int | list[int] | None) -> Tensor:
     ends = torch.isin(tokens, torch.tensor([] if eos is None else eos, device=tokens.device, dtype=tokens.dtype))
     after = ends.int().cumsum(dim=1) - ends.int() > 0
     return tokens.masked_fill(after, IGNORED)
+
+
+@contextlib.contextmanager
+def _generating_by(config: GenerationConfig, model: "GenerativeModel") -> Iterator[None]:
+    """While the block runs, `config` alone decides how the model writes: `generate` fills what a config given to it
+    leaves at its default from the model's own, where a teacher's `repetition_penalty` or `top_p` may still be."""
+    base = getattr(model, "get_base_model", None)  # of an adapter, whose `generate` hands its config on
+    models = [model] if base is None else [model, base()]
+    before = [one.generation_config for one in models]
+    try:
+        for one in models:
+            one.generation_config = config
+        yield
+    finally:
+        for one, own in zip(models, before, strict=True):
+            one.generation_config = own
 
 
 @contextlib.contextmanager

@@ -17,8 +17,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
+from transformers.utils import logging
 
 from ...models.rope_encdec.depth import SIDES, config_without_layer, remove_layer, without_layer
+
+
+logger = logging.get_logger(__name__)
 
 
 class ProgressiveDepth(TrainerCallback):
@@ -210,11 +214,24 @@ class EncoderAnnealing(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self._set(model, state.global_step)
 
+    def end(self) -> None:
+        """The student then computes what a saved one does, also where training ended amid the warm-up."""
+        if self._hooks:
+            logger.warning(
+                f"training ended before step {self._steps} (bidirectional_warmup_steps): the encoder now looks ahead "
+                "with its full weight, for which it is not trained yet. Resume from a checkpoint to finish it."
+            )
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
     def _set(self, model: PreTrainedModel, step: int) -> None:
         weight = min(1.0, step / self._steps)
         model.config.encoder_attention = "bidirectional" if weight > 0 else "causal"
-        for hook in self._hooks:
-            hook.remove()
+        self._remove_hooks()
         layers = model.get_encoder().layers
         for layer in layers:
             layer.self_attn.is_causal = weight == 0

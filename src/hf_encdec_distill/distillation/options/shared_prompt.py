@@ -58,6 +58,8 @@ class SharedPrompt:
         return (
             getattr(config, "cross_attention", None) == "merged"
             and config.encoder_attention == "causal"
+            # Whose frequencies depend on the length that is read: the teacher reads the target too.
+            and config.rope_parameters.get("rope_type") not in ("dynamic", "longrope")
             and not config.attention_dropout
             and not any(parameter.requires_grad for parameter in student.get_encoder().parameters())
             and encoder_is_first_layers_of(student, teacher)
