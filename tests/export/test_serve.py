@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import shutil
 import threading
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 from huggingface_hub import InferenceClient, constants
 from huggingface_hub.errors import HfHubHTTPError
 from toys import make_model
+from transformers import GenerationConfig
 
 from hf_encdec_distill.cli import _answers, serve
+from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.export.exporting import export_model
+from hf_encdec_distill.export.recipe import Shapes
 
 
 TEXT = "def add(a, b): return a + b"
@@ -37,15 +41,27 @@ def folders(make_bpe_tokenizer, tmp_path_factory):
     return folder, model, tokenizer
 
 
+@pytest.fixture(scope="module")
+def serving():
+    """A function that serves, and says on which port."""
+    servers = []
+
+    def serving(service):
+        server = serve.make_server(service, "127.0.0.1", 0)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return server.server_port
+
+    yield serving
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.fixture(scope="module", params=["student", "onnx"])
-def running(folders, request):
-    folder, model, tokenizer = folders
-    service = serve.load_service(str(folder / request.param), MOST)
-    server = serve.make_server(service, "127.0.0.1", 0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1", server.server_port
-    server.shutdown()
-    server.server_close()
+def running(folders, serving, request):
+    port = serving(serve.load_service(str(folders[0] / request.param), MOST))
+    return f"http://127.0.0.1:{port}/v1", port
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +82,8 @@ def online(monkeypatch, forget_sessions):
     forget_sessions()
 
 
-def post(port, path, body):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+def post(port, path, body, connection=None):
+    connection = connection or http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     connection.request("POST", path, content, {"Content-Type": "application/json"})
     response = connection.getresponse()
@@ -88,17 +104,26 @@ def test_a_chat_client(running, expected):
     assert [piece.choices[0].finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
 
 
-def test_pieces_are_sent_as_they_come(folders, expected, monkeypatch):
-    folder, _, tokenizer = folders
-    service = serve.load_service(str(folder / "student"), MOST)
+@pytest.fixture
+def writing(folders, monkeypatch):
+    """A function that makes a service whose model writes a given text, token by token."""
 
-    def one_by_one(model, ids, tokenizer, most, **sampling):
-        answer = _answers.Answer()
-        for token in tokenizer("Return the sum")["input_ids"]:
-            answer.ids.append(token)
-            yield answer
+    def service(written):
+        def one_by_one(model, ids, tokenizer, most, **sampling):
+            answer = _answers.Answer()
+            for token in tokenizer(written)["input_ids"]:
+                answer.ids.append(token)
+                yield answer
 
-    monkeypatch.setattr(_answers, "stream", one_by_one)
+        monkeypatch.setattr(_answers, "stream", one_by_one)
+        return serve.load_service(str(folders[0] / "student"), MOST)
+
+    return service
+
+
+def test_pieces_are_sent_as_they_come(folders, writing):
+    _, _, tokenizer = folders
+    service = writing("Return the sum")
     asked = serve.parse("/v1/completions", {"prompt": "x", "stream": True}, MOST)
     pieces = list(service.answer([3], asked))
     texts = tokenizer.batch_decode([[token] for token in tokenizer("Return the sum")["input_ids"]])
@@ -127,6 +152,115 @@ def test_an_answer_ends_before_a_stop(running, expected):
     client = InferenceClient(base_url=address)
     pieces = client.chat_completion([{"role": "user", "content": TEXT}], stop=[stop], stream=True)
     assert "".join(piece.choices[0].delta.content for piece in pieces) == text[: text.index(stop)]
+
+
+@pytest.mark.parametrize(
+    "stop", ["Return\n###END###", "###END###", "nd", "never there, however long one waits for it"]
+)
+def test_nothing_of_a_stop_is_sent(stop, writing):
+    """However much of an answer it is: the whole, its end, a part of a token, longer than all of it."""
+    text = "Return\n###END### more"
+    asked = serve.parse("/v1/completions", {"prompt": "x", "stop": stop}, MOST)
+    pieces = list(writing(text).answer([3], asked))
+    assert "".join(piece for piece, _, _ in pieces) == text.partition(stop)[0]
+
+
+def test_a_seed_draws_the_same_again(running):
+    _, port = running
+
+    def drawn(seed):
+        body = {"prompt": TEXT, "temperature": 2.0, "seed": seed}
+        return post(port, "/v1/completions", body)[1]["choices"][0]["text"]
+
+    assert drawn(1) == drawn(1) and len({drawn(seed) for seed in range(4)}) > 1
+
+
+def test_all_tokens_are_drawn_from():
+    """transformers would draw from the 50 likeliest."""
+    asked = serve.parse("/v1/completions", {"prompt": "x", "temperature": 1.0}, MOST)
+    assert GenerationConfig(**asked.sampling).top_k == 0
+
+
+def test_any_end_of_the_generation_config_ends_an_answer(folders, tmp_path):
+    """As it does for `generate`; the tokenizer knows one of them only."""
+    folder, model, tokenizer = folders
+    inputs = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    *_, last = written = model.generate(inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)[0, 1:].tolist()
+    assert last not in written[:-1]
+    shutil.copytree(folder / "student", tmp_path / "student")
+    GenerationConfig(eos_token_id=[tokenizer.eos_token_id, last], decoder_start_token_id=1).save_pretrained(
+        tmp_path / "student"
+    )
+    service = serve.load_service(str(tmp_path / "student"), MOST)
+    *_, end = service.answer(service.read(TEXT), serve.parse("/v1/completions", {"prompt": TEXT}, MOST))
+    assert end[1:] == (4, "stop")
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    "kind,fields,prompt,room",
+    [
+        ("merged", {}, 30, 2),
+        ("separate", {}, 30, MOST),  # prompt and answer have positions of their own
+        ("merged", {"rope_parameters": YARN}, 120, 8),  # four times as many positions
+    ],
+)
+def test_an_answer_is_as_long_as_there_are_positions(kind, fields, prompt, room, folders):
+    _, _, tokenizer = folders
+    model = make_model(kind, vocab_size=len(tokenizer), max_position_embeddings=32, **fields)
+    service = serve.Service("toy", model, tokenizer, MOST)
+    ids = service.read("!" * prompt)
+    assert len(ids) == prompt
+    asked = serve.parse("/v1/completions", {"prompt": "x"}, MOST)
+    assert service.most_tokens(ids, asked) == room
+    *_, (_, count, _) = service.answer(ids, asked)
+    assert count == room
+
+
+def test_an_export_of_fixed_sizes(folders, tmp_path, serving):
+    """It writes what there are slots for, and says how long a prompt may be."""
+    _, model, tokenizer = folders
+    export_model(model, tokenizer, "onnx", tmp_path / "fixed", shapes=Shapes.parse("fixed:32,4"))
+    port = serving(serve.load_service(str(tmp_path / "fixed"), MOST))
+    status, answer = post(port, "/v1/completions", {"prompt": TEXT})
+    assert (status, answer["usage"]["completion_tokens"]) == (200, 4)
+    assert answer["choices"][0]["finish_reason"] == "length"
+    status, answer = post(port, "/v1/completions", {"prompt": "!" * 33})
+    assert status == 400 and "takes at most 32" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_fails_is_told(stream, folders, serving, monkeypatch, capfd):
+    """To who asked, and with its traceback to who serves; the next request is answered."""
+    folder, model, _ = folders
+    service = serve.load_service(str(folder / "student"), MOST)
+    port = serving(service)
+    with monkeypatch.context() as broken:
+        broken.setattr(service.model, "generate", lambda **_: 1 / 0)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", "/v1/completions", json.dumps({"prompt": TEXT, "stream": stream}).encode())
+        response = connection.getresponse()
+        try:
+            content = response.read()
+        except http.client.IncompleteRead as error:  # the stream ends there
+            content = error.partial
+    assert response.status == (200 if stream else 500)
+    assert json.loads(content.removeprefix(b"data: "))["error"]["type"] == "server_error"
+    assert post(port, "/v1/completions", {"prompt": TEXT})[0] == 200
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_a_refusal_leaves_the_connection_usable(running):
+    _, port = running
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    for path, body, status in [
+        ("/v1/embeddings", {"input": "x"}, 404),
+        ("/v1/completions", {"prompt": ""}, 400),
+        ("/v1/completions", {"prompt": TEXT}, 200),
+    ]:
+        assert post(port, path, body, connection)[0] == status
 
 
 def test_sampling_draws(running):
@@ -169,6 +303,11 @@ def test_a_client_that_goes_away_stops_its_answer(running, expected):
     "body,problem",
     [
         (b"{", "the body is no JSON"),
+        (b"[" * 100_000, "the body is no JSON"),
+        (b'{"prompt": "x \\ud83d"}', "no valid Unicode text"),
+        (b'{"prompt": "x", "temperature": NaN}', "temperature=nan: expected a number from 0 to 2"),
+        ({"prompt": ""}, "at least one token"),
+        ({"prompt": "x", "seed": 2**64}, "seed=.*64 bits"),
         ([], "the body has to be a JSON object"),
         ({}, "prompt=None: expected a text"),
         ({"prompt": [1, 2]}, "prompt=.*expected a text"),
@@ -202,6 +341,22 @@ def test_conversations_are_refused(running):
         "messages: expected"
     )
     assert post(port, "/v1/embeddings", {})[0] == 404
+
+
+@pytest.mark.parametrize("name", ["student", "onnx"])
+@pytest.mark.parametrize(
+    "command,problem",
+    [
+        (["serve", "--port", "70000"], "cannot listen on --host 127.0.0.1 --port 70000"),
+        (["generate", ""], "a prompt of 0 tokens: give a text"),
+        (["generate", "caf\udce9"], "is no valid Unicode text"),  # as Python reads a byte that is no UTF-8
+    ],
+)
+def test_commands_refuse_what_cannot_be_answered(name, command, problem, folders, capsys):
+    verb, *rest = command
+    assert main([verb, str(folders[0] / name), *rest]) == 2
+    output = capsys.readouterr()
+    assert problem in output.err and output.out == "" and "Traceback" not in output.err
 
 
 def test_who_is_there(running):

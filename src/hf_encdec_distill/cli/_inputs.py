@@ -6,7 +6,8 @@ import argparse
 import ast
 import dataclasses
 import functools
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -61,6 +62,24 @@ def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give at least 1")
+
+
+def check_free(host: str, port: int) -> None:
+    """Raises ValueError, before anything is loaded, if nobody can listen there."""
+    try:
+        socket.create_server((host, port)).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot listen on --host {host} --port {port} ({reason}): give others") from error
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raises ValueError for a text that no tokenizer takes: bytes that are no UTF-8, half of a character."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{text!r} is no valid Unicode text ({error.reason}): give it in UTF-8") from error
 
 
 @functools.cache
@@ -119,7 +138,11 @@ def said_training_arguments(
     parsed, unknown = parser.parse_known_args(words, unsaid)
     if unknown:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return {name: value for name, value in vars(parsed).items() if value is not None}
+    said = {name: value for name, value in vars(parsed).items() if value is not None}
+    if "resume_from_checkpoint" in said:  # of which only example scripts of transformers know
+        instead = "go on with --resume" if hasattr(args, "resume") else "leave it out, this command starts anew"
+        args.parser.error(f"--resume_from_checkpoint {said['resume_from_checkpoint']}: {instead}")
+    return said
 
 
 def training_arguments(cls: type[T], args: argparse.Namespace, fields: Mapping[str, str], output: Path) -> T:
@@ -148,12 +171,28 @@ def teacher_path(teacher: str) -> str:
         raise OSError(str(error)) from error
 
 
+def check_columns(dataset: str, source_column: str, target_column: str) -> None:
+    """Raises ValueError for columns that are named where nobody reads them, of the built-in data."""
+    for name, column in (("source_column", source_column), ("target_column", target_column)):
+        if dataset == BUILT_IN and column != DATA[name]:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{option} {column!r} names a column of your data, and --dataset is {BUILT_IN}: give --dataset too, "
+                f"or leave {option} out"
+            )
+
+
 def load_splits(
     dataset: str, source_column: str, target_column: str, packages: Literal["stdlib", "all"] = "all"
 ) -> DatasetDict:
-    """Train, validation and test with the columns `source` and `target`; `packages` is for the built-in task."""
+    """Train, validation and test with the columns `source` and `target`; `packages` is for the built-in task.
+
+    Raises:
+        ValueError: as `check_columns`, or the data have no such columns.
+    """
     from ..data import load_pairs, load_python_docstrings
 
+    check_columns(dataset, source_column, target_column)
     if dataset == BUILT_IN:
         return load_python_docstrings(packages)
     return load_pairs(dataset, source_column, target_column)

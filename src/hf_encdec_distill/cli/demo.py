@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
-import socket
 
 from ._display import say_result
 from ._inputs import (
     BUILT_IN,
     add_data_arguments,
     check_at_least_one,
+    check_free,
     load_splits,
     prompt_template,
     public_name,
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     check_at_least_one(args, "max_source_length", "max_new_tokens")
     if importlib.util.find_spec("gradio") is None:
         raise ImportError('the page needs gradio: pip install "hf-encdec-distill[demo-ui]"')
-    _check_free(args.host, args.port)
+    check_free(args.host, args.port)
 
     from ._page import launch
 
@@ -164,12 +164,3 @@ def _in_pytorch(model) -> str:
 
 def _size(model) -> str:
     return f"{_in_pytorch(model)}, {model.num_parameters() / 1e6:.0f} M parameters"
-
-
-def _check_free(host: str, port: int) -> None:
-    """Raises ValueError, before anything is loaded, if nobody can listen there."""
-    try:
-        socket.create_server((host, port)).close()
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot listen on --host {host} --port {port} ({reason}): give others") from error

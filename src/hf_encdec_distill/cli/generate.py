@@ -13,7 +13,7 @@ from typing import Any
 
 from ..progress import progress
 from ._display import say_result
-from ._inputs import check_at_least_one
+from ._inputs import check_at_least_one, check_texts
 
 
 SUMMARY = "answer texts with an exported folder or a student"
@@ -38,8 +38,11 @@ def run(args: argparse.Namespace) -> None:
     from ..distillation.checks.limits import check_rows
 
     check_at_least_one(args, "max_new_tokens", "num_beams")
+    check_texts(args.texts)
     config, prompts, answer = _greedy(args) or _with_transformers(args)
     lengths = [len(prompt["input_ids"]) for prompt in prompts]
+    if not all(lengths):
+        raise ValueError("a prompt of 0 tokens: give a text of at least one")
     mend = "give a shorter text, or fewer --max-new-tokens"
     check_rows(args.model, config, lengths, [args.max_new_tokens] * len(lengths), mend)
     answers = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import threading
 import time
 import uuid
@@ -18,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from ._display import say_result
-from ._inputs import check_at_least_one, public_name
+from ._inputs import check_at_least_one, check_free, check_texts, public_name
 
 
 SUMMARY = "an OpenAI-compatible server for a student"
@@ -43,13 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_at_least_one(args, "max_new_tokens")
-    service = load_service(args.model, args.max_new_tokens)
-    try:
-        server = make_server(service, args.host, args.port)
-    except OSError as error:
-        raise ValueError(
-            f"cannot listen on {args.host}:{args.port} ({error.strerror}): choose another --port"
-        ) from error
+    check_free(args.host, args.port)
+    server = make_server(load_service(args.model, args.max_new_tokens), args.host, args.port)
     address = f"http://{args.host}:{server.server_port}/v1"
     say_result(args, {"url": address}, f"{address} (Ctrl-C ends it)")
     with server:
@@ -69,6 +65,7 @@ class Completion:
     stream: bool
     stop: list[str]
     sampling: dict[str, Any]
+    seed: int | None = None
 
 
 @dataclass
@@ -88,46 +85,68 @@ class Service:
     def read(self, text: str) -> list[int]:
         """
         Raises:
-            BadRequest: the prompt is longer than the model takes, or is for an image.
+            BadRequest: the prompt is empty or longer than the model takes, or is for an image.
         """
         from ..distillation.checks.limits import check_rows
 
         ids = self.tokenizer(text)["input_ids"]
+        if not ids:
+            raise BadRequest(f"prompt={text!r}: expected a text of at least one token")
         if getattr(self.model.config, "image_token_id", None) in ids:
             raise BadRequest("the text has an image token, and no image can be sent here: leave it out")
         try:
             check_rows(self.name, self.model.config, [len(ids)], [1], "send a shorter prompt")
+            if self._shapes is not None:
+                self._shapes.padded(len(ids))
         except ValueError as error:
             raise BadRequest(str(error)) from error
         return ids
 
+    @property
+    def _shapes(self):
+        """The lengths that an exported model takes; None in PyTorch."""
+        graphs = getattr(self.model, "graphs", None)
+        return graphs and graphs.shapes
+
+    def most_tokens(self, ids: list[int], asked: Completion) -> int:
+        """Of an answer to the prompt `ids`: as many as are asked for, and as there are positions and slots for."""
+        from ..distillation.checks.limits import room_for_target
+
+        slots = self._shapes and self._shapes.targets
+        limits = (asked.max_tokens, room_for_target(self.model.config, len(ids)), slots)
+        return min(limit for limit in limits if limit is not None)
+
     def answer(self, ids: list[int], asked: Completion) -> Generator[tuple[str, int, str | None], None, None]:
         """Pieces of text as they come, each with the number of tokens so far and, with the last, why it ended."""
-        from ._answers import stream, token_texts
+        import torch
 
-        room = getattr(self.model.config, "max_position_embeddings", None)
-        most = asked.max_tokens if room is None else max(1, min(asked.max_tokens, room - len(ids)))
+        from ._answers import end_token_ids, stream
+
+        if asked.seed is not None:
+            torch.manual_seed(asked.seed)
         sent = ""
         hold = max(map(len, asked.stop), default=1) - 1  # what may be the beginning of a stop
         count, text, cut = 0, "", None
-        answers = stream(self.model, ids, self.tokenizer, most, **asked.sampling)
+        answers = stream(self.model, ids, self.tokenizer, self.most_tokens(ids, asked), **asked.sampling)
         try:
             for answer in answers:
                 count = len(answer.ids)
-                text = "".join(token_texts(self.tokenizer, answer.ids)).lstrip()
+                text = self.tokenizer.decode(
+                    answer.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                ).lstrip()
                 ends = [place for place in (text.find(stop) for stop in asked.stop) if place >= 0]
                 if ends:
                     cut = text[: min(ends)]
                     break
                 ready = text.rstrip("\N{REPLACEMENT CHARACTER}")  # of a character that is not whole yet
-                ready = ready[: len(ready) - hold]
+                ready = ready[: max(len(ready) - hold, 0)]
                 if len(ready) > len(sent):
                     yield ready[len(sent) :], count, None
                     sent = ready
         finally:
             answers.close()
         last = cut if cut is not None else text
-        ended = cut is not None or (count > 0 and answer.ids[-1] == self.tokenizer.eos_token_id)
+        ended = cut is not None or (count > 0 and answer.ids[-1] in end_token_ids(self.model, self.tokenizer))
         yield last[len(sent) :], count, "stop" if ended else "length"
 
 
@@ -152,11 +171,12 @@ def _field(body: Mapping, name: str, kinds: tuple[type, ...], default, what: str
     value = body.get(name)
     if value is None:
         return default
-    is_number = bool not in kinds and isinstance(value, bool)
+    other = bool not in kinds and isinstance(value, bool)
+    other |= isinstance(value, float) and not math.isfinite(value)
     outside = (low is not None and isinstance(value, (int, float)) and value < low) or (
         high is not None and isinstance(value, (int, float)) and value > high
     )
-    if is_number or not isinstance(value, kinds) or outside:
+    if other or not isinstance(value, kinds) or outside:
         raise BadRequest(f"{name}={value!r}: expected {what}")
     return value
 
@@ -176,6 +196,10 @@ def parse(path: str, body: Any, most: int) -> Completion:
         texts = prompt if isinstance(prompt, list) else [prompt]
         if not texts or not all(isinstance(text, str) for text in texts):
             raise BadRequest(f"prompt={prompt!r}: expected a text, or a list of texts")
+    try:
+        check_texts(texts)
+    except ValueError as error:
+        raise BadRequest(str(error)) from error
     for name, only in (("n", 1), ("best_of", 1), ("echo", False), ("logprobs", False)):
         if body.get(name) not in (None, only):
             raise BadRequest(f"{name}={body[name]!r}: this server takes {only!r} alone")
@@ -187,11 +211,13 @@ def parse(path: str, body: Any, most: int) -> Completion:
         raise BadRequest(f"stop={stop!r}: expected texts that are not empty")
     temperature = _field(body, "temperature", (int, float), 0, "a number from 0 to 2", low=0, high=2)
     top_p = _field(body, "top_p", (int, float), 1, "a number above 0, up to 1", low=1e-6, high=1)
-    sampling = {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p)} if temperature else {}
+    # Of all tokens, as in OpenAI's API; transformers would take the 50 likeliest.
+    sampling = {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p), "top_k": 0}
+    seed = _field(body, "seed", (int,), None, "a whole number of 64 bits", low=-(2**63), high=2**63 - 1)
     stream = _field(body, "stream", (bool,), False, "true or false")
     if stream and len(texts) > 1:
         raise BadRequest("stream with several prompts: send them one by one")
-    return Completion(texts, min(limit, most), stream, stop, sampling)
+    return Completion(texts, min(limit, most), stream, stop, sampling if temperature else {}, seed)
 
 
 def _only_message(messages: Any) -> str:
@@ -220,6 +246,13 @@ def make_server(service: Service, host: str, port: int) -> ThreadingHTTPServer:
     return server
 
 
+def _error(message: str, kind: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+_FAILED = _error("the model failed; the server's log says how", "server_error")
+
+
 class _Handler(BaseHTTPRequestHandler):
     service: Service
     protocol_version = "HTTP/1.1"
@@ -237,19 +270,19 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, f"no such path: {self.path}")
 
     def do_POST(self) -> None:
-        if self.path not in ("/v1/completions", "/v1/chat/completions"):
-            self._refuse(404, f"no such path: {self.path}")
-            return
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > _LARGEST:
             self.close_connection = True
             self._refuse(413, f"Content-Length={length!r}: expected at most {_LARGEST} bytes")
             return
-        content = self.rfile.read(int(length))
+        content = self.rfile.read(int(length))  # in any case: what is left would be taken for the next request
+        if self.path not in ("/v1/completions", "/v1/chat/completions"):
+            self._refuse(404, f"no such path: {self.path}")
+            return
         try:
             try:
                 body = json.loads(content)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadRequest(f"the body is no JSON: {error}") from error
             asked = parse(self.path, body, self.service.most)
             prompts = [self.service.read(text) for text in asked.texts]
@@ -259,10 +292,16 @@ class _Handler(BaseHTTPRequestHandler):
         with self.service.lock:
             if asked.stream:
                 self._stream(prompts[0], asked)
-            else:
-                self._answer(prompts, asked)
+                return
+            try:
+                answer = self._answer(prompts, asked)
+            except Exception:
+                self.close_connection = True
+                self._send(500, _FAILED)
+                raise  # to the server's log
+            self._send(200, answer)
 
-    def _answer(self, prompts: list[list[int]], asked: Completion) -> None:
+    def _answer(self, prompts: list[list[int]], asked: Completion) -> dict[str, Any]:
         choices, written = [], 0
         for index, ids in enumerate(prompts):
             pieces = list(self.service.answer(ids, asked))
@@ -273,7 +312,7 @@ class _Handler(BaseHTTPRequestHandler):
             choices.append({"index": index, **content, "finish_reason": reason, "logprobs": None})
         read = sum(map(len, prompts))
         usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-        self._send(200, {**self._head(""), "choices": choices, "usage": usage})
+        return {**self._head(""), "choices": choices, "usage": usage}
 
     def _stream(self, ids: list[int], asked: Completion) -> None:
         head = self._head(".chunk")
@@ -293,6 +332,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"0\r\n\r\n")
         except OSError:  # who asked is gone
             self.close_connection = True
+        except Exception:
+            self._event(json.dumps(_FAILED))
+            raise  # to the server's log, and the connection ends
         finally:
             pieces.close()
 
@@ -311,13 +353,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _refuse(self, status: int, message: str) -> None:
-        kind = "invalid_request_error"
-        self._send(status, {"error": {"message": message, "type": kind, "param": None, "code": None}})
+        self._send(status, _error(message, "invalid_request_error"))
 
     def _send(self, status: int, content: dict[str, Any]) -> None:
         data = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(data)
