@@ -105,6 +105,7 @@ ARMS = {
     "split_11_6": Arm("11 + 6", SIX, 11),
     "split_20_6": Arm("20 + 6", SIX, 20),
     "frozen_5_4": Arm("5 + 4, frozen encoder", FOUR, SIX[:-1], training=FROZEN),
+    "frozen_7_8": Arm("7 + 8, frozen encoder", EIGHT, EIGHT[:-1], training=FROZEN),
     "frozen_11_4": Arm("11 + 4, frozen encoder", FOUR, 11, training=FROZEN),
     "frozen_11_6": Arm("11 + 6, frozen encoder", SIX, 11, training=FROZEN),
     "frozen_5_6": Arm("5 + 6, frozen encoder", SIX, SIX[:-1], training=FROZEN, also_int4=True),

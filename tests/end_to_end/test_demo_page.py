@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distillation_toys import write_pairs, write_teacher
+from distillation_toys import TEMPLATE, write_pairs, write_teacher
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,7 +31,6 @@ from hf_encdec_distill.export.exporting import export_model
 pytestmark = pytest.mark.browser
 
 SPACE = Path(__file__).parents[2] / "examples" / "space"
-TEMPLATE = "{source}\n#"
 TEXT = "black 15 red and <something> that is longer"
 NEW_TOKENS = 12
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")

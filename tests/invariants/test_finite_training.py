@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from distillation_toys import (
+    TEMPLATE,
     arguments,
     collate,
     make_rope,
@@ -31,7 +32,6 @@ from hf_encdec_distill.models.finite import check_finite_files
 
 
 ROWS = ragged_rows(16)
-TEMPLATE = "{source}\n#"
 
 
 class Poison(TrainerCallback):

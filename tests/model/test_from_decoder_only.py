@@ -3,6 +3,7 @@
 import copy
 import inspect
 
+import peft
 import pytest
 import torch
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ from vision_toys import make_seeing_teacher
 
 from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
 from hf_encdec_distill.models import SUPPORTED_FAMILIES
+from hf_encdec_distill.models.decoder_only import prune_decoder_only
 from hf_encdec_distill.models.prompts import encode_prompt
 
 
@@ -356,6 +358,81 @@ def test_a_sliding_window_bounds_where_the_student_is_exact(caplog):
     teacher = make_teacher("mistral", sliding_window=8)
     assert RopeEncDecForConditionalGeneration.from_decoder_only(teacher).config.max_position_embeddings == 8
     assert "sliding window of 8" in caplog.text
+
+
+def test_a_window_that_no_layer_slides_in_bounds_nothing(caplog):
+    """Qwen2 slides in layers from `max_window_layers` on, and has 28 of those by default."""
+    for layers, positions in ((28, 2048), (DEPTH - 1, 8)):
+        teacher = make_teacher("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=layers)
+        student = RopeEncDecForConditionalGeneration.from_decoder_only(teacher)
+        assert student.config.max_position_embeddings == positions
+        assert ("sliding window of 8" in caplog.text) == (positions == 8)
+
+
+def smaller(kind, teacher, **options):
+    """A student of either kind with half of the layers."""
+    if kind == "decoder-only":
+        return prune_decoder_only(teacher, num_hidden_layers=2, **options)
+    return RopeEncDecForConditionalGeneration.from_decoder_only(teacher, encoder_num_hidden_layers=2, **options)
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+def test_each_module_of_the_teacher_is_in_the_mode_that_it_was_in(kind):
+    teacher = make_teacher().train()
+    teacher.model.layers[0].eval()
+    before = [module.training for module in teacher.modules()]
+    smaller(kind, teacher, calibration=calibration_rows(), heal=None)
+    assert [module.training for module in teacher.modules()] == before
+    with pytest.raises(ValueError, match="calibration has no row"):
+        smaller(kind, teacher, calibration=[([5], [])])
+    assert [module.training for module in teacher.modules()] == before
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+@pytest.mark.parametrize("options", [{"heal": None}, {"layer_selection": "least_squares"}, {}], ids=str)
+def test_a_teacher_that_overflows_is_refused(kind, options):
+    """Its final norm would be scaled by the first factor that was tried, for none compares with NaN."""
+    teacher = make_teacher()
+    with torch.no_grad():
+        teacher.model.layers[1].mlp.down_proj.weight.fill_(6e4)
+    smaller(kind, teacher, calibration=calibration_rows(), heal=None)
+    teacher.half()
+    with pytest.raises(ValueError, match=r"not finite.*torch.float16.*dtype=torch.float32 or torch.bfloat16"):
+        smaller(kind, teacher, calibration=calibration_rows(), **options)
+    with torch.no_grad():
+        teacher.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"'model.layers.1.mlp.down_proj.weight' is not finite"):
+        smaller(kind, teacher, calibration=calibration_rows(), **options)
+
+
+def test_an_adapter_is_merged_or_refused(make_bpe_tokenizer, tmp_path):
+    """One in a folder is merged, by hand here; a model that has one is left alone."""
+    tokenizer = make_bpe_tokenizer()
+    base = make_teacher(vocab_size=len(tokenizer))
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    for layer, adapted in zip(base.model.layers, model.get_base_model().model.layers, strict=True):
+        lora = adapted.self_attn.q_proj
+        layer.self_attn.q_proj.weight.data += 3 * lora.lora_B["default"].weight @ lora.lora_A["default"].weight
+
+    for kind in ("encoder-decoder", "decoder-only"):
+        expected, student = (
+            smaller(kind, teacher, layer_selection="first", heal=None, calibration=calibration_rows())
+            for teacher in (base, tmp_path / "adapter")
+        )
+        assert student.state_dict().keys() == expected.state_dict().keys()
+        for name, weight in expected.state_dict().items():
+            torch.testing.assert_close(student.state_dict()[name], weight)
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        for teacher in (model, model.get_base_model()):
+            with pytest.raises(ValueError, match=r"as an adapter does.*merge_and_unload\(\).*adapter's folder"):
+                smaller(kind, teacher, calibration=calibration_rows())
+        assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    merged = model.merge_and_unload()
+    assert smaller("decoder-only", merged, calibration=calibration_rows(), tokenizer=tokenizer).num_parameters()
 
 
 @pytest.mark.parametrize("selection", ["influence", "greedy"])

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from distillation_toys import write_pairs, write_teacher
+from distillation_toys import TEMPLATE, write_pairs, write_teacher
 from transformers import AutoModelForCausalLM
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
@@ -49,7 +49,7 @@ def student_folder(tmp_path, teacher_folder, data_arguments, capsys):
         "--decoder-layers",
         "4",
         "--prompt-template",
-        "{source}\n#",
+        TEMPLATE,
         "--output",
         str(folder),
     ]

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 from test_files import PAGE, POINTER
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hf_encdec_distill.cli.main import main
+from hf_encdec_distill.models.vocabulary import trim_tokenizer
 
 
 @pytest.fixture
@@ -144,6 +145,46 @@ def test_a_chat_template_that_fails(refused, whole, tmp_path, command, template)
 @pytest.mark.parametrize("command", ["distill", "teach"])
 def test_training_arguments_that_transformers_stumbles_over(refused, command, option, message):
     assert message in refused(f"{OF_TEACHER[command]} {option}")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("distill --resume_from_checkpoint there", "--resume_from_checkpoint there: go on with --resume"),
+        ("heal --resume_from_checkpoint there", "--resume_from_checkpoint there: go on with --resume"),
+        ("teach --resume_from_checkpoint there", "--resume_from_checkpoint there: leave it out, this command starts"),
+        ("heal --max_source_length 10", "--max_source_length 10: healing cuts text into windows; give --window"),
+        ("heal --max-target-length 10", "--max_target_length 10: healing cuts text into windows; give --window"),
+        ("heal --window 4096", "--window 4096: the student has positions for 2048 tokens"),
+        ("cache --private", "--private without --push-to-hub"),
+        ("cache --requests 4", "--requests without --server"),
+        ("cache --server-model other", "--server-model without --server"),
+        ("cache --mixed-precision bf16", "--mixed-precision without --encoder-states"),
+    ],
+)
+def test_options_that_would_have_no_effect(refused, command, message):
+    name, _, option = command.partition(" ")
+    assert message in refused(f"{OF_TEACHER[name]} {option}")
+
+
+@pytest.mark.parametrize("option", ["--generate", "--kind dense", "--shard 0/2", "--server http://localhost:1"])
+def test_a_merge_captures_nothing(refused, option):
+    assert f"{option.split()[0]} with --merge" in refused(f"cache --merge old --output new {option}")
+
+
+def test_a_cache_has_no_teacher_to_load_in_a_dtype(refused, whole, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "manifest.json").write_text("{}")
+    command = OF_TEACHER["distill"] + " --teacher-quantization 4bit"
+    assert "teacher_quantization with the cache" in refused(command, teacher=tmp_path / "cache")
+
+
+def test_text_is_cut_for_students_with_the_ids_of_their_teacher(refused, whole, tmp_path):
+    """A window in the ids of another tokenizer would be garbage to the student."""
+    folder = shutil.copytree(whole / "student", tmp_path / "student")
+    trim_tokenizer(AutoTokenizer.from_pretrained(whole / "teacher"), ["red and blue"], 270).save_pretrained(folder)
+    said = refused(OF_TEACHER["heal"], student=folder)
+    assert "heal takes students with their teacher's tokenizer" in said and "id_map" not in said
 
 
 def test_draws_that_no_memory_holds(refused):

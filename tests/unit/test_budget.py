@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
+from hf_encdec_distill.models.rope_encdec import initialization
 from hf_encdec_distill.models.rope_encdec.budget import Budget, layers_within
 
 
@@ -109,6 +110,24 @@ def test_a_student_within_a_budget(cross_attention, width, window):
     assert student.config.encoder_num_hidden_layers <= most[student.config.decoder_num_hidden_layers]
 
 
+def test_splits_are_compared_on_rows_that_they_were_not_fitted_on(monkeypatch):
+    """A row that comes again would move all others by one place."""
+    teacher, rows, batches = LlamaForCausalLM(teacher_config(depth=5)).eval(), make_rows(10), []
+    real = initialization.calibration_batches
+
+    def noting(rows, device):
+        batches.append({(tuple(prompt), tuple(target)) for prompt, target in rows})
+        return real(rows, device)
+
+    monkeypatch.setattr(initialization, "calibration_batches", noting)
+    RopeEncDecForConditionalGeneration.from_decoder_only(
+        teacher, budget=Budget(30, 10, 1.5), calibration=[rows[0], *rows]
+    )
+    to_measure, all_rows, compared, held_out, fitted, *_ = batches
+    assert to_measure == all_rows and len(all_rows) == len(rows)
+    assert compared == held_out and len(compared) == 2 and not compared & fitted
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -130,6 +149,7 @@ def test_budgets_that_say_nothing(fields, message):
         ({"decoder_layers": [0, 1]}, "budget= decides"),
         ({"encoder_num_hidden_layers": 2}, "budget= decides"),
         ({"encoder_layer_types": ["full_attention"]}, "budget= decides.*encoder_sliding_window"),
+        ({"encoder_pooling": 2, "encoder_pooling_layer": 3}, "budget= decides.*encoder_pooling alone"),
         ({"layer_selection": "even"}, "budget= chooses.*layer_selection='even'"),
         ({"calibration": None}, "measures on rows.*tokenizer="),
         ({"budget": Budget(10, 10, 1000)}, r"speedup=1000 is more than any.*one layer on each side gives [1-9]\.\d"),

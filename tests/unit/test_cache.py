@@ -14,6 +14,7 @@ import pytest
 import torch
 from distillation_toys import arguments, make_t5, make_teacher, ragged_rows, write_teacher
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizer_toys import wordpiece
 from torch.distributions import Categorical, kl_divergence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -434,6 +435,14 @@ def test_what_a_capture_cannot_mean_is_refused_before_there_is_a_folder(tmp_path
     with pytest.raises(ValueError, match=message):
         make_cache(tmp_path / "none", tokenizer, **options)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("policy", ["mask_padding", "strict"])
+def test_a_student_of_other_ids_is_refused_without_the_policy_for_it(tmp_path, tokenizer, policy):
+    with pytest.raises(ValueError, match="vocab_policy='id_map' if its tokens are the teacher's under other ids"):
+        make_cache(tmp_path / "none", tokenizer, student_tokenizer=wordpiece(), vocab_policy=policy)
+    assert not (tmp_path / "none").exists()
+    make_cache(tmp_path / "same", tokenizer, student_tokenizer=tokenizer, vocab_policy=policy)
 
 
 def test_a_full_disk_loses_no_shard(tmp_path, tokenizer, monkeypatch):

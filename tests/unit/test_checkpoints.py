@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from distillation_toys import arguments, collate, make_t5, ragged_rows, write_pairs, write_teacher
+from distillation_toys import TEMPLATE, arguments, collate, make_t5, ragged_rows, write_pairs, write_teacher
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_encdec_distill.cli import _checkpoints
@@ -15,7 +15,6 @@ from hf_encdec_distill.cli.quickstart import timed_training
 
 ROWS = ragged_rows(12)
 RATES = [1e-3, 2e-3, 3e-3, 2e-3, 1e-3, 5e-4]
-TEMPLATE = "{source}\n#"
 
 
 def shorten(file, by):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
+from distillation_toys import TEMPLATE
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -16,9 +17,6 @@ from hf_encdec_distill.cli.main import COMMANDS, build_parser, main
 from hf_encdec_distill.distillation import LiveTeacher
 from hf_encdec_distill.distillation.options.encoder_states import EncoderStates
 from hf_encdec_distill.models.rope_encdec.budget import Budget
-
-
-TEMPLATE = "{source}\n#"
 
 
 # What a person sees --------------------------------------------------------------------------------------------------
@@ -86,6 +84,11 @@ def test_errors_are_one_line_with_exit_code_2(capsys, tmp_path, teacher_folder):
     assert "minutes=12: so few are for one student; give --minutes 30" in one_line_error(
         capsys, "quickstart", "--output", missing, "--twin"
     )
+    for command in (["init", missing], ["quickstart"]):
+        error = one_line_error(capsys, *command, "--output", str(tmp_path / "new"), "--source-column", "text")
+        assert "--source-column 'text' names a column" in error and "give --dataset" in error
+    shape = ["init", missing, "--output", str(tmp_path / "new"), "--encoder-pooling-layer", "2"]
+    assert "encoder_pooling=1 pools none" in one_line_error(capsys, *shape)
 
 
 @pytest.mark.parametrize(
@@ -371,12 +374,19 @@ def test_teach_trains_on_targets_alone(teacher_folder, data_arguments, tmp_path,
     assert losses[1][1] > losses[0][1] - 0.5 * (losses[0][0] - losses[1][0])  # nobody asked for the prompt
     assert "not empty" in one_line_error(capsys, "teach", str(teacher_folder), *options)
 
+    made = ["init", str(taught), "--output", str(tmp_path / "made"), "--prompt-template", TEMPLATE, *data_arguments]
+    assert main(made) == 0  # of all layers: it computes what the teacher does
+    student = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "made")
+    inputs = {"input_ids": ids[:, : len(prompt) - 1], "decoder_input_ids": ids[:, len(prompt) - 1 :]}
+    torch.testing.assert_close(student(**inputs).logits, after(ids).logits[:, len(prompt) - 1 :], atol=1e-4, rtol=1e-4)
+
 
 def test_init_by_a_budget(teacher_folder, data_arguments, tmp_path, capsys):
     request = ["--prompt-tokens", "100", "--answer-tokens", "10"]
     init = ["init", str(teacher_folder), *data_arguments, "--output", str(tmp_path / "fast"), *request]
     assert "--speedup" in one_line_error(capsys, *init)
-    assert "--decoder-layers" in one_line_error(capsys, *init, "--speedup", "2", "--decoder-layers", "2")
+    for option in ("--decoder-layers", "--encoder-pooling-layer"):
+        assert option in one_line_error(capsys, *init, "--speedup", "2", option, "2", "--encoder-pooling", "2")
     assert main([*init, "--speedup", "2", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     student, teacher = (AutoConfig.from_pretrained(folder) for folder in (tmp_path / "fast", teacher_folder))

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from distillation_toys import write_pairs, write_teacher
+from distillation_toys import TEMPLATE, write_pairs, write_teacher
 from huggingface_hub import ModelCard
 from test_cli import one_line_error
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,9 +15,6 @@ from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.evaluation import generate
 from hf_encdec_distill.models.loading import load_student
 from hf_encdec_distill.models.prompts import encode_prompt
-
-
-TEMPLATE = "{source}\n#"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from distillation_toys import make_t5
 from tokenizer_toys import merging_blanks, renumbered, wordpiece
 from transformers import DataCollatorForSeq2Seq
 
-from hf_encdec_distill.distillation.alignment.vocabularies import SharedVocabulary
+from hf_encdec_distill.distillation.alignment.vocabularies import MappedVocabulary, SharedVocabulary
 from hf_encdec_distill.distillation.collator import DistillationCollator
 from hf_encdec_distill.models.prompts import student_tokenizer
 
@@ -154,8 +154,9 @@ def test_conversations(make_bpe_tokenizer):
         plain([row])
     with pytest.raises(ValueError, match="the target has to be text"):
         plain([{"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}])
-    with pytest.raises(ValueError, match="not a conversation"):
-        plain([{"messages": []}])
+    for messages in ([], 5, [{"content": "no role"}], [{"role": "user", "content": "hi"}, "yo"]):
+        with pytest.raises(ValueError, match="not a conversation"):
+            plain([{"messages": messages}])
 
 
 def test_lengths(make_bpe_tokenizer):
@@ -322,6 +323,8 @@ def test_what_is_missing_is_named(make_bpe_tokenizer):
     with pytest.raises(ValueError, match="give processing_class"):
         DistillationCollator()(TEXT)
     tokenizer = make_bpe_tokenizer(add_bos=True)
+    with pytest.raises(ValueError, match="source of a row is None"):
+        DistillationCollator(tokenizer, tokenizer)([{"source": None, "target": "x"}])
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no eos_token"):
         DistillationCollator(tokenizer, tokenizer)(TEXT)
@@ -351,10 +354,39 @@ def test_text_rows_of_a_student_with_other_ids(make_bpe_tokenizer, merged):
     read = [p[:-1] for p in prompts] if merged else [theirs(s, add_special_tokens=False)["input_ids"] for s in SOURCES]
     assert unpadded(batch, "input_ids", "attention_mask") == [[ids[i] for i in row] for row in read]
     if merged:
+        # A limit is for all that is read before the target: the encoder's part of it is as long as of the same ids.
+        limit = len(prompts[0]) - 2
+        cut = DistillationCollator(ours, theirs, **options, max_source_length=limit)([TEXT[0]])
+        assert len(cut["input_ids"][0]) == limit - 1 and int(cut["teacher_labels_start"][0]) == limit
+        assert cut["input_ids"][0].tolist() == [ids[i] for i in cut["teacher_input_ids"][0][: limit - 1].tolist()]
         with pytest.raises(
             ValueError, match=r"decoder_start_token_id is 9, but the teacher's prompt ends in .*ids of"
         ):
             DistillationCollator(ours, theirs, **{**options, "start_token_id": ids[9]})(TEXT)
+
+
+def test_conversations_of_a_merged_student_with_other_ids(make_bpe_tokenizer):
+    """The last token of the prompt is the one that its decoder starts from; the encoder reads the others."""
+    theirs = make_bpe_tokenizer(add_bos=True)
+    ids = torch.randperm(len(theirs), generator=torch.Generator().manual_seed(1)).tolist()
+    ours = renumbered(student_tokenizer(theirs), ids)
+    ours.chat_template = theirs.chat_template
+    vocabulary = SharedVocabulary.between(len(ids), len(ids), ours, theirs, "id_map")
+    before = [{"role": "system", "content": "sys"}, {"role": "user", "content": "hi"}]
+    prompt = [ids[i] for i in chat_prompt(theirs, before)]
+    collator = DistillationCollator(ours, theirs, start_token_id=prompt[-1], vocabulary=vocabulary)
+    batch = collator([{"messages": [*before, {"role": "assistant", "content": "yo"}]}])
+    assert batch["input_ids"].tolist() == [prompt[:-1]]
+
+
+def test_a_ready_row_without_a_target_and_with_other_ids(make_bpe_tokenizer):
+    vocabulary = MappedVocabulary.of(280, 280, {140: 139})
+    rows = [
+        {"input_ids": [5], "labels": [], "teacher_input_ids": [5]},
+        {"input_ids": [5], "labels": [140], "teacher_input_ids": [5, 139]},
+    ]
+    batch = DistillationCollator(make_bpe_tokenizer(), vocabulary=vocabulary)(rows)
+    assert batch["labels"].tolist() == [[-100], [140]] and batch["teacher_labels_start"].tolist() == [1, 1]
 
 
 def test_text_rows_of_a_student_with_another_tokenizer(make_bpe_tokenizer):

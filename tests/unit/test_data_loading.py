@@ -94,6 +94,18 @@ def test_text_that_pandas_takes_for_a_missing_number_is_text(tmp_path, caplog, s
     assert sorted(found) == expected
 
 
+@pytest.mark.parametrize("given_as", ["file", "folder"])
+def test_quotes_that_enclose_no_cell_are_text(tmp_path, caplog, given_as):
+    """Two cells of a TSV that begin with a quote, and none that ends in one: no line between them is lost."""
+    sources = [f"{chr(34) if n in (3, 20) else ''}src {n}" for n in range(40)]
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "train.tsv"
+    file.write_text("source\ttarget\n" + "".join(f"{source}\ttgt {n}\n" for n, source in enumerate(sources)))
+    splits = load_pairs({"file": file, "folder": file.parent}[given_as])
+    assert sorted(source for split in splits.values() for source in split["source"]) == sorted(sources)
+    assert "quotes that do not enclose whole cells" in caplog.text
+
+
 def test_saved_pairs_come_back(tmp_path):
     pairs = [{"source": f"a\n{n} ü", "target": f'"{n}"'} for n in range(20)]
     assert save_pairs(iter(pairs), tmp_path / "new" / "a.jsonl") == 20
@@ -219,6 +231,13 @@ def test_file_of_an_unknown_kind(tmp_path):
     (tmp_path / "rows.xlsx").write_text("")
     with pytest.raises(ValueError, match=r"suffix '.xlsx', expected one of .csv, .tsv"):
         load_pairs(tmp_path / "rows.xlsx")
+
+
+@pytest.mark.parametrize(("name", "message"), [("a.jsonl", "json: it is empty"), ("a.csv", "csv: No columns")])
+def test_file_that_is_empty(tmp_path, name, message):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"{name} gives no rows, read as {message}"):
+        load_tables(tmp_path / name, None)
 
 
 def test_file_that_is_no_table(tmp_path):

@@ -7,7 +7,7 @@ from html import escape, unescape
 import numpy as np
 import pytest
 import torch
-from distillation_toys import write_teacher
+from distillation_toys import TEMPLATE, write_teacher
 from PIL import Image
 from tokenizer_toys import wordpiece
 from transformers import AutoModelForCausalLM
@@ -22,7 +22,6 @@ from hf_encdec_distill.export.exporting import export_model
 from hf_encdec_distill.export.recipe import Shapes
 
 
-TEMPLATE = "{source}\n#"
 TEXT = "def add(a, b): return a + b"
 
 

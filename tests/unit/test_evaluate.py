@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import sacrebleu
 import yaml
+from distillation_toys import TEMPLATE, write_teacher
 from huggingface_hub import ModelCard
 from rouge_score.rouge_scorer import RougeScorer
 from test_cli import one_line_error
+from tokenizer_toys import wordpiece
 from toys import make_config
 from transformers import AutoTokenizer, T5Config
 
@@ -19,9 +21,6 @@ from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.distillation.checks.limits import check_rows
 from hf_encdec_distill.metrics import METRICS
 from hf_encdec_distill.metrics.texts import f1
-
-
-TEMPLATE = "{source}\n#"
 
 
 def test_evaluate_agrees_with_the_teachers_own_loss(student_folder, teacher_folder, data_arguments, capsys):
@@ -174,9 +173,29 @@ def test_lengths_of_rows_against_the_positions_of_a_model(kind):
     check_rows("it", T5Config(), [5000], [5000])  # has no positions that could end
 
 
+def test_other_ids_than_the_teachers_are_not_compared(student_folder, data_arguments, tmp_path, capsys):
+    """What needs both is refused; the student's own cross-entropy is of its own tokens."""
+    student, teacher = str(student_folder), ["--teacher", str(write_teacher(tmp_path / "other", wordpiece()))]
+    options = ["--rows", "6", "--max-target-length", "8", "--prompt-template", TEMPLATE, *data_arguments]
+    assert main(["evaluate", student, *options, *teacher, "--metrics", "kl", "ce"]) == 2
+    assert "have other tokens, so that kl cannot compare their ids" in capsys.readouterr().err
+    found = []
+    for more in (teacher, []):
+        assert main(["evaluate", student, *options, *more, "--metrics", "ce", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["models"][student]["ce"])
+    assert found[0] == found[1]
+
+
+def test_a_limit_that_leaves_no_room_for_the_source(student_folder, data_arguments, capsys):
+    options = ["--rows", "2", "--max-source-length", "2", "--metrics", "ce", *data_arguments]
+    assert main(["evaluate", str(student_folder), *options]) == 2
+    assert "max_length=2 leaves no token for the source" in capsys.readouterr().err
+
+
 def test_evaluate_refuses_before_it_measures(student_folder, data_arguments, capsys):
     command = ["evaluate", str(student_folder), *data_arguments]
     assert "name one with --teacher" in one_line_error(capsys, *command, "--metrics", "f1", "kl")
     assert "no README.md" in one_line_error(capsys, *command, "--update-card")
     assert "invalid choice: 'meteor'" in one_line_error(capsys, *command, "--metrics", "meteor")
     assert "rate it" in one_line_error(capsys, *command, "--judge", str(student_folder), "--judge-template", "rate it")
+    assert "--judge-template without --judge" in one_line_error(capsys, *command, "--judge-template", "rate it")

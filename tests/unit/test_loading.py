@@ -16,6 +16,7 @@ from hf_encdec_distill.distillation.teachers.fingerprints import config_digest
 from hf_encdec_distill.models.loading import (
     load_config,
     load_generation_config,
+    load_merged_teacher,
     load_student,
     load_teacher,
     load_tokenizer,
@@ -221,12 +222,17 @@ def test_an_adapter_loads_on_its_base_and_a_broken_one_does_not(copy, tmp_path):
     model.save_pretrained(folder)
     ids = torch.tensor([[5, 6, 7, 8]])
     torch.testing.assert_close(load_teacher(folder)(ids).logits, model.eval()(ids).logits)
+    merged = load_merged_teacher(folder)
+    torch.testing.assert_close(merged(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert merged.state_dict().keys() == load_merged_teacher(base).state_dict().keys()
+    assert not merged.training and all(weight.requires_grad for weight in merged.parameters())
 
     weights = load_file(folder / "adapter_model.safetensors")
     gone = next(key for key in weights if "layers.1" in key)
     save_file({key: value for key, value in weights.items() if key != gone}, folder / "adapter_model.safetensors")
-    assert "lora_" in refused(load_teacher, folder)
+    loads = (load_teacher, load_merged_teacher)
+    assert all("lora_" in refused(load, folder) for load in loads)
     (folder / "adapter_model.safetensors").write_bytes(POINTER)
-    assert "Git LFS pointer" in refused(load_teacher, folder)
+    assert all("Git LFS pointer" in refused(load, folder) for load in loads)
     (folder / "adapter_config.json").write_text("{}")
-    assert "has no 'base_model_name_or_path'" in refused(load_teacher, folder)
+    assert all("has no 'base_model_name_or_path'" in refused(load, folder) for load in loads)

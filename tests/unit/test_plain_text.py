@@ -319,6 +319,31 @@ def test_tables(tokenizer, tmp_path, name):
     assert len({str(row["teacher_input_ids"]) for row in rows}) == expected
 
 
+def test_a_data_set_is_its_tables_and_not_its_readme(tokenizer, tmp_path):
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    for name in ("README.md", "LICENSE.txt"):
+        (clone / name).write_text("This is about the data set, and none of its documents. " * 20)
+    pd.DataFrame({"text": [code(number) for number in range(40)]}).to_csv(clone / "train.csv", index=False)
+    rows = load_plain_text(clone, tokenizer, window=512).take(60)
+    assert all("data set" not in tokenizer.decode(row["teacher_input_ids"]) for row in rows)
+    (clone / "more").mkdir()
+    (clone / "more" / "README.md").write_text(code(1))
+    with pytest.raises(ValueError, match=r"text files, such as more.README.md, and tables, such as train.csv"):
+        load_plain_text(clone, tokenizer)
+
+
+def test_a_byte_order_mark_is_no_text_and_other_encodings_are_refused(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text(code(1), encoding="utf-8-sig")
+    rows = load_plain_text(tmp_path / "a.txt", tokenizer, window=512).take(1)
+    assert [tokenizer.decode(row["teacher_input_ids"]) for row in rows] == [code(1)]
+    for encoding in ("latin-1", "utf-16"):
+        (tmp_path / "b.txt").write_text(code(2), encoding=encoding)
+        for text in (tmp_path, tmp_path / "b.txt"):
+            with pytest.raises(ValueError, match=r"b\.txt is not in UTF-8 \('utf-8' codec can't decode"):
+                load_plain_text(text, tokenizer)
+
+
 def test_a_validation_split_of_its_own(tokenizer, tmp_path):
     splits = {"train": [code(number) for number in range(30)], "dev": [code(99)]}
     DatasetDict({name: Dataset.from_dict({"text": texts}) for name, texts in splits.items()}).save_to_disk(

@@ -224,6 +224,7 @@ def test_folders_of_a_student_and_its_teacher(capsys, tmp_path):
         (["--tokens", "many"], "--tokens many: give a number"),
         (["--tokens", "1B", "--device", "cpu", "--gpus", "2"], "leave --gpus out"),
         (["--tokens", "1B", "--gpus", "0"], "0 devices"),
+        (["--tokens", "1B", "--k", "0"], "--k 0: give at least 1"),
         (["--tokens", "1B", "--teacher", "200b"], "no published shape is near 200 B"),
     ],
 )

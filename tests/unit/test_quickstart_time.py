@@ -10,12 +10,13 @@ import signal
 from types import SimpleNamespace
 
 import numpy as np
+import peft
 import pytest
 import torch
 from distillation_toys import write_pairs, write_teacher
 from safetensors.torch import load_file
 from tokenizer_toys import unigram
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, Trainer
 
 from hf_encdec_distill.cli.quickstart import pipeline, planning, recipe, recording, state, timed_training
 from hf_encdec_distill.cli.quickstart.pipeline import Pipeline, quickstart
@@ -23,6 +24,7 @@ from hf_encdec_distill.cli.quickstart.planning import Plan
 from hf_encdec_distill.cli.quickstart.state import open_run
 from hf_encdec_distill.cli.quickstart.trimming import trim_teacher
 from hf_encdec_distill.distillation import CachedTeacher
+from hf_encdec_distill.models.loading import load_tokenizer
 
 
 class Machine:
@@ -225,6 +227,68 @@ def test_a_vocabulary_that_cannot_be_trimmed_is_refused(tokenizer, problem, make
     assert trim_teacher(str(teacher), 0, rows, "{source}:", tmp_path / "trimmed") == (str(teacher), [])
 
 
+def first_stages(folder, **given):
+    """Of a run that is not timed: the results of fetching the teacher and the data, and the pipeline."""
+    pipeline = Pipeline(open_run(folder, given, False))
+    for name in ("teacher", "data"):
+        pipeline.state.begin(name)
+        pipeline.state.finish(name, getattr(pipeline, name)(lambda *_: None))
+    return pipeline.state.results, pipeline
+
+
+def test_targets_that_are_cut_are_counted_and_have_no_eos(given, tmp_path, monkeypatch):
+    plain, _ = first_stages(tmp_path / "plain", **given)
+    assert "cut" not in plain["data"]["note"]
+    monkeypatch.setattr(recipe, "MAX_TARGET", 5)
+    encoded = []
+    encode = pipeline.encode_rows
+
+    def encoding(pairs, *args):
+        encoded.append(len(pairs))
+        return encode(pairs, *args)
+
+    monkeypatch.setattr(pipeline, "encode_rows", encoding)
+    found, run = first_stages(tmp_path / "cut", **given)
+    lengths = [
+        len(run.tokenizer(row["target"], add_special_tokens=False)["input_ids"])
+        for rows in run.rows.values()
+        for row in rows
+    ]
+    cut = sum(length + 1 > 5 for length in lengths)  # with EOS
+    told = f"; {cut} of {len(lengths)} targets have more than 5 tokens with EOS and are cut"
+    assert found["data"]["note"].endswith(told)
+    labels = [row["labels"] for rows in run.rows.values() for row in rows]
+    assert [run.tokenizer.eos_token_id not in ids for ids in labels] == [length + 1 > 5 for length in lengths]
+    assert sum(encoded) == len(lengths)  # once
+    resumed = Pipeline(open_run(tmp_path / "cut", {}, True))
+    assert resumed.rows == run.rows
+
+
+def test_fewer_rows_than_a_batch_are_refused_before_anything_is_trained(given, tmp_path):
+    write_pairs(tmp_path / "few.csv", 9)
+    with pytest.raises(ValueError, match=r"few.csv has 7 rows to train on, expected at least 8.*--dataset"):
+        first_stages(tmp_path / "run", **given | {"dataset": str(tmp_path / "few.csv")})
+
+
+@pytest.mark.parametrize("vocabulary", [270, 0])
+def test_a_teacher_that_is_an_adapter_is_merged(given, tmp_path, vocabulary):
+    base = AutoModelForCausalLM.from_pretrained(given["teacher"])
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, config)
+    model.save_pretrained(tmp_path / "adapter")
+    load_tokenizer(given["teacher"]).save_pretrained(tmp_path / "adapter")
+    asked = given | {"teacher": str(tmp_path / "adapter"), "vocabulary": vocabulary}
+    results, run = first_stages(tmp_path / "run", **asked)
+    assert results["data"]["teacher"] == str(tmp_path / "run" / "work" / "teacher-before")
+    merged = run.load_teacher(run.teacher_path, torch.float32)
+    assert merged.config.vocab_size == (vocabulary or base.config.vocab_size)
+    weight = merged.model.layers[1].self_attn.q_proj.weight
+    assert weight.requires_grad  # it will be taught
+    lora = base.model.layers[1].self_attn.q_proj
+    delta = lora.scaling["default"] * lora.lora_B["default"].weight @ lora.lora_A["default"].weight
+    torch.testing.assert_close(weight, lora.base_layer.weight + delta)
+
+
 def test_only_a_run_that_was_asked_for_it_has_a_twin(finished):
     metrics, said = finished.metrics, (finished.folder / "student" / "README.md").read_text()
     for there in (
@@ -382,7 +446,8 @@ def test_a_short_run_that_is_continued_for_long_reads_all_packages(again, tmp_pa
     file, folder = again.folder / "state.json", again.folder / "work"
     content = json.loads(file.read_text())
     # As if it were the built-in task, which the toy teacher knows by its own prompt.
-    content["settings"] |= {"dataset": "built-in", "prompt_template": recipe.OTHER_TEMPLATE}
+    columns = {"source_column": "source", "target_column": "target"}
+    content["settings"] |= {"dataset": "built-in", "prompt_template": recipe.OTHER_TEMPLATE, **columns}
     file.write_text(json.dumps(content))
     short, long = ({"minutes": minutes} for minutes in (recipe.FROZEN_BELOW_MINUTES - 20.0, 30.0))
     assert not open_run(again.folder, short, True, again.machine).reads_more
@@ -399,7 +464,7 @@ def test_a_short_run_that_is_continued_for_long_reads_all_packages(again, tmp_pa
         asked.append((dataset, packages))
         if len(asked) == 1:
             raise KeyboardInterrupt
-        return load(str(pairs), source, target, packages)
+        return load(str(pairs), "text", "short", packages)
 
     rows_trained, order = [], pipeline.training_order
     monkeypatch.setattr(

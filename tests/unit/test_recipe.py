@@ -12,7 +12,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from distillation_toys import write_pairs, write_teacher
+from distillation_toys import TEMPLATE, write_pairs, write_teacher
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, HfArgumentParser
 
@@ -23,7 +23,6 @@ from hf_encdec_distill.cli.main import build_parser, main
 
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
-TEMPLATE = "{source}\n#"
 
 
 @pytest.fixture(scope="module")

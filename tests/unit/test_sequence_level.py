@@ -5,17 +5,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from distillation_toys import arguments, ragged_rows, write_writer
+from distillation_toys import TEMPLATE, arguments, ragged_rows, write_writer
 from rouge_score.rouge_scorer import RougeScorer
+from tokenizer_toys import wordpiece
 from transformers import AutoTokenizer
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
 from hf_encdec_distill.distillation import LiveTeacher, TargetGeneration, capture
 from hf_encdec_distill.distillation.teachers import targets
 from hf_encdec_distill.distillation.teachers.targets import generate_tokens
+from hf_encdec_distill.distillation.teachers.workers import merge_caches
+from hf_encdec_distill.models.vocabulary import trim_tokenizer
 
 
-TEMPLATE = "{source}\n#"
 ROWS = [{"source": "def f(): return" + " x" * (i % 5) + str(i), "target": f"Return {i}."} for i in range(8)]
 SAMPLED = {"sampling_temperature": 0.9, "num_return_sequences": 3}
 
@@ -138,6 +140,14 @@ def test_the_closest_to_the_reference_is_kept(write, monkeypatch):
         assert ours[row["source"]] == answers[row["source"]][int(np.argmax(scores))]
 
 
+@pytest.mark.parametrize("reference", ["красная лиса бежит", "東京は2020年も晴れでした"])
+def test_the_closest_in_another_script(reference):
+    """ROUGE knows no word of it; nor is the number that both have all that there is to compare."""
+    texts = ["совсем 2020 другое", reference[:-3], "2020"]
+    rows = [{"text": text, "reference": reference} for text in texts]
+    assert targets._keep(rows, "closest")[0]["text"] == reference[:-3]
+
+
 def padded(lists):
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens in lists], batch_first=True)
 
@@ -240,6 +250,54 @@ def test_conversations_and_splits(write, tmp_path, teacher_folder, make_bpe_toke
         for row in split:
             assert row["messages"][0] == system and row["reference"] == "Yes."
             assert row["messages"][-1]["role"] == "assistant" and row["messages"][-1]["content"] != "Yes."
+    named = [{"role": "user", "content": "hi", "name": "Ada"}, {"role": "assistant", "content": "Yes.", "name": None}]
+    for row in ({"messages": named}, {"source": named[:1]}):
+        with pytest.raises(ValueError, match="chat messages with 'name'"):
+            capture(teacher, [row], tmp_path / "named", tokenizer, generation=TargetGeneration(), progress=False)
+
+
+def test_jobs_without_an_answer_in_a_small_split(tmp_path, teacher_folder, tokenizer, write):
+    """Of three jobs two have no row of the second split: with the others' folders theirs hold what one job writes."""
+    answered = [row for row in ROWS if row["source"] in by_source(write())]
+    split = {"train": ROWS, "validation": answered[:1]}
+    data = datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in split.items()})
+    options = {"generation": TargetGeneration(max_new_tokens=30), "prompt_template": TEMPLATE, "progress": False}
+    teacher = LiveTeacher.load(teacher_folder)
+    for index in range(3):
+        capture(teacher, data, tmp_path / f"job{index}", tokenizer, num_shards=3, index=index, **options)
+    capture(teacher, data, tmp_path / "alone", tokenizer, **options)
+    merge_caches([tmp_path / f"job{index}" for index in range(3)], tmp_path / "merged")
+    merged, alone = (datasets.load_dataset(str(tmp_path / name)) for name in ("merged", "alone"))
+    assert {name: by_source(rows) for name, rows in merged.items()} == {
+        name: by_source(rows) for name, rows in alone.items()
+    }
+    # None of the rows of a job may be answered; a job that is alone says so.
+    too_short = {**options, "generation": TargetGeneration(max_new_tokens=1)}
+    assert capture(teacher, data, tmp_path / "refused", tokenizer, num_shards=3, index=0, **too_short) == 0
+    with pytest.raises(ValueError, match="none of the teacher's answers to the rows of train is worth keeping"):
+        capture(teacher, data, tmp_path / "none", tokenizer, **too_short)
+
+
+@pytest.mark.parametrize("policy", ["id_map", "universal"])
+def test_the_answers_are_the_same_for_a_student_of_other_ids(tmp_path, teacher_folder, tokenizer, write, policy):
+    """What the teacher writes, and how likely that is to it, is read in its own tokens."""
+    expected = {row["target"]: row["mean_log_prob"] for row in write(keep="all", **SAMPLED)}
+    student = wordpiece() if policy == "universal" else trim_tokenizer(tokenizer, ["def return"], len(tokenizer) - 8)
+    capture(
+        LiveTeacher.load(teacher_folder),
+        ROWS,
+        tmp_path / "other",
+        tokenizer,
+        kind="dense",
+        student_tokenizer=student,
+        vocab_policy=policy,
+        generation=TargetGeneration(max_new_tokens=30, keep="all", **SAMPLED),
+        prompt_template=TEMPLATE,
+        batch_size=4,
+        progress=False,
+    )
+    rows = datasets.load_dataset(str(tmp_path / "other"), "targets")["train"]
+    assert {row["target"]: row["mean_log_prob"] for row in rows} == pytest.approx(expected, abs=1e-4)
 
 
 def test_what_cannot_be_is_said(write, tmp_path):

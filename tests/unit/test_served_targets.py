@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
-from distillation_toys import arguments, write_writer
+from distillation_toys import TEMPLATE, arguments, write_writer
 from teacher_server import TeacherServer
 from toys import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,7 +22,6 @@ from hf_encdec_distill.distillation.teachers.served_targets import write_targets
 from hf_encdec_distill.distillation.teachers.workers import merge_caches
 
 
-TEMPLATE = "{source}\n#"
 ROWS = [{"source": "def f(): return" + " x" * (i % 5) + str(i), "target": f"Return {i}."} for i in range(8)]
 SAMPLED = {"sampling_temperature": 0.9, "num_return_sequences": 3}
 GREEDY = {"do_sample": False}

@@ -4,12 +4,11 @@ import json
 import shutil
 
 import pytest
-from distillation_toys import write_pairs, write_teacher
+from distillation_toys import TEMPLATE, write_pairs, write_teacher
 
 from hf_encdec_distill.cli.main import main
 
 
-TEMPLATE = "{source}\n#"
 SECRET = "-----BEGIN OPENSSH PRIVATE KEY-----"
 
 

@@ -50,7 +50,7 @@ _GENERATION = {
     "num_beams": (int, "number of beams (default: 1, greedy)"),
     "sampling_temperature": (float, "sample the answers at this temperature instead"),
     "num_return_sequences": (int, "answers per row to choose from (default: 1)"),
-    "keep": (str, "likeliest under the teacher, closest to the reference (ROUGE-L), or all (default: likeliest)"),
+    "keep": (str, "likeliest to the teacher, closest to the reference (ROUGE-L, chrF), or all (default: likeliest)"),
     "seed": (int, "seed of the sampling (default: 0)"),
 }
 
@@ -166,10 +166,15 @@ def run(args: argparse.Namespace) -> None:
     from ..distillation.teachers.capture import capture
     from ..models.loading import load_config, load_tokenizer
 
+    if not args.push_to_hub:
+        _refuse(args, "private", reason="without --push-to-hub: give both, or neither")
     if args.merge is not None:
         return _merge(args)
     if args.encoder_states is not None:
         return _record_encoder_states(args)
+    _refuse(args, "mixed_precision", reason="without --encoder-states: give both, or neither")
+    if args.server is None:
+        _refuse(args, "requests", "server_model", reason="without --server: give both, or neither")
     if args.server is not None and args.generate:
         return _write_on_server(args)
     check_vocab_policy(args.vocab_policy)
@@ -209,9 +214,18 @@ def run(args: argparse.Namespace) -> None:
         _report(args, captured)
 
 
+def _refuse(args: argparse.Namespace, *names: str, reason: str) -> None:
+    """Raises ValueError where one of these options was given, which would have no effect."""
+    for name in names:
+        if getattr(args, name) != args.parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} {reason}")
+
+
 def _merge(args: argparse.Namespace) -> None:
     from ..distillation.teachers.workers import merge_caches
 
+    of_a_capture = ("generate", "kind", "shard", "server", "student", "encoder_states")
+    _refuse(args, *of_a_capture, reason="with --merge, which captures nothing: leave one out")
     merge_caches(args.merge, args.output)
     _report(args)
 
@@ -291,9 +305,7 @@ def _teacher(args: argparse.Namespace, path: str, tokenizer: Any) -> LiveTeacher
     if args.server is None:
         dtype = args.teacher_dtype or str(working_dtype()).removeprefix("torch.")
         return LiveTeacher.load(path, dtype, args.teacher_quantization).to(device())
-    for name in ("teacher_dtype", "teacher_quantization"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} with --server, which decides that: leave one out")
+    _refuse(args, "teacher_dtype", "teacher_quantization", reason="with --server, which decides that: leave one out")
     options = {"k": args.k, "model": args.server_model, "requests": args.requests}
     return ServedTeacher(args.server, tokenizer, vocab_size=vocab_size(load_config(path)), **options)
 
@@ -312,10 +324,8 @@ def _record_encoder_states(args: argparse.Namespace) -> None:
 
     check_vocab_policy(args.vocab_policy)
     check_at_least_one(args, "batch_size", "max_source_length", "max_target_length")
-    names = ("generate", "push_to_hub", "server", "shard")
-    other = next((name for name in names if getattr(args, name)), None)
-    if other is not None:
-        raise ValueError(f"--{other.replace('_', '-')} with --encoder-states, which records no teacher: leave one out")
+    of_a_teacher = ("generate", "push_to_hub", "server", "shard")
+    _refuse(args, *of_a_teacher, reason="with --encoder-states, which records no teacher: leave one out")
     splits = _splits(args)
     path = teacher_path(args.teacher or args.teacher_option)
     path = str(local_cache(path)) if is_cache(path) else path
@@ -326,10 +336,8 @@ def _record_encoder_states(args: argparse.Namespace) -> None:
     day = args.prompt_date or getattr(student.config, "prompt_date", None)
     day = day or (recorded_prompt_date(path) if is_cache(path) else None)
     merged = getattr(student.config, "cross_attention", None) == "merged"
-    vocabulary = None
-    if args.vocab_policy in ("id_map", "universal"):
-        ours, theirs = (1 + max(each.get_vocab().values()) for each in (tokenizer, teacher_tokenizer))
-        vocabulary = SharedVocabulary.between(ours, theirs, tokenizer, teacher_tokenizer, args.vocab_policy)
+    ours, theirs = (1 + max(each.get_vocab().values()) for each in (tokenizer, teacher_tokenizer))
+    vocabulary = SharedVocabulary.between(ours, theirs, tokenizer, teacher_tokenizer, args.vocab_policy)
     collator = DistillationCollator(
         tokenizer,
         teacher_tokenizer,

@@ -120,6 +120,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..cards import ModelCardCallback
     from ..distillation import DistillationTrainer, DistillationTrainingArguments
+    from ..distillation.teachers.recorded import is_cache
     from ..files import write_json
     from ..models.loading import find
     from ._provenance import check_inputs, compare_results, describe, describe_result, read_provenance, warn_of_changes
@@ -134,6 +135,9 @@ def run(args: argparse.Namespace) -> None:
 
     training = DistillationTrainingArguments(output_dir=str(output), **copy.deepcopy(training_part(recipe)))
     training.prompt_template = prompt_template(training.prompt_template, recipe["dataset"])
+    for option in ("teacher_dtype", "teacher_quantization"):
+        if getattr(training, option) is not None and is_cache(recipe["teacher"]):
+            raise ValueError(f"{option} with the cache {recipe['teacher']}, which has no model to load: leave it out")
     if "student" in recipe:
         find(recipe["student"])  # a name that is none is told before the data are read, which may take minutes
     set_seed(training.seed)  # weights that a student lacks are drawn

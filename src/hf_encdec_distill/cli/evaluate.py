@@ -99,6 +99,8 @@ def run(args: argparse.Namespace) -> None:
     alone = [name for name in args.metrics or () if name in OF_TEACHER and args.teacher is None]
     if alone:
         raise ValueError(f"--metrics {alone[0]} compares with a teacher: name one with --teacher")
+    if args.judge_template is not None and args.judge is None:
+        raise ValueError("--judge-template without --judge: name the model that is to rate answers, or leave it out")
     cards = [name for name in args.models if args.update_card and (Path(name) / "README.md").is_file()]
     if args.update_card and not cards:
         raise ValueError(f"--update-card: there is no README.md in {', '.join(args.models)}; leave the option out")
@@ -149,7 +151,7 @@ def _measure(
 
     from ..devices import device, working_dtype
     from ..evaluation.scoring import encode_rows, generate, read_by_encoder, score
-    from ..metrics.measures import OF_LOGITS
+    from ..metrics.measures import OF_LOGITS, OF_TEACHER
     from ..metrics.significance import calibration_error, mean
     from ..models.loading import load_config, load_student, load_teacher, load_tokenizer
 
@@ -160,8 +162,12 @@ def _measure(
     tokenizer = load_tokenizer(path)
     template = prompt_template(args.prompt_template, args.dataset)
     limits, day = (args.max_source_length, args.max_target_length), getattr(config, "prompt_date", None)
-    # A decoder-only student has the prompt that it was trained on as its chat template.
-    reader = teacher_tokenizer if teacher_tokenizer is not None and config.is_encoder_decoder else tokenizer
+    of_teacher = [measure for measure in measures if measure in OF_TEACHER]
+    reader = tokenizer
+    if of_teacher:
+        _check_same_ids(name, config, tokenizer, args.teacher, teacher.config, teacher_tokenizer, of_teacher)
+        # A decoder-only student has the prompt that it was trained on as its chat template.
+        reader = teacher_tokenizer if config.is_encoder_decoder else tokenizer
     rows = encode_rows(pairs, reader, template, *limits, day)
     if config.is_encoder_decoder:
         read_by_encoder(rows, tokenizer, config, args.max_source_length)
@@ -172,7 +178,7 @@ def _measure(
     found: dict[str, Sums] = {}
     if of_logits:
         with progress(name) as update:
-            scores = score({name: model}, rows, teacher, update, of_logits)[name]
+            scores = score({name: model}, rows, teacher if of_teacher else None, update, of_logits)[name]
         for measure, values in scores.items():
             found[measure] = (calibration_error if measure == "ece" else mean)(values, tokens)
     texts: list[str] | None = None
@@ -184,6 +190,24 @@ def _measure(
         found |= of_answers
     sums = {measure: found[measure] for measure in measures if measure in found}  # in the order asked for
     return {"sums": sums, "plain": plain, "labels": labels if of_logits else None, "texts": texts}
+
+
+def _check_same_ids(
+    name: str, config, tokenizer, teacher: str, teacher_config, teacher_tokenizer, measures: Sequence[str]
+) -> None:
+    """
+    Raises:
+        ValueError: an id stands for one token to the model and for another to the teacher.
+    """
+    from ..distillation.alignment.vocabularies import SharedVocabulary, vocab_size
+
+    try:
+        SharedVocabulary.between(vocab_size(config), vocab_size(teacher_config), tokenizer, teacher_tokenizer)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} and --teacher {teacher} have other tokens, so that {', '.join(measures)} cannot compare their "
+            "ids: leave --teacher out, or name one of the same vocabulary, such as the work/teacher of a quickstart"
+        ) from error
 
 
 def _measure_baseline(measures: list[str], pairs) -> dict[str, Any]:

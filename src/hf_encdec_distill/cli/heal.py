@@ -97,7 +97,8 @@ def run(args: argparse.Namespace) -> None:
 
     from ..data import load_plain_text
     from ..distillation import DistillationTrainer, DistillationTrainingArguments
-    from ..models.loading import load_tokenizer
+    from ..distillation.checks.limits import room_for_target
+    from ..models.loading import load_config, load_tokenizer
 
     output = Path(args.output)
     checkpoint = checkpoint_in(output, args.resume)
@@ -111,14 +112,25 @@ def run(args: argparse.Namespace) -> None:
         # Each process reads its own rows; batches that one reads for all have to be of one length.
         processes.dispatch_batches = False
 
+    for name in ("max_source_length", "max_target_length"):
+        if getattr(training, name) is not None:
+            raise ValueError(f"--{name} {getattr(training, name)}: healing cuts text into windows; give --window")
+
     student, tokenizer = student_and_tokenizer(args.student)
     teacher = teacher_path(args.teacher)
+    teacher_tokenizer = load_tokenizer(teacher)
+    _check_same_ids(args, tokenizer, teacher_tokenizer)
+    for who, config in (("student", student.config), ("teacher", load_config(teacher))):
+        room = room_for_target(config, args.window)  # behind it, where a model reads all of it in a row
+        if room is not None and room < 0:
+            limit = args.window + room
+            raise ValueError(f"--window {args.window}: the {who} has positions for {limit} tokens; give a shorter one")
 
     def rows(split: Literal["train", "validation"]):
         merged = getattr(student.config, "cross_attention", None) == "merged"
         return load_plain_text(
             None if args.text == BUILT_IN else args.text,
-            load_tokenizer(teacher),
+            teacher_tokenizer,
             objective=args.objective,
             window=args.window,
             start_token_id=student.config.decoder_start_token_id if merged else None,
@@ -144,6 +156,18 @@ def run(args: argparse.Namespace) -> None:
         steps = trainer.state.global_step
         lines = [f"{output}: healed for {steps} steps", *(f"{name}: {value}" for name, value in metrics.items())]
         say_result(args, {"output": str(output), "steps": steps, "metrics": metrics}, "\n".join(lines))
+
+
+def _check_same_ids(args: argparse.Namespace, tokenizer, teacher_tokenizer) -> None:
+    """Raises ValueError where the windows, in ids of the teacher, would be other tokens to the student, or none."""
+    ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    never_text = {token.content for token in teacher_tokenizer.added_tokens_decoder.values() if token.special}
+    other = [token for token, i in theirs.items() if ours.get(token) != i and token not in never_text]
+    if other:
+        raise ValueError(
+            f"{len(other)} tokens of {args.teacher}, such as {other[0]!r}, have other ids in {args.student}, or none: "
+            "heal takes students with their teacher's tokenizer, made without --vocabulary; skip healing for this one"
+        )
 
 
 def _ids(tokens: list[str] | None, tokenizer) -> list[int] | None:

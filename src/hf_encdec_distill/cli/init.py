@@ -48,7 +48,7 @@ class Shape:
     vocabulary: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a decoder-only student with a field of encoder-decoders, or too few rows."""
+        """Raises ValueError for fields that do not go together, or too few rows."""
         if self.heal_rows < 0:
             raise ValueError(f"heal_rows={self.heal_rows} does not work: a number of rows, or 0 for none, is needed.")
         for field in dataclasses.fields(Shape):
@@ -58,6 +58,11 @@ class Shape:
                     f"decoder_only={self.decoder_only} makes a student without an encoder, and {name}={value} is for "
                     "one that has it: leave one of the two out"
                 )
+        if self.encoder_pooling_layer is not None and self.encoder_pooling == 1:
+            raise ValueError(
+                f"encoder_pooling_layer={self.encoder_pooling_layer} says where positions are pooled, and "
+                "encoder_pooling=1 pools none: give 2 or more for encoder_pooling, or leave the layer out"
+            )
 
 
 _HELP = {
@@ -161,7 +166,7 @@ def _budget(args: argparse.Namespace) -> Budget | None:
         return None
     if missing:
         raise ValueError(f"a budget is incomplete without {' and '.join(missing)}: give all three of its options")
-    numbers = ("encoder_layers", "decoder_layers", "decoder_only")
+    numbers = ("encoder_layers", "decoder_layers", "decoder_only", "encoder_pooling_layer")
     given = [f"--{name.replace('_', '-')}" for name in numbers if hasattr(args, name)]
     if given:
         raise ValueError(f"--speedup decides how many layers are kept: leave out {' and '.join(given)}, or the budget")
@@ -176,7 +181,7 @@ def make_student(
     prompt_date: str | None,
     budget: Budget | None = None,
 ) -> Any:
-    """The student that has `shape` of the teacher in a folder or on the Hub, in float32.
+    """The student that has `shape` of the teacher in a folder or on the Hub, in float32; an adapter is merged.
 
     Args:
         rows: with the columns `source` and `target`; some of them, always the same, say which layers matter and how
@@ -188,7 +193,7 @@ def make_student(
     import torch
 
     from ..models.decoder_only import prune_decoder_only
-    from ..models.loading import load_teacher, load_tokenizer
+    from ..models.loading import load_merged_teacher, load_tokenizer
     from ..models.rope_encdec import RopeEncDecForConditionalGeneration
     from ..models.vocabulary import trim_to_rows
     from ..models.whole_weights import whole_on_each_process
@@ -199,7 +204,7 @@ def make_student(
         trimmed["trimmed_tokenizer"] = trim_to_rows(tokenizer, rows, shape.vocabulary, template, prompt_date)
     rows = rows.shuffle(seed=0).select(range(min(shape.heal_rows or _ROWS_TO_CHOOSE_LAYERS, len(rows))))
     with whole_on_each_process():
-        model = load_teacher(teacher, dtype=torch.float32)
+        model = load_merged_teacher(teacher, dtype=torch.float32)
     shared: dict[str, Any] = {
         "tokenizer": tokenizer,
         "layer_selection": shape.layer_selection,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._display import say_result, table, wrap
-from ._inputs import BUILT_IN, public_name, teacher_path
+from ._inputs import BUILT_IN, check_at_least_one, public_name, teacher_path
 
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> None:
     from ..distillation.teachers.recorded import record_bytes
     from ..models.sizes import count
 
+    check_at_least_one(args, "k", "rounds")
     tokens = count(args.tokens)
     if not tokens:
         raise ValueError(f"--tokens {args.tokens}: give a number of target tokens, such as 1B, 300M or 2000000")

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import torch
-    from transformers import Trainer, TrainingArguments, set_seed
+    from transformers import TrainingArguments, set_seed
 
     try:
         from peft import LoraConfig, get_peft_model
@@ -62,11 +62,10 @@ def run(args: argparse.Namespace) -> None:
         raise ImportError(f'{error}; teach needs pip install "hf-encdec-distill[peft]"') from error
 
     from ..distillation import DistillationCollator
-    from ..distillation.checks.finite_training import FiniteTraining
     from ..evaluation.scoring import completion_batch
     from ..models.either_version import save_teacher
     from ..models.loading import load_teacher, load_tokenizer
-    from .quickstart.tuning import completion_loss
+    from .quickstart.tuning import CompletionTrainer
 
     check_at_least_one(args, "rank", "max_source_length", "max_target_length")
     output = Path(args.output)
@@ -93,19 +92,15 @@ def run(args: argparse.Namespace) -> None:
         ]
         return completion_batch(completions, tokenizer.pad_token_id or 0)
 
-    class FiniteTrainer(FiniteTraining, Trainer):
-        pass
-
     set_seed(training.seed)  # the adapter's first weights are drawn
     adapter = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(load_teacher(path, dtype=torch.float32), adapter)
-    trainer = FiniteTrainer(
+    trainer = CompletionTrainer(
         model=model,
         args=training,
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
         data_collator=collate,
-        compute_loss_func=completion_loss,
     )
     trainer.train()
     taught = trainer.accelerator.unwrap_model(trainer.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import logging
@@ -47,7 +48,8 @@ def load_pairs(
     Args:
         dataset: a CSV, TSV, JSON, JSON lines or Parquet file, a folder with such files (splits by their names) or
             written by `save_to_disk`, a name on the Hub, files by the names of their splits (`{"train": "a.csv"}`;
-            without train nothing is carved, and only what is there returned), or `None` for the built-in task.
+            without train nothing is carved, and only what is there returned), or `None` for the built-in task. A TSV
+            file is read as quoted, where a quote opens a cell and is closed at its end, else quotes are text in it.
         source_column, target_column: where the texts are.
         config: configuration of a dataset that has several.
         cache_dir, progress: for the built-in task, see `load_python_docstrings`.
@@ -113,7 +115,7 @@ def load_tables(
         raise ValueError(f"{dataset} is not there: expected a file, a folder or the name of a dataset on the Hub")
     try:
         if path.is_file():
-            options = _CSV if BUILDERS[suffix] == "csv" else {}
+            options = _csv_options([path]) if BUILDERS[suffix] == "csv" else {}
             options = {**options, "sep": "\t"} if suffix == ".tsv" else options
             return load_dataset(BUILDERS[suffix], data_files={"train": str(path)}, streaming=streaming, **options)
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -121,16 +123,41 @@ def load_tables(
             loaded = DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded
             return {name: split.to_iterable_dataset() for name, split in loaded.items()} if streaming else loaded
         name = str(path) if path.is_dir() else dataset
-        options = _CSV if isinstance(load_dataset_builder(name, config).config, CsvConfig) else {}
+        is_csv = isinstance(load_dataset_builder(name, config).config, CsvConfig)
+        options = _csv_options(path.rglob("*.[tT][sS][vV]") if path.is_dir() else ()) if is_csv else {}
         return load_dataset(name, config, streaming=streaming, **options)
-    except (OSError, ValueError, DatasetGenerationError) as error:
+    except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
         # The error says why (no table, offline, gated, a config to choose), but not what else could have been given.
         why = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        why = "it is empty" if isinstance(why, StopIteration) else why  # which `datasets` says of JSON lines
         if path.is_file():
             raise ValueError(f"{dataset} gives no rows, read as {BUILDERS[suffix]}: {why}") from error
         raise ValueError(
             f"{dataset} is neither a readable folder nor a dataset that the Hub gives us: {why}"
         ) from error
+
+
+def _csv_options(files: Iterable[Path]) -> dict:
+    """How CSV or TSV files are read: quotes in a TSV are text where they do not pair up as those around a cell do."""
+    stray = [file for file in files if file.suffix.lower() == ".tsv" and not _quotes_pair_up(file)]
+    if not stray:
+        return _CSV
+    logger.warning("%s: quotes that do not enclose whole cells; all are taken for text", stray[0])
+    return {**_CSV, "quoting": csv.QUOTE_NONE}
+
+
+def _quotes_pair_up(file: Path) -> bool:
+    """Read as quoted, a file with a quote that is never closed would lose all lines up to the next quote."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        with file.open(encoding="utf-8", errors="replace", newline="") as stream:
+            for _ in csv.reader(stream, delimiter="\t", strict=True):
+                pass
+    except csv.Error:
+        return False
+    finally:
+        csv.field_size_limit(limit)
+    return True
 
 
 def named_splits(splits: Mapping[str, T], dataset: str | os.PathLike) -> dict[str, T]:

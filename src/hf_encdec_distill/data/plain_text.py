@@ -58,6 +58,7 @@ R_DENOISING = (3.0, 0.15)
 X_DENOISING = (32.0, 0.5)
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+_ABOUT = re.compile(r"readme|licen[cs]e|copying|notice|citation|change|authors", re.IGNORECASE)  # of a data set
 # Share of the documents that are held out where the corpus has no validation split of its own.
 HELD_OUT = 0.05
 SHORTEST_WINDOW = 16
@@ -91,9 +92,9 @@ def load_plain_text(
     `teacher_label_positions`: the teacher is not asked about sentinels and EOS.
 
     Args:
-        text: a `.txt`, `.md`, `.rst` or `.py` file, or a folder with such files in it at any depth (a file is a
-            document, one of more than 65,536 characters several); a CSV, JSON or Parquet file, a folder with Parquet
-            or JSON lines files or written by `save_to_disk`, or a name on the Hub, of which nothing is downloaded
+        text: a `.txt`, `.md`, `.rst` or `.py` file in UTF-8, or a folder with such files in it at any depth (a file is
+            a document, one of more than 65,536 characters several); a CSV, JSON or Parquet file, a folder of such
+            files (and a README) or written by `save_to_disk`, or a name on the Hub, of which nothing is downloaded
             before it is read; or `None`: the source and documentation of this Python and of its installed packages.
         tokenizer: the teacher's. Windows begin with its BOS if it puts one in front.
         objective: see the module.
@@ -114,7 +115,8 @@ def load_plain_text(
         shuffle_buffer: windows among which the next one is drawn.
 
     Raises:
-        ValueError: an argument outside its range, no such corpus or column, no text, or no sentinels.
+        ValueError: an argument outside its range, no such corpus or column, no text, no sentinels, a text file that is
+            not in UTF-8, or a folder with text files and tables (a README beside tables is none of its texts).
     """
     if objective not in PREFIX_ROWS:
         raise ValueError(f"objective={objective!r} is unknown: expected one of {', '.join(PREFIX_ROWS)}")
@@ -367,20 +369,43 @@ def _text_files(path: Path) -> list[Path]:
     """The text files that a path stands for; none if it is a name, a table or a folder of tables.
 
     Raises:
-        ValueError: a file that is neither.
+        ValueError: a file that is neither, or is not in UTF-8; a folder of both.
     """
     if path.is_file():
         if path.suffix.lower() not in (*TEXT_SUFFIXES, *BUILDERS):
             raise ValueError(
                 f"{path} has the suffix {path.suffix!r}, expected one of {', '.join((*TEXT_SUFFIXES, *BUILDERS))}"
             )
-        return [path] if path.suffix.lower() in TEXT_SUFFIXES else []
-    # Source code has .json and .csv files beside it; a data set has a README beside these.
-    tables = (".parquet", ".jsonl", ".arrow")
+        if path.suffix.lower() in BUILDERS:
+            return []
+        _check_utf8(path)
+        return [path]
     files = [file for file in path.rglob("*") if file.is_file()]
-    if any(file.suffix.lower() in tables for file in files):
+    texts = [file for file in files if file.suffix.lower() in TEXT_SUFFIXES]
+    tables = [file for file in files if file.suffix.lower() in (*BUILDERS, ".arrow")]
+    corpus = [file for file in texts if file.parent != path or not _ABOUT.match(file.name)]
+    if tables and not corpus:
         return []
-    return _distinct(file for file in files if file.suffix.lower() in TEXT_SUFFIXES)
+    tables = [file for file in tables if file.suffix.lower() != ".json"]  # which source code has beside it
+    if tables:
+        text, table = (str(min(some).relative_to(path)) for some in (corpus, tables))
+        raise ValueError(
+            f"{path} holds text files, such as {text}, and tables, such as {table}: only one kind is read, so give a "
+            "folder that has no other"
+        )
+    for file in texts:
+        _check_utf8(file)
+    return _distinct(texts)
+
+
+def _check_utf8(file: Path) -> None:
+    """Raises ValueError before training where `_read` would drop what is no UTF-8."""
+    try:
+        with file.open(encoding="utf-8") as stream:
+            while stream.read(_BLOCK_CHARACTERS):
+                pass
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not in UTF-8 ({error}): convert it to UTF-8, or leave it out") from error
 
 
 def _distinct(files: Iterable[Path]) -> list[Path]:
@@ -422,6 +447,6 @@ def _stream(files: list[Path], column: str) -> IterableDataset:
 def _read(shards: list[list[str]], column: str) -> Iterator[dict[str, str]]:
     for shard in shards:
         for file in shard:
-            with Path(file).open(encoding="utf-8", errors="ignore") as stream:
+            with Path(file).open(encoding="utf-8-sig", errors="ignore") as stream:  # as some packages need it
                 while lines := stream.readlines(_BLOCK_CHARACTERS):  # whole ones
                     yield {column: "".join(lines)}

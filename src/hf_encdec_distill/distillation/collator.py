@@ -163,6 +163,8 @@ class DistillationCollator:
             source, target = split_conversation(row[MESSAGES])
         elif row.get(self.source_column) is not None:
             source, target = row[self.source_column], row.get(self.target_column)
+        elif self.source_column in row:
+            raise ValueError(f"{self.source_column} of a row is None, expected text: leave such rows out.")
         else:
             raise ValueError(
                 f"a row has the columns {sorted(row)}, but needs {self.source_column!r} and {self.target_column!r} "
@@ -275,15 +277,18 @@ class DistillationCollator:
             return encode_prompt(self.tokenizer, source, self.prompt_template, *limits)
         if not isinstance(source, str):
             if self.tokenizer.chat_template is not None:
-                return encode_prompt(self.tokenizer, source, None, self.max_source_length, self.prompt_date)
+                prompt = encode_prompt(self.tokenizer, source, None, self.max_source_length, self.prompt_date)
+                return prompt[:-1] if prompt[-1] == self.start_token_id else prompt
             if len(source) != 1:
                 raise ValueError(
                     f"the student's tokenizer has no chat template to encode {len(source)} messages before the target "
                     "with; set processing_class.chat_template or give a source column."
                 )
             source = source[0]["content"]
-        cut = self.max_source_length is not None
-        return self.tokenizer(source, truncation=cut, max_length=self.max_source_length)["input_ids"]
+        limit = self.max_source_length
+        if limit is not None and self.start_token_id is not None:
+            limit -= 1  # of a merged student the start token is one of the prompt's
+        return self.tokenizer(source, truncation=limit is not None, max_length=limit)["input_ids"]
 
     def _target(self, target: str) -> list[int]:
         return self._ended(self.tokenizer(target, add_special_tokens=False)["input_ids"])
@@ -333,8 +338,13 @@ def tokenizer_of(processing_class):
 
 
 def split_conversation(messages: list[dict]) -> tuple[list[dict], str | None]:
-    """A conversation -> what comes before the target, and the target; None if it waits for the assistant's answer."""
-    if not messages or "content" not in messages[-1]:
+    """A conversation -> what comes before the target, and the target; None if it waits for the assistant's answer.
+
+    Raises:
+        ValueError: it is no list of messages with roles, or the target is no text.
+    """
+    of_dicts = isinstance(messages, list | tuple) and all(isinstance(one, Mapping) for one in messages)
+    if not of_dicts or not messages or any("role" not in one for one in messages) or "content" not in messages[-1]:
         raise ValueError(f"{MESSAGES}={messages!r} is not a conversation: a list of dicts with role and content.")
     if messages[-1]["role"] != "assistant":
         return list(messages), None
@@ -384,7 +394,7 @@ def _pad_teacher_rows(
         if positioned:
             places.append(_label_positions(teacher_row, row_labels, labels.shape[1]))
         else:
-            read = vocabulary.to_teacher(torch.tensor(row_labels)).tolist()
+            read = vocabulary.to_teacher(torch.tensor(row_labels, dtype=torch.long)).tolist()
             places.append(_labels_start(teacher_row, row_ids, read))
     return {
         "teacher_input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),

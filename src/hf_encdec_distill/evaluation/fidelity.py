@@ -38,7 +38,8 @@ def token_fidelity(student_logits: Tensor, teacher_logits: Tensor) -> dict[str, 
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student_logits are {list(student_logits.shape)} and teacher_logits {list(teacher_logits.shape)}: "
-            "expected the same target tokens and ids (SharedVocabulary.restrict takes out ids that only one side has)"
+            "expected the same target tokens and ids (SharedVocabulary.restrict_student and restrict_teacher take out "
+            "ids that only one side has)"
         )
     return {
         "kl": forward_kl(student_logits, teacher_logits),

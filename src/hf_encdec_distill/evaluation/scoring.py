@@ -1,13 +1,15 @@
 """Quality of models on held-out rows: cross-entropy and closeness to the teacher from logits, texts from generation.
 
 A row is a dict with the texts `source` and `target`, the token ids of the teacher's `prompt`, of `inputs` (what an
-encoder reads of it) and of `labels` (the target with its EOS). Sums are kept row by row, so that two models can be
-compared on the same rows and the spread of their difference be drawn from them (`metrics.significance`).
+encoder reads of it) and of `labels` (the target with its EOS, or without where it is cut). Sums are kept row by row,
+so that two models can be compared on the same rows and the spread of their difference be drawn from them
+(`metrics.significance`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +17,9 @@ import torch
 from ..distillation.alignment.positions import IGNORED
 from ..distillation.checks.limits import check_rows
 from ..distillation.losses import cross_entropy
-from ..distillation.teachers.targets import generate_tokens
+from ..distillation.teachers.targets import end_tokens, generate_tokens
 from ..metrics.measures import OF_TEACHER
-from ..models.prompts import encode_prompt
+from ..models.prompts import encode_prompt, no_room
 from .fidelity import calibration_gaps, token_calibration, token_fidelity
 
 
@@ -35,18 +37,21 @@ def encode_rows(
     max_target: int,
     prompt_date: str | None = None,
 ) -> list[dict]:
-    """Texts `source` and `target` -> rows for a decoder-only model, whose tokenizer it is, and a merged student."""
+    """Texts `source` and `target` -> rows for a decoder-only model, whose tokenizer it is, and a merged student.
+
+    `labels` are at most `max_target` tokens of the target and its EOS: one that is cut did not end there: it has none.
+    """
     rows = []
     for pair in pairs:
         prompt = encode_prompt(tokenizer, pair["source"], prompt_template, max_prompt, prompt_date)
-        labels = tokenizer(pair["target"], add_special_tokens=False)["input_ids"][:max_target]
+        target = tokenizer(pair["target"], add_special_tokens=False)["input_ids"]
         rows.append(
             {
                 "source": pair["source"],
                 "target": pair["target"],
                 "prompt": prompt,
                 "inputs": prompt[:-1],
-                "labels": [*labels, tokenizer.eos_token_id],
+                "labels": [*target, tokenizer.eos_token_id][:max_target],
             }
         )
     return rows
@@ -56,10 +61,16 @@ def read_by_encoder(rows: Iterable[dict], tokenizer, config, max_prompt: int) ->
     """Put what an encoder-decoder reads by its own `tokenizer` into rows of `encode_rows`.
 
     A merged student has the prompt template in its tokenizer: a decoder-only model reads what it reads.
+
+    Raises:
+        ValueError: `max_prompt` leaves no token for the source.
     """
     merged = getattr(config, "cross_attention", None) == "merged"
+    length = max_prompt - merged  # the start token is one of the prompt's
+    around = len(tokenizer("")["input_ids"])
+    if length <= around:
+        raise no_room(max_prompt, around + merged)
     for row in rows:
-        length = max_prompt - merged  # the start token is one of the prompt's
         row["inputs"] = tokenizer(row["source"], truncation=True, max_length=length)["input_ids"]
         if merged:
             row["prompt"] = [*row["inputs"], config.decoder_start_token_id]
@@ -183,8 +194,8 @@ def generate(
     _check_fits(model.name_or_path or "the model", model, rows, [max_new_tokens] * len(rows))
     answers = [""] * len(rows)
     side = _side(model)
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
-    options["eos_token_id"] = tokenizer.eos_token_id
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+    options["eos_token_id"] = end_tokens(model, tokenizer) or None
     for indices, batch in batches(rows, update, "generating"):
         tokens = generate_tokens(model, [row[side] for row in batch], tokenizer.pad_token_id, **options)
         for index, text in zip(indices, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):

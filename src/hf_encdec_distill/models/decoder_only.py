@@ -13,6 +13,7 @@ from .prompts import frozen_prompt_date, with_prompt_as_chat_template
 from .rope_encdec.initialization import (
     MEASURED_ROWS,
     check_teacher,
+    evaluating,
     heal_decoder_only,
     load_with_tokenizer,
     predicting_logits,
@@ -50,7 +51,7 @@ def prune_decoder_only(
 
     Args:
         teacher ([`PreTrainedModel`] or `str`): A loaded causal LM, a folder or a Hub id, of one of
-            `SUPPORTED_FAMILIES`.
+            `SUPPORTED_FAMILIES`; the adapter in a folder is merged.
         num_hidden_layers (`int`, *optional*): How many layers to keep; `None` keeps all.
         layers (`list[int]`, *optional*): The teacher's layers to keep, instead of a number.
         layer_selection (`str`): As in
@@ -65,8 +66,9 @@ def prune_decoder_only(
         a tokenizer was found; `prompt_template` is its chat template.
 
     Raises:
-        ValueError: for an unsupported family (the message lists the supported ones), layers that are not there, or a
-            selection that needs calibration rows when there is no tokenizer.
+        ValueError: for an unsupported family (the message lists the supported ones), a model with an adapter on it,
+            layers that are not there, a selection that needs calibration rows when there is no tokenizer, or
+            log-probabilities of the teacher that are not finite.
     """
     teacher, tokenizer = load_with_tokenizer(teacher, tokenizer)
     check_teacher(teacher, layer_selection, heal)
@@ -74,23 +76,21 @@ def prune_decoder_only(
     kept = requested_layers("", num_hidden_layers, layers, depth)
     prompt_date = frozen_prompt_date(tokenizer, prompt_template, prompt_date)
 
-    was_training = teacher.training
-    teacher.eval()
-    batches = []
-    if kept != list(range(depth)):
-        positions = getattr(teacher.config, "max_position_embeddings", None)
-        rows = calibration_rows(calibration, tokenizer, prompt_template, prompt_date, None, positions)
-        if isinstance(kept, int):
-            check_rows_to_measure_on(rows, layer_selection)
-        batches = calibration_batches(rows[:MEASURED_ROWS], next(teacher.parameters()).device)
-        teacher_logprobs, influence = measure_teacher(teacher, batches)
-        if isinstance(kept, int):
-            kept = _choose(teacher, kept, layer_selection, rows, batches, teacher_logprobs, influence)
-    student = _with_layers(teacher, kept)
-    student.healing = heal_decoder_only(student, teacher, kept, rows) if batches and heal else None
-    if batches and not (student.healing and student.healing.taken):
-        rescale_norm(student.model.norm, predicting_logits(student, batches), teacher_logprobs)
-    teacher.train(was_training)
+    with evaluating(teacher):
+        batches = []
+        if kept != list(range(depth)):
+            positions = getattr(teacher.config, "max_position_embeddings", None)
+            rows = calibration_rows(calibration, tokenizer, prompt_template, prompt_date, None, positions)
+            if isinstance(kept, int):
+                check_rows_to_measure_on(rows, layer_selection)
+            batches = calibration_batches(rows[:MEASURED_ROWS], next(teacher.parameters()).device)
+            teacher_logprobs, influence = measure_teacher(teacher, batches)
+            if isinstance(kept, int):
+                kept = _choose(teacher, kept, layer_selection, rows, batches, teacher_logprobs, influence)
+        student = _with_layers(teacher, kept)
+        student.healing = heal_decoder_only(student, teacher, kept, rows) if batches and heal else None
+        if batches and not (student.healing and student.healing.taken):
+            rescale_norm(student.model.norm, predicting_logits(student, batches), teacher_logprobs)
 
     if tokenizer is not None:
         student.tokenizer = with_prompt_as_chat_template(tokenizer, prompt_template)

@@ -99,8 +99,7 @@ def load_teacher(name: str | os.PathLike, **options: Any):
             a version of transformers whose RoPE this one does not read.
         ImportError: it is an adapter and peft is missing.
     """
-    folder = find(name)
-    base = _base_of_adapter(folder) if (folder / _ADAPTER).is_file() else name
+    base = base_of(name)
     config = load_config(base)
     check_decoder_only(name, config)
     check_rope_is_read(config)
@@ -109,6 +108,38 @@ def load_teacher(name: str | os.PathLike, **options: Any):
     if base != name:
         _check_adapter(model, name)
     return model
+
+
+def load_merged_teacher(name: str | os.PathLike, **options: Any):
+    """As `load_teacher`, an adapter merged into its base: a model of transformers alone, all of whose weights train.
+
+    Raises:
+        ValueError: also for an adapter that cannot be merged.
+    """
+    base = base_of(name)
+    if base == name:
+        return load_teacher(name, **options)
+    try:
+        from peft import PeftModel
+    except ModuleNotFoundError as error:
+        raise ImportError(f'{error}; an adapter needs pip install "hf-encdec-distill[peft]"') from error
+    model = load_teacher(base, **options)
+    with _reading(name, "a teacher", _check_weights):
+        adapted = PeftModel.from_pretrained(model, os.fspath(name))
+        _check_adapter(adapted, name)
+        return adapted.merge_and_unload().requires_grad_(True).eval()
+
+
+def base_of(name: str | os.PathLike) -> str | os.PathLike:
+    """The model that an adapter is for, and `name` itself where it is none; errors as of `find`.
+
+    Raises:
+        ValueError: an adapter does not say.
+    """
+    file = find(name) / _ADAPTER
+    if not file.is_file():
+        return name
+    return read_json(file, fields={"base_model_name_or_path": str})["base_model_name_or_path"]
 
 
 def load_student(name: str | os.PathLike, **options: Any):
@@ -337,10 +368,6 @@ def _check_model(folder: Path, name: str | os.PathLike) -> None:
             f"{name} holds no model, there is no {_CONFIG}: name a folder that save_pretrained wrote"
         )
     read_json(folder / _CONFIG, fields={"model_type": str})
-
-
-def _base_of_adapter(folder: Path) -> str:
-    return read_json(folder / _ADAPTER, fields={"base_model_name_or_path": str})["base_model_name_or_path"]
 
 
 def _check_weights(folder: Path) -> None:

@@ -95,7 +95,7 @@ def encode_prompt(tokenizer, source, prompt_template=None, max_length=None, prom
         around = sum(map(len, parts))
         if max_length is not None and around + len(source_ids) > max_length:
             if max_length <= around:
-                raise _no_room(max_length, around)
+                raise no_room(max_length, around)
             source_ids = source_ids[: max_length - around]
         return [*parts[0], *source_ids, *parts[1]]
     ids = encode_rendered(tokenizer, render_prompt(tokenizer, source, prompt_template, prompt_date))
@@ -111,7 +111,7 @@ def encode_prompt(tokenizer, source, prompt_template=None, max_length=None, prom
         if len(ids) <= max_length:
             return ids
         keep -= len(ids) - max_length
-    raise _no_room(max_length, len(ids) - max(keep, 0))
+    raise no_room(max_length, len(ids) - max(keep, 0))
 
 
 def prompt_start_token_id(tokenizer, prompt_template=None) -> int | None:
@@ -358,7 +358,8 @@ def _around_source(tokenizer, prompt_template, prompt_date=None) -> tuple[list[i
     return (prefix, suffix) if len(texts) == 1 else None
 
 
-def _no_room(max_length, around) -> ValueError:
+def no_room(max_length, around) -> ValueError:
+    """Of a prompt of `max_length` tokens that has none for the source beside the `around` of its template."""
     return ValueError(
         f"max_length={max_length} leaves no token for the source: the prompt around it alone takes about {around} "
         "tokens. Raise max_length or shorten prompt_template."

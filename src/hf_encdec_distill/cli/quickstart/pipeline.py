@@ -36,7 +36,7 @@ from ...metrics.measures import measure_texts
 from ...metrics.significance import interval, mean
 from ...metrics.texts import distinct_share
 from ...models.either_version import save_teacher
-from ...models.loading import check_decoder_only, load_config, load_student, load_teacher, load_tokenizer
+from ...models.loading import base_of, check_decoder_only, load_config, load_student, load_teacher, load_tokenizer
 from ...models.prompts import PreTrainedTokenizerFast, prompt_start_token_id
 from ...models.rope_encdec import RopeEncDecForConditionalGeneration
 from ...models.rope_encdec.initialization import check_family
@@ -211,6 +211,9 @@ class Pipeline:
         splits = datasets.DatasetDict.load_from_disk(str(self.work / "data"))
         if "more" in self.state.results:
             splits["train"] = datasets.load_from_disk(str(self.work / "more-data"))
+        return self._encoded(splits)
+
+    def _encoded(self, splits: Mapping[str, datasets.Dataset]) -> dict[str, list[dict]]:
         rows = {
             name: encode_rows(split, self.tokenizer, self.template, recipe.MAX_PROMPT, recipe.MAX_TARGET)
             for name, split in splits.items()
@@ -241,7 +244,7 @@ class Pipeline:
 
     def teacher(self, update) -> dict:
         path = teacher_path(self.settings.teacher)
-        config = load_config(path)
+        config = load_config(base_of(path))
         check_decoder_only(path, config)
         check_family(config)
         depth = config.get_text_config(decoder=True).num_hidden_layers
@@ -266,6 +269,11 @@ class Pipeline:
         # Mining all packages takes most of a minute, and yields more than a short run can read.
         packages: Literal["stdlib", "all"] = "stdlib" if self.state.is_frozen else "all"
         splits = load_splits(settings.dataset, settings.source_column, settings.target_column, packages)
+        if len(splits["train"]) < recipe.BATCH_SIZE:
+            raise ValueError(
+                f"{settings.dataset} has {len(splits['train'])} rows to train on, expected at least "
+                f"{recipe.BATCH_SIZE}, one batch: give more rows with --dataset"
+            )
         splits.save_to_disk(str(self.work / "data"))
         sizes = {name: len(split) for name, split in splits.items()}
         note = ", ".join(f"{size} rows to {name}" for name, size in sizes.items())
@@ -278,6 +286,13 @@ class Pipeline:
         )
         if tokens:
             note += f"; a vocabulary of {tokens[0]:,} of {tokens[1]:,} tokens"
+        # Kept for the stages that come: they are encoded once in a run that is not interrupted.
+        self.tokenizer = load_tokenizer(teacher)
+        self.rows = self._encoded(splits)
+        targets = [row["labels"] for split in self.rows.values() for row in split]
+        cut = sum(labels[-1] != self.tokenizer.eos_token_id for labels in targets)
+        if cut:
+            note += f"; {cut} of {len(targets)} targets have more than {recipe.MAX_TARGET} tokens with EOS and are cut"
         return {"sizes": sizes, "teacher": teacher, "tokens": tokens, "note": note}
 
     def more(self, update) -> dict:

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from ...files import check_fields, read_json, write_json
 from .._checkpoints import last_whole_checkpoint
-from .._inputs import BUILT_IN
+from .._inputs import BUILT_IN, check_columns
 from .._recipe import checked
 from .planning import Plan
 from .recipe import (
@@ -70,6 +70,7 @@ class Settings:
                 raise ValueError(f"{side}={getattr(self, side)}: a student needs at least one layer on either side")
         if self.vocabulary < 0:
             raise ValueError(f"vocabulary={self.vocabulary}: give a number of tokens, or 0 for the teacher's own")
+        check_columns(self.dataset, self.source_column, self.target_column)
         if self.prompt_template is not None and "{source}" not in self.prompt_template:
             raise ValueError(
                 f"prompt_template={self.prompt_template!r} lacks the source: put {{source}} where it goes"

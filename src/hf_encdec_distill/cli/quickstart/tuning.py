@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,15 +20,26 @@ from ...files import read_json, write_json
 from .timed_training import InOrder, TimeShare, train
 
 
-class _Trainer(InOrder, FiniteTraining, Trainer):
-    pass
-
-
-def completion_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+def completion_loss(
+    outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None, smoothing: float = 0.0
+) -> torch.Tensor:
     """Cross-entropy at the targets; `outputs.logits` is `[B, T + 1, V]` for labels `[B, T]`: column t predicts t."""
     logits = outputs.logits[:, :-1][labels != IGNORED]
-    total = F.cross_entropy(logits.float(), labels[labels != IGNORED], reduction="sum")
+    total = F.cross_entropy(logits.float(), labels[labels != IGNORED], reduction="sum", label_smoothing=smoothing)
     return total / (num_items_in_batch if num_items_in_batch is not None else len(logits))
+
+
+class CompletionTrainer(FiniteTraining, Trainer):
+    """Trains a causal model on batches of `completion_batch`; its arguments are those of `Trainer`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.compute_loss_func = functools.partial(completion_loss, smoothing=self.args.label_smoothing_factor)
+        self._loss_shifts_labels = False  # transformers 5 would not count the first label of a causal model's rows
+
+
+class _InOrderTrainer(InOrder, CompletionTrainer):
+    pass
 
 
 class _BestPass(TrainerCallback):
@@ -112,12 +124,11 @@ def tune_teacher(
         seed=seed,
         **precision_arguments(),
     )
-    trainer = _Trainer(
+    trainer = _InOrderTrainer(
         model=model,
         args=args,
         train_dataset=rows,
         data_collator=lambda batch: completion_batch(batch, tokenizer.pad_token_id or 0),
-        compute_loss_func=completion_loss,
     )
     best = _BestPass(model, held_out, steps_a_pass, folder)
     trainer.add_callback(best)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from ...models.rope_encdec.initialization import evaluating
 from .._compat import let_fsdp2_generate
 from ..alignment.positions import IGNORED, OF_TEACHER, teacher_images, teacher_inputs
 from ..alignment.vocabularies import SharedVocabulary, vocab_size
@@ -199,16 +200,10 @@ def _generating_by(config: GenerationConfig, model: "GenerativeModel") -> Iterat
 @contextlib.contextmanager
 def as_it_was(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Eval mode and random numbers of its own inside; module by module as before outside."""
-    training = [module for module in model.modules() if module.training]
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), evaluating(model):
         torch.manual_seed(seed)
-        model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+        yield
 
 
 class ReplayBuffer:

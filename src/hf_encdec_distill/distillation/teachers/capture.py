@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ...models.prompts import frozen_prompt_date, in_a_class_of_both_versions
 from ..alignment.positions import IMAGES_DIGEST, asked_positions, target_positions, teacher_images, with_teacher_inputs
 from ..alignment.vocabularies import SharedVocabulary, check_vocab_policy
-from ..collator import DistillationCollator
+from ..collator import DistillationCollator, tokenizer_of
 from .cache_hub import write_card
 from .fingerprints import adapter_digest, config_digest, row_keys, tokenizer_digest, weights_digest
 from .live import LiveTeacher
@@ -92,14 +92,15 @@ def capture(
         rows_per_shard: rows in a file; at most so many are lost where the process is killed.
         progress: show a bar with target tokens a second and the size of the cache.
         student_tokenizer: the student's; needed for `vocab_policy` `id_map` and `universal`, by default the teacher's.
+            For the other policies its ids have to be the teacher's.
         vocab_policy: of the training, see `DistillationTrainingArguments`.
         collating: passed to `DistillationCollator`: columns, `prompt_template`, `prompt_date` (of a cache that is gone
             on with its own, else today, where a chat template names the day), length limits, `start_token_id`.
 
     Raises:
         ValueError: a cache in `folder` was made by another teacher, tokenizer, template or kind (the field is named);
-            logits of the teacher are not finite; a server has another model than at first; arguments out of range or
-            at odds.
+            the student's tokenizer is not one that `vocab_policy` is for; logits of the teacher are not finite; a
+            server has another model than at first; arguments out of range or at odds.
     """
     folder = Path(folder)
     if isinstance(teacher, ServedTeacher):
@@ -111,12 +112,12 @@ def capture(
     _check_options(kind, vocab_policy, at_least_one, {"temperature": temperature, "proposal_power": proposal_power})
     splits = splits_with_rows(dataset)
     check_shard(num_shards, index, sum(map(len, splits.values())))
-    vocabulary = None
-    if vocab_policy in ("id_map", "universal"):
-        student_size = 0 if student_tokenizer is None else 1 + max(student_tokenizer.get_vocab().values())
-        vocabulary = SharedVocabulary.between(
-            student_size, teacher.vocab_size, student_tokenizer, tokenizer, vocab_policy
-        )
+    student_size = teacher.vocab_size  # of a student with the teacher's ids nothing is read but its tokens
+    if student_tokenizer is not None and vocab_policy in ("id_map", "universal"):
+        student_size = 1 + max(student_tokenizer.get_vocab().values())
+    vocabulary = SharedVocabulary.between(
+        student_size, teacher.vocab_size, tokenizer_of(student_tokenizer), tokenizer_of(tokenizer), vocab_policy
+    )
     if isinstance(teacher, LiveTeacher) and generation is not None:
         check_room(teacher, generation)
     recorded = {
@@ -145,12 +146,16 @@ def capture(
         teacher.expect(read_manifest(folder)["server"])
     progress = progress and state.is_main_process
     if isinstance(teacher, LiveTeacher) and generation is not None:
+        writing = collate
+        if not vocabulary.same_ids:  # what the teacher reads and writes here is in its own ids
+            start = vocabulary.start_for_teacher(collating.get("start_token_id"))
+            writing = DistillationCollator(tokenizer, tokenizer, **{**collating, "start_token_id": start})
         splits = {
             name: generate_targets(
                 teacher,
                 rows,
                 folder,
-                collate,
+                writing,
                 generation,
                 worker=worker,
                 split=name,

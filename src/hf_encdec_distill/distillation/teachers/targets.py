@@ -61,7 +61,8 @@ class TargetGeneration:
         sampling_temperature: above 0 the answers are sampled, at this temperature, in place of greedy or beam search.
         num_return_sequences: answers for each row; without sampling at most `num_beams`.
         keep: of the answers that are finished, not empty and differ: the one that is `likeliest` to the teacher itself
-            (mean log-probability of its tokens), the one `closest` to the reference (ROUGE-L), or `all`.
+            (mean log-probability of its tokens), the one `closest` to the reference (ROUGE-L, and chrF among those
+            that are alike to it, as texts in scripts other than Latin are), or `all`.
         seed: of the sampling.
 
     Raises:
@@ -133,7 +134,7 @@ def generate_targets(
         teacher: on the device where it is to run; its generation config is honoured but for what `generation` says.
         rows: text rows, with `source` (and `target`) or `messages`.
         folder: of a cache.
-        collator: with the teacher's tokenizer on both sides, and the template and length limits of the training.
+        collator: with the teacher's ids on both sides, and the template and length limits of the training.
         generation: how answers are written and which are kept.
         worker: which of those that fill the folder this is.
         split: name of the data set's part that these rows are.
@@ -142,8 +143,9 @@ def generate_targets(
         progress: show a bar.
 
     Raises:
-        ValueError: rows are not text; `closest` and no reference; a prompt and an answer of `max_new_tokens` are
-            longer than the teacher has positions for; no answer at all was worth keeping.
+        ValueError: rows are not text, or their messages have other fields than role and content; `closest` and no
+            reference; a prompt and an answer of `max_new_tokens` are longer than the teacher has positions for; no
+            answer at all was worth keeping, of a job that is alone.
     """
 
     def request_of(row: Mapping[str, Any]) -> Request:
@@ -166,6 +168,8 @@ def generate_targets(
         rows_per_shard=rows_per_shard,
         progress=progress,
     )
+    if not shard_files(folder, f"{GENERATED}-{split}"):
+        return datasets.Dataset.from_dict({})
     answers = read_shards(folder, f"{GENERATED}-{split}")
     return answers.select([number for number, key in enumerate(answers["key"]) if key in asked])
 
@@ -197,7 +201,7 @@ def collect_answers(
         The keys of all rows of the share.
 
     Raises:
-        ValueError: no answer at all was worth keeping.
+        ValueError: no answer at all was worth keeping, and no other job has rows of the split.
     """
     state = PartialState()
     kept_prefix, refused_prefix = f"{GENERATED}-{split}", f"refused-{split}"
@@ -236,7 +240,8 @@ def collect_answers(
     if state.is_main_process and counts["written"]:
         dropped = ", ".join(f"{counts[reason]} {reason}" for reason in ("unfinished", "empty", "duplicate"))
         logger.warning(f"{split}: {counts['kept']} of {counts['written']} answers kept; dropped: {dropped}.")
-    if not shard_files(folder, kept_prefix):
+    # One of many jobs may have no row of a small split, or none that is answered.
+    if worker.num_shards == 1 and not shard_files(folder, kept_prefix):
         raise ValueError(
             f"none of the teacher's answers to the rows of {split} is worth keeping ({dict(counts)}): raise "
             f"max_new_tokens={generation.max_new_tokens} where they are unfinished, and see that prompt_template is "
@@ -278,6 +283,12 @@ def source_and_reference(
         raise ValueError(
             f"a row has the columns {sorted(row)}: a teacher writes texts, so give {source_column!r} or {MESSAGES!r}, "
             "and no 'input_ids'."
+        )
+    fields = {name for one in source for name in one if one[name] is not None} if isinstance(source, list) else set()
+    if fields - {"role", "content"}:
+        raise ValueError(
+            f"chat messages with {min(fields - {'role', 'content'})!r}: of messages that a teacher answers role and "
+            "content are kept, so the answers would be to others. Put it into the content, or take it out."
         )
     if generation.keep == "closest" and reference is None:
         raise ValueError("keep='closest' compares with a reference, and a row has none: keep 'likeliest' or 'all'.")
@@ -348,7 +359,7 @@ def _answer(
 ) -> Iterator[tuple[Request, list[dict], str]]:
     """See `collect_answers`; `batch_size` rows at a time."""
     tokenizer = collator.teacher_tokenizer
-    ends = _end_tokens(teacher.model, tokenizer)
+    ends = end_tokens(teacher.model, tokenizer)
 
     def read(tokens: list[int]) -> Answer:
         length = next((place for place, token in enumerate(tokens) if token in ends), None)
@@ -374,12 +385,17 @@ def _keep(rows: list[dict], keep: str) -> list[dict]:
     if keep == "likeliest":
         return [max(rows, key=lambda row: row["mean_log_prob"])]
     # `evaluate` brings SciPy along, a good part of what importing the trainer takes.
-    from ...metrics.texts import rouge_l
+    from ...metrics.texts import chrf, rouge_l
 
-    return [max(rows, key=lambda row: rouge_l(row["text"], row["reference"]))]
+    def closeness(row: dict) -> tuple[float, float]:
+        text, reference = row["text"], row["reference"]
+        # ROUGE knows words of Latin letters alone: all texts in another script are alike to it.
+        return rouge_l(text, reference), chrf([text], [reference])["chrf"]
+
+    return [max(rows, key=closeness)]
 
 
-def _end_tokens(model: "GenerativeModel", tokenizer) -> list[int]:
+def end_tokens(model: "GenerativeModel", tokenizer) -> list[int]:
     """What ends an answer: the model's own EOS tokens, of which chat models have several, and the tokenizer's."""
     own = model.generation_config.eos_token_id
     ends = [] if own is None else [own] if isinstance(own, int) else list(own)

@@ -2,15 +2,17 @@
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .. import SUPPORTED_FAMILIES
 from ..either_version import check_rope_is_read, rope_parameters
-from ..loading import load_teacher, load_tokenizer
+from ..loading import load_merged_teacher, load_tokenizer
 from ..prompts import (
     distinct_pad_token,
     frozen_prompt_date,
@@ -84,7 +86,7 @@ def from_decoder_only(
 
     Args:
         teacher ([`PreTrainedModel`] or `str`): A loaded causal LM, a folder or a Hub id, of one of
-            `SUPPORTED_FAMILIES`.
+            `SUPPORTED_FAMILIES`; the adapter in a folder is merged.
         encoder_num_hidden_layers, decoder_num_hidden_layers (`int`, *optional*): How many layers each side keeps;
             `None` keeps all. For `merged`, layers above the last state that the decoder reads would do nothing, so
             unless all are kept the encoder chooses among those below the teacher's last.
@@ -133,10 +135,11 @@ def from_decoder_only(
         [`~hf_encdec_distill.models.rope_encdec.least_squares.Healing`] where layers were fitted.
 
     Raises:
-        ValueError: for an unsupported family (the message lists the supported ones), layers or neurons that are not
-            there, a selection or a budget that needs calibration rows when there is no tokenizer, a budget beside
-            layers or one that no student meets, or a trimmed tokenizer with tokens that the teacher lacks, or without
-            the one that the decoder starts from.
+        ValueError: for an unsupported family (the message lists the supported ones), a model with an adapter on it,
+            layers or neurons that are not there, a selection or a budget that needs calibration rows when there is no
+            tokenizer, a budget beside layers or one that no student meets, log-probabilities of the teacher that are
+            not finite, or a trimmed tokenizer with tokens that the teacher lacks, or without the one that the decoder
+            starts from.
     """
     teacher, tokenizer = load_with_tokenizer(teacher, tokenizer)
     check_teacher(teacher, layer_selection, heal)
@@ -149,6 +152,11 @@ def from_decoder_only(
         raise ValueError(
             "budget= decides how many layers the encoder has: leave encoder_layer_types out, encoder_sliding_window "
             "alone is enough."
+        )
+    if budget is not None and encoder_pooling_layer is not None:
+        raise ValueError(
+            "budget= decides how many layers the encoder has: leave encoder_pooling_layer out, encoder_pooling alone "
+            "is enough."
         )
     depth = teacher.config.num_hidden_layers
     kept = {
@@ -184,72 +192,70 @@ def from_decoder_only(
             narrow_decoder(student, width, batches)
         return student
 
-    was_training = teacher.training
-    teacher.eval()
-    batches = []
-    is_smaller = (
-        encoder_pooling != 1 or width < neurons or any(layers != list(range(depth)) for layers in kept.values())
-    )
-    if budget is not None or is_smaller:
-        rows = calibration_rows(
-            calibration,
-            tokenizer,
-            prompt_template,
-            prompt_date,
-            special_tokens["decoder_start_token_id"],
-            getattr(teacher.config, "max_position_embeddings", None),
+    with evaluating(teacher):
+        batches = []
+        is_smaller = (
+            encoder_pooling != 1 or width < neurons or any(layers != list(range(depth)) for layers in kept.values())
         )
-        open_sides = [side for side, layers in kept.items() if isinstance(layers, int)]
-        if budget is not None or open_sides:
-            check_rows_to_measure_on(rows, layer_selection if budget is None else "least_squares")
-        device = next(teacher.parameters()).device
-        batches = calibration_batches(rows[:MEASURED_ROWS], device)
-        teacher_logprobs, influence = measure_teacher(teacher, batches)
-        greedy = None
-        if open_sides and layer_selection == "greedy":
-            every = list(range(depth))
-            full = build(encoder_layers=every, decoder_layers=every, share_memory=True, savings={})
-            greedy = GreedyRemoval(full, batches, teacher_logprobs)
-        gaps = None
-        if budget is not None or (open_sides and layer_selection == "least_squares"):
-            gaps = measure_gaps(teacher, calibration_batches(rows, device))
-        if budget is None:
-            choose_layers(kept, layer_selection, depth, cross_attention == "merged", influence, greedy, gaps)
-        else:
-            every = list(range(depth))
-            shape = {"encoder_attention": encoder_attention, **savings, **config_overrides}
-            shape["decoder_intermediate_size"] = width
-            config = student_config(teacher.config, every, every, cross_attention, **shape)
-            held_out = calibration_batches(rows[::_HELD_OUT_EVERY][:MEASURED_ROWS], device)
-            held_out_logprobs, _ = measure_teacher(teacher, held_out)
+        if budget is not None or is_smaller:
+            rows = calibration_rows(
+                calibration,
+                tokenizer,
+                prompt_template,
+                prompt_date,
+                special_tokens["decoder_start_token_id"],
+                getattr(teacher.config, "max_position_embeddings", None),
+            )
+            open_sides = [side for side, layers in kept.items() if isinstance(layers, int)]
+            if budget is not None or open_sides:
+                check_rows_to_measure_on(rows, layer_selection if budget is None else "least_squares")
+            device = next(teacher.parameters()).device
+            batches = calibration_batches(rows[:MEASURED_ROWS], device)
+            teacher_logprobs, influence = measure_teacher(teacher, batches)
+            greedy = None
+            if open_sides and layer_selection == "greedy":
+                every = list(range(depth))
+                full = build(encoder_layers=every, decoder_layers=every, share_memory=True, savings={})
+                greedy = GreedyRemoval(full, batches, teacher_logprobs)
+            gaps = None
+            if budget is not None or (open_sides and layer_selection == "least_squares"):
+                gaps = measure_gaps(teacher, calibration_batches(rows, device))
+            if budget is None:
+                choose_layers(kept, layer_selection, depth, cross_attention == "merged", influence, greedy, gaps)
+            else:
+                every = list(range(depth))
+                shape = {"encoder_attention": encoder_attention, **savings, **config_overrides}
+                shape["decoder_intermediate_size"] = width
+                config = student_config(teacher.config, every, every, cross_attention, **shape)
+                held_out = calibration_batches(_parted(rows)[0], device)
+                held_out_logprobs, _ = measure_teacher(teacher, held_out)
 
-            def by_influence(encoder, decoder):
-                kept = {"decoder": decoder, "encoder": encoder}
-                choose_layers(kept, "influence", depth, cross_attention == "merged", influence, None)
-                return kept
+                def by_influence(encoder, decoder):
+                    kept = {"decoder": decoder, "encoder": encoder}
+                    choose_layers(kept, "influence", depth, cross_attention == "merged", influence, None)
+                    return kept
 
-            def divergence(kept):
-                student = plain(kept)
-                if heal == "least_squares":
-                    heal_encoder_decoder(student, teacher, kept, rows)
-                return _best_scale(_target_logits(student, held_out), held_out_logprobs)[1]
+                def divergence(kept):
+                    student = plain(kept)
+                    if heal == "least_squares":
+                        heal_encoder_decoder(student, teacher, kept, rows)
+                    return _best_scale(_target_logits(student, held_out), held_out_logprobs)[1]
 
-            kept = layers_within(budget, teacher.config, config, gaps, by_influence, divergence)
-    student = plain(kept)
-    unread = student.config.encoder_num_hidden_layers - student.config.encoder_states_read[-1]
-    if unread and encoder_layers is None and len(kept["encoder"]) < depth:
-        logger.warning(
-            f"The last {unread} of the encoder's {len(kept['encoder'])} layers do nothing: the decoder, of the "
-            f"teacher's layers {kept['decoder']}, reads none of their states. Ask for fewer encoder layers, or for "
-            "more or other decoder layers."
-        )
-    student.healing = None
-    if batches:
-        if heal == "least_squares":
-            student.healing = heal_encoder_decoder(student, teacher, kept, rows)
-        if student.healing is None or not student.healing.taken:
-            rescale_norm(student.model.decoder.norm, _target_logits(student, batches), teacher_logprobs)
-    teacher.train(was_training)
+                kept = layers_within(budget, teacher.config, config, gaps, by_influence, divergence)
+        student = plain(kept)
+        unread = student.config.encoder_num_hidden_layers - student.config.encoder_states_read[-1]
+        if unread and encoder_layers is None and len(kept["encoder"]) < depth:
+            logger.warning(
+                f"The last {unread} of the encoder's {len(kept['encoder'])} layers do nothing: the decoder, of the "
+                f"teacher's layers {kept['decoder']}, reads none of their states. Ask for fewer encoder layers, or "
+                "for more or other decoder layers."
+            )
+        student.healing = None
+        if batches:
+            if heal == "least_squares":
+                student.healing = heal_encoder_decoder(student, teacher, kept, rows)
+            if student.healing is None or not student.healing.taken:
+                rescale_norm(student.model.decoder.norm, _target_logits(student, batches), teacher_logprobs)
 
     student.generation_config = copy.deepcopy(teacher.generation_config)
     student.generation_config._from_model_config = False
@@ -268,11 +274,22 @@ def from_decoder_only(
 
 
 def load_with_tokenizer(teacher, tokenizer):
-    """A model, of a folder or the Hub unless it is one already, and its tokenizer where one is found."""
+    """A model, of a folder or the Hub unless it is one already, and its tokenizer where one is found.
+
+    Raises:
+        ValueError: as `load_merged_teacher`, or for a model with an adapter on it.
+    """
+    if isinstance(teacher, nn.Module) and (
+        not isinstance(teacher, PreTrainedModel) or any(hasattr(module, "base_layer") for module in teacher.modules())
+    ):
+        raise ValueError(
+            f"The teacher, a {type(teacher).__name__}, has other modules around its layers, as an adapter does: merge "
+            "that first, teacher = model.merge_and_unload() of PEFT, or give the adapter's folder."
+        )
     if not isinstance(teacher, PreTrainedModel):
         path = teacher
         with whole_on_each_process():
-            teacher = load_teacher(path, dtype="auto")
+            teacher = load_merged_teacher(path, dtype="auto")
         return teacher, tokenizer if tokenizer is not None else load_tokenizer(path)
     if tokenizer is None and teacher.name_or_path:
         try:
@@ -280,6 +297,18 @@ def load_with_tokenizer(teacher, tokenizer):
         except (OSError, ValueError):
             logger.info("There is no tokenizer at %s; pass tokenizer= to carry one along.", teacher.name_or_path)
     return teacher, tokenizer
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; module by module as before outside."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def check_family(config) -> None:
@@ -414,8 +443,10 @@ def student_config(config, encoder_layers, decoder_layers, cross_attention, **fi
 
 def _max_positions(config) -> int:
     """Positions up to which the student is the teacher: within a sliding window, attention is full."""
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False or window is None:
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    # Qwen2 has a window that none of its layers slides in, unless it has more than max_window_layers.
+    slides = types is None or "sliding_attention" in types
+    if getattr(config, "use_sliding_window", True) is False or window is None or not slides:
         return config.max_position_embeddings
     if window < config.max_position_embeddings and rope_parameters(config).get("rope_type", "default") == "default":
         logger.warning(
@@ -587,15 +618,21 @@ def _as_causal_encoder(model, layers=None, share_memory=True):
     return whole.model.encoder
 
 
+def _parted(rows) -> tuple[list, list]:
+    """Calibration rows that are held out, a fifth and `MEASURED_ROWS` at most, and those to fit on.
+
+    Each row once, or one that is held out would be fitted too.
+    """
+    rows = list({(tuple(prompt), tuple(target)): (prompt, target) for prompt, target in rows}.values())
+    last = _HELD_OUT_EVERY * MEASURED_ROWS
+    fitted = [row for place, row in enumerate(rows) if place % _HELD_OUT_EVERY or place >= last]
+    return rows[:last:_HELD_OUT_EVERY], fitted
+
+
 @torch.no_grad()
 def _unless_it_harms(student, norm, teacher, fit, logits, rows) -> Healing | None:
     """Run `fit` on calibration batches; if the student's `logits` are no nearer to the teacher's then, undo it."""
-    # Each row once, or one that is held out would be fitted too.
-    rows = list({(tuple(prompt), tuple(target)): (prompt, target) for prompt, target in rows}.values())
-    held_out = rows[::_HELD_OUT_EVERY][:MEASURED_ROWS]
-    fitted = [
-        row for place, row in enumerate(rows) if place % _HELD_OUT_EVERY or place >= _HELD_OUT_EVERY * MEASURED_ROWS
-    ]
+    held_out, fitted = _parted(rows)
     if not fitted:
         logger.warning("heal='least_squares' is not taken: one calibration row says nothing. Pass some hundred.")
         return None

@@ -5,6 +5,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..finite import check_finite
 from ..prompts import encode_prompt
 from .layer_paths import decoder_path, encoder_path
 
@@ -133,6 +134,9 @@ def measure_teacher(teacher, batches):
         `{"encoder": L numbers, "decoder": L numbers}`, `1 - cos(in, out)` (arXiv 2403.03853, equation 3), mean over
         prompt tokens and over the positions that predict the target. transformers reports the last layer together with
         the final norm.
+
+    Raises:
+        ValueError: for log-probabilities that are not finite.
     """
     logprobs, counts = [], {"encoder": 0, "decoder": 0}
     sums = {side: torch.zeros(teacher.config.num_hidden_layers) for side in counts}
@@ -145,6 +149,13 @@ def measure_teacher(teacher, batches):
         )
         logits = teacher.lm_head(outputs.last_hidden_state[batch["predicting"]])
         logprobs.append(logits.float().log_softmax(-1))
+        if not logprobs[-1].isfinite().all():
+            check_finite(teacher)
+            raise ValueError(
+                f"The log-probabilities of the teacher {teacher.name_or_path} on the calibration rows are not finite. "
+                f"Its dtype is {teacher.dtype}, which its states overflow: load it with dtype=torch.float32 or "
+                "torch.bfloat16."
+            )
         states = outputs.hidden_states
         for side, tokens in (("encoder", batch["prompt_tokens"]), ("decoder", batch["predicting"])):
             counts[side] += int(tokens.sum())

@@ -464,7 +464,7 @@ def _fit_projection(
     if not (gram.isfinite().all() and moment.isfinite().all()):
         raise ValueError(
             "heal='least_squares' met states that are not finite, of the teacher or of the student's layers below "
-            f"layer {index}: load the teacher in another dtype, such as dtype=torch.float32, or pass heal=None."
+            f"layer {index}: load the teacher in another dtype, such as dtype=torch.float32."
         )
     variance = max(squared - total.square().sum().item() / max(count, 1), torch.finfo(torch.float32).tiny)
     penalty = RIDGE * gram.diagonal().sum().item() / max(count, 1) or 1.0  # no position or no input: nothing changes
