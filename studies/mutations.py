@@ -59,6 +59,7 @@ _SEEING = "invariants/test_seeing_teacher.py"
 _TRAINER, _LOSSES = "distillation/trainer.py", "distillation/losses.py"
 _POSITIONS, _VOCABULARIES = "distillation/alignment/positions.py", "distillation/alignment/vocabularies.py"
 _CAPTURE, _RECORDED = "distillation/teachers/capture.py", "distillation/teachers/recorded.py"
+_INITIALIZATION = "models/rope_encdec/initialization.py"
 _FINGERPRINTS, _ROLLOUTS = "distillation/teachers/fingerprints.py", "distillation/options/rollouts.py"
 _STATES = "distillation/options/encoder_states.py"
 _MODELING = "models/rope_encdec/modeling_rope_encdec.py"
@@ -403,15 +404,15 @@ MUTATIONS = [
     Mutation(
         9,
         "the student writes with dropout",
-        _ROLLOUTS,
-        "        model.eval()\n",
+        _INITIALIZATION,
+        "    model.eval()\n",
         "",
         "invariants/test_on_policy.py::test_a_rollout_is_what_generate_gives",
     ),
     Mutation(
         9,
         "the student stays in eval mode",
-        _ROLLOUTS,
+        _INITIALIZATION,
         "module.training = True",
         "module.training = False",
         "invariants/test_on_policy.py::test_a_rollout_is_what_generate_gives",
@@ -452,8 +453,8 @@ MUTATIONS = [
         9,
         "a rollout draws from the process's random numbers",
         _ROLLOUTS,
-        "with torch.random.fork_rng(devices):\n        torch.manual_seed(seed)\n",
-        "if True:\n",
+        "with torch.random.fork_rng(devices), evaluating(model):\n        torch.manual_seed(seed)\n",
+        "with evaluating(model):\n",
         "invariants/test_on_policy.py::test_sampling_is_seeded_and_in_proportion_to_its_temperature",
     ),
     Mutation(
