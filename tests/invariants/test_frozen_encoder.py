@@ -127,10 +127,10 @@ def test_a_run_after_a_frozen_one_says_that_the_encoder_is_frozen(tmp_path, toke
 def test_a_prompt_whose_rope_depends_on_the_target_is_not_shared(tmp_path, tokenizer, rope_type):
     """The teacher reads prompt and target, which are longer than its frequencies were made for; the encoder does not
     read the target."""
-    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0}
+    rope = {"rope_type": rope_type, "factor": 4.0}
     if rope_type == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16}
-    teacher = make_deep(max_position_embeddings=16, rope_parameters=rope)
+    teacher = make_deep(max_position_embeddings=16, rope_theta=1e4, rope_scaling=rope)  # as either version reads it
     student = make_student(teacher, heal=None)
     trainer = make_trainer(tmp_path, student, teacher, tokenizer, max_steps=1)
     rows = [{"input_ids": [3 + index, *range(20, 31)], "labels": [*range(40, 49), EOS]} for index in range(4)]
