@@ -129,7 +129,9 @@ def load_tables(
     except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
         # The error says why (no table, offline, gated, a config to choose), but not what else could have been given.
         why = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-        why = "it is empty" if isinstance(why, StopIteration) else why  # which `datasets` says of JSON lines
+        # Of which each version of `datasets` says something else, of JSON lines a StopIteration.
+        is_empty = path.is_file() and not path.stat().st_size
+        why = "it is empty" if is_empty or isinstance(why, StopIteration) else why
         if path.is_file():
             raise ValueError(f"{dataset} gives no rows, read as {BUILDERS[suffix]}: {why}") from error
         raise ValueError(
