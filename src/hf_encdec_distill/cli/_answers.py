@@ -13,6 +13,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from ..distillation.alignment.vocabularies import SharedVocabulary
+from ..distillation.teachers.targets import end_tokens
 from ..evaluation.fidelity import token_calibration
 from ..evaluation.scoring import encode_rows, read_by_encoder, target_logits
 
@@ -142,16 +143,6 @@ class _Tokens(BaseStreamer):
         pass  # the end of the thread is the end, with an error too
 
 
-def end_token_ids(model, tokenizer) -> list[int]:
-    """What ends an answer: the ids of the generation config, as for `generate`, else the tokenizer's."""
-    ends = _either(model.generation_config.eos_token_id, tokenizer.eos_token_id)
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
-
-
-def _either(first, second):
-    return second if first is None else first
-
-
 def stream(
     model,
     ids: Sequence[int],
@@ -183,8 +174,8 @@ def stream(
             max_new_tokens=max_new_tokens,
             num_beams=1,
             **{"do_sample": False, **sampling},
-            eos_token_id=end_token_ids(model, tokenizer) or None,
-            pad_token_id=_either(model.generation_config.pad_token_id, tokenizer.pad_token_id),
+            eos_token_id=end_tokens(model, tokenizer) or None,
+            pad_token_id=tokenizer.pad_token_id,
             streamer=tokens,
             stopping_criteria=[lambda *_: stopped.is_set()],
         )

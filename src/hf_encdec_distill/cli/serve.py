@@ -120,7 +120,8 @@ class Service:
         """Pieces of text as they come, each with the number of tokens so far and, with the last, why it ended."""
         import torch
 
-        from ._answers import end_token_ids, stream
+        from ..distillation.teachers.targets import end_tokens
+        from ._answers import stream
 
         if asked.seed is not None:
             torch.manual_seed(asked.seed)
@@ -146,7 +147,7 @@ class Service:
         finally:
             answers.close()
         last = cut if cut is not None else text
-        ended = cut is not None or (count > 0 and answer.ids[-1] in end_token_ids(self.model, self.tokenizer))
+        ended = cut is not None or (count > 0 and answer.ids[-1] in end_tokens(self.model, self.tokenizer))
         yield last[len(sent) :], count, "stop" if ended else "length"
 
 
