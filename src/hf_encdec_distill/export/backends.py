@@ -144,7 +144,7 @@ def backend_of(target: str) -> Backend:
 def child_environment() -> dict[str, str]:
     """The environment of a Python process that is started with `-m` or `-c`: it does not import what lies in the
     current folder, where a `random.py` of the user would stand in for Python's own. Python 3.10, which is past its
-    end, does not heed it."""
+    end, does not know the variable."""
     return {**os.environ, "PYTHONSAFEPATH": "1"}
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from ..models.rope_encdec import RopeEncDecForConditionalGeneration, RopeEncDecForImageTextToText
+from ..models.rope_encdec.initialization import evaluating
 from ..models.rope_encdec.modeling_rope_encdec import (
     RopeEncDecRMSNorm,
     RopeEncDecRotaryEmbedding,
@@ -345,14 +346,10 @@ class ScaledRMSNorm(nn.Module):
 def in_float32(model: _Module) -> Iterator[_Module]:
     """The model in float32 and evaluation mode: a copy where it has weights of another type. Afterwards each module of
     the model is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
     tensors = (*model.parameters(), *model.buffers())
     is_float32 = all(tensor.dtype == torch.float32 for tensor in tensors if tensor.is_floating_point())
-    try:
-        yield (model if is_float32 else copy.deepcopy(model).float()).eval()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model):
+        yield model if is_float32 else copy.deepcopy(model).float()
 
 
 def with_scaled_norms(model: RopeEncDecForConditionalGeneration) -> RopeEncDecForConditionalGeneration:
