@@ -21,7 +21,7 @@ from hf_encdec_distill.bench.contenders.llama_cpp import LlamaCppDecoderOnly
 from hf_encdec_distill.bench.contenders.onnxruntime_genai import OnnxRuntimeGenAi
 from hf_encdec_distill.bench.floors import counted, floor, measure_rates
 from hf_encdec_distill.bench.race import Request, _Bench, _size, check_answer, plan
-from hf_encdec_distill.bench.results import check_against, compare, headlines, read_report
+from hf_encdec_distill.bench.results import VERSION, check_against, compare, headlines, read_report
 from hf_encdec_distill.bench.worker import Failed, Worker
 from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.models.decoder_only import config_of_size
@@ -310,11 +310,16 @@ def test_a_second_bench_converts_nothing_again_and_is_held_against_the_first(fol
     }
 
 
-def test_mistakes_on_the_command_line(folder, tmp_path, capsys):
-    def error(*words):
+@pytest.fixture
+def error(capsys):
+    def of_bench(*words):
         assert main(["bench", *map(str, words)]) == 2
         return capsys.readouterr().err
 
+    return of_bench
+
+
+def test_mistakes_on_the_command_line(folder, tmp_path, error):
     student = folder / "student"
     assert "name a student to time" in error()
     assert "is a llama, expected a student" in error(folder / "teacher")
@@ -335,6 +340,18 @@ def test_mistakes_on_the_command_line(folder, tmp_path, capsys):
     )
     (tmp_path / "no.json").write_text('{"version": 99, "rounds": 1, "headlines": [], "rows": []}')
     assert "of version 99" in error(student, "--against", tmp_path / "no.json")
+
+
+def test_a_baseline_that_cannot_be_held_against_is_refused_at_once(folder, error, tmp_path):
+    """Before minutes are measured, and never written over."""
+    student, file = folder / "student", tmp_path / "bench.json"
+    report = {"version": VERSION, "headlines": [], "rows": []}
+    file.write_text(json.dumps({**report, "rounds": 7}))
+    assert "give another --output" in error(student, "--against", file, "--output", tmp_path)
+    assert "this bench has 2 rounds" in error(student, "--against", file, "--rounds", "2")
+    file.write_text(json.dumps({**report, "rounds": 1}))
+    assert "bench.json has 1 rounds, and a spread takes 3" in error(student, "--against", file)
+    assert json.loads(file.read_text())["rounds"] == 1 and [path.name for path in tmp_path.iterdir()] == ["bench.json"]
 
 
 # Numbers by hand -----------------------------------------------------------------------------------------------------

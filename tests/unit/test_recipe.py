@@ -330,6 +330,14 @@ def test_numbers_within_the_tolerance_are_called_near():
 # The command ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_checkpoint_in_a_recipe_is_not_passed_over(folder, tmp_path, capsys):
+    """As `Trainer` passes it over, which would begin again."""
+    recipe = write(tmp_path / "r.yml", contents(folder, resume_from_checkpoint="checkpoint-2"))
+    said = error_of(capsys, recipe, "--output", tmp_path / "output")
+    assert "resume_from_checkpoint='checkpoint-2': leave it out; --resume goes on" in said
+    assert not (tmp_path / "output").exists()
+
+
 def test_an_option_counts_for_more_than_the_recipe(folder, tmp_path):
     """Of every kind: training, data, the student's shape, booleans on and off."""
 

@@ -106,6 +106,15 @@ def _key(row: Mapping[str, Any]) -> tuple:
     return tuple(row[name] for name in (*_WHO, *_REQUEST))
 
 
+def check_rounds(name: str, rounds: int) -> None:
+    """
+    Raises:
+        ValueError: the bench called `name` has too few rounds for a spread.
+    """
+    if rounds < _ROUNDS:
+        raise ValueError(f"{name} has {rounds} rounds, and a spread takes {_ROUNDS}: give --rounds or --minutes more")
+
+
 def check_against(report: Mapping[str, Any], baseline: Mapping[str, Any], file: Path) -> None:
     """A ratio student / decoder-only may rise by the larger of the two spreads (from quartile to quartile). A request
     of the baseline that was not asked for in this bench is passed over.
@@ -117,11 +126,8 @@ def check_against(report: Mapping[str, Any], baseline: Mapping[str, Any], file: 
         ValueError: one rose by more, a request that was asked for has none any more, the reports have no request in
             common, or too few rounds for a spread.
     """
-    for name, rounds in (("this bench", report["rounds"]), (str(file), baseline["rounds"])):
-        if rounds < _ROUNDS:
-            raise ValueError(
-                f"{name} has {rounds} rounds, and a spread takes {_ROUNDS}: give --rounds or --minutes more"
-            )
+    check_rounds(str(file), baseline["rounds"])
+    check_rounds("this bench", report["rounds"])
     before = {tuple(entry[name] for name in _REQUEST): entry["ratio"] for entry in baseline["headlines"]}
     now = {tuple(entry[name] for name in _REQUEST): entry["ratio"] for entry in report["headlines"]}
     left_out = [entry for entry in report["left_out"] if "source" in entry]

@@ -25,8 +25,10 @@ SUMMARY = "time a student against other models and runtimes"
 EXAMPLE = "hf-encdec-distill bench runs/quickstart/student --teacher built-in"
 
 _OF_SIZE = "same-size decoder"  # decoder-only, with as many parameters as the student
+_REPORT = "bench.json"
 _STAGES = 4
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a model on the Hub
+# Of a model on the Hub; weights in a second format where there are none in the first, as `from_pretrained` has it.
+_FILES, _PICKLED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"], ["*.bin"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..bench.results import check_against, compare, read_report
+    from ..bench.results import check_against, check_rounds, compare, read_report
 
     if args.compare:
         rows = compare(*map(read_report, args.compare))
@@ -79,7 +81,13 @@ def run(args: argparse.Namespace) -> None:
     if not args.minutes > 0:
         raise ValueError(f"--minutes {args.minutes:g}: give more than 0")
     requests = _requests(args)
-    baseline = read_report(args.against) if args.against else None
+    baseline = None
+    if args.against:
+        baseline = read_report(args.against)
+        check_rounds(str(args.against), baseline["rounds"])
+        check_rounds("this bench", args.rounds)
+        if args.against.resolve() == (args.output / _REPORT).resolve():
+            raise ValueError(f"--against {args.against}: this bench would write over it; give another --output")
     report = _measure(args, requests)
     say_result(args, report, _page(report))
     if baseline is not None:
@@ -103,7 +111,7 @@ def _measure(args: argparse.Namespace, requests: Sequence[Request]) -> dict[str,
     report = race(
         models, chosen, requests, prompts, args.output / "converted", threads, args.rounds, args.minutes, display.stage
     )
-    write_json(args.output / "bench.json", report)
+    write_json(args.output / _REPORT, report)
     try:
         from ..bench.plots import plot_bench
     except ImportError as error:  # the numbers are there without it
@@ -230,7 +238,12 @@ def _folder(name: str) -> Path:
     from ..models.loading import find
 
     found = find(name)  # whose errors say what is wrong with the name
-    return found if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=_FILES))
+    if Path(name).is_dir():
+        return found
+    folder = Path(snapshot_download(name, allow_patterns=_FILES))
+    if any(folder.glob("*.safetensors")):
+        return folder
+    return Path(snapshot_download(name, allow_patterns=[*_FILES, *_PICKLED]))
 
 
 def _random_model(config, student: Model, output: Path) -> Path:

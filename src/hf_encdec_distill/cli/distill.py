@@ -134,6 +134,11 @@ def run(args: argparse.Namespace) -> None:
         _take_threads(recorded["machine"])
 
     training = DistillationTrainingArguments(output_dir=str(output), **copy.deepcopy(training_part(recipe)))
+    if training.resume_from_checkpoint is not None:  # which `Trainer` leaves to the script, as scripts have it
+        raise ValueError(
+            f"resume_from_checkpoint={training.resume_from_checkpoint!r}: leave it out; --resume goes on from the "
+            "last checkpoint in --output"
+        )
     training.prompt_template = prompt_template(training.prompt_template, recipe["dataset"])
     for option in ("teacher_dtype", "teacher_quantization"):
         if getattr(training, option) is not None and is_cache(recipe["teacher"]):

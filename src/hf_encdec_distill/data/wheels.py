@@ -52,11 +52,12 @@ class Wheel:
 
         log = folder / "pip.log"
         # `--only-binary`: a source distribution would run its code to tell its metadata. pip's temporary files go to
-        # our own folder (TMPDIR, and TEMP on Windows): there the growing file can be watched, and it is removed.
+        # our own folder (TMPDIR, and TEMP on Windows): there the growing file can be watched, and it is removed. From
+        # Python 3.11 on, a folder `pip` in the current one is not taken for pip.
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
         command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder)]
         command += [f"{self.name}=={self.version}"]
-        environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))}
+        environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder)), "PYTHONSAFEPATH": "1"}
         bar = tqdm(
             total=self.size,
             unit="B",
