@@ -237,6 +237,62 @@ def test_gpus_are_read_in_millijoules(tmp_path, monkeypatch):
     assert meter.result() == {"kwh": pytest.approx(7.5 / 3.6e6), "counters": "1 GPU (NVML)"}
 
 
+def test_numbers_are_of_the_weights_as_they_are(train):
+    """Not of those of an evaluation before, nor of other rows."""
+    trainer = train(max_steps=3, eval_strategy="steps", eval_steps=2)
+    trainer.state.log_history = [row for row in trainer.state.log_history if "eval_loss" not in row]
+    card = trainer.callback_handler.callbacks[-1]
+    assert isinstance(card, ModelCardCallback)
+    measured = trainer.evaluate()
+    assert card.metrics()["models"]["student_kd"]["ce"] == measured["eval_ce_loss"]
+    trainer.evaluate(trainer.train_dataset)
+    assert card.metrics()["models"]["student_kd"]["ce"] == measured["eval_ce_loss"]
+    assert f"| {measured['eval_ce_loss']:.3f} |" in card_of(trainer).text
+    card.on_step_end(trainer.args, trainer.state, trainer.control)  # of one more, with other weights
+    assert "models" not in card.metrics()
+
+
+def test_the_best_weights_have_the_numbers_of_their_own_step(train):
+    trainer = train(
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the loss falls: the first is kept
+    )
+    first = next(row for row in trainer.state.log_history if "eval_loss" in row)
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    text = card_of(trainer).text
+    assert f"| {first['eval_ce_loss']:.3f} |" in text
+    assert trainer.evaluate()["eval_ce_loss"] == pytest.approx(first["eval_ce_loss"])
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        {"teacher": "big"},
+        {"data": {"train_rows": "8"}},
+        {"stages": [{"seconds": "10"}]},
+        {"energy": {"grid_g_per_kwh": 56}},
+        {"energy": {"grid_g_per_kwh": "56", "location": "France"}},
+    ],
+)
+def test_what_cannot_be_written_is_said_before_the_training(train, tmp_path, known):
+    with pytest.raises((ValueError, TypeError)):
+        train(known=known)
+    assert not any((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_a_card_in_another_encoding_stays(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/README.md").write_bytes("Über das Modell".encode("latin-1"))
+    train(save_strategy="steps", save_steps=1)
+    assert (tmp_path / "run/README.md").read_bytes().startswith(b"\xdcber")
+
+
 def test_what_contradicts_itself_is_said_before_the_training(train, tmp_path):
     with pytest.raises(ValueError, match="published='student' is not among models"):
         train(known={"models": {"student_kd": {"n": 3}}, "seeds": [0], "published": "student"})

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import datasets
 from transformers import Seq2SeqTrainingArguments, TrainerCallback
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
@@ -21,7 +22,7 @@ from ..distillation import (
     LiveTeacher,
     ServedTeacher,
 )
-from .model_card import check, teacher_entry, write_model_card
+from .model_card import card_text, check, teacher_entry, write_model_card
 
 
 MARK = "<!-- Written by ModelCardCallback, which rewrites it until you delete this line. -->"
@@ -46,11 +47,11 @@ _SOURCE, _TARGET = 128, 32  # tokens of the request whose cost is counted, where
 class ModelCardCallback(TrainerCallback):
     """Writes `README.md` into `output_dir` at each save and evaluation after the first step, and at the end.
 
-    It never overwrites a card that it did not write. The card has the energy if counters can be read
+    The card has numbers only if `eval_dataset` was evaluated with the weights as they are then. It never overwrites a card that it did not write. The card has the energy if counters can be read
     (`bench.EnergyMeter`), and CO2 if `energy={"grid_g_per_kwh": ..., "location": "..."}` gives the source.
 
     Args:
-        trainer: the card describes its teacher, student, data, arguments and last evaluation.
+        trainer: the card describes its teacher, student, data, arguments and evaluation.
         known: what a trainer cannot know, in the structure of `hf_encdec_distill.cards.model_card`, for instance
             `task={"name": "...", "language": "en"}` or `data={"name": "...", "license": "..."}`; it takes
             precedence.
@@ -62,16 +63,32 @@ class ModelCardCallback(TrainerCallback):
     def __init__(self, trainer: DistillationTrainer, **known: Any):
         self.trainer, self.known = trainer, known
         self._begun_at, self._meter, self._energy = 0, None, None
+        self._evaluation: Mapping[str, Any] | None = None  # of the weights as they are
+        self._evaluations: dict[int, Mapping[str, Any]] = {}  # by their steps
 
     def on_train_begin(self, args, state, control, **kwargs):
-        check(self.metrics())  # an error in `known` is raised now, not after the training
+        # An error in `known` is raised now, not after the training; whether counters can be read is not known yet.
+        metrics = self.metrics()
+        check(metrics)
+        card_text({**metrics, "energy": {"kwh": 0.0, "counters": "", **(metrics["energy"] or {})}}, "")
         self._begun_at, self._meter, self._energy = state.global_step, EnergyMeter(), None
+        self._evaluation, self._evaluations = None, {}
 
     def on_step_end(self, args, state, control, **kwargs):
         self._meter.update()
+        self._evaluation = None
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(self, args, state, control, metrics=None, eval_dataloader=None, **kwargs):
+        if "eval_loss" in (metrics or {}) and self._is_of_eval_dataset(eval_dataloader):
+            self._evaluation = self._evaluations[state.global_step] = metrics
         self._write(args, state)
+
+    def _is_of_eval_dataset(self, loader) -> bool:
+        """`trainer.evaluate(other_rows)` measures others. Without unused columns the rows are another `Dataset`."""
+        rows, expected = getattr(loader, "dataset", None), self.trainer.eval_dataset
+        if rows is expected or not isinstance(expected, datasets.Dataset):
+            return rows is expected
+        return getattr(rows, "_fingerprint", None) == self.trainer.get_eval_dataloader().dataset._fingerprint
 
     def on_save(self, args, state, control, **kwargs):
         self._write(args, state)
@@ -79,11 +96,14 @@ class ModelCardCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self._meter.update()
         self._energy = self._meter.result()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            step = int(state.best_model_checkpoint.rpartition("-")[2])
+            self._evaluation = self._evaluations.get(step)
         self._write(args, state)
 
     def _write(self, args, state) -> None:
         card = Path(args.output_dir) / "README.md"
-        ours = not card.is_file() or MARK in card.read_text(encoding="utf-8")
+        ours = not card.is_file() or MARK in card.read_text(encoding="utf-8", errors="replace")
         if state.is_world_process_zero and state.global_step and ours:
             write_model_card(card, self.metrics(), self.trainer.hub_model_id or args.hub_model_id)
 
@@ -205,12 +225,11 @@ class ModelCardCallback(TrainerCallback):
         return [{"name": "training", "steps": steps, "seconds": seconds[-1], "note": note}]
 
     def _quality(self) -> dict[str, Any]:
-        """The last evaluation, as the one entry of `models`."""
+        """The evaluation of these weights, as the one entry of `models`."""
         args, rows = self.trainer.args, _length(self.trainer.eval_dataset)
-        evaluations = [row for row in self.trainer.state.log_history if "eval_loss" in row]
-        if not evaluations or rows is None:
+        if self._evaluation is None or rows is None:
             return {}
-        last = {name[len("eval_") :]: x for name, x in evaluations[-1].items() if name.startswith("eval_")}
+        last = {name[len("eval_") :]: x for name, x in self._evaluation.items() if name.startswith("eval_")}
         last = {name: x for name, x in last.items() if isinstance(x, (int, float)) and math.isfinite(x)}
         divergence, ce = last.pop("distill_loss", None), last.pop("ce_loss", None)
         entry = {

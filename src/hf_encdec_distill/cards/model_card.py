@@ -57,11 +57,10 @@ to an existing card.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..files import inside, read_json, write_text
@@ -73,6 +72,15 @@ from .loading import READS_IMAGES, Reads, loading_section, proven_exports, table
 
 PAPER = "https://arxiv.org/abs/2501.16273"
 _SAMPLES = 10
+_KINDS: dict[type, tuple[tuple[str, ...], str]] = {
+    Mapping: (
+        ("task", "teacher", "student", "vision_tower", "data", "judge", "signatures", "recipe", "models", "verdict")
+        + ("latency", "cost", "exports", "machine", "energy", "curves", "figures"),
+        "a mapping of names to values",
+    ),
+    Sequence: (("stages", "seeds", "differences", "samples", "limits"), "a list"),
+    str: (("title", "spread", "published", "note"), "a text"),
+}
 
 
 def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, repo_id: str | None = None) -> Path:
@@ -92,8 +100,20 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
     path = path if path.suffix == ".md" else path / "README.md"
     given = metrics if isinstance(metrics, Mapping) else read_json(Path(metrics))
     check(given)
-    metrics = {"exports": proven_exports(path.parent), **given}
-    folder = path.resolve().parent.name
+    text = card_text({"exports": proven_exports(path.parent), **given}, path.resolve().parent.name, repo_id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+    return path
+
+
+def card_text(metrics: Mapping, folder: str, repo_id: str | None = None) -> str:
+    """The card, whose structure `check` has passed.
+
+    Args:
+        metrics: with `exports`.
+        folder: the name of the one that the card is for.
+        repo_id: as `write_model_card` takes it.
+    """
     title = metrics.get("title") or metrics.get("student", {}).get("name") or folder
     example = _example(metrics)
     loading = {"source": example["source"]} if example else {}
@@ -101,7 +121,7 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
         f"# {title}\n\n{_summary(metrics)}",
         _use(metrics),
         loading_section(
-            repo_id or folder, _model_type(metrics), metrics["exports"] or {}, **loading, reads=_reads(metrics)
+            repo_id or folder, _model_type(metrics), metrics.get("exports") or {}, **loading, reads=_reads(metrics)
         ),
         _results(metrics),
         _figures(metrics),
@@ -114,14 +134,19 @@ def write_model_card(path_or_dir: str | Path, metrics: Mapping | str | Path, rep
         "" if _is_decoder_only(metrics) else _citation(),
     )
     text = "\n\n".join(filter(None, (metrics.get("note"), *sections)))
-    text = f"---\n{_card_data(metrics, title).to_yaml()}\n---\n\n{text}\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
-    return path
+    return f"---\n{_card_data(metrics, title).to_yaml()}\n---\n\n{text}\n"
 
 
 def check(metrics: Mapping) -> None:
     """Raises ValueError for an entry that contradicts the structure, naming it."""
+    for kind, (known, words) in _KINDS.items():
+        for key in known:
+            value = metrics.get(key)
+            if value is not None and (not isinstance(value, kind) or (kind is Sequence and isinstance(value, str))):
+                raise ValueError(f"{key}={value!r} is of type {type(value).__name__}, expected {words}")
+    energy = metrics.get("energy") or {}
+    if "grid_g_per_kwh" in energy and "location" not in energy:
+        raise ValueError("energy has grid_g_per_kwh but no location: give where the electricity is from")
     models, spread = metrics.get("models", {}), metrics.get("spread")
     if models and not metrics.get("seeds"):
         raise ValueError("metrics has models but no seeds: give the list of seeds that they were trained with")
@@ -214,15 +239,16 @@ def license_of(name: str | Path) -> str | None:
     """The license in the card of a model, in its folder or on the Hub; None if no card can be read."""
     try:
         path = inside(Path(name), "README.md") if Path(name).exists() else name
-        return ModelCard.load(path, ignore_metadata_errors=True).data.get("license")
-    except (OSError, ValueError, yaml.YAMLError):
+        license = ModelCard.load(path, ignore_metadata_errors=True).data.get("license")
+    except Exception:  # of whatever a stranger has written there
         return None
+    return license if isinstance(license, str) else None
 
 
 def teacher_entry(name: str | Path) -> dict[str, str | None]:
     """`teacher` of a metrics structure, from a folder or a Hub id and the card there."""
     is_folder = os.path.isdir(name)
-    on_hub = not is_folder and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))
+    on_hub = not is_folder and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name))
     license = license_of(name) if is_folder or on_hub else None
     return {"name": Path(name).name, "hub_id": str(name) if on_hub else None, "license": license}
 
