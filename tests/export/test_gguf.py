@@ -9,7 +9,14 @@ import pytest
 import torch
 from architectures import LLAMA_3
 from toys import make_llama, make_model, random_ids, stir
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
 from hf_encdec_distill.export import gguf as target
@@ -185,6 +192,11 @@ def test_blocks_that_llama_cpp_lacks_are_refused(options, problem, tmp_path):
 def test_decoder_only_models_of_other_blocks_are_refused(tmp_path):
     with pytest.raises(ValueError, match="hidden_act 'gelu': llama.cpp has no architecture"):
         target.write_decoder_only(make_llama(2, hidden_act="gelu"), tmp_path / "model.gguf", "fp32")
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=4))
+    with pytest.raises(ValueError, match="layers with a sliding window: llama.cpp has no architecture"):
+        target.write_decoder_only(model, tmp_path / "model.gguf", "fp32")
     assert not (tmp_path / "model.gguf").exists()
 
 

@@ -177,6 +177,34 @@ def test_pictures_that_a_card_shows_in_other_ways(hub, folder, capsys):
     assert set(pushed(hub)[1]) == STUDENT | RECORDS | set(shown)
 
 
+def test_pictures_by_name_and_in_parentheses(hub, folder):
+    shown = ["a.png", "b.png", "fig(1).png", "d.png", "light.png", "dark.png", "e.png"]
+    for name in shown:
+        (folder / name).write_bytes(b"\x89PNG\0")
+    (folder / "README.md").write_text(f"""{CARD}
+![of [two] words][A] ![b.png] ![c](fig(1).png) ![d](d.png?raw=true) \\![no](no.png) [no][other]
+<picture><source media="(a > b)" srcset="dark.png 1x, dark.png 2x"><img alt='a>b' src=light.png
+ srcset='e.png 2x'></picture>
+
+[a]: a.png "title"
+[b.png]: <b.png#part>
+[other]: no.png
+""")
+    assert push(folder, "ann/student") == 0
+    assert set(pushed(hub)[1]) == STUDENT | RECORDS | set(shown)
+
+
+def test_code_of_the_tokenizer_goes_too(hub, folder, capsys):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": [None, "tokenization_mine.MineFast"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert push(folder, "ann/student") == 2
+    assert "names tokenization_mine.py, not there" in one_error(capsys)
+    (folder / "tokenization_mine.py").write_text("class MineFast: ...")
+    assert push(folder, "ann/student") == 0
+    assert set(pushed(hub)[1]) == STUDENT | RECORDS | {"tokenization_mine.py"}
+
+
 def test_a_second_push_replaces_weights_and_exports(hub, folder, capsys):
     write_export(folder / "onnx")
     templates = ("chat_template.jinja", "additional_chat_templates/tool_use.jinja")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -19,6 +20,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
     TrainerCallback,
 )
+from transformers.trainer_utils import HPSearchBackend
 
 from hf_encdec_distill import DistillationTrainer, DistillationTrainingArguments
 from hf_encdec_distill.metrics import texts as metrics
@@ -341,3 +343,62 @@ def test_model_init_makes_a_student_for_each_run(tmp_path, tokenizer):
     for losses, weights in runs[1:]:
         assert losses == runs[0][0] and len(losses) == 4
         assert all(map(torch.equal, weights, runs[0][1]))
+
+
+@pytest.mark.parametrize(
+    ("before", "trial"),
+    [
+        ({}, {"divergence": "reverse_kl"}),
+        ({"divergence": "generalized_jsd"}, {"jsd_beta": 0.1}),
+        ({"divergence": "skew_kl"}, {"skew_alpha": 0.8}),
+        ({}, {"distill_weight": 0.5, "distill_temperature": 3.0}),
+        ({"hidden_state_weight": 0.5}, {"hidden_state_weight": 2.0}),
+    ],
+)
+def test_a_trial_of_a_search_trains_as_it_is_told(tmp_path, tokenizer, before, trial):
+    """As a trainer of its own with the same arguments."""
+    options = {"model_init": lambda trial=None: make_t5(), "max_steps": 2, "logging_steps": 1}
+    searching = make_trainer(tmp_path / "search", tokenizer, **options, **before)
+    searching.hp_search_backend = HPSearchBackend.WANDB  # as `hyperparameter_search` sets it
+    searching._hp_search_setup(dict(trial))
+    searching.train()
+    fresh = make_trainer(tmp_path / "fresh", tokenizer, **options, **{**before, **trial})
+    fresh.train()
+    assert logged(searching) == logged(fresh) and len(logged(fresh)) == 2
+    started = make_trainer(tmp_path / "started", tokenizer, **options, **before)
+    started.train()
+    assert logged(started) != logged(fresh)
+
+
+@pytest.mark.parametrize(
+    ("trial", "name"),
+    [({"freeze_encoder": True}, "freeze_encoder"), ({"hidden_state_weight": 1.0}, "hidden_state_weight")],
+)
+def test_a_trial_may_not_set_what_has_no_effect(tmp_path, tokenizer, trial, name):
+    trainer = make_trainer(tmp_path, tokenizer, model_init=lambda trial=None: make_t5(), max_steps=1)
+    trainer.hp_search_backend = HPSearchBackend.WANDB
+    with pytest.raises(ValueError, match=f"a trial sets {name}=.*leave it out of the search"):
+        trainer._hp_search_setup(trial)
+
+
+def test_the_students_own_tokenizer_is_found_where_it_is_made(tmp_path, tokenizer):
+    def model_init():
+        student = make_t5()
+        student.tokenizer = tokenizer
+        return student
+
+    trainer = make_trainer(tmp_path, None, model_init=model_init, rows=TEXTS, teacher_processing_class=tokenizer)
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_rows_without_a_target_have_no_loss(tmp_path, tokenizer, warnings_of):
+    """As with `Seq2SeqTrainer`, and never the best loss of all."""
+    dead = [{"input_ids": [5, 6, 7], "labels": [-100, -100]}] * 4
+    base = make_trainer(tmp_path / "base", tokenizer, cls=Seq2SeqTrainer)
+    ours = make_trainer(tmp_path / "ours", tokenizer)
+    assert np.isnan(base.evaluate(dead)["eval_loss"])
+    found = ours.evaluate(dead)
+    assert all(np.isnan(found[f"eval_{name}"]) for name in ("loss", "ce_loss", "distill_loss", "teacher_agreement"))
+    assert any("no row of the data set to evaluate (eval) has a target token" in said for said in warnings_of())
+    some = ours.evaluate(dead + ROWS[:4])
+    assert some["eval_ce_loss"] == pytest.approx(ours.evaluate(ROWS[:4])["eval_ce_loss"], rel=1e-5)

@@ -26,7 +26,7 @@ from hf_encdec_distill.models.prompts import encode_prompt
 DEPTH, VOCAB = 4, 280
 FAMILIES = {
     "llama": {"rope_theta": 500.0, "attention_bias": True, "mlp_bias": True},
-    "mistral": {"head_dim": 12, "sliding_window": None},
+    "mistral": {"head_dim": 12, "sliding_window": None, "attention_bias": True, "mlp_bias": True},  # reads neither
     "qwen2": {},
     "qwen3": {"head_dim": 12},
     "smollm3": {"no_rope_layer_interval": 2},

@@ -28,9 +28,11 @@ SIZES = {
 LLAMA_LIKE = {
     "llama": {"tie_word_embeddings": False},
     "llama with biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "mistral with keys that it does not read": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"tie_word_embeddings": True, "sliding_window": None},
     "phi3": {"tie_word_embeddings": False, "head_dim": 8},
     "qwen2": {"tie_word_embeddings": True},
+    "qwen2 with a key that it does not read": {"mlp_bias": True},
     "qwen3": {"tie_word_embeddings": True},
     "qwen3 with biases": {"attention_bias": True, "tie_word_embeddings": False},
     "smollm3": {"tie_word_embeddings": True},

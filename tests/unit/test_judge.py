@@ -139,7 +139,7 @@ def test_templates(tmp_path):
     file.write_text("rate it")
     with pytest.raises(ValueError, match=r"has no \{prediction\}"):
         load_template(str(file))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="'rate it' is no file, nor has it {prediction}"):
         load_template("rate it")
 
 

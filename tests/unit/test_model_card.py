@@ -239,6 +239,26 @@ def test_a_card_without_metadata_and_none_at_all(tmp_path):
         update_model_card(tmp_path / "nothing", evaluated(f1=0.25), "runs/student")
 
 
+_RESULTS = "results: [{task: {type: t}, dataset: {type: d, name: d}, metrics: [{type: f1, value: 1}]}]"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("---\na: [\n---\n", "not valid"),
+        ("---\nmodel-index:\n- name: x\n---\n", "not valid"),
+        ("---\ntags: 5\n---\n", "not valid"),
+        (f"---\nmodel-index:\n- {{name: One, {_RESULTS}}}\n- {{name: Two, {_RESULTS}}}\n---\n", "2 models, One, Two"),
+        ("Über das Modell", "not valid"),
+    ],
+)
+def test_a_card_that_cannot_be_updated_stays_as_it_is(tmp_path, text, message):
+    (tmp_path / "README.md").write_bytes(before := text.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"README\.md.*{message}"):
+        update_model_card(tmp_path, evaluated(f1=0.25), "runs/student")
+    assert (tmp_path / "README.md").read_bytes() == before
+
+
 def test_a_model_index_is_metadata_of_its_own(tmp_path):
     text = model_index(evaluated(ece=0.1234), "runs/student", "student")
     assert list(yaml.safe_load(text)) == ["model-index"]
@@ -282,6 +302,19 @@ def test_exports_beside_the_card_are_in_it(tmp_path):
     assert row in text and "on 24 held-out rows" in text and "onnx_int4" not in text and "coreml" not in text
     del report["rouge_l"]
     assert "3.712 (3.700) | – |" in write_model_card(tmp_path, metrics() | {"exports": {"onnx": report}}).read_text()
+
+
+def test_a_proof_that_says_nothing_of_its_export_is_named(tmp_path):
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx/parity.json").write_text('{"failures": []}')
+    with pytest.raises(ValueError, match="onnx/parity.json has no 'target'"):
+        write_model_card(tmp_path, metrics())
+
+
+def test_the_lines_of_a_folder_with_quotes_are_python(tmp_path):
+    text = write_model_card(tmp_path / 'my"model', {}).read_text()
+    blocks = re.findall("```python\n(.*?)```", text, re.DOTALL)
+    assert blocks and all(compile(block, "card", "exec") for block in blocks)
 
 
 def test_samples_cannot_break_out_of_their_fences(tmp_path):

@@ -152,7 +152,12 @@ def test_a_student_too_large_for_one_gpu_is_sharded():
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"tokens": 0}, "tokens=0"), ({"passes": 0}, "passes=0"), ({"target_length": 1}, "target_length=1")],
+    [
+        ({"tokens": 0}, "tokens=0"),
+        ({"passes": 0}, "passes=0"),
+        ({"passes": float("inf")}, "passes=inf"),
+        ({"target_length": 1}, "target_length=1"),
+    ],
 )
 def test_work_that_is_none(fields, message):
     with pytest.raises(ValueError, match=message):

@@ -133,6 +133,8 @@ def test_a_date_needs_no_quotes(tmp_path):
         ("init: {encoder_layer: 3}", "r.yaml, init: unknown key 'encoder_layer', the closest valid one is 'encoder_l"),
         ("learning_rate: fast", "learning_rate='fast' is of type str, expected float"),
         ("learning_rate: true", "learning_rate=True is of type bool, expected float"),
+        ("eval_strategy: no", "eval_strategy is False to YAML, expected a text: put the word in quotes"),
+        ("init: {depth: 3}", "keys are `teacher` and .*encoder_layers"),
         ("max_steps: 1.5", "max_steps=1.5 is of type float, expected int"),
         ("bf16: 1", "bf16=1 is of type int, expected bool"),
         ("prompt_template: [a]", r"prompt_template=\['a'\] is of type list, expected str"),

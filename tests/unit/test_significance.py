@@ -34,6 +34,19 @@ def test_the_p_value_is_that_of_all_sign_flips():
     assert 0.02 <= np.mean([p_of(row) < 0.05 for row in noise]) <= 0.09
 
 
+def test_what_is_no_number_is_not_significant():
+    broken, whole = mean([1.0, np.nan, 0.0], [2, 3, 1]), mean([1.0, 1.0, 0.0], [2, 3, 1])
+    assert np.isnan(p_value(broken, whole)) and np.isnan(interval(broken)["low"])
+    # Many draws of three rows hold none but the one without a token, which says nothing.
+    found = interval(mean([1.0, 2.0, 0.0], [2, 4, 0]))
+    assert found == {"value": 0.5, "low": 0.5, "high": 0.5}
+    with pytest.raises(ValueError, match="no rows"):
+        interval(mean([], []))
+    for compare in (interval, p_value):
+        with pytest.raises(ValueError, match="3 rows of one model and 1 of the other"):
+            compare(whole, mean([1.0], [2]))
+
+
 def test_the_interval_is_that_of_a_ratio_of_sums():
     generator = np.random.default_rng(7)
     weights = np.full(400, 10.0)

@@ -52,8 +52,8 @@ class Work:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name}={getattr(self, name)} leaves nothing to plan: give at least {value}")
-        if not self.passes > 0:
-            raise ValueError(f"passes={self.passes} leaves nothing to plan: give a number above 0")
+        if not 0 < self.passes * self.tokens < math.inf:
+            raise ValueError(f"passes={self.passes} leaves nothing to plan, or no end: give a number above 0")
 
     @property
     def rows(self) -> int:

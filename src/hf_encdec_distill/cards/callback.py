@@ -47,7 +47,8 @@ _SOURCE, _TARGET = 128, 32  # tokens of the request whose cost is counted, where
 class ModelCardCallback(TrainerCallback):
     """Writes `README.md` into `output_dir` at each save and evaluation after the first step, and at the end.
 
-    The card has numbers only if `eval_dataset` was evaluated with the weights as they are then. It never overwrites a card that it did not write. The card has the energy if counters can be read
+    The card has numbers only if `eval_dataset` was evaluated with the weights as they are then. It never overwrites a
+    card that it did not write. The card has the energy if counters can be read
     (`bench.EnergyMeter`), and CO2 if `energy={"grid_g_per_kwh": ..., "location": "..."}` gives the source.
 
     Args:

@@ -4,13 +4,18 @@ https://huggingface.co/docs/hub/model-cards#evaluation-results
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..files import inside
+from ..files import inside, one_line
 from ..metrics.measures import METRICS, OF_TEACHER, bounds
+
+
+_METADATA = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---", re.DOTALL)
 
 
 def eval_results(metrics: Mapping, key: str) -> list[EvalResult]:
@@ -63,8 +68,31 @@ def model_index(metrics: Mapping, key: str, name: str) -> str:
     return ModelCardData(model_name=name, eval_results=eval_results(metrics, key)).to_yaml() + "\n"
 
 
+def load_card(folder: str | Path) -> ModelCard:
+    """
+    Raises:
+        ValueError: there is no card, its metadata cannot be read, or they have results of several models.
+    """
+    path = Path(folder) / "README.md"
+    if not path.is_file():  # the name of a folder that is not there would be looked for on the Hub
+        raise ValueError(f"there is no model card {path}: write one first (write_model_card)")
+    try:
+        card = ModelCard.load(inside(path.parent, path.name))
+        written = _METADATA.match(path.read_text(encoding="utf-8"))  # the card has read the last model's alone
+        metadata = (yaml.safe_load(written[1]) if written else None) or {}
+        models = [entry.get("name") for entry in metadata.get("model-index") or []]
+    except Exception as error:  # of whatever is written there; PyYAML's are no ValueErrors
+        raise ValueError(f"the metadata of {path} are not valid: {one_line(error)}") from error
+    if len(models) > 1:
+        raise ValueError(
+            f"the model-index of {path} has {len(models)} models, {', '.join(map(str, models))}: leave one in it"
+        )
+    return card
+
+
 def update_model_card(folder: str | Path, metrics: Mapping, key: str) -> Path:
-    """Writes `models[key]` into the model-index of the card in a folder; text and other metadata do not change.
+    """Writes `models[key]` into the model-index of the card in a folder; text and other metadata do not change, but
+    for comments in the metadata, which are lost.
 
     A result of the same measure on the same dataset and split is replaced; others stay. It never contacts the Hub.
 
@@ -72,12 +100,10 @@ def update_model_card(folder: str | Path, metrics: Mapping, key: str) -> Path:
         The path written.
 
     Raises:
-        ValueError: there is no card, or its metadata cannot be read.
+        ValueError: see `load_card`.
     """
     path = Path(folder) / "README.md"
-    if not path.is_file():  # the name of a folder that is not there would be looked for on the Hub
-        raise ValueError(f"there is no model card {path}: write one first (write_model_card)")
-    card = ModelCard.load(inside(path.parent, path.name))
+    card = load_card(folder)
     task = {"pipeline_tag": card.data.get("pipeline_tag"), **metrics.get("task", {})}
     measured = eval_results({**metrics, "task": task}, key)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..export.backends import backend_of, targets
-from ..files import inside, read_json, write_text
+from ..files import check_fields, inside, read_json, write_text
 
 
 Reads = Literal["source", "prompt", "chat"]
@@ -23,6 +23,11 @@ pip install torch "transformers>=4.57"
 ```"""
 _INSTALL_FOR_IMAGES = _INSTALL.replace("torch", "torch pillow")
 READS_IMAGES = "rope_encdec_vision"  # the model_type
+# What a card says of an export.
+_FIELDS = {
+    **{"target": str, "variant": str, "shapes_taken": str, "logits": float, "rows": int},
+    **dict.fromkeys(("megabytes", "tokens", "ce"), dict),
+}
 _UNFINISHED = (".rejected", ".unproven", ".partial")
 
 
@@ -65,7 +70,12 @@ def loading_section(
         source: the text that the lines answer.
         reads: an encoder-decoder reads it as the source, a decoder-only model as its prompt or as a user's message in
             its chat template.
+
+    Raises:
+        ValueError: what was proven of an export is not said.
     """
+    for folder, report in exports.items():
+        check_fields(report, _FIELDS, f"{folder}/{PARITY}")
     in_pytorch = _in_pytorch(name, model_type, source) if reads == "source" else _decoder_only(name, source, reads)
     parts = [_BEGIN.format(name=name), "## How to load", in_pytorch]
     for target in targets():
@@ -114,17 +124,22 @@ def note_exports(folder: Path, model_type: str) -> None:
 def _answer_about_image(source: str) -> str:
     return f"""from PIL import Image
 image = Image.new("RGB", (640, 480), "navy")  # yours: Image.open("picture.png")
-source = {json.dumps(source, ensure_ascii=False)}
+source = {_quoted(source)}
 inputs = processor(images=image, text=processor.image_token + source, return_tensors="pt")
 print(processor.decode(model.generate(**inputs, max_new_tokens=48)[0], skip_special_tokens=True))
 """
 
 
 def _answer(source: str) -> str:
-    return f"""source = {json.dumps(source, ensure_ascii=False)}
+    return f"""source = {_quoted(source)}
 inputs = tokenizer(source, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=48)[0], skip_special_tokens=True))
 """
+
+
+def _quoted(text: str) -> str:
+    """As a string of Python."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _decoder_only(name: str, source: str, reads: Reads) -> str:
@@ -137,9 +152,9 @@ def _decoder_only(name: str, source: str, reads: Reads) -> str:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")
-source = {json.dumps(source, ensure_ascii=False)}
+tokenizer = AutoTokenizer.from_pretrained({_quoted(name)})
+model = AutoModelForCausalLM.from_pretrained({_quoted(name)})
+source = {_quoted(source)}
 inputs = {inputs}
 answer = model.generate(**inputs, max_new_tokens=48)[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))
@@ -156,8 +171,8 @@ def _in_pytorch(name: str, model_type: str, source: str) -> str:
 
     def lines(option: str = "") -> str:
         return f"""from transformers import {model_class}, {reader_class}
-{reader} = {reader_class}.from_pretrained("{name}"{option})
-model = {model_class}.from_pretrained("{name}"{option})
+{reader} = {reader_class}.from_pretrained({_quoted(name)}{option})
+model = {model_class}.from_pretrained({_quoted(name)}{option})
 """
 
     if not (reads_images or model_type == "rope_encdec"):  # transformers itself has it
@@ -183,10 +198,10 @@ Then, in either case:
 def _in_runtime(name: str, export: str, target: str, source: str) -> str:
     if "/" in name:  # of the Hub
         folder = f"""from huggingface_hub import snapshot_download
-folder = snapshot_download("{name}", allow_patterns="{export}/*") + "/{export}"
+folder = snapshot_download({_quoted(name)}, allow_patterns={_quoted(f"{export}/*")}) + {_quoted(f"/{export}")}
 """
     else:
-        folder = f'folder = "{name}/{export}"\n'
+        folder = f"folder = {_quoted(f'{name}/{export}')}\n"
     return f"""```bash
 pip install "hf-encdec-distill[{target}]"
 ```

@@ -54,7 +54,8 @@ def read_recipe(file: Path) -> dict[str, Any]:
     del hints["output_dir"]  # `output`
     recipe = checked(content, {**hints, **_RUN, "init": dict}, str(file))
     if "init" in recipe:
-        recipe["init"] = checked(recipe["init"], get_type_hints(Init), f"{file}, init")
+        keys = f"`teacher` and {', '.join(field.name for field in dataclasses.fields(Shape))}"
+        recipe["init"] = checked(recipe["init"], get_type_hints(Init), f"{file}, init", keys)
         if "student" in recipe:
             raise ValueError(
                 f"{file} has both a student and an init section, which would make one: leave one of them out."
@@ -120,6 +121,8 @@ def _typed(name: str, value: Any, hint: Any, where: str) -> Any:
         return value
     if isinstance(value, datetime.date) and _fits("", hint):  # which YAML makes of 2026-11-28 without quotes
         return value.isoformat()
+    if isinstance(value, bool) and _fits("", hint):  # as YAML 1.1 reads on, off, yes and no
+        raise ValueError(f"{where}: {name} is {value} to YAML, expected a text: put the word in quotes.")
     if isinstance(value, str) and _fits(0.5, hint):  # YAML 1.1 takes 1e-3, which has no dot, for text
         try:
             return float(value)

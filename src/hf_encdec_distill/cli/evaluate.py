@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
 
     from ..cards import update_model_card
+    from ..cards.index import load_card
     from ..devices import device, working_dtype
     from ..evaluation.judge import Judge
     from ..metrics.measures import OF_TEACHER
@@ -104,6 +105,8 @@ def run(args: argparse.Namespace) -> None:
     cards = [name for name in args.models if args.update_card and (Path(name) / "README.md").is_file()]
     if args.update_card and not cards:
         raise ValueError(f"--update-card: there is no README.md in {', '.join(args.models)}; leave the option out")
+    for name in cards:
+        load_card(name)  # what cannot be updated is said before anything is measured
     output = None if args.output is None else new_folder(args.output)
     asked = [name for name in args.metrics or _DEFAULT if args.teacher is not None or name not in OF_TEACHER]
 

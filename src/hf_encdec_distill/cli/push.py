@@ -40,14 +40,24 @@ _TOKENIZER = (
     "merges.txt",
     "vocab.txt",
     "spiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
+    "tekken.json",
     "tokenizer.model",
 )
 _TEMPLATES = "additional_chat_templates/"  # those of a tokenizer that has several, each by its name
-_RECORDS = ("recipe.json", "recipe.yaml", "provenance.json", "LICENSE", "NOTICE")
-# `![text](path "title")` or `![text](<path>)`; `<img src="path">`; what is not shown, as code or a comment; a picture
-# that is on the web or, as `data:`, in the card itself.
-_FIGURE = re.compile(r"!\[[^\]]*\]\(\s*(?:<([^>\n]*)>|([^)\s]+))(?:\s+(?:\"[^\"]*\"|'[^']*'|\([^)]*\)))?\s*\)")
-_TAG = re.compile(r"<img\s(?:[^>]*?\s)?src\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s\"'>]+))", re.IGNORECASE)
+_RECORDS = ("recipe.json", "recipe.yaml", "provenance.json", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
+# `![text](path "title")` or `![text](<path>)`; `![text][name]` or `![name]`, and `[name]: path`; `<img src="path">`
+# and `<source srcset="path 1x, path 2x">`; what is not shown, as code or a comment; a picture that is on the web or,
+# as `data:`, in the card itself.
+_TEXT = r"(?<!\\)!\[((?:[^\[\]]|\[[^\[\]]*\])*)\]"
+_PATH = r"(?:<([^>\n]*)>|((?:[^\s()]|\([^\s()]*\))+))"
+_FIGURE = re.compile(_TEXT + r"\(\s*" + _PATH + r"(?:\s+(?:\"[^\"]*\"|'[^']*'|\([^)]*\)))?\s*\)")
+_NAMED = re.compile(_TEXT + r"(?:\[([^\[\]]*)\])?(?!\()")
+_NAME = re.compile(r"^ {0,3}\[([^\[\]]+)\]:\s*(?:<([^>\n]*)>|(\S+))", re.MULTILINE)
+_TAG = re.compile(r"<(?:img|source)(\s(?:[^>\"']|\"[^\"]*\"|'[^']*')*)", re.IGNORECASE)
+_SOURCE = re.compile(r"\s(src|srcset)\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s\"'>]+))", re.IGNORECASE)
 _HIDDEN = re.compile(r"^ *(`{3,}|~{3,}).*?^ *\1|(`+)[^\n]+?\2|<!--.*?-->", re.DOTALL | re.MULTILINE)
 _ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]+:|//", re.IGNORECASE)
 
@@ -163,7 +173,8 @@ def _beside_weights(folder: Path) -> list[str]:
 
 def _named_code(folder: Path) -> set[str]:
     """Of this folder: `user/name--module.Class` is code of another repository."""
-    configs = [name for name in ("config.json", *_PROCESSOR) if (folder / name).is_file()]
+    kinds = ("config.json", "tokenizer_config.json", *_PROCESSOR)
+    configs = [name for name in kinds if (folder / name).is_file()]
     auto_maps = [read_json(inside(folder, name)).get("auto_map") or {} for name in configs]
     values = [value for auto_map in auto_maps for value in auto_map.values()]
     entries = [value if isinstance(value, list) else [value] for value in values]  # two of a tokenizer
@@ -183,7 +194,8 @@ def _figures(folder: Path) -> list[str]:
         card = ModelCard.load(inside(folder, _CARD))
     except Exception as error:  # PyYAML's are no ValueErrors
         raise ValueError(f"the metadata of {folder / _CARD} are not valid: {error}") from error
-    shown = [Path(unquote(path)).as_posix() for path in _pictures(card.text) if path and not _ELSEWHERE.match(path)]
+    there = (re.split("[?#]", path)[0] for path in _pictures(card.text) if not _ELSEWHERE.match(path))
+    shown = [Path(unquote(path)).as_posix() for path in there if path]
     missing = [path for path in shown if not inside(folder, path).is_file()]
     if missing:
         raise ValueError(f"{folder / _CARD} shows {', '.join(missing)}, not in {folder}: put it there or take it out")
@@ -193,8 +205,16 @@ def _figures(folder: Path) -> list[str]:
 def _pictures(text: str) -> list[str]:
     """The pictures that a card shows, those of Markdown and those of HTML; paths in it, or addresses."""
     text = _HIDDEN.sub("", text)
-    of_markdown = [bracketed or plain for bracketed, plain in _FIGURE.findall(text)]
-    return [*of_markdown, *(html.unescape("".join(quoted)) for quoted in _TAG.findall(text))]
+    of_markdown = [bracketed or plain for _, bracketed, plain in _FIGURE.findall(text)]
+    named = {name.casefold(): bracketed or plain for name, bracketed, plain in _NAME.findall(text)}
+    names = [(name or shown).casefold() for shown, name in _NAMED.findall(text)]
+    of_markdown += [named[name] for name in names if name in named]
+    of_html = []
+    for attribute, *quoted in (found for tag in _TAG.findall(text) for found in _SOURCE.findall(tag)):
+        value = html.unescape("".join(quoted))
+        several = attribute.lower() == "srcset"
+        of_html += [words[0] for part in value.split(",") if (words := part.split())] if several else [value]
+    return [*of_markdown, *of_html]
 
 
 def _card(folder: Path, names: list[str], repo_id: str) -> bytes:

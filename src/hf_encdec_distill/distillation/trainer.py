@@ -52,6 +52,7 @@ from .checks.finite_training import FiniteTraining, explain_loss
 from .checks.lengths import row_sizes, with_lengths
 from .checks.limits import check_length, max_positions
 from .checks.packing import refuse_packed
+from .checks.trials import check_trial, own_fields
 from .collator import MESSAGES, DistillationCollator, tokenizer_of
 from .decoder_only_student import (
     answers_alone,
@@ -190,6 +191,8 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, *remaining, **kwargs
         )
+        if self.processing_class is None and self.model_init is not None:
+            self.processing_class = getattr(self.model, "tokenizer", None)
         if self.compute_loss_func is not None:
             raise ValueError(
                 "compute_loss_func would replace the distillation loss; leave it out, or override compute_loss."
@@ -251,10 +254,6 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         )
         self.teacher_processing_class = self.processing_class if tokenizer is None else tokenizer
         self._is_universal = args.vocab_policy == "universal"
-        if self._is_universal:
-            self._divergence = universal_logit_distance
-        else:
-            self._divergence = select_divergence(args.divergence, args.jsd_beta, args.skew_alpha)
 
     def _served(self, teacher: str | ServedTeacher, tokenizer) -> ServedTeacher:
         args = self.args
@@ -277,8 +276,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         tokenizer = tokenizer_of(self.teacher_processing_class)
         day = args.prompt_date or getattr(config, "prompt_date", None) or getattr(self.teacher, "prompt_date", None)
         self.prompt_date = frozen_prompt_date(tokenizer, args.prompt_template, day)
-        divergence = universal_logit_distance.__name__ if self._is_universal else args.divergence
-        self.teacher.check(args.prompt_template, divergence, args.distill_temperature, self.prompt_date)
+        self._choose_divergence()
         # A merged student's decoder starts with the last token of the teacher's prompt, which its encoder leaves out.
         merged = getattr(config, "cross_attention", None) == "merged"
         self._start_token_id = config.decoder_start_token_id if merged else None
@@ -290,6 +288,22 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         elif self._is_decoder_only and isinstance(given, PreTrainedTokenizerBase):
             own = with_prompt_as_chat_template(given, args.prompt_template)
         self.processing_class = self.callback_handler.processing_class = own
+
+    def _choose_divergence(self) -> None:
+        args = self.args
+        if self._is_universal:
+            self._divergence, name = universal_logit_distance, universal_logit_distance.__name__
+        else:
+            self._divergence = select_divergence(args.divergence, args.jsd_beta, args.skew_alpha)
+            name = args.divergence
+        self.teacher.check(args.prompt_template, name, args.distill_temperature, self.prompt_date)
+
+    def _hp_search_setup(self, trial) -> None:
+        """As the base class; refuses what a trial sets without effect."""
+        before = own_fields(self.args)
+        super()._hp_search_setup(trial)
+        check_trial(before, self.args)
+        self._choose_divergence()
 
     def _collator(self, data_collator) -> DistillationCollator:
         args = self.args
@@ -826,8 +840,15 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
                 )
             sums = {name: total.item() for name, total in self._eval_sums.items()}
             if sums and output.metrics is not None:
-                tokens = max(sums.pop("tokens"), 1)
-                means = {name: total / tokens for name, total in sums.items()}
+                tokens = sums.pop("tokens")
+                if not tokens:
+                    logger.warning(
+                        "no row of the data set to evaluate (%s) has a target token, so that its loss is nan: are "
+                        "targets cut off behind long prompts, or all labels %d?",
+                        metric_key_prefix,
+                        IGNORED,
+                    )
+                means = {name: total / tokens if tokens else float("nan") for name, total in sums.items()}
                 means["loss"] = self._combine(means)
                 means["loss"] += self.args.hidden_state_weight * means.get("hidden_state_loss", 0.0)
                 if self._is_universal:  # ids of the two are not to be compared

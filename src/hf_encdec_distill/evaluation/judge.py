@@ -45,11 +45,15 @@ def load_template(given: str | None) -> str:
     """The default, a text with `{prediction}` in it, or what is in a file; one line end at its end is the editor's.
 
     Raises:
-        OSError: neither a file nor a text with `{prediction}`.
-        ValueError: a file without `{prediction}`.
+        OSError: a file that cannot be read.
+        ValueError: a file or a text without `{prediction}`.
     """
     if given is None or "{prediction}" in given:
         return given or TEMPLATE
+    if not Path(given).exists():
+        raise ValueError(
+            f"the judge's template {given!r} is no file, nor has it {{prediction}}, which stands where the answer goes"
+        )
     text = Path(given).read_text(encoding="utf-8")
     if "{prediction}" not in text:
         raise ValueError(

@@ -150,6 +150,7 @@ def _lacking(config) -> str:
     """What of a block no architecture of llama.cpp has; empty if nothing. The config is a student's or a decoder-only
     model's."""
     from ..models.either_version import rope_parameters
+    from ..models.families import biases_of, sliding_window_of
 
     parameters = rope_parameters(config)
     rope = parameters.get("rope_type", "default")
@@ -164,11 +165,11 @@ def _lacking(config) -> str:
         ),
         "encoder layers with a sliding window": "sliding_attention"
         in getattr(config, "attention_of_encoder_layer", ()),
+        "layers with a sliding window": sliding_window_of(config) is not None,
         "RoPE on a part of each head": parameters.get("partial_rotary_factor", 1.0) != 1.0,
         f"RoPE of type {rope!r}, whose frequencies depend on the length": rope in ("dynamic", "longrope"),
         f"RoPE of type {rope!r} with qk_norm": _has_qk_norm(config) and rope not in ("default", "linear"),
-        "biases with qk_norm": _has_qk_norm(config)
-        and bool(getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)),
+        "biases with qk_norm": _has_qk_norm(config) and any(biases_of(config)),
     }
     return " and ".join(problem for problem, holds in problems.items() if holds)
 

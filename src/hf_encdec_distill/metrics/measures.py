@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from .significance import Sums, mean
-from .texts import exact_match, f1, rouge_l, text_statistics
+from .texts import exact_match, f1, rouge_l, text_statistics, warn_of_other_scripts
 
 
 MODEL_LABELS = {
@@ -90,7 +90,9 @@ def measure_texts(names: Iterable[str], texts: Sequence[str], rows: Sequence[dic
     Args:
         names: of `rouge_l exact_match f1`, means over the rows, and `bleu chrf`, which are of all rows together.
     """
-    references = [row["target"] for row in rows]
+    references, names = [row["target"] for row in rows], list(names)
+    if "rouge_l" in names:
+        warn_of_other_scripts(references)
     found = {}
     for name in names:
         if name in _OF_A_TEXT:

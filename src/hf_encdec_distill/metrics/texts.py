@@ -7,6 +7,7 @@ of many and return a dict, as do the subclasses of `evaluate.Metric`, which work
 
 from __future__ import annotations
 
+import logging
 import re
 import string
 from collections import Counter
@@ -22,6 +23,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 
@@ -43,9 +46,22 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
         ValueError: there are no texts, or the two differ in number.
     """
     _check_lengths(predictions, references)
+    warn_of_other_scripts(references)
     scorer = _scorer(ROUGE_TYPES)
     scores = [scorer.score(b, a) for a, b in zip(predictions, references, strict=True)]
     return {name: float(np.mean([score[name].fmeasure for score in scores])) for name in ROUGE_TYPES}
+
+
+def warn_of_other_scripts(references: Sequence[str]) -> None:
+    """ROUGE's words are of Latin letters and digits, so that it gives 0 for all texts in other scripts."""
+    without = sum(re.search("[a-z0-9]", text.lower()) is None for text in references if text.strip())
+    if 2 * without > len(references):
+        logger.warning(
+            "%d of %d references have no Latin letter and no digit, and ROUGE counts nothing else: it is 0 for them. "
+            "Take chrf (--metrics chrf), which counts characters of any script.",
+            without,
+            len(references),
+        )
 
 
 def distinct_share(predictions: Sequence[str]) -> float:

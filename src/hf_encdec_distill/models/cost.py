@@ -27,6 +27,7 @@ import torch
 from transformers import AutoConfig
 
 from . import SUPPORTED_FAMILIES
+from .families import biases_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +93,7 @@ def model_block(config) -> Block:
             f"cannot count the cost of model_type {family!r}: the formulas hold for 'rope_encdec' and for the "
             f"decoder-only families {', '.join(SUPPORTED_FAMILIES)}; pass a model or config of one of these"
         )
-    # What Qwen's two families do is not in their configs.
-    attention_bias = "qkv" if family == "qwen2" else getattr(config, "attention_bias", False)
+    biases = biases_of(config)
     return Block(
         h=config.hidden_size,
         m=getattr(config, "decoder_intermediate_size", config.intermediate_size),
@@ -101,9 +101,9 @@ def model_block(config) -> Block:
         K=config.num_key_value_heads,
         d=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         gated=getattr(config, "gated_mlp", True),
-        qkv_bias=bool(attention_bias),
-        output_bias=attention_bias is True,
-        mlp_bias=getattr(config, "mlp_bias", False),
+        qkv_bias=bool(biases.attention),
+        output_bias=biases.attention is True,
+        mlp_bias=biases.mlp,
         qk_norm=getattr(config, "qk_norm", family == "qwen3"),
     )
 

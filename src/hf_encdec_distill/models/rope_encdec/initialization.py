@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .. import SUPPORTED_FAMILIES
 from ..either_version import check_rope_is_read, rope_parameters
+from ..families import biases_of, sliding_window_of
 from ..loading import load_merged_teacher, load_tokenizer
 from ..prompts import (
     distinct_pad_token,
@@ -402,7 +403,7 @@ def _special_tokens(teacher, tokenizer, prompt_template, given) -> dict:
 def student_config(config, encoder_layers, decoder_layers, cross_attention, **fields) -> RopeEncDecConfig:
     """Of a student with these layers, numbered as in the decoder-only model that `config` is of."""
     family = config.model_type
-    attention_bias = getattr(config, "attention_bias", False)
+    biases = biases_of(config)
     no_rope = [i for i, rope in enumerate(getattr(config, "no_rope_layers", None) or []) if not rope]
     kept_without_rope = {
         side: [position for position, layer in enumerate(layers) if layer in no_rope]
@@ -420,8 +421,8 @@ def student_config(config, encoder_layers, decoder_layers, cross_attention, **fi
             "num_key_value_heads": config.num_key_value_heads,
             "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             "hidden_act": config.hidden_act,
-            "attention_bias": "qkv" if family == "qwen2" else attention_bias,
-            "mlp_bias": getattr(config, "mlp_bias", False),
+            "attention_bias": biases.attention,
+            "mlp_bias": biases.mlp,
             "qk_norm": family == "qwen3",
             "rope_parameters": rope_parameters(config),
             "encoder_no_rope_layers": kept_without_rope["encoder"],
@@ -443,12 +444,8 @@ def student_config(config, encoder_layers, decoder_layers, cross_attention, **fi
 
 def _max_positions(config) -> int:
     """Positions up to which the student is the teacher: within a sliding window, attention is full."""
-    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    # Qwen2 has a window that none of its layers slides in, unless it has more than max_window_layers.
-    slides = types is None or "sliding_attention" in types
-    if getattr(config, "use_sliding_window", True) is False or window is None or not slides:
-        return config.max_position_embeddings
-    if window < config.max_position_embeddings and rope_parameters(config).get("rope_type", "default") == "default":
+    window = sliding_window_of(config)
+    if window is not None and rope_parameters(config).get("rope_type", "default") == "default":
         logger.warning(
             "The teacher attends within a sliding window of %d tokens, the student to all of them: it is exact up to "
             "that length, which becomes its max_position_embeddings.",

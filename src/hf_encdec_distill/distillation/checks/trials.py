@@ -1,0 +1,48 @@
+"""Hyperparameter search: which fields of a distillation a trial may set.
+
+`Trainer.hyperparameter_search` writes a trial's values into the arguments of a trainer that was set up with others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from transformers import Seq2SeqTrainingArguments
+
+
+if TYPE_CHECKING:
+    from ..arguments import DistillationTrainingArguments
+
+# Those that are read at each step, or whose effect the trainer sets up again for each trial.
+_OF_A_TRIAL = {
+    *("divergence", "jsd_beta", "skew_alpha", "distill_weight", "distill_temperature", "hidden_state_weight"),
+    *("on_policy_fraction", "on_policy_warmup_steps", "sampling_temperature", "replay_fraction"),
+    *("loss_chunk_size", "max_tokens_per_batch"),
+}
+
+
+def own_fields(args: DistillationTrainingArguments) -> dict[str, Any]:
+    """The fields that `Seq2SeqTrainingArguments` has not."""
+    of_base = {field.name for field in dataclasses.fields(Seq2SeqTrainingArguments)}
+    return {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.name not in of_base}
+
+
+def check_trial(before: dict[str, Any], args: DistillationTrainingArguments) -> None:
+    """
+    Args:
+        before: `own_fields` before the trial set its own.
+
+    Raises:
+        ValueError: it has set one that would have no effect.
+    """
+    changed = {name for name, value in own_fields(args).items() if value != before[name]}
+    lost = sorted(changed - _OF_A_TRIAL)
+    # The projections are made, or not, before the search begins.
+    if "hidden_state_weight" in changed and 0 in (before["hidden_state_weight"], args.hidden_state_weight):
+        lost.append("hidden_state_weight")
+    if lost:
+        raise ValueError(
+            f"a trial sets {lost[0]}={getattr(args, lost[0])!r}, for which the trainer is set up once, with "
+            f"{before[lost[0]]!r}: leave it out of the search, or make a trainer for each value"
+        )

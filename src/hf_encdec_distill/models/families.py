@@ -1,0 +1,34 @@
+"""What a config of a decoder-only family means: a key that is there may be one that the family's code never reads."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+
+_ATTENTION_BIASES = ("llama", "qwen3", "smollm3", "rope_encdec", "rope_encdec_vision")
+_MLP_BIASES = ("llama", "smollm3", "rope_encdec", "rope_encdec_vision")
+
+
+class Biases(NamedTuple):
+    """Of a block's linear layers: `"qkv"` are those of the three projections into attention alone."""
+
+    attention: bool | Literal["qkv"]
+    mlp: bool
+
+
+def biases_of(config: Any) -> Biases:
+    """As the models of `SUPPORTED_FAMILIES` and this package's make them."""
+    family = config.model_type
+    attention = getattr(config, "attention_bias", False) if family in _ATTENTION_BIASES else False
+    mlp = getattr(config, "mlp_bias", False) if family in _MLP_BIASES else False
+    return Biases("qkv" if family == "qwen2" else attention, mlp)  # Qwen2's are not in its config
+
+
+def sliding_window_of(config: Any) -> int | None:
+    """Tokens that a layer of a decoder-only model looks back over; None if all layers see all of its positions."""
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    # Qwen2 has a window that none of its layers slides in, unless it has more than max_window_layers.
+    slides = types is None or "sliding_attention" in types
+    if getattr(config, "use_sliding_window", True) is False or window is None or not slides:
+        return None
+    return window if window < config.max_position_embeddings else None
