@@ -24,7 +24,7 @@ from hf_encdec_distill.export import mil_interpreter
 from hf_encdec_distill.export.backends import backend_of, targets
 from hf_encdec_distill.export.exporting import export_model
 from hf_encdec_distill.export.manifest import write_manifest
-from hf_encdec_distill.export.parity import prove
+from hf_encdec_distill.export.parity import _failures, prove
 from hf_encdec_distill.export.recipe import BOUNDS, Shapes
 
 
@@ -194,6 +194,30 @@ def test_padded_prompts_that_are_not_a_number_are_out_of_bounds(variant, exporte
     report = prove(folder, trained, rows[:3], max_new_tokens=4)
     assert np.isfinite(report["shapes"][0]["max"]) and np.isfinite(report["ce"]["exported"])
     assert "not all logits are finite numbers" in report["failures"]
+
+
+@pytest.mark.parametrize("variant", ["fp32", "fp16", "int8", "int4"])
+def test_an_export_that_reads_pads_is_out_of_bounds(variant, exported_once, trained, rows, monkeypatch):
+    """Real rows have none, and what rounding of weights costs would hide it from the grid."""
+    from hf_encdec_distill.export.runtime import ExportedForConditionalGeneration
+
+    folder = exported_once("onnx", variant)
+    forward = ExportedForConditionalGeneration.forward
+
+    def broken(self, input_ids=None, attention_mask=None, **kwargs):
+        mask = None if attention_mask is None else torch.ones_like(attention_mask)
+        return forward(self, input_ids=input_ids, attention_mask=mask, **kwargs)
+
+    monkeypatch.setattr(ExportedForConditionalGeneration, "forward", broken)
+    failures = prove(folder, trained, rows[:3], max_new_tokens=4)["failures"]
+    assert any(sentence.startswith("pads change logits by") for sentence in failures)
+
+
+@pytest.mark.parametrize(("ce", "holds"), [((0.0, 0.0), True), ((1e-6, 2e-6), True), ((0.0, 0.01), False)])
+def test_a_cross_entropy_of_next_to_nothing_may_rise_by_next_to_nothing(ce, holds):
+    report = {"ce": dict(zip(("pytorch", "exported"), ce, strict=True)), "tokens": {}, "agreement": 1.0}
+    report |= {"logits": 0.0, "padding": 0.0}
+    assert bool(_failures(report, BOUNDS["int8"])) is not holds
 
 
 def test_a_student_that_was_trained_without_its_cache(trained, rows, tmp_path):

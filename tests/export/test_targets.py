@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from toys import make_model, ragged, random_ids
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
 from hf_encdec_distill.export.backends import backend_of
 from hf_encdec_distill.export.exporting import export_model
+from hf_encdec_distill.export.mil_interpreter import MilProgram
 from hf_encdec_distill.export.parity import prove
 from hf_encdec_distill.export.recipe import Shapes
 from hf_encdec_distill.export.runtime import ExportedForConditionalGeneration
@@ -284,6 +286,18 @@ def _operations(folder):
     return [op.type for op in main.block_specializations[main.opset].operations]
 
 
+def test_states_that_cannot_be_copied(trained, rows, tmp_path, monkeypatch):
+    """As Core ML's own on a Mac. In the first step of a beam search all beams go on from one."""
+    folder = export_model(trained, None, "coreml", tmp_path / "exported", "fp16", Shapes.parse("fixed:8,8"))
+    make_state, predict = MilProgram.make_state, MilProgram.predict
+    monkeypatch.setattr(MilProgram, "make_state", lambda self: SimpleNamespace(arrays=make_state(self)))
+    monkeypatch.setattr(
+        MilProgram, "predict", lambda self, inputs, state=None: predict(self, inputs, state and state.arrays)
+    )
+    report = prove(folder, trained, rows[:4], max_new_tokens=7)
+    assert report["failures"] == [] and report["tokens"] == {"greedy": 1.0, "beam": 1.0}
+
+
 @pytest.mark.parametrize("kind", ["separate", "merged"])
 def test_large_states_do_not_overflow_half_precision(kind, tmp_path):
     """A residual stream of a thousand, as real models have: squared it is beyond fp16."""
@@ -475,3 +489,31 @@ def test_a_missing_backend_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(backend_of("onnx"), "packages", ("onnxruntime", "no_such_package"))
     with pytest.raises(ImportError, match=r'onnx needs no_such_package: pip install "hf-encdec-distill\[onnx\]"'):
         export(toy(kind="merged"), tmp_path / "exported", "onnx")
+
+
+def test_what_is_given_is_used_or_refused(exported_once, tmp_path):
+    """Labels as PyTorch has them; what no graph takes is said, and not passed over."""
+    model, _, exported = exported_once("separate", "onnx", "dynamic")
+    ids, labels = random_ids(2, 5), torch.tensor([[7, 9, 4], [8, 5, -100]])
+    prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        expected = model(**prompt, labels=labels)
+    found = exported(**prompt, labels=labels)
+    assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-4)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    loss, logits, *_ = exported(**prompt, labels=labels, return_dict=False)
+    assert float(loss) == float(found.loss) and torch.equal(logits, found.logits)
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    for given, message in (
+        (prompt, "decoder_input_ids, or labels"),
+        ({"decoder_input_ids": labels}, "the encoder needs input_ids"),
+        ({**prompt, "decoder_input_ids": ids, "decoder_attention_mask": mask}, "decoder_attention_mask has zeros"),
+        ({"inputs_embeds": torch.zeros(2, 5, 8), "decoder_input_ids": ids}, "inputs_embeds: an export takes token"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            exported(**given)
+    with pytest.raises(ValueError, match="decoder_attention_mask"):
+        exported.generate(**prompt, decoder_input_ids=ids[:, :3], decoder_attention_mask=mask, max_new_tokens=2)
+    with pytest.raises(ValueError, match="copy that to"):
+        exported.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()

@@ -89,7 +89,8 @@ class ModelCardCallback(TrainerCallback):
         rows, expected = getattr(loader, "dataset", None), self.trainer.eval_dataset
         if rows is expected or not isinstance(expected, datasets.Dataset):
             return rows is expected
-        return getattr(rows, "_fingerprint", None) == self.trainer.get_eval_dataloader().dataset._fingerprint
+        expected = self.trainer.get_eval_dataloader().dataset
+        return getattr(rows, "_fingerprint", None) == getattr(expected, "_fingerprint", "")
 
     def on_save(self, args, state, control, **kwargs):
         self._write(args, state)

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -68,8 +69,9 @@ def model_index(metrics: Mapping, key: str, name: str) -> str:
     return ModelCardData(model_name=name, eval_results=eval_results(metrics, key)).to_yaml() + "\n"
 
 
-def load_card(folder: str | Path) -> ModelCard:
-    """
+def load_card(folder: str | Path) -> Any:
+    """The `ModelCard`, whose `data` huggingface_hub declares as those of any card.
+
     Raises:
         ValueError: there is no card, its metadata cannot be read, or they have results of several models.
     """

@@ -304,6 +304,30 @@ def mended() -> Iterator[None]:
         ops._cast = original
 
 
+class _State:
+    """The state of one row and the inputs that it has taken; `None` if none has."""
+
+    def __init__(self, taken: Sequence[dict[str, np.ndarray]] = (), state=None):
+        self.taken, self.state = list(taken), state
+
+
+class _States(GraphCache):
+    """A state for each row of the batch, which a step writes to."""
+
+    def __init__(self, batch: int):
+        super().__init__([])
+        self.rows = [_State() for _ in range(batch)]  # type: ignore[misc]  # not arrays
+
+    def reorder_cache(self, beam_idx) -> None:
+        """The first beam that goes on from another takes its state. Core ML's cannot be copied, as the interpreter's
+        can: the beams after it give their inputs again."""
+        chosen: list[Any] = [self.rows[index] for index in np.asarray(beam_idx)]
+        self.rows = []
+        for one in chosen:
+            self.rows.append(_State(one.taken, one.state))  # type: ignore[arg-type]
+            one.state = dict(one.state) if isinstance(one.state, dict) else None
+
+
 class CoreMlGraphs(Graphs):
     """An exported folder on Core ML where it is there, else on [`MilProgram`], operation by operation."""
 
@@ -345,11 +369,15 @@ class CoreMlGraphs(Graphs):
     def new_cache(self, batch: int) -> GraphCache:
         if not self.stateful:
             return super().new_cache(batch)
-        return GraphCache([self.programs["decoder"].make_state() for _ in range(batch)])
+        return _States(batch)
 
     def step(self, inputs: dict[str, np.ndarray], own: Any) -> tuple[np.ndarray, Any]:
         if not self.stateful:
             return super().step(inputs, own)
-        state = dict(own) if isinstance(own, dict) else own  # rows of a beam may share one
-        logits = self.programs["decoder"].predict(self._stacked(inputs), state)["logits"]
-        return logits, state
+        own.taken.append(inputs)
+        unread = [inputs]
+        if own.state is None:
+            own.state, unread = self.programs["decoder"].make_state(), own.taken
+        for one in unread:
+            logits = self.programs["decoder"].predict(self._stacked(one), own.state)["logits"]
+        return logits, own

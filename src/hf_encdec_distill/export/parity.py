@@ -22,6 +22,7 @@ from .runtime import ExportedForConditionalGeneration
 
 BEAMS = 3
 _ROUNDS = 5
+_LEAST_CE = 0.01  # nats per token: a rise is a share of PyTorch's, which may be next to nothing
 
 
 def prove(
@@ -44,9 +45,10 @@ def prove(
 
     Returns:
         `shapes` (a row for each shape of the grid: `max` and `mean` difference of logits, as a share of the largest),
-        `logits` (the largest of them), `tokens` (`greedy` and `beam`, shares of equal answers), `ce` and `agreement`
-        on the rows, `rouge_l`, `seconds`, `megabytes`, `bounds`, and `failures`: sentences, empty if all is within.
-        Of a student that reads images also `image_features`, their largest difference as a share of the largest.
+        `logits` (the largest of them), `padding` (the largest difference that pads make), `tokens` (`greedy` and
+        `beam`, shares of equal answers), `ce` and `agreement` on the rows, `rouge_l`, `seconds`, `megabytes`,
+        `bounds`, and `failures`: sentences, empty if all is within. Of a student that reads images also
+        `image_features`, their largest difference as a share of the largest.
     """
     exported = ExportedForConditionalGeneration.from_pretrained(folder)
     manifest = exported.manifest
@@ -56,6 +58,7 @@ def prove(
     with in_float32(model) as exact:
         update(0.0, "logits over a grid of shapes")
         grid = compare_logits(exported, exact, shapes)
+        padding = compare_padding(exported, shapes)
         update(0.3, f"greedy and beam answers to {len(rows)} rows")
         tokens, rouge_l = compare_answers(exported, exact, rows, shapes, tokenizer, max_new_tokens)
         update(0.7, "cross-entropy on the rows")
@@ -70,6 +73,7 @@ def prove(
         "shapes_taken": manifest["shapes"],
         "shapes": grid,
         "logits": float(np.max([case["max"] for case in grid])),  # unlike `max`, NaN if one is
+        "padding": padding,
         **seen,
         "tokens": tokens,
         "ce": ce,
@@ -91,7 +95,7 @@ def prove(
 def _failures(report: Mapping[str, Any], bounds) -> list[str]:
     """What is out of bounds. Written so that a NaN fails."""
     ce, tokens = report["ce"], report["tokens"]
-    rise = ce["exported"] / ce["pytorch"] - 1
+    rise = (ce["exported"] - ce["pytorch"]) / max(ce["pytorch"], _LEAST_CE)
     features = report.get("image_features", 0.0)
     checks = {
         "not all logits are finite numbers": math.isfinite(report["logits"]),
@@ -99,6 +103,8 @@ def _failures(report: Mapping[str, Any], bounds) -> list[str]:
         or features <= bounds.logits,
         f"logits differ by {report['logits']:.2g} of the largest, bound {bounds.logits}": bounds.logits is None
         or report["logits"] <= bounds.logits,
+        f"pads change logits by {report['padding']:.2g} of the largest, bound {bounds.padding}": report["padding"]
+        <= bounds.padding,
         f"cross-entropy rises by {rise:.2%}, bound {bounds.ce:.2%}": rise <= bounds.ce,
         f"top token agrees at {report['agreement']:.2%} of target tokens, bound {bounds.agreement:.2%}": (
             report["agreement"] >= bounds.agreement
@@ -147,6 +153,39 @@ def compare_logits(exported, model, shapes: Shapes) -> list[dict[str, Any]]:
             difference = (found - expected).abs() / expected.abs().max()
             cases.append(shape | {"max": float(difference.max()), "mean": float(difference.mean())})
     return cases
+
+
+@torch.no_grad()
+def compare_padding(exported, shapes: Shapes) -> float:
+    """The largest difference of an export's logits for prompts of random tokens that are padded in a batch, on either
+    side, from its own for each prompt alone, as a share of the largest.
+
+    What rounding of weights costs is in both, so that what pads do is seen in every variant.
+    """
+    generator, config = torch.Generator().manual_seed(0), exported.config
+    longest, target = min(7, max(shapes.prompts or (7,))), min(3, shapes.targets or 3)
+    lengths = [longest, max(longest - 3, 1), 1]
+    ids = torch.randint(config.vocab_size, (len(lengths), longest), generator=generator)
+    if (token := getattr(config, "image_token_id", None)) is not None:
+        ids[ids == token] = (token + 1) % 2
+    labels = torch.randint(config.vocab_size, (len(lengths), target), generator=generator)
+    alone = [
+        exported(
+            input_ids=ids[row : row + 1, :length],
+            attention_mask=torch.ones(1, length, dtype=torch.long),
+            decoder_input_ids=labels[row : row + 1],
+        ).logits
+        for row, length in enumerate(lengths)
+    ]
+    expected, differences = torch.cat(alone), []
+    for side in ("left", "right"):
+        padded, mask = torch.zeros_like(ids), torch.zeros_like(ids)
+        for row, length in enumerate(lengths):
+            columns = slice(longest - length, None) if side == "left" else slice(0, length)
+            padded[row, columns], mask[row, columns] = ids[row, :length], 1
+        found = exported(input_ids=padded, attention_mask=mask, decoder_input_ids=labels).logits
+        differences.append(float((found - expected).abs().max() / expected.abs().max()))
+    return float(np.max(differences))
 
 
 def _put_images(ids: torch.Tensor, mask: torch.Tensor, token: int, each: int) -> int:

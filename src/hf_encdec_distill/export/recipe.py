@@ -28,12 +28,13 @@ class Bounds:
     """How far an export may be from PyTorch.
 
     `logits` is the largest difference, as a share of the largest logit; `None` where rounding of weights makes it say
-    little. `ce` is the rise of the cross-entropy on the rows, as a share of PyTorch's; `agreement` the share of target
-    tokens at which both put the same token first; `tokens` the share of greedy and beam answers that are the same to
-    the last token.
+    little. `padding` is the largest difference that pads around a prompt make to the export's own logits. `ce` is the
+    rise of the cross-entropy on the rows, as a share of PyTorch's; `agreement` the share of target tokens at which
+    both put the same token first; `tokens` the share of greedy and beam answers that are the same to the last token.
     """
 
     logits: float | None
+    padding: float
     ce: float
     agreement: float
     tokens: float
@@ -41,11 +42,11 @@ class Bounds:
 
 # For each way to store a weight, a variant; `palette4` is 16 values for each group of channels.
 BOUNDS = {
-    "fp32": Bounds(logits=1e-4, ce=1e-4, agreement=0.999, tokens=1.0),
-    "fp16": Bounds(logits=None, ce=0.01, agreement=0.98, tokens=0.8),
-    "int8": Bounds(logits=None, ce=0.05, agreement=0.9, tokens=0.0),
-    "int4": Bounds(logits=None, ce=0.25, agreement=0.7, tokens=0.0),
-    "palette4": Bounds(logits=None, ce=0.25, agreement=0.7, tokens=0.0),
+    "fp32": Bounds(logits=1e-4, padding=1e-4, ce=1e-4, agreement=0.999, tokens=1.0),
+    "fp16": Bounds(logits=None, padding=0.02, ce=0.01, agreement=0.98, tokens=0.8),
+    "int8": Bounds(logits=None, padding=0.1, ce=0.05, agreement=0.9, tokens=0.0),
+    "int4": Bounds(logits=None, padding=0.1, ce=0.25, agreement=0.7, tokens=0.0),
+    "palette4": Bounds(logits=None, padding=0.1, ce=0.25, agreement=0.7, tokens=0.0),
 }
 
 

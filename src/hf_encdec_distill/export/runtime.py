@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.modeling_utils import PreTrainedModel
 
 from ..models.loading import load_config, load_generation_config
-from ..models.rope_encdec import RopeEncDecConfig
+from ..models.rope_encdec import RopeEncDecConfig, RopeEncDecForConditionalGeneration
 from ..models.rope_encdec.compat_rope_encdec import CACHE_FIELD
 from .graphs import Graphs
 from .manifest import load_graphs, read_manifest
@@ -60,6 +62,19 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `forward` makes a cache of its own
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """
+        Raises:
+            ValueError: the graphs are in the folder that this was loaded from, and only there.
+        """
+        raise ValueError(
+            f"an export is the folder that it was loaded from: copy that to {save_directory}, or push its student "
+            "with hf-encdec-distill push"
+        )
+
+    def prepare_decoder_input_ids_from_labels(self, labels):
+        return RopeEncDecForConditionalGeneration.prepare_decoder_input_ids_from_labels(self, labels)  # type: ignore[arg-type]
+
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, encoder_outputs=None, **kwargs):
         cache = kwargs.get(CACHE_FIELD)
         seen = 0 if cache is None else cache.get_seq_length()
@@ -80,18 +95,33 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         past_key_values=None,
         cache=None,
         pixel_values=None,
+        labels=None,
+        return_dict=None,
         **kwargs,
-    ) -> Seq2SeqLMOutput:
+    ) -> Seq2SeqLMOutput | tuple:
         """
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(B, S)`): Prompt, or `encoder_outputs`.
             pixel_values (`torch.FloatTensor` of shape `(I, 3, height, width)`, *optional*): The images of the prompt.
             decoder_input_ids (`torch.LongTensor` of shape `(B, T)`): Target tokens that follow those of the cache.
             past_key_values ([`GraphCache`], *optional*): From an earlier call; `cache` is transformers 5.24's name.
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): Target tokens, -100 where there is none; the
+                decoder's input, shifted, where there is no other.
 
         Returns:
-            [`Seq2SeqLMOutput`], `logits` of shape `(B, T, V)`
+            [`Seq2SeqLMOutput`], `logits` of shape `(B, T, V)`, with `labels` also `loss`, their cross-entropy
+
+        Raises:
+            ValueError: neither prompt nor encoder's outputs, neither decoder's input nor labels, or what no graph
+                takes: embeddings, pads in the decoder's input.
         """
+        _refuse(kwargs)
+        if input_ids is None and encoder_outputs is None:
+            raise ValueError("the encoder needs input_ids, or give encoder_outputs")
+        if decoder_input_ids is None:
+            if labels is None:
+                raise ValueError("the decoder needs decoder_input_ids, or labels, from which they are made")
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         cache = past_key_values if cache is None else cache
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids, attention_mask, pixel_values)
@@ -99,7 +129,21 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if cache is None:
             cache = self.graphs.new_cache(len(decoder_input_ids))
         logits = self.graphs.decode(decoder_input_ids.numpy(), mask, cross, cache)
-        return Seq2SeqLMOutput(logits=torch.from_numpy(logits), **{CACHE_FIELD: cache})
+        scores, loss = torch.from_numpy(logits), None
+        if labels is not None:
+            loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten())
+        output = Seq2SeqLMOutput(loss=loss, logits=scores, **{CACHE_FIELD: cache})
+        return output.to_tuple() if return_dict is False else output
+
+
+def _refuse(kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError for what PyTorch's model reads and the graphs do not."""
+    for name in ("inputs_embeds", "decoder_inputs_embeds"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}: an export takes token ids alone")
+    mask = kwargs.get("decoder_attention_mask")
+    if mask is not None and not bool(mask.all()):
+        raise ValueError("decoder_attention_mask has zeros, and an export reads every token of the decoder's input")
 
 
 class _Encoder(torch.nn.Module):
