@@ -54,8 +54,8 @@ class ModelArguments:
             "Default: the built-in teacher."
         },
     )
-    encoder_layers: int = field(default=11, metadata={"help": "Encoder layers of one that is made."})
-    decoder_layers: int = field(default=4, metadata={"help": "Decoder layers of one that is made."})
+    encoder_layers: int = field(default=5, metadata={"help": "Encoder layers of one that is made."})
+    decoder_layers: int = field(default=6, metadata={"help": "Decoder layers of one that is made."})
     calibration_samples: int = field(
         default=200,
         metadata={

@@ -52,8 +52,8 @@ class ModelArguments:
         default=None,
         metadata={"help": "Encoder-decoder, folder or Hub id. Default: one is made out of the teacher's layers."},
     )
-    encoder_layers: int = field(default=11, metadata={"help": "Encoder layers of a student that is made."})
-    decoder_layers: int = field(default=4, metadata={"help": "Decoder layers of a student that is made."})
+    encoder_layers: int = field(default=5, metadata={"help": "Encoder layers of a student that is made."})
+    decoder_layers: int = field(default=6, metadata={"help": "Decoder layers of a student that is made."})
     calibration_samples: int = field(
         default=200,
         metadata={

@@ -227,7 +227,10 @@ def in_a_fresh_process(program, **environment):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("target", "runtime"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
+@pytest.mark.parametrize(
+    ("target", "runtime"),
+    [("onnx", "onnxruntime"), ("openvino", "openvino"), ("genai", "onnxruntime_genai"), ("gguf", "llama_cpp")],
+)
 def test_the_command_loads_neither_torch_nor_transformers(target, runtime, tmp_path):
     folder = make_export(tmp_path / "exported", target, "dynamic")
     program = f"""

@@ -6,7 +6,7 @@ import sys
 import onnx
 import pytest
 import torch
-from optimum.exporters.onnx import onnx_export_from_model
+from optimum.exporters.onnx import main_export, onnx_export_from_model
 from optimum.onnxruntime import ORTModelForSeq2SeqLM
 from optimum_toys import OPTIMUM_CLI, assert_same, run, written_by_our_export
 from toys import KINDS, SLIDING, make_model, ragged
@@ -148,3 +148,5 @@ def test_a_student_that_reads_images_is_refused(tmp_path):
         ValueError, match="student reads images, and ORTModelForSeq2SeqLM has no place for the graph that does"
     ):
         ORTModelForSeq2SeqLM.from_pretrained(tmp_path / "student", export=True)
+    with pytest.raises(ValueError, match="student reads images, and Optimum's export has no place"):
+        main_export(str(tmp_path / "student"), output=tmp_path / "exported")

@@ -1,5 +1,7 @@
 """`train_projector_first`: the projector, then the decoder, then all, as a loop of torch does it."""
 
+import pickle
+
 import pytest
 import torch
 from distillation_toys import arguments
@@ -110,6 +112,16 @@ def test_a_batch_of_texts_alone_moves_nothing(llava, image_tokenizer, tmp_path):
     assert images and all("multi_modal_projector" in name for name in images)
     assert any("decoder" in name for name in again)
     assert all(log["loss"] > 0 for log in trainer.state.log_history if "loss" in log)
+
+
+def test_nothing_of_it_stays_on_the_student(llava, image_tokenizer, tmp_path):
+    """A frozen copy would have a graph into another model, and the student could not be pickled."""
+    student, rows = twin_of(llava, image_tokenizer), rows_of(image_tokenizer)
+    options = {"max_steps": 3, "train_projector_first": 2}
+    trainer = make_trainer(tmp_path, student, llama_of(llava), image_tokenizer, rows, **options)
+    trainer.train()
+    assert not student.get_decoder()._forward_hooks
+    assert pickle.dumps(student)
 
 
 def test_all_but_a_tower_that_was_frozen_before(llava, image_tokenizer, tmp_path):

@@ -1,8 +1,11 @@
 """A student that reads images in the trainer: ready rows with `pixel_values`, and a teacher that reads words."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from distillation_toys import InOrder, arguments, logged_loss
 from vision_toys import FEATURES, llama_of, make_llava, pixels, twin_of
 
@@ -105,6 +108,49 @@ def test_images_count_where_the_teacher_reads_the_same_tokens(llava, image_token
     trainer = make_trainer(tmp_path, student, teacher, image_tokenizer, rows, freeze_encoder=True)
     assert trainer._shared_prompt.is_exact_for(student)  # all but the images are the same
     assert logged_loss(trainer) == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_a_stream_has_as_many_images_as_its_rows(llava, image_tokenizer, tmp_path):
+    """accelerate cuts the batches of a stream by their rows, unless it is told not to."""
+    student, teacher = twin_of(llava, image_tokenizer), llama_of(llava)
+    rows = rows_of(image_tokenizer, 8)
+    token = image_tokenizer.convert_tokens_to_ids("<image>")
+    for row in rows[::2]:  # two images each
+        row["input_ids"] = [*row["input_ids"], *[token] * FEATURES]
+        row["attention_mask"] = [1] * len(row["input_ids"])
+    for number, row in enumerate(rows):
+        row["pixel_values"] = pixels(2 - number % 2).numpy()
+    losses = []
+    for data in (Dataset.from_list(rows), Dataset.from_list(rows).to_iterable_dataset()):
+        trainer = make_trainer(
+            tmp_path / str(len(losses)),
+            copy.deepcopy(student),
+            teacher,
+            image_tokenizer,
+            data,
+            max_steps=2,
+            per_device_train_batch_size=3,
+            logging_steps=1,
+        )
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 2
+    with pytest.raises(ValueError, match="dispatch_batches, which cuts batches up by their rows"):
+        make_trainer(
+            tmp_path / "no", student, teacher, image_tokenizer, rows, accelerator_config={"dispatch_batches": True}
+        )
+
+
+def test_texts_that_name_images_are_refused(llava, image_tokenizer, tmp_path):
+    """The column with the pictures is dropped before a batch is made; the student would learn without seeing any."""
+    student, teacher = twin_of(llava, image_tokenizer), llama_of(llava)
+    rows = [{"source": "<image>what is it", "target": "a b"}] * 4
+    trainer = make_trainer(tmp_path, student, teacher, image_tokenizer, rows, prompt_template="{source}!")
+    with pytest.raises(ValueError, match="a row has '<image>' in its source and no input_ids"):
+        trainer.train()
+    batch = {"input_ids": [[5, 6]], "labels": [7]}
+    with pytest.raises(ValueError, match="input_ids of a row have two dimensions"):
+        DistillationCollator(image_tokenizer, image_tokenizer)([batch])
 
 
 def test_kept_states_are_refused_since_they_go_by_the_tokens_alone(llava, image_tokenizer, tmp_path):

@@ -9,7 +9,14 @@ import pytest
 import torch
 from PIL import Image
 from toys import make_model
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+)
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 from vision_toys import FEATURES, TOWERS, make_llava, make_tower, pixels, twin_of
 from without_package import HIDE
@@ -293,7 +300,7 @@ def test_tokens_and_features_have_to_be_as_many(twin, image_id):
     prompt = prompt_of(image_id, 2, "image")
     with pytest.raises(ValueError, match=r"16 image tokens \(id \d+\) for 32 image features \(2 images of 16\)"):
         twin(input_ids=prompt, pixel_values=pixels(2), decoder_input_ids=target)
-    with pytest.raises(ValueError, match="16 image tokens .* for 0 image features .no pixel_values.: the processor"):
+    with pytest.raises(ValueError, match="16 image tokens .* and no pixel_values: give the images"):
         twin(input_ids=prompt, decoder_input_ids=target)
     with pytest.raises(ValueError, match="15 image tokens"):
         twin(input_ids=prompt[:, :-1], pixel_values=pixels(1), decoder_input_ids=target)
@@ -337,6 +344,10 @@ def test_parts_that_do_not_fit(twin, make_bpe_tokenizer):
     projector = twin.model.encoder.multi_modal_projector
     with pytest.raises(ValueError, match=r"linear_1.weight: \(32, 24\), expected \(32, 96\)"):
         build(text, tower, projector=projector, projector_pixel_shuffle=2)
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    whole = Dinov2ForImageClassification(Dinov2Config(**sizes, image_size=8, patch_size=2))
+    with pytest.raises(ValueError, match="Dinov2ForImageClassification has no embeddings.* give the vision model"):
+        build(text, whole)
     with pytest.raises(ValueError, match="build the text student with"):
         RopeEncDecForImageTextToText.from_decoder_only(text)
 

@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+from vision_toys import make_llava, twin_of
 
 from hf_encdec_distill.models.rope_encdec.processing_rope_encdec_vision import (
     RopeEncDecImageProcessor,
@@ -127,12 +131,51 @@ def test_images_that_are_refused(tmp_path):
         (np.full((4, 4, 3), 2.0), "image 0 has values from 2 to 2: expected 0 to 1 in floating point"),
         (np.full((4, 4, 3), np.nan), "image 0 has values from nan"),
         (np.full((4, 4, 3), 300), "image 0 has values from 300 to 300: expected 0 to 255"),
+        (np.zeros((0, 5, 3)), "image 0 has 5 x 0 pixels"),
+        (np.zeros((4, 4, 3), complex), "image 0 is an array of complex128"),
         ([], "no image was given"),
     ]:
         with pytest.raises(ValueError, match=problem):
             read(given)
     with pytest.raises(ValueError, match="image 1 has the mode"):
         read([coloured(4, 4), Image.new("F", (4, 4))])
+
+
+def test_no_other_program_is_started_for_a_picture(tmp_path, monkeypatch):
+    """As Pillow starts Ghostscript for PostScript, whatever the file is called."""
+    file = io.BytesIO()
+    coloured(8, 8).save(file, "EPS")
+    (tmp_path / "picture.png").write_bytes(file.getvalue())
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(ValueError, match="picture.png' is no image that can be read: its format is none of"):
+        image_processor()(tmp_path / "picture.png")
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "BMP", "GIF", "JPEG", "TIFF", "WEBP"])
+def test_damaged_files_of_each_format_are_told(kind):
+    """Their decoders raise errors of many types."""
+    file, generator = io.BytesIO(), np.random.default_rng(0)
+    Image.fromarray(generator.integers(0, 256, (32, 32, 3)).astype(np.uint8)).save(file, kind)
+    whole, read, refused = file.getvalue(), image_processor(), 0
+    assert read(whole)["pixel_values"].shape == (1, 3, 8, 8)
+    for _ in range(200):
+        damaged = bytearray(whole[: generator.integers(1, len(whole) + 1)])
+        for place in generator.integers(0, len(damaged), 8):
+            damaged[place] = generator.integers(0, 256)
+        try:
+            read(bytes(damaged))
+        except ValueError:
+            refused += 1
+    assert refused
+
+
+def test_a_tensor_in_bfloat16():
+    values = torch.tensor([0.0, 1.0]).repeat(3, 8, 4)
+    expected = image_processor()(values)["pixel_values"]
+    np.testing.assert_array_equal(image_processor()(values.bfloat16())["pixel_values"], expected)
 
 
 def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path):
@@ -204,8 +247,60 @@ def test_texts_and_images_that_do_not_match(processor):
         processor(images=image, text="a<image>", max_length=4, truncation=True)
 
 
+def test_options_that_are_for_images_are_refused_and_others_are_taken(processor):
+    """Not handed to the tokenizer, which passes over what it does not know in transformers 5."""
+    image = coloured(8, 8)
+    for options in ({"max_tiles": 4}, {"size": {"height": 16, "width": 16}}, {"do_rescale": False}):
+        for given in (options, {"images_kwargs": options}):
+            with pytest.raises(ValueError, match="set them on the image processor"):
+                processor(images=image, text="<image>a", **given)
+    expected = processor(images=image, text="<image>a", return_tensors="pt")["input_ids"]
+    for given in ({"common_kwargs": {"return_tensors": "pt"}}, {"text_kwargs": {"return_tensors": "pt"}}):
+        assert torch.equal(processor(images=image, text="<image>a", **given)["input_ids"], expected)
+    with pytest.raises(ValueError, match="expected a string or a list of strings"):
+        processor(text=[])
+
+
+def test_chat_templates_of_a_tokenizer_that_have_names(image_tokenizer):
+    image_tokenizer.chat_template = {
+        "default": "{{ messages[0]['content'] }}!",
+        "tool": "{{ messages[0]['content'] }}?",
+    }
+    processor = RopeEncDecVisionProcessor(image_processor(), image_tokenizer, patch_size=4)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}]
+    assert processor.apply_chat_template(chat) == "<image>what!"
+    assert processor.apply_chat_template(chat, chat_template="tool") == "<image>what?"
+    assert processor.apply_chat_template(chat, chat_template="{{ messages[0]['content'] }}.") == "<image>what."
+    image_tokenizer.chat_template = {"tool": "?"}
+    processor = RopeEncDecVisionProcessor(image_processor(), image_tokenizer, patch_size=4)
+    with pytest.raises(ValueError, match="no default among the chat templates tool"):
+        processor.apply_chat_template(chat)
+
+
+def test_a_size_that_is_changed_changes_the_tokens(processor):
+    processor.image_processor.size = {"height": 16, "width": 8}
+    assert count(processor(images=coloured(8, 8), text="<image>")["input_ids"], processor) == [8]
+
+
 def test_a_processor_that_does_not_work(make_bpe_tokenizer, image_tokenizer):
     with pytest.raises(ValueError, match="image_token='<image>' is [0-9]+ tokens of this tokenizer"):
         RopeEncDecVisionProcessor(image_processor(), make_bpe_tokenizer(), patch_size=4)
     with pytest.raises(ValueError, match="a token is made of 6 x 6 pixels .patch_size=3, pixel_shuffle=2."):
         RopeEncDecVisionProcessor(image_processor(), image_tokenizer, patch_size=3, pixel_shuffle=2)
+    unknown = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"[UNK]": 0, "a": 1}, "[UNK]")), unk_token="[UNK]"
+    )
+    with pytest.raises(ValueError, match="or unknown to it"):
+        RopeEncDecVisionProcessor(image_processor(), unknown, patch_size=4)
+
+
+def test_a_processor_of_a_student(image_tokenizer):
+    student = twin_of(make_llava(image_tokenizer), image_tokenizer)
+    student.tokenizer = None  # as of one that was loaded
+    with pytest.raises(ValueError, match="carries no tokenizer, as one that was loaded: give it as tokenizer="):
+        RopeEncDecVisionProcessor.for_model(student)
+    own = RopeEncDecVisionProcessor.for_model(student, image_tokenizer)
+    assert own.image_token_id == student.config.image_token_id
+    student.config.image_token_id -= 1
+    with pytest.raises(ValueError, match="and the student reads images at token"):
+        RopeEncDecVisionProcessor.for_model(student, image_tokenizer)

@@ -316,6 +316,7 @@ def _record_encoder_states(args: argparse.Namespace) -> None:
     from ..devices import device
     from ..distillation import DistillationCollator
     from ..distillation.alignment.vocabularies import SharedVocabulary, check_vocab_policy
+    from ..distillation.collator import tokenizer_of
     from ..distillation.options.encoder_states import capture_encoder_states
     from ..distillation.teachers.recorded import is_cache, local_cache, recorded_prompt_date
     from ..models.loading import load_tokenizer
@@ -329,7 +330,8 @@ def _record_encoder_states(args: argparse.Namespace) -> None:
     splits = _splits(args)
     path = teacher_path(args.teacher or args.teacher_option)
     path = str(local_cache(path)) if is_cache(path) else path
-    student, tokenizer = student_and_tokenizer(args.encoder_states)
+    student, own = student_and_tokenizer(args.encoder_states)
+    tokenizer = tokenizer_of(own)
     teacher_tokenizer = load_tokenizer(path)
     template = prompt_template(args.prompt_template, args.dataset)
     # As the trainer decides it.

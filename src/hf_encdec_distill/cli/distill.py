@@ -281,13 +281,15 @@ def _known(recipe: Mapping[str, Any], student: Any) -> dict[str, Any]:
 
 
 def student_and_tokenizer(path: str) -> tuple[Any, Any]:
-    """From a folder or the Hub."""
-    from ..models.loading import load_student_of_any_kind, load_tokenizer
+    """From a folder or the Hub; of a student that reads images, its processor."""
+    from ..models.loading import load_processor, load_student_of_any_kind, load_tokenizer, reads_images
     from ..models.prompts import PreTrainedTokenizerFast
 
     student = load_student_of_any_kind(path)
     if not student.config.is_encoder_decoder:
         return student, load_tokenizer(path)
+    if reads_images(student.config):
+        return student, load_processor(path)
     return student, load_tokenizer(path, PreTrainedTokenizerFast)
 
 

@@ -98,6 +98,7 @@ def run(args: argparse.Namespace) -> None:
     from ..data import load_plain_text
     from ..distillation import DistillationTrainer, DistillationTrainingArguments
     from ..distillation.checks.limits import room_for_target
+    from ..distillation.collator import tokenizer_of
     from ..models.loading import load_config, load_tokenizer
 
     output = Path(args.output)
@@ -116,7 +117,8 @@ def run(args: argparse.Namespace) -> None:
         if getattr(training, name) is not None:
             raise ValueError(f"--{name} {getattr(training, name)}: healing cuts text into windows; give --window")
 
-    student, tokenizer = student_and_tokenizer(args.student)
+    student, own = student_and_tokenizer(args.student)
+    tokenizer = tokenizer_of(own)
     teacher = teacher_path(args.teacher)
     teacher_tokenizer = load_tokenizer(teacher)
     _check_same_ids(args, tokenizer, teacher_tokenizer)
@@ -147,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
         args=training,
         train_dataset=rows("train"),
         eval_dataset=held_out,
-        processing_class=tokenizer,
+        processing_class=own,
         teacher=teacher,
     )
     train_and_save(trainer, checkpoint)

@@ -67,6 +67,7 @@ class DistillationCollator:
         student_collator: pads rows of `input_ids` and `labels`; by default `DataCollatorForSeq2Seq`.
         keep_text_columns: leave the text columns of ready rows to `student_collator`.
         vocabulary: which ids of the teacher those of the student are; by default the same.
+        image_token: of a student that reads images; a text row that has it is refused.
 
     Raises:
         ValueError: a limit of length is below 1.
@@ -88,6 +89,7 @@ class DistillationCollator:
         student_collator: Callable[[list], Mapping[str, Any]] | None = None,
         keep_text_columns: bool = False,
         vocabulary: SharedVocabulary | None = None,
+        image_token: str | None = None,
     ):
         check_limit("max_source_length", max_source_length)
         check_limit("max_target_length", max_target_length)
@@ -105,6 +107,7 @@ class DistillationCollator:
         self.decoder_only = decoder_only
         self.keep_text_columns = keep_text_columns
         self.vocabulary = vocabulary or SharedVocabulary(0, 0)
+        self.image_token = image_token
         self._prompt_checked = False
         self._puts_images_together = student_collator is None
         if student_collator is None:
@@ -155,10 +158,16 @@ class DistillationCollator:
         """One row -> its ready form, lists of ids; a row that is ready already stays as it is."""
         text_columns = (self.source_column, self.target_column, MESSAGES)
         if "input_ids" in row:
+            first = row["input_ids"][0] if len(row["input_ids"]) else 0
+            if isinstance(first, list | tuple) or getattr(first, "ndim", False):
+                raise ValueError(
+                    "input_ids of a row have two dimensions, as a processor makes them of a batch: give each row [0] "
+                    "of input_ids and attention_mask."
+                )
             dropped = () if self.keep_text_columns else text_columns
             ready = {name: value for name, value in row.items() if name not in dropped}
             return _cut_at_target(ready) if self.decoder_only else ready
-        refuse_images_of_text(row)
+        refuse_images_of_text(row, self.image_token)
         if row.get(MESSAGES) is not None:
             source, target = split_conversation(row[MESSAGES])
         elif row.get(self.source_column) is not None:

@@ -86,15 +86,34 @@ def one_after_another(rows: Sequence[Mapping[str, Tensor]], width: int = 0) -> d
     return batch
 
 
-def refuse_images_of_text(row: Mapping[str, Any]) -> None:
-    """Raises ValueError where a row of texts has images."""
+def refuse_images_of_text(row: Mapping[str, Any], image_token: str | None = None) -> None:
+    """Raises ValueError where a row of texts has images, or what stands for one in the student's."""
     images = [name for name in row if "pixel_values" in name and row[name] is not None]
+    if image_token is not None:
+        texts = {name: str(value) for name, value in row.items() if isinstance(value, str | list)}
+        images += [f"{image_token!r} in its {name}" for name, text in texts.items() if image_token in text]
     if images:
         raise ValueError(
             f"a row has {images[0]} and no input_ids: nothing says where in its text the image stands. Make such rows "
             "with the processors of student and teacher: input_ids, labels, teacher_input_ids, and all that they make "
             "of images."
         )
+
+
+def read_streams_in_each_process(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """accelerate reads a stream in one process, by default, and hands out its batches in slices of as many as there
+    are rows, by which it cuts off images of rows that have several.
+
+    Raises:
+        ValueError: that was asked for.
+    """
+    config: Any = args.accelerator_config
+    if config.dispatch_batches:
+        raise ValueError(
+            "accelerator_config has dispatch_batches, which cuts batches up by their rows, and of images a row may "
+            "have several or none: leave it out."
+        )
+    config.dispatch_batches = accelerator.dataloader_config.dispatch_batches = False
 
 
 def let_processes_have_no_image(args: TrainingArguments, accelerator: Accelerator) -> None:

@@ -62,7 +62,7 @@ from .decoder_only_student import (
     refuse_encoder_options,
     sequence_inputs,
 )
-from .images import let_processes_have_no_image
+from .images import let_processes_have_no_image, read_streams_in_each_process
 from .losses import chunked_sum, cross_entropy, select_divergence, token_mean, universal_logit_distance
 from .options.asked_ahead import AskedAhead, RemembersLast
 from .options.cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
@@ -72,7 +72,7 @@ from .options.frozen_encoder import Unfreeze, freeze, freeze_encoder, tell_of_fr
 from .options.hidden_states import HiddenStateTraining, catch_hidden_states
 from .options.muon import MUON, muon_and_kwargs
 from .options.neftune import noise_on_tied_embeddings
-from .options.projector_first import give_texts_a_gradient, projector_parameters
+from .options.projector_first import UnfreezeBehindProjector, projector_parameters
 from .options.rollouts import OnPolicy, as_it_was
 from .options.schedules import EncoderAnnealing, ProgressiveDepth
 from .options.shared_prompt import SharedPrompt
@@ -322,13 +322,23 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             student_collator=data_collator,
             keep_text_columns=data_collator is not None and not args.remove_unused_columns,
             vocabulary=self._vocabulary,
+            image_token=self._image_token(),
         )
         if self.prompt_date is not None and (self._start_token_id is None or collator.reads_prompt()):
             self.model.config.prompt_date = self.prompt_date  # in each checkpoint, and in what is saved
         return collator
 
+    def _image_token(self) -> str | None:
+        """What stands for an image in the texts of a student that reads images."""
+        token, tokenizer = getattr(self.model.config, "image_token_id", None), tokenizer_of(self.processing_class)
+        if token is None or tokenizer is None or self._is_decoder_only:
+            return None
+        return tokenizer.convert_ids_to_tokens(token)
+
     def _set_up_options(self) -> None:
         args = self.args
+        if reads_images(self.model.config) or (isinstance(self.teacher, LiveTeacher) and self.teacher.input_names):
+            read_streams_in_each_process(args, self.accelerator)
         if args.cross_attention_warmup_steps > 0:
             whole = not (self.is_sharded or steps_in_backward(args))
             check_cross_attention_warmup(self.model, args.cross_attention_warmup_steps, whole)
@@ -353,7 +363,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         self._match_hidden_states()
         if args.train_projector_first > 0:
             others = "the decoder" if args.freeze_encoder else "all but the projector"
-            self.add_callback(Unfreeze(self, "train_projector_first", others))
+            self.add_callback(UnfreezeBehindProjector(self, "train_projector_first", others))
         if args.unfreeze_encoder_after > 0:
             self.add_callback(Unfreeze(self, "unfreeze_encoder_after", "the encoder"))
         self._encoder_states = None
@@ -664,7 +674,6 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             waiting["unfreeze_encoder_after"] = freeze_encoder(model, but=projector)
         if projector:
             waiting["train_projector_first"] = freeze(model, but=projector)
-            give_texts_a_gradient(model, projector)
         return {option: parameters for option, parameters in waiting.items() if getattr(args, option) > 0}
 
     def create_optimizer(self, *args, **kwargs):

@@ -15,6 +15,14 @@ def refuse_our_graphs(optimum_class):
     optimum_class._export = _or_say_so(optimum_class._export.__func__)
 
 
+def reads_images(model_id: object, who: str) -> str:
+    """Why a student that reads images is refused by one of Optimum's."""
+    return (
+        f"{model_id} reads images, and {who} has no place for the graph that does: export it with hf-encdec-distill "
+        "export, to onnx, openvino or coreml."
+    )
+
+
 def _or_say_so(load):
     @functools.wraps(load)
     def load_or_say_so(cls, model_id, config, **options):
@@ -28,10 +36,7 @@ def _or_say_so(load):
                 "hf_encdec_distill.export.runtime, or export the student with Optimum."
             )
         if config.model_type == "rope_encdec_vision":
-            raise ValueError(
-                f"{model_id} reads images, and {cls.__name__} has no place for the graph that does: export it with "
-                "hf-encdec-distill export, to onnx, openvino or coreml."
-            )
+            raise ValueError(reads_images(model_id, cls.__name__))
         return load(cls, model_id, config, **options)
 
     return classmethod(load_or_say_so)

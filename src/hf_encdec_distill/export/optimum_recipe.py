@@ -32,6 +32,7 @@ from ..models.rope_encdec.modeling_rope_encdec import (
     states_handed_over,
 )
 from .modules import MASKED, RULED_BY_LENGTH, TraceableRotary
+from .optimum_loading import reads_images
 from .recipe import pooled_length
 
 
@@ -268,6 +269,8 @@ def _know_our_folders(infer):
     def know_our_folders(cls, model_name_or_path, subfolder="", *args, **kwargs):
         file = Path(model_name_or_path, subfolder, "config.json")
         config = read_json(file) if file.is_file() else {}
+        if config.get("model_type") == "rope_encdec_vision":
+            raise ValueError(reads_images(model_name_or_path, "Optimum's export"))
         if config.get("model_type") == MODEL_TYPE:
             architecture = (config.get("architectures") or [None])[0]
             return _TASK_OF_CLASS.get(architecture, "text2text-generation")

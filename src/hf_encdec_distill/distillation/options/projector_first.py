@@ -9,7 +9,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+
+from .frozen_encoder import Unfreeze
 
 
 def projector_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
@@ -28,7 +31,28 @@ def projector_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     return parameters
 
 
-def give_texts_a_gradient(model: PreTrainedModel, projector: Sequence[nn.Parameter]) -> None:
+class UnfreezeBehindProjector(Unfreeze):
+    """As [`Unfreeze`]; until then texts alone have a gradient too."""
+
+    _hook: RemovableHandle | None = None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._remove_hook()
+
+    def _set(self, trained: bool) -> None:
+        super()._set(trained)
+        self._remove_hook()
+        if not trained:
+            model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+            self._hook = give_texts_a_gradient(model, projector_parameters(model))
+
+    def _remove_hook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+
+def give_texts_a_gradient(model: PreTrainedModel, projector: Sequence[nn.Parameter]) -> RemovableHandle:
     """Where the projector alone is trained, a batch without images has a gradient of zero in place of none.
 
     Without one `backward` raises, and where others have images, DistributedDataParallel would wait for it for ever.
@@ -39,4 +63,4 @@ def give_texts_a_gradient(model: PreTrainedModel, projector: Sequence[nn.Paramet
             output.last_hidden_state = output.last_hidden_state + 0 * sum(part.sum() for part in projector)
         return output
 
-    model.get_decoder().register_forward_hook(with_gradient)
+    return model.get_decoder().register_forward_hook(with_gradient)

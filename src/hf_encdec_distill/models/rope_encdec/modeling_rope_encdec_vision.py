@@ -152,12 +152,12 @@ class RopeEncDecVisionEncoder(RopeEncDecVisionPreTrainedModel, RopeEncDecEncoder
         if not torch.compiler.is_compiling():
             tokens, there = int(is_image.sum()), 0 if features is None else features.shape[0] * features.shape[1]
             if tokens != there:
-                images = (
-                    "no pixel_values" if features is None else f"{features.shape[0]} images of {features.shape[1]}"
-                )
+                what = f"{tokens} image tokens (id {self.config.image_token_id})"
+                if features is None:
+                    raise ValueError(f"{what} and no pixel_values: give the images that they stand for.")
                 raise ValueError(
-                    f"{tokens} image tokens (id {self.config.image_token_id}) for {there} image features ({images}): "
-                    "the processor writes as many tokens as an image needs; limits of length must not cut them."
+                    f"{what} for {there} image features ({features.shape[0]} images of {features.shape[1]}): the "
+                    "processor writes as many tokens as an image needs; limits of length must not cut them."
                 )
         if features is None:
             return embedded

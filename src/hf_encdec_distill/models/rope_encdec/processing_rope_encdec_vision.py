@@ -23,6 +23,8 @@ from transformers.image_utils import (
 
 
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+# Of pixels, decoded in this process: for some others, such as EPS, Pillow starts another program.
+_FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 _SHOWN = 120  # characters of an error of Pillow
 # What each kind of tower was trained with.
 _COLOURS = {
@@ -44,6 +46,7 @@ _PARTS_TO_TEXT = """
 {%- set messages = flat.messages %}
 """
 _CONTENT_ALONE = "{{ messages[0]['content'] }}"
+_OF_IMAGES = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std", "max_tiles", "max_pixels")
 _IMAGE_KEYS = ("image", "url", "path", "base64")  # of a part, in transformers' chats
 
 
@@ -87,8 +90,8 @@ class RopeEncDecImageProcessor(BaseImageProcessor):
         """
         Args:
             images: an image or a list of them: `PIL.Image.Image`, an array or tensor of shape `(H, W)`, `(H, W, 3 or
-                4)` or `(3 or 4, H, W)` with values 0 to 255 (or 0 to 1 in floating point), the path of a file, or its
-                bytes.
+                4)` or `(3 or 4, H, W)` with values 0 to 255 (or 0 to 1 in floating point), the path of a file in a
+                common format of pixels (PNG, JPEG, WebP, AVIF, GIF, TIFF, BMP, ...), or its bytes.
 
         Returns:
             [`BatchFeature`]: `pixel_values` of shape `(tiles, 3, height, width)`, and `num_tiles`, a list of one
@@ -114,11 +117,19 @@ class RopeEncDecImageProcessor(BaseImageProcessor):
         if isinstance(image, (str, os.PathLike, bytes)):
             what = f"image {index}" if isinstance(image, bytes) else f"{os.fspath(image)!r}"
             try:
+                Image.init()
                 # Here a bomb would be an error of Pillow's before it is one of ours.
-                image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+                image = Image.open(
+                    io.BytesIO(image) if isinstance(image, bytes) else image,
+                    formats=[name for name in _FORMATS if name in Image.OPEN],
+                )
             except UnidentifiedImageError as error:
-                raise ValueError(f"{what} is no image that can be read: its format is unknown") from error
-            except (OSError, Image.DecompressionBombError) as error:
+                raise ValueError(
+                    f"{what} is no image that can be read: its format is none of {', '.join(_FORMATS)}"
+                ) from error
+            except MemoryError:
+                raise
+            except Exception as error:  # of whatever the decoder of a format raises
                 raise ValueError(f"{what} is no image that can be read: {str(error)[:_SHOWN]}") from error
         else:
             what = f"image {index}"
@@ -143,7 +154,9 @@ class RopeEncDecImageProcessor(BaseImageProcessor):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # decoded here for the first time
+        except MemoryError:
+            raise
+        except Exception as error:  # decoded here for the first time
             raise ValueError(f"{what} is no image that can be read: {str(error)[:_SHOWN]}") from error
 
     def _tiles(self, image):
@@ -212,10 +225,10 @@ class RopeEncDecVisionProcessor(ProcessorMixin):
     ):
         self.patch_size, self.pixel_shuffle, self.image_token = patch_size, pixel_shuffle, image_token
         ids = tokenizer(image_token, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
+        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             raise ValueError(
-                f"image_token={image_token!r} is {len(ids)} tokens of this tokenizer: give one that it knows as one, "
-                "or add it with tokenizer.add_special_tokens({'additional_special_tokens': [...]})."
+                f"image_token={image_token!r} is {len(ids)} tokens of this tokenizer, or unknown to it: give one that "
+                "it knows as one, or add it with tokenizer.add_special_tokens({'additional_special_tokens': [...]})."
             )
         self.image_token_id = ids[0]
         side = patch_size * pixel_shuffle
@@ -225,8 +238,12 @@ class RopeEncDecVisionProcessor(ProcessorMixin):
                 f"size={image_processor.size}: a token is made of {side} x {side} pixels (patch_size={patch_size}, "
                 f"pixel_shuffle={pixel_shuffle}); give multiples of {side}."
             )
-        self.tokens_of_tile = (height // side) * (width // side)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def tokens_of_tile(self):
+        side = self.patch_size * self.pixel_shuffle
+        return (self.image_processor.size["height"] // side) * (self.image_processor.size["width"] // side)
 
     @classmethod
     def for_model(cls, model, tokenizer=None, size=None, max_tiles=1, image_token="<image>"):
@@ -237,21 +254,32 @@ class RopeEncDecVisionProcessor(ProcessorMixin):
             tokenizer (*optional*): By default the one that the model carries.
             size (`int` or `tuple`, *optional*): Height and width in pixels.
             max_tiles, image_token: see the classes.
+
+        Raises:
+            ValueError: there is no tokenizer, or the image token is another one than the model's.
         """
-        config = model.config
+        config, tokenizer = model.config, tokenizer or model.tokenizer
+        if tokenizer is None:
+            raise ValueError("the student carries no tokenizer, as one that was loaded: give it as tokenizer=.")
         mean, std = _COLOURS[config.vision_config.model_type]
         size = config.vision_config.image_size if size is None else size
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         images = RopeEncDecImageProcessor(
             size={"height": height, "width": width}, image_mean=mean, image_std=std, max_tiles=max_tiles
         )
-        return cls(
+        processor = cls(
             images,
-            tokenizer or model.tokenizer,
+            tokenizer,
             patch_size=config.vision_config.patch_size,
             pixel_shuffle=config.projector_pixel_shuffle,
             image_token=image_token,
         )
+        if processor.image_token_id != config.image_token_id:
+            raise ValueError(
+                f"image_token={image_token!r} is token {processor.image_token_id} of this tokenizer, and the student "
+                f"reads images at token {config.image_token_id}: give the tokenizer that it was made with."
+            )
+        return processor
 
     def __call__(self, images=None, text=None, return_tensors=None, **kwargs):
         """
@@ -259,28 +287,34 @@ class RopeEncDecVisionProcessor(ProcessorMixin):
             images: one image, a list of them, in the order of their tokens through all texts, or a list of lists, one
                 for each text. What an image may be, see [`RopeEncDecImageProcessor`].
             text (`str` or `list` of `str`): With `image_token` once for each image.
-            kwargs: for the tokenizer.
+            kwargs: for the tokenizer; also as `text_kwargs` and `common_kwargs`. What is done with images is set on
+                the image processor.
 
         Returns:
             [`BatchFeature`]: `input_ids`, `attention_mask` and, where there are images, `pixel_values`.
 
         Raises:
             ValueError: there are not as many images as image tokens, for a text or in all, a limit of length would cut
-                image tokens, or an image cannot be read.
+                image tokens, an image cannot be read, or an option is for images.
         """
         if text is None:
             raise ValueError("text is missing: a prompt that says where the images stand.")
         texts = [text] if isinstance(text, str) else list(text)
-        if not all(isinstance(one, str) for one in texts):
+        if not texts or not all(isinstance(one, str) for one in texts):
             raise ValueError(f"text={text!r}: expected a string or a list of strings.")
         for name in ("videos", "audio"):  # which transformers' `apply_chat_template` hands over for each model
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"{name}: this student reads texts and images.")
-        options = {"return_token_type_ids": False, **kwargs.pop("text_kwargs", {}), **kwargs}
+        options = {"return_token_type_ids": False, **kwargs.pop("common_kwargs", {}), **kwargs.pop("text_kwargs", {})}
+        of_images = {**kwargs.pop("images_kwargs", {})}
+        of_images |= {name: kwargs.pop(name) for name in list(kwargs) if name in _OF_IMAGES or name.startswith("do_")}
+        options |= kwargs
+        given = options.pop("return_tensors", None)
+        return_tensors = given if return_tensors is None else return_tensors
         images = self._one_by_one(images, texts)
         tiles, data = [], {}
-        if images:
-            features = self.image_processor(images)
+        if images or of_images:
+            features = self.image_processor(images, **of_images)
             data["pixel_values"], tiles = features["pixel_values"], features["num_tiles"]
         expected, written, left = [], [], iter(tiles)
         for one in texts:
@@ -336,8 +370,11 @@ class RopeEncDecVisionProcessor(ProcessorMixin):
                 refuses.
         """
         template = chat_template or self.chat_template or self.tokenizer.chat_template or _CONTENT_ALONE
-        if isinstance(self.chat_template, dict):  # names of templates
-            template = self.chat_template.get(chat_template or "default", template)
+        named = next((own for own in (self.chat_template, self.tokenizer.chat_template) if isinstance(own, dict)), {})
+        if isinstance(template, dict) or template in named:
+            template = named.get(chat_template or "default")
+            if template is None:
+                raise ValueError(f"there is no default among the chat templates {', '.join(named)}: name one.")
         is_batch = isinstance(conversation[0], (list, tuple))
         chats = [
             [{**message, "content": _parts(message["content"], kwargs.get("tokenize"))} for message in chat]
@@ -362,7 +399,7 @@ class RopeEncDecVisionProcessor(ProcessorMixin):
     def to_json_file(self, json_file_path, **kwargs):
         super().to_json_file(json_file_path, **kwargs)
         # Written here, since `save_pretrained` has pushed all files to the Hub when it returns.
-        _write_for_4_57(self, os.path.dirname(json_file_path))
+        _write_for_4_57(self, os.path.dirname(json_file_path) or os.curdir)
 
 
 def _write_for_4_57(processor, folder):
@@ -397,7 +434,11 @@ def _parts(content, loaded):
 
 
 def _from_array(image, what):
-    values = np.asarray(image.numpy(force=True) if hasattr(image, "numpy") else image)
+    if hasattr(image, "numpy"):
+        image_of_numpy = image.float() if image.is_floating_point() else image  # bfloat16 is unknown to it
+        values = image_of_numpy.numpy(force=True)
+    else:
+        values = np.asarray(image)
     if values.ndim == 3 and values.shape[0] in (3, 4) and values.shape[2] not in (3, 4):
         values = values.transpose(1, 2, 0)
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)):
@@ -407,8 +448,10 @@ def _from_array(image, what):
         )
     if values.dtype == bool:
         values = values * np.uint8(255)
-    if np.issubdtype(values.dtype, np.floating):
-        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+    if values.dtype.kind not in "uif":
+        raise ValueError(f"{what} is an array of {values.dtype}: expected whole numbers, or floating point.")
+    if values.dtype.kind == "f":
+        if values.size and (not np.isfinite(values).all() or values.min() < 0 or values.max() > 1):
             raise ValueError(
                 f"{what} has values from {values.min():.3g} to {values.max():.3g}: expected 0 to 1 in floating point, "
                 "or 0 to 255 as whole numbers; not pixels that are normalised already."

@@ -70,6 +70,11 @@ def from_parts(
     ).to(text_student.dtype)
     _copy_text(text_student, student)
     wanted = student.model.encoder.vision_tower.state_dict()
+    if lacking := wanted.keys() - tower.keys():
+        raise ValueError(
+            f"{type(vision_model).__name__} has no {min(lacking)}, nor {len(lacking) - 1} others of a vision tower "
+            f"({vision_config['model_type']}): give the vision model itself, such as its vision_tower or dinov2."
+        )
     student.model.encoder.vision_tower.load_state_dict({name: tower[name] for name in wanted})
     if projector is not None:
         _copy_projector(projector, student.model.encoder.multi_modal_projector)
