@@ -69,10 +69,24 @@ def read_yaml(file: Path) -> Any:
             if isinstance(event, yaml.AliasEvent):
                 line = event.start_mark.line + 1
                 raise ValueError(f"line {line} has the alias *{event.anchor}: write out what it stands for")
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_once_each(yaml.SafeLoader))
     # What the constructors of `!!int` and the like raise for a text that is none is not all a YAMLError.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read as YAML: {one_line(error)}") from error
+
+
+def _once_each(loader: type) -> type:
+    """A loader of YAML that refuses a key which is there twice, where `safe_load` takes the last."""
+
+    class OnceEach(loader):  # type: ignore[misc]
+        def construct_mapping(self, node, deep=False):
+            names = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+            if twice is not None:
+                raise ValueError(f"line {node.start_mark.line + 1} begins a mapping that has {twice!r} twice")
+            return super().construct_mapping(node, deep)
+
+    return OnceEach
 
 
 def write_text(file: Path, text: str) -> None:

@@ -146,6 +146,8 @@ def test_a_date_needs_no_quotes(tmp_path):
         ("student: a\ninit: {}", "both a student and an init section"),
         ("- a\n- b", "holds a list, expected a mapping"),
         ("a: [", "cannot be read as YAML"),
+        ("seed: 1\nmax_steps: 2\nseed: 3", "has 'seed' twice"),
+        ("init: {encoder_layers: 2, encoder_layers: 3}", "has 'encoder_layers' twice"),
         ("seed: &a 1\ndata_seed: *a", r"line 2 has the alias \*a"),
     ],
 )

@@ -124,7 +124,9 @@ def compare_logits(exported, model, shapes: Shapes) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     vision = exported.graphs.graphs.get("vision")
     each = vision.outputs[0].shape({"images": 1})[1] if vision else 0
-    longest, slots = max(shapes.prompts or (48 + 2 * each,)), shapes.targets or 16
+    # Beyond what a sliding layer sees, as far as there are positions.
+    window = min(getattr(model.config, "encoder_sliding_window", None) or 0, model.config.max_position_embeddings - 24)
+    longest, slots = max(shapes.prompts or (max(48 + 2 * each, window + 8),)), shapes.targets or 16
     cases = []
     for batch, prompt, target in (
         (1, 1, 1),
