@@ -119,7 +119,8 @@ def main() -> None:
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ValueError("There is nothing to do: pass do_train, do_eval or do_predict.")
     checkpoint = training_args.resume_from_checkpoint
-    if training_args.do_train and checkpoint is None and os.path.isdir(training_args.output_dir):
+    begin_again = getattr(training_args, "overwrite_output_dir", False)  # of transformers 4.57
+    if training_args.do_train and checkpoint is None and not begin_again and os.path.isdir(training_args.output_dir):
         checkpoint = get_last_checkpoint(training_args.output_dir)
         if checkpoint is None and os.listdir(training_args.output_dir):
             raise ValueError(

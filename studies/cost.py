@@ -18,7 +18,7 @@ import argparse
 import importlib.util
 import json
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -202,7 +202,9 @@ def _memory(cuda: bool) -> float:
         import torch
 
         return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    # Not `getrusage`, whose peak a process inherits from the one that started it.
+    [peak] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(peak) / 1e6
 
 
 def _our_trainer(name, task, rows, tokenizer, shared, causal):

@@ -133,7 +133,12 @@ def main() -> None:
         # Seeds choose their rows out of twice as many as a run takes: that is what caches have to hold.
         for split, count in (("train", 2 * args.steps * args.batch_size), ("test", args.test_rows)):
             task.rows[split] = task.rows[split].select(range(min(count, len(task.rows[split]))))
-        results.setdefault("setting", _setting(args, task))
+        setting = _setting(args, task)
+        before = results.setdefault("setting", setting)
+        if changed := [name for name in ("steps", "batch_size", "test_rows") if setting[name] != before[name]]:
+            raise ValueError(
+                f"{file} was measured with another {', '.join(changed)}: give the same, or another --output"
+            )
         for seed in args.seeds:
             for name in args.arms:
                 runs = results.setdefault("arms", {}).setdefault(name, {})

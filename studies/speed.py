@@ -104,6 +104,8 @@ def main() -> None:
     for run in map(Run.of, args.runs):
         by_label.setdefault(run.label, []).append(run)
     folders = {folder.name: folder for folder in args.runs}
+    if len(folders) < len(args.runs):
+        raise ValueError("two of the folders have one name, by which the report calls them: rename one")
     models = {label: _model(label, folders[runs[0].folder] / "student") for label, runs in by_label.items()}
     models[TEACHER] = _model(TEACHER, Path(fetch_builtin_teacher()))
     chosen = [one for model in models.values() for one in contenders(model) if _is_llama_cpp(one)]

@@ -35,6 +35,9 @@ const emptyCache = () =>
         [1, config.num_key_value_heads, 0, config.head_dim])])
   );
 
+// The bits of a half as a number that is in the order of the halves: sign and magnitude.
+const inOrder = (bits) => (bits & 0x8000 ? -(bits & 0x7fff) : bits);
+
 async function generate(ids) {
   const attentionMask = int64(ids.map(() => 1));
   const ofPrompt = await encoder.run({ input_ids: int64(ids), attention_mask: attentionMask });
@@ -46,7 +49,8 @@ async function generate(ids) {
   while (answer.length < maxNewTokens) {
     const { logits, ...present } = await decoder.run({ ...feeds, input_ids: int64([token]) });
     for (const [name, tensor] of Object.entries(present)) feeds[name.replace("present", "past_key_values")] = tensor;
-    const scores = logits.data; // batch 1, one token: [vocabulary]
+    // Batch 1, one token: [vocabulary]. Where there is no Float16Array, halves come as their bits.
+    const scores = logits.data instanceof Uint16Array ? Array.from(logits.data, inOrder) : logits.data;
     token = scores.reduce((best, score, id) => (Number(score) > Number(scores[best]) ? id : best), 0);
     if (ends.includes(token)) break;
     answer.push(token);

@@ -41,8 +41,11 @@ class Text2TextGenerationPipeline(pipelines.Pipeline):
         return_text=None,
         clean_up_tokenization_spaces=None,
         truncation=None,
+        stop_sequence=None,
         **generate_kwargs,
     ):
+        if stop_sequence is not None:  # its first token, as v4.57.6 has it
+            generate_kwargs["eos_token_id"] = self.tokenizer.encode(stop_sequence, add_special_tokens=False)[0]
         if self.assistant_model is not None:
             generate_kwargs["assistant_model"] = self.assistant_model
         if self.assistant_tokenizer is not None:
@@ -57,6 +60,8 @@ class Text2TextGenerationPipeline(pipelines.Pipeline):
         return before, generate_kwargs, after
 
     def __call__(self, inputs, **kwargs):
+        if isinstance(inputs, list) and not inputs:
+            return []
         results = super().__call__(inputs, **kwargs)
         if isinstance(inputs, list) and all(len(answers) == 1 for answers in results):
             return [answers[0] for answers in results]

@@ -77,7 +77,7 @@ def with_transformers(folder, text, tokens=TOKENS, **options):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(text, return_tensors="pt")
     found = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, **options)[0]
-    return found.tolist(), tokenizer.decode(found, skip_special_tokens=True).strip()
+    return found.tolist(), tokenizer.decode(found[1:], skip_special_tokens=True).strip()
 
 
 def test_the_same_answers(exported, tmp_path):

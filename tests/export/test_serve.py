@@ -177,6 +177,8 @@ def test_a_seed_draws_the_same_again(running):
 
 def test_all_tokens_are_drawn_from():
     """transformers would draw from the 50 likeliest."""
+    neutral = {"n": 1, "frequency_penalty": 0.0, "logit_bias": {}, "stream_options": {"include_usage": True}}
+    assert serve.parse("/v1/completions", {"prompt": "x", "temperature": 1e-40, **neutral}, MOST).sampling == {}
     asked = serve.parse("/v1/completions", {"prompt": "x", "temperature": 1.0}, MOST)
     assert GenerationConfig(**asked.sampling).top_k == 0
 
@@ -314,6 +316,9 @@ def test_a_client_that_goes_away_stops_its_answer(running, expected):
         ({"prompt": "x", "max_tokens": 0}, "max_tokens=0: expected a whole number of at least 1"),
         ({"prompt": "x", "max_tokens": True}, "max_tokens=True"),
         ({"prompt": "x", "temperature": 3}, "temperature=3: expected a number from 0 to 2"),
+        ({"prompt": "x", "frequency_penalty": 2}, "frequency_penalty=2: this server takes 0 alone"),
+        ({"prompt": "x", "logprobs": 0}, "logprobs=0: this server takes False alone"),
+        ({"prompt": "x", "response_format": {"type": "json_object"}}, "this server takes {'type': 'text'} alone"),
         ({"prompt": "x", "n": 2}, "n=2: this server takes 1 alone"),
         ({"prompt": "x", "stop": [""]}, "stop=.*not empty"),
         ({"prompt": ["x", "y"], "stream": True}, "several prompts"),

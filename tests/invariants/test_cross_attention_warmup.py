@@ -111,3 +111,8 @@ def test_what_has_no_cross_attention_is_refused(tmp_path, tokenizer):
         train(tmp_path, make_t5(), tokenizer, cross_attention_warmup_steps=2, optim="galore_adamw_layerwise")
     with pytest.raises(ValueError, match="cross_attention_warmup_steps=-1"):
         arguments(tmp_path, cross_attention_warmup_steps=-1)
+
+
+def test_a_warmup_that_never_ends_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="cross_attention_warmup_steps=9, but training ends at step 2"):
+        train(tmp_path, make_rope("separate"), tokenizer, cross_attention_warmup_steps=9, max_steps=2)

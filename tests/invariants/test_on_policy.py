@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from distillation_toys import EOS, InOrder, arguments, make_t5, make_teacher, ragged_rows, token_terms, write_teacher
+from distillation_toys import (
+    EOS,
+    InOrder,
+    arguments,
+    make_rope,
+    make_t5,
+    make_teacher,
+    ragged_rows,
+    token_terms,
+    write_teacher,
+)
 from peft import LoraConfig, get_peft_model
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
@@ -288,3 +298,19 @@ def test_what_does_not_go_together_is_said(tmp_path, tokenizer):
     capture(LiveTeacher(make_teacher()), ROWS, tmp_path / "cache", tokenizer, progress=False)
     with pytest.raises(ValueError, match="nobody can have recorded"):
         make_trainer(tmp_path, tokenizer, teacher=tmp_path / "cache")
+
+
+def test_answers_are_as_long_as_there_are_positions(tmp_path, tokenizer):
+    """One long prompt and one long target in a batch: each row fits, the longest answer to the prompt would not."""
+    student = make_rope("merged", cross_attention_layers=[1, 2], max_position_embeddings=20)
+    long = {"input_ids": list(range(4, 20)), "attention_mask": [1] * 16, "labels": [5, EOS]}
+    rows = [long] + [{"input_ids": [4, 5], "attention_mask": [1] * 2, "labels": [*range(30, 44), EOS]}] * 2
+    trainer = DistillationTrainer(
+        student,
+        arguments(tmp_path, per_device_train_batch_size=3, on_policy_fraction=1.0, max_steps=2),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        teacher=make_teacher(),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2

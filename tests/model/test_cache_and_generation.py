@@ -394,3 +394,46 @@ def test_generation_config_is_saved_with_the_model(model, tmp_path):
     assert loaded.generation_config.decoder_start_token_id == 1
     tokens = loaded.generate(random_ids(1, 4), min_new_tokens=3)
     assert tokens.shape[1] == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_positions_of_the_prompt_that_are_given_are_those_that_are_counted(kind):
+    """transformers 4.57 cuts `position_ids` to the length of the decoder's input."""
+    model = make_model(kind)
+    ids = random_ids(1, 7)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, position_ids=torch.arange(7)[None], **options), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_caches_that_cannot_be_used_are_told(kind):
+    model, ids = make_model(kind), random_ids(1, 5)
+    inputs = {"input_ids": ids, "decoder_input_ids": ids}
+    with pytest.raises(ValueError, match="of type DynamicCache: an encoder-decoder takes an EncoderDecoderCache"):
+        model(**inputs, past_key_values=DynamicCache())
+    two = [EncoderDecoderCache(DynamicCache(), DynamicCache()) for _ in range(2)]
+    with pytest.raises(ValueError, match="Two caches"):
+        model(**inputs, past_key_values=two[0], cache=two[1])
+    with torch.no_grad():
+        model(**inputs, past_key_values=two[0])
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="Gradient checkpointing runs layers twice"):
+        model(**inputs, past_key_values=two[0])
+    model(**inputs, past_key_values=two[1])  # an empty one is left so
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_of_another_shape_is_told(kind):
+    model, ids = make_model(kind), random_ids(2, 5)
+    for shape in ((2, 3), (2, 8), (2, 1, 5, 5), (2, 5, 5)):
+        with pytest.raises(ValueError, match=r"attention_mask of shape .* for prompts of shape \(2, 5\)"):
+            model(input_ids=ids, attention_mask=torch.ones(shape, dtype=torch.long), decoder_input_ids=ids)
+
+
+def test_a_pad_token_that_is_none_fills_nothing():
+    model, ids = make_model("separate"), random_ids(1, 5)
+    labels = torch.tensor([[4, 5, -100]])
+    expected = model(input_ids=ids, labels=labels).loss
+    model.config.pad_token_id = -1
+    assert torch.equal(model(input_ids=ids, labels=labels).loss, expected)

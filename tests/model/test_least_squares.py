@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_from_decoder_only import FAMILIES, VOCAB, make_teacher, mean_divergence
+from toys import make_llama
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
 from hf_encdec_distill.models.rope_encdec import initialization, layer_choice, least_squares
@@ -421,6 +422,45 @@ def test_a_trimmed_vocabulary_comes_after_it(make_bpe_tokenizer):
     assert trimmed.config.vocab_size < whole.config.vocab_size and trimmed.healing == whole.healing
     layers = [name for name, _ in whole.named_parameters() if ".layers." in name]
     assert layers and set(layers) <= set(unchanged(trimmed, whole))
+
+
+def test_tokens_of_the_generation_config_are_trimmed_too(make_bpe_tokenizer):
+    """Those that end an answer of a decoder-only model may be more than its config names."""
+    from hf_encdec_distill.models.vocabulary import trim_tokenizer, trim_vocabulary
+
+    tokenizer = make_bpe_tokenizer()
+    trimmed = trim_tokenizer(tokenizer, ["add a"])
+    kept = tokenizer.convert_ids_to_tokens(trimmed("add a")["input_ids"] and tokenizer("add a")["input_ids"])
+    gone = next(token for token in tokenizer.get_vocab() if token not in trimmed.get_vocab())
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(kept[0])]
+    model = make_teacher(num_hidden_layers=1, vocab_size=len(tokenizer), eos_token_id=ends[0])
+    model.generation_config.eos_token_id = ends
+    model.generation_config.suppress_tokens = [tokenizer.convert_tokens_to_ids(token) for token in (kept[1], gone)]
+    trim_vocabulary(model, tokenizer, trimmed)
+    expected = [trimmed.convert_tokens_to_ids(token) for token in (tokenizer.eos_token, kept[0])]
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == expected
+    assert model.generation_config.suppress_tokens == [trimmed.convert_tokens_to_ids(kept[1])]
+
+
+def test_a_student_that_half_precision_cannot_hold_is_refused():
+    """Where layers are gone whose output kept the sum in the range of float16."""
+    teacher = make_llama(5, mlp_bias=True)
+    with torch.no_grad():
+        for layer, height in ((1, 4e4), (2, -4e4), (3, 4e4), (4, -4e4)):
+            teacher.model.layers[layer].mlp.down_proj.bias.zero_()
+            teacher.model.layers[layer].mlp.down_proj.bias[0] = height
+    options = {"encoder_layers": [0, 1, 2, 3], "decoder_layers": [0, 1, 3, 4], "heal": None}
+    rows = [([4 + i % 20, 5, 6], [7, 8]) for i in range(10)]
+    with pytest.raises(ValueError, match="not finite.*load the teacher in float32 or bfloat16"):
+        RopeEncDecForConditionalGeneration.from_decoder_only(
+            teacher.half(), calibration=rows, decoder_start_token_id=1, **options
+        )
+
+
+@pytest.mark.parametrize("row", [([3, 4, 5], None), ("text", [3])])
+def test_a_calibration_row_without_a_target_is_named(row):
+    with pytest.raises(ValueError, match="calibration has .* expected two texts, or two lists of token ids"):
+        make_student(make_teacher(num_hidden_layers=DEPTH), [row] * 4)
 
 
 def test_a_bar_is_for_a_terminal(capsys):

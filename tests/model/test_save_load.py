@@ -2,6 +2,9 @@
 
 import json
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,3 +223,37 @@ def test_a_training_state_survives(kind, tmp_path):
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {name for name, parameter in loaded.named_parameters() if not parameter.requires_grad}
     assert bool(frozen) == (kind == "merged")
+
+
+@pytest.mark.process
+def test_a_subclass_is_saved_with_its_own_code(tmp_path):
+    """As transformers saves any class that registers itself, not with the names of ours."""
+    (tmp_path / "mine.py").write_text("""
+from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
+
+class MineConfig(RopeEncDecConfig):
+    model_type = "mine_encdec"
+
+class MineModel(RopeEncDecForConditionalGeneration):
+    config_class = MineConfig
+
+MineConfig.register_for_auto_class()
+MineModel.register_for_auto_class("AutoModelForSeq2SeqLM")
+""")
+    code = f"""
+import sys, torch
+sys.path[:0] = [{str(tmp_path)!r}, {str(Path(__file__).parents[1])!r}]
+import mine
+from toys import make_model
+from transformers import AutoModelForSeq2SeqLM
+fields = make_model("merged").config.to_diff_dict()
+model = mine.MineModel(mine.MineConfig(**{{k: v for k, v in fields.items() if k not in ("model_type", "auto_map")}}))
+model.save_pretrained({str(tmp_path / "saved")!r})
+loaded = AutoModelForSeq2SeqLM.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True)
+assert type(loaded).__name__ == "MineModel", type(loaded)
+assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    auto_map = json.loads((tmp_path / "saved/config.json").read_text())["auto_map"]
+    assert auto_map == {"AutoConfig": "mine.MineConfig", "AutoModelForSeq2SeqLM": "mine.MineModel"}

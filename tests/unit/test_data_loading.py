@@ -1,6 +1,7 @@
 """Rows from files, folders and names; carving; what is wrong with them."""
 
 import csv
+import json
 import logging
 
 import datasets
@@ -263,3 +264,20 @@ def test_names_of_the_package():
     assert data.load_pairs is load_pairs
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         data.nothing  # noqa: B018
+
+
+def test_splits_by_each_name_that_they_have(tmp_path):
+    """By any name that a split has on the Hub; one that is none is not passed over."""
+    files = {}
+    for name in ("train", "val", "test"):
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps({"source": f"{name} {i}", "target": "x"}) + "\n" for i in range(9)))
+    splits = load_pairs(files)
+    assert {name: split["source"][0] for name, split in splits.items()} == {
+        "train": "train 0",
+        "validation": "val 0",
+        "test": "test 0",
+    }
+    for wrong in ({"training": files["train"], "train": files["test"]}, {"trian": files["train"]}):
+        with pytest.raises(ValueError, match="name each once, by one of train, training, validation"):
+            load_pairs(wrong)

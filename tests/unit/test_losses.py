@@ -386,3 +386,11 @@ def test_universal_distance_is_the_least_over_all_ways_to_pair_tokens(sizes):
     student.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: universal_logit_distance(x, teacher, 1.7), student)
     assert universal_logit_distance(student.detach().bfloat16(), teacher.bfloat16()).dtype == torch.float32
+
+
+def test_what_is_too_small_for_the_dtype_counts_as_nothing():
+    """exp(-300) is 0 in float32, and 0 log 0 is 0."""
+    one, other = torch.tensor([[1.0, 2.0, -torch.inf]]), torch.tensor([[0.0, 0.0, -300.0]])
+    expected = torch.nn.functional.kl_div(one[:, :2].log_softmax(-1), other[:, :2].softmax(-1), reduction="sum")
+    assert forward_kl(one, other).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert reverse_kl(other, one).item() == pytest.approx(expected.item(), rel=1e-6)

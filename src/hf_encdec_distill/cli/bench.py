@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     if args.student is None:
         raise ValueError("name a student to time, or two reports with --compare A.json B.json")
     check_at_least_one(args, "rounds", "threads")
-    if not args.minutes > 0:
+    if not 0 < args.minutes < float("inf"):
         raise ValueError(f"--minutes {args.minutes:g}: give more than 0")
     requests = _requests(args)
     baseline = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,8 @@ EXAMPLE = "hf-encdec-distill evaluate runs/quickstart/student --teacher runs/qui
 # Those that need a teacher are left out of the default without one. `judge` comes with --judge.
 _DEFAULT = ("rouge_l", "ce", "kl", "teacher_agreement", "distinct")
 _OTHERS = ("exact_match", "f1", "chrf", "bleu", "ece", "entropy_gap")
+logger = logging.getLogger(__name__)
+
 _BASELINE = "lead_baseline"  # as the quickstart calls it
 
 
@@ -95,8 +98,9 @@ def run(args: argparse.Namespace) -> None:
     check_at_least_one(args, "rows", "max_source_length", "max_target_length")
     if len(set(args.models)) < len(args.models):
         raise ValueError("a model is named twice: name each once")
-    if _BASELINE in args.models:
-        raise ValueError(f"{_BASELINE} is what the baseline is called: name the folder as ./{_BASELINE}")
+    taken = [name for name in (_BASELINE, "source", "reference") if name in args.models]
+    if taken:
+        raise ValueError(f"{taken[0]} is what a part of the result is called: name the folder as ./{taken[0]}")
     alone = [name for name in args.metrics or () if name in OF_TEACHER and args.teacher is None]
     if alone:
         raise ValueError(f"--metrics {alone[0]} compares with a teacher: name one with --teacher")
@@ -108,6 +112,8 @@ def run(args: argparse.Namespace) -> None:
     for name in cards:
         load_card(name)  # what cannot be updated is said before anything is measured
     output = None if args.output is None else new_folder(args.output)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
     asked = [name for name in args.metrics or _DEFAULT if args.teacher is not None or name not in OF_TEACHER]
 
     teacher = teacher_tokenizer = None
@@ -135,6 +141,12 @@ def run(args: argparse.Namespace) -> None:
         for name, entry in measured.items():
             entry["sums"]["judge"] = mean(scores[name], np.ones(len(pairs)))
 
+    for name, entry in measured.items():
+        broken = [measure for measure, sums in entry["sums"].items() if not np.isfinite(sums.rows).all()]
+        if broken:
+            raise ValueError(
+                f"{broken[0]} of {name} is not a finite number on some rows: its weights or logits are not"
+            )
     result = _compare(measured, len(pairs)) | _provenance(args, len(pairs))
     if judge is not None:
         judged = {"name": _model_name(args.judge), "template": judge.template, "probability_of_a_digit": of_digits}
@@ -277,16 +289,17 @@ def _model_name(path: str) -> str:
 
 
 def _write(output: Path, result: Mapping, pairs, measured: Mapping[str, Mapping]) -> None:
-    from ..bench import plot_quality
     from ..cards import model_index
     from ..files import write_json, write_text
 
-    output.mkdir(parents=True, exist_ok=True)
     write_json(output / "metrics.json", result)
-    plot_quality(result["models"], output / "quality.png", result["spread"])
+    files: set[str] = set()
     for name in (name for name in measured if name != _BASELINE):
-        file = f"model-index-{name.strip('./').replace('/', '--')}.yml"
-        write_text(output / file, model_index(result, name, public_name(name)))
+        file = f"model-index-{name.strip('./').replace('/', '--')}"
+        while file in files:  # ./student and ../student
+            file += "-"
+        files.add(file)
+        write_text(output / f"{file}.yml", model_index(result, name, public_name(name)))
     if all(entry["texts"] is not None for entry in measured.values()):
         lines = (
             {
@@ -297,6 +310,12 @@ def _write(output: Path, result: Mapping, pairs, measured: Mapping[str, Mapping]
             for index, pair in enumerate(pairs)
         )
         write_text(output / "answers.jsonl", "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
+    try:
+        from ..bench import plot_quality
+
+        plot_quality(result["models"], output / "quality.png", result["spread"])
+    except ImportError as error:  # the numbers are there without it
+        logger.warning("no plots: %s", error)
 
 
 def _answer(entry: Mapping, index: int) -> dict[str, Any]:

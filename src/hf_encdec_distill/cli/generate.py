@@ -112,7 +112,8 @@ def _with_transformers(args: argparse.Namespace) -> Answering:
             num_beams=args.num_beams,
             do_sample=False,
         )
-        tokens = tokens[0, input_ids.shape[1] :] if decoder_only else tokens[0]
+        # Behind the prompt, or the token from which an encoder-decoder starts: the prompt's last, if it is merged.
+        tokens = tokens[0, input_ids.shape[1] if decoder_only else 1 :]
         return tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     return config, prompts, answer

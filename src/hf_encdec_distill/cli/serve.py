@@ -168,6 +168,14 @@ def load_service(name: str, most: int) -> Service:
     return Service(public_name(name), load_answering(name), load_tokenizer(name), most)
 
 
+# Of fields of OpenAI's API that would change the answer, what leaves it as it is.
+_NEUTRAL: dict[str, Any] = {
+    **{"n": 1, "best_of": 1, "echo": False, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0},
+    **{"logit_bias": {}, "suffix": "", "tools": [], "response_format": {"type": "text"}},
+}
+_LEAST_TEMPERATURE = 1e-4  # below it logits divided by it overflow; the likeliest token is all that is drawn
+
+
 def _field(body: Mapping, name: str, kinds: tuple[type, ...], default, what: str, low=None, high=None):
     value = body.get(name)
     if value is None:
@@ -201,9 +209,10 @@ def parse(path: str, body: Any, most: int) -> Completion:
         check_texts(texts)
     except ValueError as error:
         raise BadRequest(str(error)) from error
-    for name, only in (("n", 1), ("best_of", 1), ("echo", False), ("logprobs", False)):
-        if body.get(name) not in (None, only):
-            raise BadRequest(f"{name}={body[name]!r}: this server takes {only!r} alone")
+    for name, only in _NEUTRAL.items():
+        given = body.get(name)
+        if given is not None and (given != only or isinstance(given, bool) != isinstance(only, bool)):
+            raise BadRequest(f"{name}={given!r}: this server takes {only!r} alone")
     limit = _field(body, "max_completion_tokens", (int,), None, "a whole number of at least 1", low=1)
     limit = limit or _field(body, "max_tokens", (int,), most, "a whole number of at least 1", low=1)
     stop = _field(body, "stop", (str, list), [], "a text, or a list of texts")
@@ -211,6 +220,7 @@ def parse(path: str, body: Any, most: int) -> Completion:
     if not all(isinstance(text, str) and text for text in stop):
         raise BadRequest(f"stop={stop!r}: expected texts that are not empty")
     temperature = _field(body, "temperature", (int, float), 0, "a number from 0 to 2", low=0, high=2)
+    temperature = 0 if temperature < _LEAST_TEMPERATURE else temperature
     top_p = _field(body, "top_p", (int, float), 1, "a number above 0, up to 1", low=1e-6, high=1)
     # Of all tokens, as in OpenAI's API; transformers would take the 50 likeliest.
     sampling = {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p), "top_k": 0}

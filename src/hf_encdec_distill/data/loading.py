@@ -64,7 +64,12 @@ def load_pairs(
 
         return load_python_docstrings(cache_dir=cache_dir, progress=progress)
     if isinstance(dataset, Mapping):
-        splits = {name: load_tables(file, config)["train"] for name, file in dataset.items()}
+        known = {name: own for own, names in _SPLIT_NAMES.items() for name in (own, *names)}
+        if len({known.get(name) for name in dataset} - {None}) < len(dataset):
+            raise ValueError(
+                f"dataset has the splits {', '.join(dataset)}: name each once, by one of {', '.join(known)}"
+            )
+        splits = {known[name]: load_tables(file, config)["train"] for name, file in dataset.items()}
     else:
         splits = named_splits(load_tables(dataset, config), dataset)
     splits = {

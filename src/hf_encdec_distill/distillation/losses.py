@@ -254,8 +254,9 @@ def _kl_to_mixture(log_a_xV: Tensor, log_b_xV: Tensor, weight: float) -> Tensor:
     Every divergence above but the last is made of this one. Working on the ratio b / a, never on the mixture itself,
     makes it exactly 0 when a equals b.
     """
-    # Where a is 0 the term is 0 whatever b is; replacing the ratio keeps -inf - (-inf) out of value and gradient.
-    ratio_xV = torch.where(log_a_xV > -torch.inf, log_b_xV - log_a_xV, 0.0)
+    # Where a is 0, or too small for the dtype, the term is 0 whatever b is; replacing the ratio keeps -inf - (-inf)
+    # and 0 * inf out of value and gradient.
+    ratio_xV = torch.where(log_a_xV.exp() > 0, log_b_xV - log_a_xV, 0.0)
     kl = -(log_a_xV.exp() * _log_mixed_ratio(ratio_xV, weight)).sum(dim=-1)
     # The sum is >= 0; rounding can leave it at -1e-8.
     return kl.clamp(min=0)

@@ -688,6 +688,22 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         if self._encoder_states is not None:
             self._encoder_states.forget()
 
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """As the base class; raises ValueError where training ends before it has begun to train all of the student."""
+        steps, max_steps = self.args.cross_attention_warmup_steps, num_training_steps
+        if max_steps < steps:
+            raise ValueError(
+                f"cross_attention_warmup_steps={steps}, but training ends at step {max_steps}: give fewer."
+            )
+        ramp = self.args.on_policy_warmup_steps
+        if self.args.on_policy_fraction > 0 and max_steps < ramp:
+            logger.warning(
+                "on_policy_warmup_steps=%d, but training ends at step %d: on_policy_fraction is never reached.",
+                ramp,
+                max_steps,
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def training_step(self, *args, **kwargs) -> Tensor:
         """As the base class; during the warm-up of the cross-attention the other gradients are dropped."""
         with self.as_exported():

@@ -40,7 +40,14 @@ def encode_rows(
     """Texts `source` and `target` -> rows for a decoder-only model, whose tokenizer it is, and a merged student.
 
     `labels` are at most `max_target` tokens of the target and its EOS: one that is cut did not end there: it has none.
+
+    Raises:
+        ValueError: the tokenizer has no EOS.
     """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no eos_token, which has to end a target: set it"
+        )
     rows = []
     for pair in pairs:
         prompt = encode_prompt(tokenizer, pair["source"], prompt_template, max_prompt, prompt_date)

@@ -135,8 +135,8 @@ class ExportedStudent:
                 return
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of an answer. The start token belongs to it: of some templates it is a part of the text."""
-        return self._tokenizer.decode([self._start, *ids], skip_special_tokens=True).strip()
+        """The text of an answer. The start token, which is the prompt's last, does not belong to it."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def answer(self, text: str, max_new_tokens: int) -> str:
         """

@@ -159,7 +159,9 @@ def trim_vocabulary(model, tokenizer, trimmed) -> None:
         layer.weight = torch.nn.Parameter(layer.weight[rows])
     embedding.num_embeddings = head.out_features = model.config.vocab_size = size
     model.tie_weights()
-    eos, pad = model.config.eos_token_id, trimmed.convert_tokens_to_ids(distinct_pad_token(trimmed))
+    pad = trimmed.convert_tokens_to_ids(distinct_pad_token(trimmed))
+    # A generation config may name more tokens that end an answer.
+    eos = next((e for e in (model.generation_config.eos_token_id, model.config.eos_token_id) if e is not None), None)
     if embedding.padding_idx is not None:
         embedding.padding_idx = pad
     special = {
@@ -171,6 +173,14 @@ def trim_vocabulary(model, tokenizer, trimmed) -> None:
     for name, value in special.items():
         setattr(model.config, name, value)
         setattr(model.generation_config, name, value)
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        listed = getattr(model.generation_config, name, None)
+        if listed is not None:
+            setattr(model.generation_config, name, [ids[i] for i in listed if i in ids] or None)
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        forced = getattr(model.generation_config, name, None)
+        if forced is not None:
+            setattr(model.generation_config, name, ids.get(forced) if isinstance(forced, int) else None)
 
 
 def _fill(kept: set, size: int, wanted: list, merges: list) -> None:

@@ -119,10 +119,12 @@ class EncoderStates(TrainerCallback):
         if any(parameter.requires_grad for parameter in encoder.parameters()):
             return {}
         keys, mask = self.ensure(student, inputs)
-        found = [(row, self._read(key)) for row, key in enumerate(keys) if key is not None]
+        width = student.config.hidden_size * max(len(getattr(encoder, "states_read", ())), 1)
+        lengths = mask.sum(dim=1).tolist()
+        found = [(row, self._read(key, lengths[row], width)) for row, key in enumerate(keys) if key is not None]
         if not found:
             return {}
-        states = torch.zeros(*mask.shape, found[0][1].shape[-1], dtype=next(encoder.parameters()).dtype)
+        states = torch.zeros(*mask.shape, width, dtype=next(encoder.parameters()).dtype)
         for row, state in found:
             states[row, mask[row]] = state.to(states.dtype)
         states = states.to(inputs["input_ids"].device)
@@ -220,7 +222,7 @@ class EncoderStates(TrainerCallback):
             try:
                 # Maps the file; a tensor is read when it is asked for.
                 self._files[file.name] = safe_open(file, framework="pt")
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise ValueError(
                     f"{file} is not what was written, it was cut or altered ({error}): delete it; its rows are "
                     "computed again."
@@ -228,9 +230,23 @@ class EncoderStates(TrainerCallback):
             self._file_of_key.update(dict.fromkeys(self._files[file.name].keys(), file.name))
         return bool(fresh)
 
-    def _read(self, key: str) -> Tensor:
+    def _read(self, key: str, length: int, width: int) -> Tensor:
+        """
+        Raises:
+            ValueError: the file has something else under this key than the states `(length, width)` of a row.
+        """
         new = self._new.get(key)
-        return self._files[self._file_of_key[key]].get_tensor(key) if new is None else new
+        if new is not None:
+            return new
+        name = self._file_of_key[key]
+        state = self._files[name].get_tensor(key)
+        if not state.is_floating_point() or state.shape != (length, width):
+            assert self._place is not None
+            raise ValueError(
+                f"{self._place / name} is not what was written, it has {state.dtype} of shape {tuple(state.shape)} "
+                f"for a row of {length} positions and {width} numbers: delete it; its rows are computed again."
+            )
+        return state
 
     def flush(self) -> None:
         """Writes what has been computed since."""

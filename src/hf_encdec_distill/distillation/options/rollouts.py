@@ -19,6 +19,7 @@ from ...models.rope_encdec.initialization import evaluating
 from .._compat import let_fsdp2_generate
 from ..alignment.positions import IGNORED, OF_TEACHER, teacher_images, teacher_inputs
 from ..alignment.vocabularies import SharedVocabulary, vocab_size
+from ..checks.limits import room_for_target
 from ..decoder_only_student import answers_alone, is_decoder_only
 from ..teachers.recorded import CachedTeacher
 
@@ -76,7 +77,7 @@ class OnPolicy:
             rolled = roll_out(
                 trainer.accelerator.unwrap_model(trainer.model),
                 batch,
-                max_new_tokens=args.max_target_length or batch["labels"].shape[1],
+                max_new_tokens=self._room(batch),
                 temperature=args.sampling_temperature,
                 forbidden=trainer._vocabulary.missing_below(vocab_size(trainer.model.config)),
                 vocabulary=trainer._vocabulary,
@@ -84,6 +85,16 @@ class OnPolicy:
             )
         self.replay.add(rolled)
         return rolled
+
+    def _room(self, batch: dict[str, Any]) -> int:
+        """Tokens that an answer may have: as many as the targets, or as are left of student's or teacher's positions
+        behind the longest prompt of the batch."""
+        trainer, longest = self._trainer, int(batch["attention_mask"].sum(dim=1).max())
+        limits = [trainer.args.max_target_length or batch["labels"].shape[1]]
+        for config in (trainer.model.config, trainer.teacher.model.config):
+            room = room_for_target(config, longest)
+            limits += [] if room is None else [max(room, 1)]
+        return min(limits)
 
 
 def on_policy_fraction_at(step: int, fraction: float, warmup_steps: int) -> float:

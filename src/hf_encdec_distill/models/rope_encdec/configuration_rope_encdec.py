@@ -197,7 +197,9 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
 
     def to_dict(self):
         # `save_pretrained` would list only the class being saved; code that exists already asks for any of the four.
-        return {**super().to_dict(), "auto_map": dict(_AUTO_MAP)}
+        fields = super().to_dict()
+        # Of a subclass elsewhere the files beside the weights are others, which `save_pretrained` lists.
+        return {**fields, "auto_map": dict(_AUTO_MAP)} if type(self).__name__ == "RopeEncDecConfig" else fields
 
     @property
     def first_pooled_layer(self) -> int | None:

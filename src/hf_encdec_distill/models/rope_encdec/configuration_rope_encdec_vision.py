@@ -82,7 +82,9 @@ class RopeEncDecVisionConfig(RopeEncDecConfig):
         )
 
     def to_dict(self):
-        return {**super().to_dict(), "auto_map": dict(_AUTO_MAP)}
+        fields = super().to_dict()
+        # Of a subclass elsewhere the files beside the weights are others, which `save_pretrained` lists.
+        return {**fields, "auto_map": dict(_AUTO_MAP)} if type(self).__name__ == "RopeEncDecVisionConfig" else fields
 
     def image_tokens(self, height: int, width: int) -> int:
         """How many tokens an image of so many pixels becomes.

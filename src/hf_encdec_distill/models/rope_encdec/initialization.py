@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -239,7 +240,7 @@ def from_decoder_only(
                 def divergence(kept):
                     student = plain(kept)
                     if heal == "least_squares":
-                        heal_encoder_decoder(student, teacher, kept, rows)
+                        heal_encoder_decoder(student, teacher, kept, rows, quiet=True)
                     return _best_scale(_target_logits(student, held_out), held_out_logprobs)[1]
 
                 kept = layers_within(budget, teacher.config, config, gaps, by_influence, divergence)
@@ -569,7 +570,7 @@ def _same(one, other) -> bool:
     return torch.equal(one, other.to(one.device))
 
 
-def heal_encoder_decoder(student, teacher, kept, rows) -> Healing | None:
+def heal_encoder_decoder(student, teacher, kept, rows, quiet=False) -> Healing | None:
     """Fit the layers that are kept to the teacher's states, in place, unless held-out rows say that it does harm.
 
     The final norm of a student that was fitted is rescaled on the held-out rows, see `rescale_norm`.
@@ -594,7 +595,7 @@ def heal_encoder_decoder(student, teacher, kept, rows) -> Healing | None:
             alone = _as_causal_encoder(teacher, kept["decoder"], share_memory=False)
         return fit_encoder_decoder(student, _as_causal_encoder(teacher), kept, batches, alone)
 
-    return _unless_it_harms(student, student.model.decoder.norm, teacher, fit, _target_logits, rows)
+    return _unless_it_harms(student, student.model.decoder.norm, teacher, fit, _target_logits, rows, quiet)
 
 
 def heal_decoder_only(student, teacher, kept, rows) -> Healing | None:
@@ -627,9 +628,14 @@ def _parted(rows) -> tuple[list, list]:
 
 
 @torch.no_grad()
-def _unless_it_harms(student, norm, teacher, fit, logits, rows) -> Healing | None:
-    """Run `fit` on calibration batches; if the student's `logits` are no nearer to the teacher's then, undo it."""
+def _unless_it_harms(student, norm, teacher, fit, logits, rows, quiet=False) -> Healing | None:
+    """Run `fit` on calibration batches; if the student's `logits` are no nearer to the teacher's then, undo it.
+
+    `quiet` is for one among several students, of which the others are thrown away.
+    """
     held_out, fitted = _parted(rows)
+    if not fitted and quiet:
+        return None
     if not fitted:
         logger.warning("heal='least_squares' is not taken: one calibration row says nothing. Pass some hundred.")
         return None
@@ -653,7 +659,8 @@ def _unless_it_harms(student, norm, teacher, fit, logits, rows) -> Healing | Non
     else:
         student.load_state_dict(plain)
         torch.clear_autocast_cache()
-        logger.warning(
+        say = logger.debug if quiet else logger.warning
+        say(
             "heal='least_squares' is not taken: it does harm. %s. Pass more calibration rows, or rows of the task.",
             healing,
         )
@@ -691,17 +698,27 @@ def rescale_norm(norm, logits, teacher_logprobs) -> None:
     Args:
         logits: An iterable of the student's, `(target tokens, V)` for each batch.
         teacher_logprobs (`list`): From `measure_teacher`.
+
+    Raises:
+        ValueError: the student's logits are not finite.
     """
-    scale, _ = _best_scale(logits, teacher_logprobs)
+    scale, least = _best_scale(logits, teacher_logprobs)
+    if least == math.inf:
+        raise ValueError(
+            "The student's logits on the calibration rows are not finite, as where layers are gone that kept float16 "
+            "in its range: load the teacher in float32 or bfloat16, which is then the student's dtype too."
+        )
     norm.weight.mul_(scale)
 
 
 def _best_scale(logits, teacher_logprobs) -> tuple[float, float]:
-    """The factor on the logits with the least KL from the teacher, and this KL summed over all target tokens."""
+    """The factor on the logits with the least KL from the teacher, and this KL summed over all target tokens; infinite
+    where logits are not finite."""
     totals = [0.0] * len(_NORM_SCALES)
     for ours, target in zip(logits, teacher_logprobs):
         for index, scale in enumerate(_NORM_SCALES):
             logprobs = (ours.float() * scale).log_softmax(-1)
             totals[index] += F.kl_div(logprobs, target, reduction="sum", log_target=True).item()
+    totals = [total if math.isfinite(total) else math.inf for total in totals]
     least = min(totals)
     return _NORM_SCALES[totals.index(least)], least

@@ -38,6 +38,8 @@ def calibration_rows(
                 '[(row["source"], row["target"]) for row in dataset].'
             )
         source, target = row
+        if source is None or target is None or isinstance(source, str) != isinstance(target, str):
+            raise ValueError(f"calibration has {row!r:.100}, expected two texts, or two lists of token ids.")
         if isinstance(source, str):
             if tokenizer is None:
                 raise ValueError("calibration has texts, but there is no tokenizer to encode them; pass tokenizer=.")

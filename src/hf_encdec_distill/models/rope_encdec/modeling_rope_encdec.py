@@ -567,8 +567,9 @@ class RopeEncDecEncoder(RopeEncDecPreTrainedModel):
             [`RopeEncDecEncoderOutput`]
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, for `position_ids` where the
-                encoder pools, or if layers slide and flash attention would not.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, for an `attention_mask` of
+                another shape, for `position_ids` where the encoder pools, or if layers slide and flash attention would
+                not.
         """
         output_attentions = kwargs["output_attentions"] = _wanted(kwargs, self.config, "output_attentions")
         output_hidden_states = _wanted(kwargs, self.config, "output_hidden_states")
@@ -579,6 +580,12 @@ class RopeEncDecEncoder(RopeEncDecPreTrainedModel):
                 f"{_given(input_ids, inputs_embeds)}."
             )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # of what no size is known
+        if attention_mask is not None and not is_traced and attention_mask.shape != hidden_states.shape[:2]:
+            raise ValueError(
+                f"attention_mask of shape {tuple(attention_mask.shape)} for prompts of shape "
+                f"{tuple(hidden_states.shape[:2])}: give one number for each token."
+            )
         if position_ids is None:
             # `separate` needs only distances, for which the plain count serves padding on either side, as in Mu;
             # `merged` goes on from here.
@@ -694,20 +701,25 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
             [`BaseModelOutputWithPastAndCrossAttentions`]
 
         Raises:
-            ValueError: if there is neither a prompt nor a cache that holds one, or if a static cache meets flash
-                attention.
+            ValueError: if there is neither a prompt nor a cache that holds one, if there are two caches or one of
+                another class, if one that holds tokens meets gradient checkpointing, or a static one flash attention.
         """
         output_attentions = kwargs["output_attentions"] = _wanted(kwargs, self.config, "output_attentions")
         output_hidden_states = _wanted(kwargs, self.config, "output_hidden_states")
         merged = self.config.cross_attention == "merged"
-        past_key_values = past_key_values if cache is None else cache
+        past_key_values = _one_cache(past_key_values, cache)
         hidden_states = inputs_embeds
         target_length, device = hidden_states.shape[1], hidden_states.device
 
         if use_cache is None:
             use_cache = self.config.use_cache
         if self.training and self.gradient_checkpointing and torch.is_grad_enabled():
-            use_cache, past_key_values = False, None  # layers run twice, a cache would be filled twice
+            if past_key_values is not None and past_key_values.get_seq_length():
+                raise ValueError(
+                    "Gradient checkpointing runs layers twice, and past_key_values that hold tokens would get new "
+                    "ones twice: call the model in eval mode, without gradients, or without a cache."
+                )
+            use_cache, past_key_values = False, None
         if use_cache and past_key_values is None and not self.training:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
         cache_holds_prompt = past_key_values is not None and bool(past_key_values.is_updated.get(0))
@@ -973,7 +985,7 @@ class RopeEncDecModel(RopeEncDecPreTrainedModel):
             encoder_attention_mask=pooled_attention_mask(attention_mask, self.config.encoder_pooling),
             position_ids=decoder_position_ids,
             encoder_position_ids=position_ids,
-            past_key_values=past_key_values if cache is None else cache,
+            past_key_values=_one_cache(past_key_values, cache),
             use_cache=use_cache,
             return_dict=True,
             **flags,
@@ -1081,6 +1093,11 @@ class RopeEncDecForConditionalGeneration(RopeEncDecPreTrainedModel, GenerationMi
         super().tie_weights(*args, **kwargs)
         self.model.tie_weights()
 
+    def prepare_inputs_for_generation(self, *args, position_ids=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        # Those of the prompt; transformers 4.57 would cut them to the length of the decoder's input.
+        return inputs if position_ids is None else {**inputs, "position_ids": position_ids}
+
     @staticmethod
     def create_masks_for_generate(*args, attention_mask=None, **kwargs):
         # Upstream would build the 4D mask of the target alone; the decoder builds one that knows the prompt too.
@@ -1129,7 +1146,7 @@ class RopeEncDecForConditionalGeneration(RopeEncDecPreTrainedModel, GenerationMi
             decoder_attention_mask=decoder_attention_mask,
             decoder_position_ids=decoder_position_ids,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values if cache is None else cache,
+            past_key_values=_one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
@@ -1163,8 +1180,22 @@ class RopeEncDecForConditionalGeneration(RopeEncDecPreTrainedModel, GenerationMi
         """`(B, T)` labels, -100 allowed, to decoder inputs: the start token, then all but the last label."""
         start = labels.new_full((labels.shape[0], 1), self.config.decoder_start_token_id)
         # Any real token will do in place of -100: no target depends on what follows it.
-        filler = self.config.pad_token_id if self.config.pad_token_id is not None else 0
+        pad = self.config.pad_token_id
+        filler = pad if pad is not None and 0 <= pad < self.config.vocab_size else 0
         return torch.cat((start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, filler)), dim=-1)
+
+
+def _one_cache(past_key_values, cache):
+    """The cache, by whichever name it was given."""
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError(f"Two caches, past_key_values and cache: this transformers calls it {CACHE_FIELD}, give one.")
+    found = past_key_values if cache is None else cache
+    if found is not None and not hasattr(found, "is_updated"):
+        raise ValueError(
+            f"past_key_values of type {type(found).__name__}: an encoder-decoder takes an EncoderDecoderCache, such "
+            "as EncoderDecoderCache(DynamicCache(), DynamicCache())."
+        )
+    return found
 
 
 def _given(first, second) -> str:
