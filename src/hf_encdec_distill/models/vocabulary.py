@@ -161,12 +161,17 @@ def trim_vocabulary(model, tokenizer, trimmed) -> None:
     model.tie_weights()
     pad = trimmed.convert_tokens_to_ids(distinct_pad_token(trimmed))
     # A generation config may name more tokens that end an answer.
-    eos = next((e for e in (model.generation_config.eos_token_id, model.config.eos_token_id) if e is not None), None)
+    eos = model.generation_config.eos_token_id
+    eos = model.config.eos_token_id if eos is None else eos
     if embedding.padding_idx is not None:
         embedding.padding_idx = pad
     special = {
         "bos_token_id": ids.get(model.config.bos_token_id),
-        "eos_token_id": [ids[i] for i in eos if i in ids] if isinstance(eos, list) else ids.get(eos),
+        "eos_token_id": [ids[i] for i in eos if i in ids]
+        if isinstance(eos, list)
+        else None
+        if eos is None
+        else ids.get(eos),
         "pad_token_id": pad,
         **({} if start is None else {"decoder_start_token_id": ids[start]}),
     }
