@@ -163,15 +163,13 @@ def trim_vocabulary(model, tokenizer, trimmed) -> None:
     # A generation config may name more tokens that end an answer.
     eos = model.generation_config.eos_token_id
     eos = model.config.eos_token_id if eos is None else eos
+    if eos is not None:
+        eos = [ids[i] for i in eos if i in ids] if isinstance(eos, list) else ids.get(eos)
     if embedding.padding_idx is not None:
         embedding.padding_idx = pad
     special = {
         "bos_token_id": ids.get(model.config.bos_token_id),
-        "eos_token_id": [ids[i] for i in eos if i in ids]
-        if isinstance(eos, list)
-        else None
-        if eos is None
-        else ids.get(eos),
+        "eos_token_id": eos,
         "pad_token_id": pad,
         **({} if start is None else {"decoder_start_token_id": ids[start]}),
     }
