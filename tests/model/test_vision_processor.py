@@ -154,7 +154,11 @@ def test_no_other_program_is_started_for_a_picture(tmp_path, monkeypatch):
     assert not (tmp_path / "started").exists()
 
 
-@pytest.mark.parametrize("kind", ["AVIF", "BMP", "GIF", "JPEG", "TIFF", "WEBP"])
+Image.init()
+_KINDS = [kind for kind in ("AVIF", "BMP", "GIF", "JPEG", "TIFF", "WEBP") if kind in Image.SAVE]  # AVIF from 11.3 on
+
+
+@pytest.mark.parametrize("kind", _KINDS)
 def test_damaged_files_of_each_format_are_told(kind):
     """Their decoders raise errors of many types."""
     file, generator = io.BytesIO(), np.random.default_rng(0)
