@@ -253,7 +253,7 @@ def test_what_is_wrong_with_images_is_told(sees, image_reader):
     image_reader.processor.image_processor.max_pixels = 100
     for images, text, problem in (
         ([picture(1)[:100]], "a", "image 0 is no image that can be read"),
-        ([b"no image"], "a", "image 0 is no image that can be read: its format is unknown"),
+        ([b"no image"], "a", "image 0 is no image that can be read: its format is none of"),
         ([picture(1), picture(2, (20, 20))], "a", "image 1 has 20 x 20 pixels, more than max_pixels=100"),
         ([picture(1)], "<image> and <image>", "1 images for 2 times"),
         ([], "<image>", "0 images for 1 times"),

@@ -90,11 +90,10 @@ class OnPolicy:
         """Tokens that an answer may have: as many as the targets, or as are left of student's or teacher's positions
         behind the longest prompt of the batch."""
         trainer, longest = self._trainer, int(batch["attention_mask"].sum(dim=1).max())
-        limits = [trainer.args.max_target_length or batch["labels"].shape[1]]
-        for config in (trainer.model.config, trainer.teacher.model.config):
-            room = room_for_target(config, longest)
-            limits += [] if room is None else [max(room, 1)]
-        return min(limits)
+        of_teacher = getattr(trainer.teacher, "max_positions", None)  # which reads the prompt and the answer
+        rooms = [room_for_target(trainer.model.config, longest), of_teacher and of_teacher - longest]
+        limits = [max(room, 1) for room in rooms if room is not None]
+        return min([trainer.args.max_target_length or batch["labels"].shape[1], *limits])
 
 
 def on_policy_fraction_at(step: int, fraction: float, warmup_steps: int) -> float:
