@@ -39,7 +39,7 @@ trusted = {"trust_remote_code": True, "revision": revision}
 tokenizer = AutoTokenizer.from_pretrained(name, **trusted)
 model = AutoModelForSeq2SeqLM.from_pretrained(name, **trusted)
 answers = model.generate(**tokenizer(texts, return_tensors="pt", padding=True), max_new_tokens=8, do_sample=False)
-print(json.dumps(tokenizer.batch_decode(answers, skip_special_tokens=True)))
+print(json.dumps(tokenizer.batch_decode(answers[:, 1:], skip_special_tokens=True)))
 """
 
 
