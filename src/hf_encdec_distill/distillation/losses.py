@@ -256,8 +256,9 @@ def _kl_to_mixture(log_a_xV: Tensor, log_b_xV: Tensor, weight: float) -> Tensor:
     """
     # Where a is 0, or too small for the dtype, the term is 0 whatever b is; replacing the ratio keeps -inf - (-inf)
     # and 0 * inf out of value and gradient.
-    ratio_xV = torch.where(log_a_xV.exp() > 0, log_b_xV - log_a_xV, 0.0)
-    kl = -(log_a_xV.exp() * _log_mixed_ratio(ratio_xV, weight)).sum(dim=-1)
+    a_xV = log_a_xV.exp()
+    ratio_xV = torch.where(a_xV > 0, log_b_xV - log_a_xV, 0.0)
+    kl = -(a_xV * _log_mixed_ratio(ratio_xV, weight)).sum(dim=-1)
     # The sum is >= 0; rounding can leave it at -1e-8.
     return kl.clamp(min=0)
 
