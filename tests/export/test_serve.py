@@ -175,6 +175,27 @@ def test_a_seed_draws_the_same_again(running):
     assert drawn(1) == drawn(1) and len({drawn(seed) for seed in range(4)}) > 1
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_stream_ends_with_its_usage_where_it_is_asked_for(running, expected, path):
+    _, port = running
+    body = {"prompt": TEXT} if path == "/v1/completions" else {"messages": [{"role": "user", "content": TEXT}]}
+
+    def events(**more):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        content = json.dumps({**body, "stream": True, "user": "me", "tool_choice": None, **more})
+        connection.request("POST", path, content, {"Content-Type": "application/json"})
+        lines = connection.getresponse().read().decode().split("\n\n")
+        return [line.removeprefix("data: ") for line in lines if line]
+
+    *pieces, last, end = events(stream_options={"include_usage": True})
+    assert end == "[DONE]" and all(json.loads(piece)["usage"] is None for piece in pieces)
+    last = json.loads(last)
+    whole = post(port, path, body)[1]["usage"]
+    assert last["choices"] == [] and last["usage"] == whole and whole["completion_tokens"] == expected[1]
+    *pieces, end = events()
+    assert end == "[DONE]" and all("usage" not in json.loads(piece) for piece in pieces)
+
+
 def test_all_tokens_are_drawn_from():
     """transformers would draw from the 50 likeliest."""
     neutral = {"n": 1, "frequency_penalty": 0.0, "logit_bias": {}, "stream_options": {"include_usage": True}}
@@ -320,6 +341,9 @@ def test_a_client_that_goes_away_stops_its_answer(running, expected):
         ({"prompt": "x", "logprobs": 0}, "logprobs=0: this server takes False alone"),
         ({"prompt": "x", "response_format": {"type": "json_object"}}, "this server takes {'type': 'text'} alone"),
         ({"prompt": "x", "n": 2}, "n=2: this server takes 1 alone"),
+        ({"prompt": "x", "top_k": 1}, "top_k: this server does not know it"),
+        ({"prompt": "x", "grammar": "g", "min_p": 0.5}, "grammar, min_p: this server does not know it"),
+        ({"prompt": "x", "stream": True, "stream_options": {"include_usage": 1}}, "include_usage=1: expected true"),
         ({"prompt": "x", "stop": [""]}, "stop=.*not empty"),
         ({"prompt": ["x", "y"], "stream": True}, "several prompts"),
         ({"prompt": "x " * 200}, "200|send a shorter prompt"),

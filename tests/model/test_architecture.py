@@ -249,6 +249,25 @@ def test_merged_at_full_depth_is_llama_under_every_kind_of_rope(rope_type):
     torch.testing.assert_close(logits, expected, atol=5e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("rope_type", "length"), [("dynamic", 64), ("longrope", 16), ("yarn", None)])
+def test_where_rope_depends_on_the_length_a_student_says_how_far_it_is_its_teacher(rope_type, length, caplog):
+    llama = rope_llama({"rope_type": rope_type, **ROPE_FIELDS[rope_type]}, layers=2, max_position_embeddings=64)
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(llama, decoder_start_token_id=5)
+    said = f"rope_type={rope_type!r} turns by the length of a call" in caplog.text
+    assert said == (length is not None) and (not said or f"stay within {length} tokens" in caplog.text)
+    if length is None:
+        return
+
+    def difference(prompt, target):
+        ids, start = random_ids(1, prompt + target), torch.tensor([[5]])
+        ids = torch.cat((ids[:, :prompt], start, ids[:, prompt:]), dim=1)
+        logits = student(input_ids=ids[:, :prompt], decoder_input_ids=ids[:, prompt:]).logits
+        return (logits - llama(ids).logits[:, prompt:]).abs().max()
+
+    with torch.no_grad():
+        assert difference(length // 2, length // 2 - 1) < 1e-4 and difference(length // 2, length) > 0.01
+
+
 def test_a_separate_decoder_with_silent_cross_attention_is_llama_on_the_target():
     llama = make_llama(layers=2)
     model = make_model(

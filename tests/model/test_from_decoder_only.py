@@ -385,6 +385,8 @@ def test_each_module_of_the_teacher_is_in_the_mode_that_it_was_in(kind):
     assert [module.training for module in teacher.modules()] == before
     with pytest.raises(ValueError, match="calibration has no row"):
         smaller(kind, teacher, calibration=[([5], [])])
+    with pytest.raises(ValueError, match=f"has the token {teacher.config.vocab_size}, and the teacher's are 0 to"):
+        smaller(kind, teacher, calibration=[([5, 6], [teacher.config.vocab_size])])
     assert [module.training for module in teacher.modules()] == before
 
 

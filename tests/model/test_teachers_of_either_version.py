@@ -131,6 +131,20 @@ def test_what_4_57_has_no_words_for_is_not_written_and_refused_there(model_type,
             check_rope_is_read(config)
 
 
+def test_a_length_where_4_57_does_not_look_is_refused_there():
+    """Its longrope asks the config itself, and would take `max_position_embeddings` for the length before scaling."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 4.0}
+    scaling = {"rope_type": "longrope", "original_max_position_embeddings": 16, **factors}
+    fields = {"hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 64}
+    config = LlamaConfig(rope_scaling=scaling, **fields)
+    if ROPE_LIVES_IN_ONE_DICT:
+        check_rope_is_read(config)
+    else:
+        with pytest.raises(ValueError, match='add "original_max_position_embeddings": 16 to its config.json'):
+            check_rope_is_read(config)
+    check_rope_is_read(LlamaConfig(rope_scaling=scaling, original_max_position_embeddings=16, **fields))
+
+
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
 def test_teach_saves_for_both_versions(kind, tmp_path):
     """`quickstart` saves by the same function."""

@@ -453,6 +453,9 @@ def test_distill_on_states_that_cache_recorded(
     record = ["cache", str(teacher_folder), "--encoder-states", str(student_folder), "--output", str(states)]
     record += ["--prompt-template", TEMPLATE, *data_arguments]
     assert "--generate with --encoder-states" in one_line_error(capsys, *record, "--generate")
+    for option in ("--kind dense", "--k 7", "--temperature 3", "--student nowhere", "--teacher-quantization 4bit"):
+        assert f"{option.split()[0]} with --encoder-states" in one_line_error(capsys, *record, *option.split())
+    assert "--num-beams says how targets are written" in one_line_error(capsys, *record, "--num-beams", "2")
     assert main([*record, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["output"] == str(states) and said["rows"] > 150 and said["bytes"] > 0

@@ -221,11 +221,20 @@ def _refuse(args: argparse.Namespace, *names: str, reason: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {reason}")
 
 
+# Options that say what is recorded of a teacher, and how.
+_OF_A_CAPTURE = ("kind", "k", "rounds", "proposal_power", "temperature", "student", "teacher_dtype") + (
+    "teacher_quantization",
+    "server_model",
+    "requests",
+)
+
+
 def _merge(args: argparse.Namespace) -> None:
     from ..distillation.teachers.workers import merge_caches
 
-    of_a_capture = ("generate", "kind", "shard", "server", "student", "encoder_states")
+    of_a_capture = (*_OF_A_CAPTURE, "generate", "shard", "server", "encoder_states")
     _refuse(args, *of_a_capture, reason="with --merge, which captures nothing: leave one out")
+    _generation(args)
     merge_caches(args.merge, args.output)
     _report(args)
 
@@ -325,8 +334,9 @@ def _record_encoder_states(args: argparse.Namespace) -> None:
 
     check_vocab_policy(args.vocab_policy)
     check_at_least_one(args, "batch_size", "max_source_length", "max_target_length")
-    of_a_teacher = ("generate", "push_to_hub", "server", "shard")
+    of_a_teacher = (*_OF_A_CAPTURE, "generate", "push_to_hub", "server", "shard")
     _refuse(args, *of_a_teacher, reason="with --encoder-states, which records no teacher: leave one out")
+    _generation(args)
     splits = _splits(args)
     path = teacher_path(args.teacher or args.teacher_option)
     path = str(local_cache(path)) if is_cache(path) else path

@@ -66,6 +66,7 @@ class Completion:
     stop: list[str]
     sampling: dict[str, Any]
     seed: int | None = None
+    stream_usage: bool = False
 
 
 @dataclass
@@ -171,7 +172,13 @@ def load_service(name: str, most: int) -> Service:
 # Of fields of OpenAI's API that would change the answer, what leaves it as it is.
 _NEUTRAL: dict[str, Any] = {
     **{"n": 1, "best_of": 1, "echo": False, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0},
-    **{"logit_bias": {}, "suffix": "", "tools": [], "response_format": {"type": "text"}},
+    **{"logit_bias": {}, "suffix": "", "tools": [], "functions": [], "response_format": {"type": "text"}},
+}
+_READ = {"messages", "prompt", "max_completion_tokens", "max_tokens", "stop", "temperature", "top_p", "seed", "stream"}
+# What clients send along that no answer depends on.
+_WITHOUT_EFFECT = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"} | {
+    "parallel_tool_calls",
+    "top_logprobs",
 }
 _LEAST_TEMPERATURE = 1e-4  # below it logits divided by it overflow; the likeliest token is all that is drawn
 
@@ -213,6 +220,9 @@ def parse(path: str, body: Any, most: int) -> Completion:
         given = body.get(name)
         if given is not None and (given != only or isinstance(given, bool) != isinstance(only, bool)):
             raise BadRequest(f"{name}={given!r}: this server takes {only!r} alone")
+    known = _READ | _WITHOUT_EFFECT | _NEUTRAL.keys() | {"stream_options"}
+    if unknown := sorted(name for name in body.keys() - known if body[name] is not None):
+        raise BadRequest(f"{', '.join(unknown)}: this server does not know it, and the answer may depend on it")
     limit = _field(body, "max_completion_tokens", (int,), None, "a whole number of at least 1", low=1)
     limit = limit or _field(body, "max_tokens", (int,), most, "a whole number of at least 1", low=1)
     stop = _field(body, "stop", (str, list), [], "a text, or a list of texts")
@@ -228,7 +238,9 @@ def parse(path: str, body: Any, most: int) -> Completion:
     stream = _field(body, "stream", (bool,), False, "true or false")
     if stream and len(texts) > 1:
         raise BadRequest("stream with several prompts: send them one by one")
-    return Completion(texts, min(limit, most), stream, stop, sampling if temperature else {}, seed)
+    options = _field(body, "stream_options", (dict,), {}, "an object")
+    usage = stream and _field(options, "include_usage", (bool,), False, "true or false")
+    return Completion(texts, min(limit, most), stream, stop, sampling if temperature else {}, seed, usage)
 
 
 def _only_message(messages: Any) -> str:
@@ -259,6 +271,10 @@ def make_server(service: Service, host: str, port: int) -> ThreadingHTTPServer:
 
 def _error(message: str, kind: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+def _usage(read: int, written: int) -> dict[str, int]:
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
 _FAILED = _error("the model failed; the server's log says how", "server_error")
@@ -321,9 +337,7 @@ class _Handler(BaseHTTPRequestHandler):
             written += count
             content = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
             choices.append({"index": index, **content, "finish_reason": reason, "logprobs": None})
-        read = sum(map(len, prompts))
-        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-        return {**self._head(""), "choices": choices, "usage": usage}
+        return {**self._head(""), "choices": choices, "usage": _usage(sum(map(len, prompts)), written)}
 
     def _stream(self, ids: list[int], asked: Completion) -> None:
         head = self._head(".chunk")
@@ -333,12 +347,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         pieces = self.service.answer(ids, asked)
+        if asked.stream_usage:
+            head["usage"] = None  # but in the last, as OpenAI's API has it
         try:
             first = {"role": "assistant"}
-            for text, _, reason in pieces:
+            for text, count, reason in pieces:
                 content = {"delta": {**first, "content": text}} if self._chat else {"text": text}
                 first = {}
                 self._event(json.dumps({**head, "choices": [{"index": 0, **content, "finish_reason": reason}]}))
+            if asked.stream_usage:
+                self._event(json.dumps({**head, "choices": [], "usage": _usage(len(ids), count)}))
             self._event("[DONE]")
             self.wfile.write(b"0\r\n\r\n")
         except OSError:  # who asked is gone

@@ -259,8 +259,9 @@ def _kl_to_mixture(log_a_xV: Tensor, log_b_xV: Tensor, weight: float) -> Tensor:
     a_xV = log_a_xV.exp()
     ratio_xV = torch.where(a_xV > 0, log_b_xV - log_a_xV, 0.0)
     kl = -(a_xV * _log_mixed_ratio(ratio_xV, weight)).sum(dim=-1)
-    # The sum is >= 0; rounding can leave it at -1e-8.
-    return kl.clamp(min=0)
+    # The sum is >= 0; rounding can leave it at -1e-8. The gradient is that of the sum all the same: that of `clamp`
+    # would be 0 for half of the tokens on which a student is nearly its teacher.
+    return torch.where(kl < 0, kl - kl.detach(), kl)
 
 
 def _log_mixed_ratio(log_ratio: Tensor, weight: float) -> Tensor:

@@ -79,8 +79,7 @@ def prune_decoder_only(
     with evaluating(teacher):
         batches = []
         if kept != list(range(depth)):
-            positions = getattr(teacher.config, "max_position_embeddings", None)
-            rows = calibration_rows(calibration, tokenizer, prompt_template, prompt_date, None, positions)
+            rows = calibration_rows(calibration, tokenizer, prompt_template, prompt_date, None, teacher.config)
             if isinstance(kept, int):
                 check_rows_to_measure_on(rows, layer_selection)
             batches = calibration_batches(rows[:MEASURED_ROWS], next(teacher.parameters()).device)

@@ -79,6 +79,15 @@ def check_rope_is_read(config) -> None:
     """
     config = config.get_text_config(decoder=True)
     parameters = getattr(config, "rope_parameters", None)
+    scaling = getattr(config, "rope_scaling", None) or {}
+    length = scaling.get("original_max_position_embeddings")
+    is_long = "longrope" in (scaling.get("rope_type"), scaling.get("type"))
+    if not ROPE_LIVES_IN_ONE_DICT and is_long and length and not hasattr(config, "original_max_position_embeddings"):
+        raise ValueError(
+            f"the teacher {config._name_or_path or config.model_type!r} has original_max_position_embeddings={length} "
+            f"in rope_scaling, where transformers {transformers.__version__} does not look: it would be another model. "
+            f'Use transformers 5, or add "original_max_position_embeddings": {length} to its config.json.'
+        )
     if ROPE_LIVES_IN_ONE_DICT or not parameters or config.model_type == "rope_encdec":
         return
     fields = fields_of_4_57(config.model_type, parameters)

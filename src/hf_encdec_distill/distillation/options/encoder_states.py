@@ -201,8 +201,7 @@ class EncoderStates(TrainerCallback):
                 "a row depend on the longest row of its batch: leave encoder_states out."
             )
         self._place = self.folder / fingerprint(student, self._accelerator.mixed_precision)
-        others = self.folder.is_dir() and any(place != self._place for place in self.folder.iterdir())
-        if others and not self._place.exists():
+        if not self._place.exists() and any(self.folder.glob(f"*/*{_SUFFIX}")):
             logger.warning(
                 f"{self.folder} has states of other encoders, weights or precisions, and none of this one: they are "
                 f"computed in the first pass, in {self._place}."

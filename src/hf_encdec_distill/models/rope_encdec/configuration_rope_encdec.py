@@ -323,6 +323,13 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
             theta,
             "a positive number, or None",
         )
+        _check(
+            theta is None or "sliding_attention" in self.attention_of_encoder_layer,
+            "encoder_sliding_rope_theta",
+            theta,
+            "None where no encoder layer slides: encoder_sliding_window makes two of three layers slide, or "
+            "encoder_layer_types says which do",
+        )
 
     def _validate_tokens(self):
         start = self.decoder_start_token_id

@@ -75,12 +75,14 @@ def from_decoder_only(
     model_class=RopeEncDecForConditionalGeneration,
     **config_overrides,
 ):
-    """Build an encoder-decoder out of a decoder-only model.
+    """Build an encoder-decoder from a decoder-only model.
 
     With `cross_attention="merged"`, a causal encoder and all layers kept, the student computes what the teacher
     computes: a target token of a decoder-only model attends, layer by layer, to the keys and values of the prompt, and
     the encoder hands over exactly the states that these are made from. Every layer taken out costs some of that;
-    distillation heals it.
+    distillation heals it. RoPE of type `"dynamic"` or `"longrope"` turns by the length of a call, which the two sides
+    divide between them: there it holds for prompts and targets that fit the length before scaling, and a warning says
+    so.
 
     With `"separate"` (arXiv 2501.16273; initialised as in T5Gemma, arXiv 2504.06225) each decoder layer gets a
     cross-attention copied from the self-attention that it joins, its output projection at zero, so that a decoder of
@@ -138,7 +140,7 @@ def from_decoder_only(
 
     Raises:
         ValueError: for an unsupported family (the message lists the supported ones), a model with an adapter on it,
-            layers or neurons that are not there, a selection or a budget that needs calibration rows when there is no
+            layers, neurons or tokens that are not there, a selection or a budget that needs calibration rows when there is no
             tokenizer, a budget beside layers or one that no student meets, log-probabilities of the teacher that are
             not finite, or a trimmed tokenizer with tokens that the teacher lacks, or without the one that the decoder
             starts from.
@@ -206,7 +208,7 @@ def from_decoder_only(
                 prompt_template,
                 prompt_date,
                 special_tokens["decoder_start_token_id"],
-                getattr(teacher.config, "max_position_embeddings", None),
+                teacher.config,
             )
             open_sides = [side for side, layers in kept.items() if isinstance(layers, int)]
             if budget is not None or open_sides:
@@ -245,6 +247,14 @@ def from_decoder_only(
 
                 kept = layers_within(budget, teacher.config, config, gaps, by_influence, divergence)
         student = plain(kept)
+        if cross_attention == "merged" and student.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
+            length = student.config.rope_parameters.get("original_max_position_embeddings")
+            logger.warning(
+                f"rope_type={student.config.rope_parameters['rope_type']!r} turns by the length of a call, of which "
+                "encoder and decoder see a part each: prompt and target together should stay within "
+                f"{length or student.config.max_position_embeddings} tokens, beyond which the student reads other "
+                "positions than its teacher."
+            )
         unread = student.config.encoder_num_hidden_layers - student.config.encoder_states_read[-1]
         if unread and encoder_layers is None and len(kept["encoder"]) < depth:
             logger.warning(

@@ -21,13 +21,14 @@ _MOST_TARGET = 64
 
 
 def calibration_rows(
-    calibration, tokenizer, prompt_template, prompt_date, start_token_id, positions=None
+    calibration, tokenizer, prompt_template, prompt_date, start_token_id, config
 ) -> list[tuple[list[int], list[int]]]:
     """`(what the teacher reads before the target, target)` as ids. The prompt of a text ends in `start_token_id`.
 
     Targets are cut to `_MOST_TARGET` tokens, whose distributions over the vocabulary are held in memory. Rows that do
-    not fit the teacher's `positions` are left out, with a warning.
+    not fit the positions of the teacher, whose `config` it is, are left out, with a warning.
     """
+    positions = getattr(config, "max_position_embeddings", None)
     if calibration is None:
         return [] if tokenizer is None else _documentation_rows(tokenizer)
     rows = []
@@ -50,6 +51,12 @@ def calibration_rows(
         else:
             rows.append((list(source), list(target)))
     rows = [(prompt, target[:_MOST_TARGET]) for prompt, target in rows if len(prompt) > 1 and target]
+    for row in rows:
+        if foreign := [token for ids in row for token in ids if not 0 <= token < config.vocab_size]:
+            raise ValueError(
+                f"calibration has the token {foreign[0]}, and the teacher's are 0 to {config.vocab_size - 1}: encode "
+                "it with the teacher's tokenizer."
+            )
     if not rows:
         raise ValueError("calibration has no row with a prompt of two tokens or more and a target; pass some dozen.")
     fitting = [row for row in rows if positions is None or len(row[0]) + len(row[1]) <= positions]

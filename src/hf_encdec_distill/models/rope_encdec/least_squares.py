@@ -83,7 +83,7 @@ class Healing:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "gaps"}
 
     def __str__(self):
-        kl = f"{self.kl_before:.2f} nats per token before, {self.kl_after:.2f} after"
+        kl = f"{self.kl_before:.3g} nats per token before, {self.kl_after:.3g} after"
         return f"KL from the teacher on {self.held_out_rows} rows that the fit has not seen: {kl}"
 
 
