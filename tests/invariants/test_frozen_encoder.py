@@ -10,7 +10,7 @@ from distillation_toys import EOS, InOrder, arguments, make_bart, make_t5, ragge
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
-from hf_encdec_distill.distillation.options.frozen_encoder import step_of
+from hf_encdec_distill.distillation.options.frozen_encoder import freeze_prompt_keys, step_of
 from hf_encdec_distill.distillation.options.shared_prompt import SharedPrompt
 
 
@@ -56,6 +56,48 @@ def encode(student, prompt):
 @pytest.fixture
 def tokenizer(make_bpe_tokenizer):
     return make_bpe_tokenizer(pad_token="<|endoftext|>")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_keys_of_the_prompt_stay_those_of_the_encoder(tmp_path, tokenizer, family, frozen):
+    """Of decoder layer 0, which the encoder has too; decoder layer 3 of the teacher reads a state that is last there."""
+    teacher = make_deep(family)
+    student = make_student(teacher, heal=None)
+    before = copy.deepcopy(student.state_dict())
+    options = {"freeze_encoder": frozen, "freeze_prompt_keys": True, "optim": "adamw_torch", "weight_decay": 0.1}
+    make_trainer(tmp_path, student, teacher, tokenizer, **options).train()
+    encoder, decoder = student.model.encoder.layers, student.model.decoder.layers
+    state = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    for part in ("k_proj", "v_proj"):
+        made = [
+            getattr(layer.self_attn, part)(layer.input_layernorm(state)).detach() for layer in (encoder[0], decoder[0])
+        ]
+        original = teacher.model.layers[0]
+        assert torch.equal(*made), part
+        if family != "phi3":  # whose projections are fused
+            assert torch.equal(made[0], getattr(original.self_attn, part)(original.input_layernorm(state))), part
+    trained = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    kept = ("input_layernorm", "k_proj", "v_proj", "k_norm")
+    ours = {name for name, _ in decoder[0].named_parameters() if not any(part in name for part in kept)}
+    theirs = {name for name, _ in decoder[1].named_parameters()}
+    assert {f"model.decoder.layers.0.{name}" for name in ours} <= trained
+    assert {f"model.decoder.layers.1.{name}" for name in theirs} <= trained
+    assert frozen != any(name.startswith("model.encoder.layers.0.mlp") for name in trained)
+
+
+def test_keys_of_the_prompt_that_are_nobodys_are_not_frozen():
+    teacher = make_deep()
+    with pytest.raises(ValueError, match="no decoder layer of this .* give encoder_layers and decoder_layers"):
+        freeze_prompt_keys(make_student(teacher, encoder_layers=[0, 1], decoder_layers=[2, 3], heal=None))
+    for other in (make_student(teacher, cross_attention="separate", heal=None), make_t5()):
+        with pytest.raises(ValueError, match="no decoder layer of this"):
+            freeze_prompt_keys(other)
+    student = make_student(teacher, heal=None)
+    with torch.no_grad():
+        student.model.decoder.layers[0].self_attn.v_proj.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="no decoder layer of this"):
+        freeze_prompt_keys(student)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,14 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
             "tied to the embedding."
         },
     )
+    freeze_prompt_keys: bool = field(
+        default=False,
+        metadata={
+            "help": "Of a merged student, leave the projections that make the prompt's keys and values as they are "
+            "wherever an encoder layer and a decoder layer have them in common: a gguf export computes these keys and "
+            "values once."
+        },
+    )
     unfreeze_encoder_after: float = field(
         default=0.0,
         metadata={

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Arguments that are about an encoder, or about cutting an encoder-decoder.
 _OF_ENCODER_DECODERS = (
     "freeze_encoder",
+    "freeze_prompt_keys",
     "train_projector_first",
     "cross_attention_warmup_steps",
     "bidirectional_warmup_steps",

@@ -68,7 +68,14 @@ from .options.asked_ahead import AskedAhead, RemembersLast
 from .options.cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
 from .options.encoder_states import EncoderStates
 from .options.fake_quantization import fake_quantized
-from .options.frozen_encoder import Unfreeze, freeze, freeze_encoder, tell_of_frozen_encoder, unfrozen
+from .options.frozen_encoder import (
+    Unfreeze,
+    freeze,
+    freeze_encoder,
+    freeze_prompt_keys,
+    tell_of_frozen_encoder,
+    unfrozen,
+)
 from .options.hidden_states import HiddenStateTraining, catch_hidden_states
 from .options.muon import MUON, muon_and_kwargs
 from .options.neftune import noise_on_tied_embeddings
@@ -667,6 +674,8 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     def _freeze(self, model: "GenerativeModel") -> dict[str, list[nn.Parameter]]:
         """Takes the gradient from what is trained later, which is returned, or never."""
         args, waiting = self.args, {}
+        if args.freeze_prompt_keys:
+            freeze_prompt_keys(model)
         if not args.freeze_encoder:
             tell_of_frozen_encoder(model)
         projector = projector_parameters(model) if args.train_projector_first > 0 else []

@@ -115,14 +115,17 @@ def encoder_rows(model) -> tuple[list[_Row], list[int]]:
     A decoder layer whose norm, key and value projection are those of the encoder layer that begins at the state which
     it reads needs no row of its own: that layer's keys and values are the same.
     """
+    from ..models.rope_encdec.prompt_keys import shared_prompt_keys
+
     config = model.config
     encoder, decoder = model.model.encoder.layers, model.model.decoder.layers
+    with_encoder = {id(layer) for layer, _ in shared_prompt_keys(model)}
     rows: list[_Row] = []
     sources = [-1] * len(decoder)
     last = max(config.encoder_state_of_decoder_layer)
     for state in range(last + 1):
         readers = [i for i, read in enumerate(config.encoder_state_of_decoder_layer) if read == state]
-        shared = [i for i in readers if state < len(encoder) and _same_keys_and_values(decoder[i], encoder[state])]
+        shared = [index for index in readers if id(decoder[index]) in with_encoder]
         for index in readers:
             if index not in shared:
                 sources[index] = len(rows)
@@ -132,18 +135,6 @@ def encoder_rows(model) -> tuple[list[_Row], list[int]]:
                 sources[index] = len(rows)
             rows.append(_Row(encoder[state], encoder[state]))
     return rows, sources
-
-
-def _same_keys_and_values(one, other) -> bool:
-    import torch
-
-    def weights(layer):
-        attention = layer.self_attn
-        norms = [attention.k_norm] if attention.config.qk_norm else []
-        modules = [layer.input_layernorm, attention.k_proj, attention.v_proj, *norms]
-        return [parameter for module in modules for parameter in module.parameters()]
-
-    return all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
 
 
 def _lacking(config) -> str:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
+from ...models.rope_encdec.prompt_keys import key_value_modules, shared_prompt_keys
 from .schedules import wrap_again
 
 
@@ -42,6 +43,30 @@ def freeze_encoder(model: PreTrainedModel, but: Sequence[nn.Parameter] = ()) -> 
             "is its encoder."
         )
     return frozen
+
+
+def freeze_prompt_keys(model: PreTrainedModel) -> None:
+    """Takes the gradient from what makes the prompt's keys and values, in encoder and decoder layers that have it in
+    common, so that they go on having it in common.
+
+    Raises:
+        ValueError: no layers of the model have it in common, or it has an adapter, which would tell them apart.
+    """
+    if getattr(model, "peft_config", None):
+        raise ValueError("freeze_prompt_keys=True with an adapter, which is another one in each layer: leave it out.")
+    merged = getattr(model.config, "cross_attention", None) == "merged"
+    pairs = list(shared_prompt_keys(model)) if merged else []
+    if not pairs:
+        raise ValueError(
+            f"freeze_prompt_keys=True, but no decoder layer of this {type(model).__name__} makes the prompt's keys and "
+            "values as the encoder layer beside it does. Those of a merged student do until they are trained, where "
+            "both have the same layer of the teacher: give encoder_layers and decoder_layers to from_decoder_only, or "
+            "leave it out."
+        )
+    for pair in pairs:
+        for layer in pair:
+            for module in key_value_modules(layer):
+                freeze(module, but=())
 
 
 def tell_of_frozen_encoder(model: PreTrainedModel) -> None:
