@@ -1,5 +1,6 @@
 """`bench`: contenders answer as transformers does, what is missing is named, and its numbers by hand."""
 
+import argparse
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from hf_encdec_distill.bench.floors import counted, floor, measure_rates
 from hf_encdec_distill.bench.race import Request, _Bench, _size, check_answer, plan
 from hf_encdec_distill.bench.results import VERSION, check_against, compare, headlines, read_report
 from hf_encdec_distill.bench.worker import Failed, Worker
+from hf_encdec_distill.cli import bench
 from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.models.decoder_only import config_of_size
 
@@ -228,10 +230,10 @@ def test_the_current_folders_python_files_are_not_asked(folder, tmp_path, monkey
 @pytest.mark.process
 def test_rates_that_cannot_be_measured(tmp_path):
     """As where a graphics card is there for the contenders, and not for what measures it."""
-    bench = _Bench({}, None, tmp_path, 1, 1.0, None)
+    unfinished = _Bench({}, None, tmp_path, 1, 1.0, None)
     said = "what abacus reads and multiplies .* could not be measured: .*--backend"
     with Worker(None, threads=1) as worker, pytest.raises(ValueError, match=said):
-        bench._rates(worker, "abacus")
+        unfinished._rates(worker, "abacus")
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -326,7 +328,8 @@ def test_mistakes_on_the_command_line(folder, tmp_path, error):
     assert "give whole numbers of at least 2" in error(student, "--source", "1", "--target", "4")
     assert "give as many of each" in error(student, "--source", "16,32", "--target", "4")
     assert "give more than 0" in error(student, "--minutes", "0")
-    assert "choose of onnx" in error(student, "--backend", "abacus", "--output", tmp_path / "out")
+    assert "choose from onnx" in error(student, "--backend", "abacus", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     assert "'teacher' in this bench" in error(
         student, "--teacher", folder / "teacher", "--decoder-only", folder / "teacher", "--output", tmp_path / "out"
     )
@@ -378,6 +381,53 @@ def test_rounds_are_given_up_before_contenders():
     assert plan(costs, seconds=10, rounds=5) == (1, {"a", "b", "c"})
     assert plan(costs, seconds=9, rounds=5) == (3, {"a", "b"})
     assert plan(costs, seconds=0, rounds=5) == (1, {"a"})
+    assert plan(costs, 0, 5, {"a": "student", "b": "student", "c": "decoder-only"}.get) == (1, {"a", "c"})
+
+
+@pytest.mark.process
+@pytest.mark.export
+def test_however_short_the_time_a_student_and_a_decoder_are_measured(folder, tmp_path):
+    words = [
+        "bench",
+        folder / "student",
+        "--teacher",
+        folder / "teacher",
+        "--output",
+        tmp_path / "bench",
+        "--threads",
+        1,
+    ]
+    words += ["--source", 8, "--target", 3, "--rounds", 3, "--minutes", 1e-3, "--backend", "pytorch,llama.cpp"]
+    assert main([str(word) for word in [*words, "--precision", "fp32"]]) == 0
+    report = read_report(tmp_path / "bench" / "bench.json")
+    assert [row["model"] == "student" for row in report["rows"]] == [True, False] and report["rounds"] == 1
+    assert report["headlines"] and all("--minutes more" in out["why"] for out in report["left_out"])
+    # The backend's settings go with its name.
+    assert {out["backend"] for out in report["left_out"]} >= {"llama.cpp", "llama.cpp -fa off"}
+
+
+@pytest.mark.export
+def test_decoders_of_the_students_size_have_the_teachers_vocabulary_and_its_own(folder, tmp_path):
+    def models_beside(vocab_size):
+        config = LlamaConfig.from_pretrained(folder / "teacher", vocab_size=vocab_size)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / str(vocab_size))
+        parser = argparse.ArgumentParser()
+        bench.add_arguments(parser)
+        words = [folder / "student", "--teacher", tmp_path / str(vocab_size), "--output", tmp_path / "out"]
+        models, random, left_out = bench._models(parser.parse_args([str(word) for word in words]))
+        assert random.keys() == models.keys() - {"student", "teacher"}
+        return {name: (model.config.vocab_size, model.config.num_hidden_layers) for name, model in models.items()}, [
+            out["model"] for out in left_out
+        ]
+
+    own = model(folder, "student").config.vocab_size
+    same, with_own = "same-size decoder", "same-size decoder, student's vocabulary"
+    models, left_out = models_beside(own + 300)
+    assert models[same][0] == own + 300 and models[with_own][0] == own and left_out == []
+    assert models[with_own][1] > models[same][1] > 0
+    models, left_out = models_beside(8192)  # an embedding larger than the student
+    assert models.keys() == {"student", "teacher", with_own} and left_out == [same]
+    assert not (tmp_path / "out").exists()
 
 
 def test_floors_by_hand():

@@ -61,7 +61,7 @@ def tokenizer(make_bpe_tokenizer):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("frozen", [True, False])
 def test_keys_of_the_prompt_stay_those_of_the_encoder(tmp_path, tokenizer, family, frozen):
-    """Of decoder layer 0, which the encoder has too; decoder layer 3 of the teacher reads a state that is last there."""
+    """Of the teacher's layer 0, which both sides have; its layer 3, which the decoder alone has, is trained."""
     teacher = make_deep(family)
     student = make_student(teacher, heal=None)
     before = copy.deepcopy(student.state_dict())

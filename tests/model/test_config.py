@@ -53,7 +53,12 @@ from hf_encdec_distill.models.rope_encdec.modeling_rope_encdec import RopeEncDec
         ({"encoder_layer_types": ["sliding_attention"] * 3}, "encoder_sliding_window", "None", "at least 1"),
         ({"encoder_sliding_window": 0}, "encoder_sliding_window", "0", "at least 1"),
         ({"encoder_sliding_rope_theta": 0.0}, "encoder_sliding_rope_theta", "0.0", "positive"),
-        ({"encoder_sliding_rope_theta": 5.0}, "encoder_sliding_rope_theta", "5.0", "None where no encoder layer slides"),
+        (
+            {"encoder_sliding_rope_theta": 5.0},
+            "encoder_sliding_rope_theta",
+            "5.0",
+            "None where no encoder layer slides",
+        ),
         ({"decoder_no_rope_layers": [-1]}, "decoder_no_rope_layers", "[-1]", "0 to 1"),
         ({"decoder_start_token_id": None}, "decoder_start_token_id", "None", "bos_token_id"),
         ({"decoder_start_token_id": 97}, "decoder_start_token_id", "97", "0 to 96"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
@@ -97,7 +98,7 @@ def race(
     with ExitStack() as stack:
         runners = bench.load(ready, stack)
         costs = bench.warm_up([(runner, request) for request in requests for runner in runners])
-        rounds, kept = plan(costs, bench.seconds_left(), rounds)
+        rounds, kept = plan(costs, bench.seconds_left(), rounds, lambda turn: bench.kind(turn[0].contender))
         for runner, request in [turn for turn in costs if turn not in kept]:
             bench.leave_out(runner.contender, "no time for a round with it: give --minutes more", request)
         turns = bench.measure([turn for turn in costs if turn in kept], rounds)
@@ -143,22 +144,32 @@ class _Bench:
 
     def convert(self, contenders: Sequence[Contender]) -> tuple[list[tuple[Contender, Path]], dict[str, dict]]:
         """Contenders with the folders that they are loaded from; the rates of the devices that they compute on."""
-        ready = []
+        ready: list[tuple[Contender, Path]] = []
         with self.stage("convert") as show:
+            with Worker(None, self.threads) as worker:
+                there = [contender for contender in contenders if contender.missing() is None]
+                devices = dict.fromkeys(["cpu", *(contender.device for contender in there)])
+                rates = {device: self._rates(worker, device) for device in devices}
             for index, contender in enumerate(contenders):
                 show(index / len(contenders), _name(contender))
                 why = contender.missing()
                 if why is None:
                     try:
-                        ready.append((contender, self._converted(contender)))
+                        needed = self._is_first_of_its_kind(contender, [other for other, _ in ready])
+                        ready.append((contender, self._converted(contender, needed)))
                         continue
                     except Failed as failure:
                         why = str(failure)
                 self.leave_out(contender, why)
-            with Worker(None, self.threads) as worker:
-                devices = dict.fromkeys(["cpu", *(contender.device for contender, _ in ready)])
-                rates = {device: self._rates(worker, device) for device in devices}
         return ready, rates
+
+    def _is_first_of_its_kind(self, contender: Contender, others: Sequence[Contender]) -> bool:
+        """A student or a decoder-only model that has none beside it: without it there would be nothing to compare, so
+        it is made ready however late it is."""
+        return all(self.kind(other) != self.kind(contender) for other in others)
+
+    def kind(self, contender: Contender) -> str:
+        return "student" if self.models[contender.model].is_student else "decoder-only"
 
     def _rates(self, worker: Worker, device: str) -> dict[str, float]:
         """
@@ -173,18 +184,18 @@ class _Bench:
                 "backends that compute elsewhere with --backend"
             ) from failure
 
-    def _converted(self, contender: Contender) -> Path:
+    def _converted(self, contender: Contender, needed: bool) -> Path:
         """What the contender is loaded from: its source, or a conversion of it that is whole.
 
         Raises:
-            Failed: it cannot be converted, or not in time.
+            Failed: it cannot be converted, or not in time and is not needed.
         """
         if type(contender).prepare is Contender.prepare:
             return Path(contender.source)
         key = _hash(Path(contender.source))[:12]
         converted = self.folder / f"{contender.backend}-{contender.precision}-{key}-{__version__}"
         if not converted.exists():
-            if not self.is_in_time(_CONVERTED):
+            if not (needed or self.is_in_time(_CONVERTED)):
                 raise Failed("no time to convert it: give --minutes more, or run it again, which goes on from here")
             partial = self.folder / f"{converted.name}.new"
             shutil.rmtree(partial, ignore_errors=True)
@@ -199,12 +210,13 @@ class _Bench:
 
     def load(self, ready: Sequence[tuple[Contender, Path]], stack: ExitStack) -> list[_Runner]:
         """Processes that are ready to answer, until `stack` ends."""
-        runners = []
+        runners: list[_Runner] = []
         with self.stage("load") as show:
             for index, (contender, converted) in enumerate(ready):
                 show(index / len(ready), _name(contender))
                 free = available_memory()
-                if not self.is_in_time(_LOADED):
+                needed = self._is_first_of_its_kind(contender, [runner.contender for runner in runners])
+                if not (needed or self.is_in_time(_LOADED)):
                     self.leave_out(contender, "no time to load it: give --minutes more")
                     continue
                 if free < _TIMES_FILES * _size(contender, converted) + _PACKAGES:
@@ -221,12 +233,13 @@ class _Bench:
 
     def warm_up(self, turns: Sequence[_Turn]) -> dict[_Turn, float]:
         """The seconds that each turn takes."""
-        costs = {}
+        costs: dict[_Turn, float] = {}
         with self.stage("warm up") as show:
             for index, (runner, request) in enumerate(turns):
                 show(index / len(turns), f"{_name(runner.contender)}, {request}")
                 start = time.monotonic()
-                if not self.is_in_time(_WARM):
+                needed = self._is_first_of_its_kind(runner.contender, [other.contender for other, _ in costs])
+                if not (needed or self.is_in_time(_WARM)):
                     self.leave_out(runner.contender, "no time to warm up: give --minutes more", request)
                 elif self._answer(runner, request, 0):
                     costs[runner, request] = time.monotonic() - start
@@ -287,19 +300,27 @@ def check_answer(tokens: Sequence[Sequence[int]], times: Sequence[float], reques
         )
 
 
-def plan(costs: Mapping[Any, float], seconds: float, rounds: int) -> tuple[int, set]:
+def plan(
+    costs: Mapping[Any, float], seconds: float, rounds: int, kind: Callable[[Any], str] = lambda turn: "any"
+) -> tuple[int, set]:
     """How many rounds there is time for, and with whom.
 
-    Rounds are given up first. Where there is no time for even one, those go that take longest.
+    Rounds are given up first. Where there is no time for even one, those go that take longest, but for one of each
+    kind.
 
     Args:
         costs: seconds that each turn takes.
         seconds: what is left.
         rounds: that were asked for.
+        kind: of a turn.
     """
     kept = dict(costs)
-    while len(kept) > 1 and sum(kept.values()) > seconds:
-        del kept[max(kept, key=lambda key: kept[key])]
+    while sum(kept.values()) > seconds:
+        of_kind = Counter(map(kind, kept))
+        others = [turn for turn in kept if of_kind[kind(turn)] > 1]
+        if not others:
+            break
+        del kept[max(others, key=lambda turn: kept[turn])]
     whole = sum(kept.values())
     return max(1, min(rounds, int(seconds / whole) if whole else rounds)), set(kept)
 

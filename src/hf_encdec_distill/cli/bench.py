@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 SUMMARY = "time a student against other models and runtimes"
 EXAMPLE = "hf-encdec-distill bench runs/quickstart/student --teacher built-in"
 
-_OF_SIZE = "same-size decoder"  # decoder-only, with as many parameters as the student
+# Decoder-only models with as many parameters as the student: with the teacher's vocabulary, and with its own.
+_OF_SIZE, _OF_VOCABULARY = "same-size decoder", "same-size decoder, student's vocabulary"
 _REPORT = "bench.json"
 _STAGES = 4
 # Of a model on the Hub; weights in a second format where there are none in the first, as `from_pretrained` has it.
@@ -102,8 +103,10 @@ def _measure(args: argparse.Namespace, requests: Sequence[Request]) -> dict[str,
     from ..bench.race import race
     from ..files import write_json
 
-    models = _models(args)
+    models, random, left_out = _models(args)
     chosen = _chosen([contender for model in models.values() for contender in contenders(model)], args)
+    for name in random.keys() & {contender.model for contender in chosen}:
+        _write_random_model(models[name], models["student"])
     threads = args.threads or machine_description()["usable_cores"] or 1
     end = time.monotonic() + 60 * args.minutes
     display = Display(lambda: end - time.monotonic(), _STAGES, seconds_late=lambda: time.monotonic() - end)
@@ -111,6 +114,7 @@ def _measure(args: argparse.Namespace, requests: Sequence[Request]) -> dict[str,
     report = race(
         models, chosen, requests, prompts, args.output / "converted", threads, args.rounds, args.minutes, display.stage
     )
+    report["left_out"] = left_out + report["left_out"]
     write_json(args.output / _REPORT, report)
     try:
         from ..bench.plots import plot_bench
@@ -159,14 +163,20 @@ def _chosen(found: Sequence[Contender], args: argparse.Namespace) -> list[Conten
         if getattr(args, name) is None:
             continue
         words = {word.strip() for word in getattr(args, name).split(",")}
+
+        def names(contender: Contender, name: str = name) -> set[str]:
+            """A backend's own, and without its settings: `llama.cpp` is `llama.cpp -fa off` too."""
+            value = getattr(contender, name)
+            return {value, value.split(" -")[0]}
+
         known = dict.fromkeys(getattr(contender, name) for contender in found)
-        if unknown := words - known.keys():
-            raise ValueError(f"--{name} {', '.join(sorted(unknown))}: choose of {', '.join(known)}")
-        kept = [contender for contender in kept if getattr(contender, name) in words]
+        if unknown := words.difference(*map(names, found)):
+            raise ValueError(f"--{name} {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
+        kept = [contender for contender in kept if names(contender) & words]
     if not kept:
         raise ValueError(f"no model has --backend {args.backend} in --precision {args.precision}: name others")
     # Should time run short, it is the rarest precision and the teacher that are missing.
-    first = ("student", _OF_SIZE)
+    first = ("student", _OF_SIZE, _OF_VOCABULARY)
 
     def order(contender: Contender) -> tuple[int, int]:
         whose = first.index(contender.model) if contender.model in first else len(first)
@@ -175,13 +185,17 @@ def _chosen(found: Sequence[Contender], args: argparse.Namespace) -> list[Conten
     return sorted(kept, key=order)
 
 
-def _models(args: argparse.Namespace) -> dict[str, Model]:
-    """The student, its teacher, a decoder-only model of the student's size, and those of `--decoder-only`.
+def _models(args: argparse.Namespace) -> tuple[dict[str, Model], dict[str, Any], list[dict[str, str]]]:
+    """The student, its teacher, decoder-only models of its size, and those of `--decoder-only`; which of them have
+    random weights, and are not written yet; what the report says of one that there cannot be.
 
     Raises:
         ValueError: the student is none of this package, or has no teacher to be compared with, or the cost of a model
             cannot be counted.
     """
+    import copy
+    import hashlib
+
     from ..bench.contenders import Model
     from ..models.cost import decoder_only_config, model_cost
     from ..models.decoder_only import config_of_size
@@ -196,7 +210,7 @@ def _models(args: argparse.Namespace) -> dict[str, Model]:
             "makes one; give other models with --decoder-only"
         )
     student = Model("student", _folder(args.student), config)
-    models = {"student": student}
+    models, random, left_out = {"student": student}, {}, []
 
     def add(name: str, folder: Path, mend: str = "name another --teacher") -> None:
         of_folder = load_config(folder)
@@ -207,6 +221,11 @@ def _models(args: argparse.Namespace) -> dict[str, Model]:
             raise ValueError(f"{folder}: {error}; {mend}") from error
         models[name] = Model(name, folder, of_folder)
 
+    def add_random(name: str, of_random: Any) -> None:
+        digest = hashlib.sha256(of_random.to_json_string().encode()).hexdigest()[:12]
+        folder = args.output / "models" / f"{of_random.model_type}-{of_random.num_hidden_layers}-{digest}"
+        models[name] = random[name] = Model(name, folder, of_random)
+
     if args.teacher is not None:
         add("teacher", _folder(teacher_path(args.teacher)))
         teacher_config = models["teacher"].config
@@ -214,20 +233,26 @@ def _models(args: argparse.Namespace) -> dict[str, Model]:
         teacher_config = decoder_only_config(config)
         if teacher_config is None:
             raise ValueError(f"{args.student} does not say which model it came from: name one with --teacher")
-        add("teacher", _random_model(teacher_config, student, args.output))
-    same_size = config_of_size(teacher_config, model_cost(config, 2).parameters["total"])
-    if same_size is None:
-        raise ValueError(
-            "a decoder-only model of the student's size would have no layer, since the teacher's vocabulary alone is "
-            "larger: give --teacher with a vocabulary as small as the student's"
-        )
-    add(_OF_SIZE, _random_model(same_size, student, args.output))
+        add_random("teacher", teacher_config)
+    for name in (_OF_SIZE, _OF_VOCABULARY):
+        like = copy.deepcopy(teacher_config)
+        if name == _OF_VOCABULARY:
+            if config.vocab_size == teacher_config.vocab_size:
+                continue
+            for field in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"):
+                setattr(like, field, getattr(config, field))
+        same_size = config_of_size(like, model_cost(config, 2).parameters["total"])
+        if same_size is None:
+            why = "it would have no layer, since its vocabulary alone has more parameters than the student"
+            left_out.append({"model": name, "backend": "any", "precision": "any", "why": why})
+        else:
+            add_random(name, same_size)
     for path in args.decoder_only:
         name = public_name(path)
         if name in models:
             raise ValueError(f"--decoder-only {path}: there is a {name!r} in this bench; rename the folder")
         add(name, _folder(teacher_path(path)), "leave it out of --decoder-only")
-    return models
+    return models, random, left_out
 
 
 def _folder(name: str) -> Path:
@@ -246,10 +271,9 @@ def _folder(name: str) -> Path:
     return Path(snapshot_download(name, allow_patterns=[*_FILES, *_PICKLED]))
 
 
-def _random_model(config, student: Model, output: Path) -> Path:
-    """A folder with a decoder-only model of random weights; the same for the same config."""
+def _write_random_model(model: Model, student: Model) -> None:
+    """A decoder-only model of random weights into its folder, unless it is there."""
     import contextlib
-    import hashlib
     import shutil
 
     import torch
@@ -258,20 +282,18 @@ def _random_model(config, student: Model, output: Path) -> Path:
     from ..models.loading import load_tokenizer
     from ..models.prompts import in_a_class_of_both_versions
 
-    digest = hashlib.sha256(config.to_json_string().encode()).hexdigest()[:12]
-    folder = output / "models" / f"{config.model_type}-{config.num_hidden_layers}-{digest}"
+    folder = model.folder
     if folder.exists():
-        return folder
+        return
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        weights = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
     partial = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    weights.save_pretrained(partial)
     with contextlib.suppress(FileNotFoundError):  # converters ask for a tokenizer, and say so where there is none
         in_a_class_of_both_versions(load_tokenizer(student.folder)).save_pretrained(partial)
     partial.rename(folder)
-    return folder
 
 
 def _prompts(student: Model) -> Callable[[Model, Request, int], list[list[int]]]:

@@ -350,13 +350,13 @@ class _Handler(BaseHTTPRequestHandler):
         if asked.stream_usage:
             head["usage"] = None  # but in the last, as OpenAI's API has it
         try:
-            first = {"role": "assistant"}
+            first, written = {"role": "assistant"}, 0
             for text, count, reason in pieces:
                 content = {"delta": {**first, "content": text}} if self._chat else {"text": text}
-                first = {}
+                first, written = {}, count
                 self._event(json.dumps({**head, "choices": [{"index": 0, **content, "finish_reason": reason}]}))
             if asked.stream_usage:
-                self._event(json.dumps({**head, "choices": [], "usage": _usage(len(ids), count)}))
+                self._event(json.dumps({**head, "choices": [], "usage": _usage(len(ids), written)}))
             self._event("[DONE]")
             self.wfile.write(b"0\r\n\r\n")
         except OSError:  # who asked is gone

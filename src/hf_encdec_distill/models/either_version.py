@@ -85,8 +85,8 @@ def check_rope_is_read(config) -> None:
     if not ROPE_LIVES_IN_ONE_DICT and is_long and length and not hasattr(config, "original_max_position_embeddings"):
         raise ValueError(
             f"the teacher {config._name_or_path or config.model_type!r} has original_max_position_embeddings={length} "
-            f"in rope_scaling, where transformers {transformers.__version__} does not look: it would be another model. "
-            f'Use transformers 5, or add "original_max_position_embeddings": {length} to its config.json.'
+            f"in rope_scaling, where transformers {transformers.__version__} does not look: it would be another "
+            f'model. Use transformers 5, or add "original_max_position_embeddings": {length} to its config.json.'
         )
     if ROPE_LIVES_IN_ONE_DICT or not parameters or config.model_type == "rope_encdec":
         return

@@ -46,8 +46,8 @@ def freeze_encoder(model: PreTrainedModel, but: Sequence[nn.Parameter] = ()) -> 
 
 
 def freeze_prompt_keys(model: PreTrainedModel) -> None:
-    """Takes the gradient from what makes the prompt's keys and values, in encoder and decoder layers that have it in
-    common, so that they go on having it in common.
+    """Takes the gradient from what makes the prompt's keys and values where an encoder layer and a decoder layer have
+    it in common, so that they still have it in common after training.
 
     Raises:
         ValueError: no layers of the model have it in common, or it has an adapter, which would tell them apart.
@@ -58,10 +58,10 @@ def freeze_prompt_keys(model: PreTrainedModel) -> None:
     pairs = list(shared_prompt_keys(model)) if merged else []
     if not pairs:
         raise ValueError(
-            f"freeze_prompt_keys=True, but no decoder layer of this {type(model).__name__} makes the prompt's keys and "
-            "values as the encoder layer beside it does. Those of a merged student do until they are trained, where "
-            "both have the same layer of the teacher: give encoder_layers and decoder_layers to from_decoder_only, or "
-            "leave it out."
+            f"freeze_prompt_keys=True, but no decoder layer of this {type(model).__name__} makes the prompt's keys "
+            "and values as the encoder layer beside it does. Those of a merged student do until they are trained, "
+            "where both have the same layer of the teacher: give encoder_layers and decoder_layers to "
+            "from_decoder_only, or leave it out."
         )
     for pair in pairs:
         for layer in pair:

@@ -140,10 +140,10 @@ def from_decoder_only(
 
     Raises:
         ValueError: for an unsupported family (the message lists the supported ones), a model with an adapter on it,
-            layers, neurons or tokens that are not there, a selection or a budget that needs calibration rows when there is no
-            tokenizer, a budget beside layers or one that no student meets, log-probabilities of the teacher that are
-            not finite, or a trimmed tokenizer with tokens that the teacher lacks, or without the one that the decoder
-            starts from.
+            layers, neurons or tokens that are not there, a selection or a budget that needs calibration rows when
+            there is no tokenizer, a budget beside layers or one that no student meets, log-probabilities of the
+            teacher that are not finite, or a trimmed tokenizer with tokens that the teacher lacks, or without the one
+            that the decoder starts from.
     """
     teacher, tokenizer = load_with_tokenizer(teacher, tokenizer)
     check_teacher(teacher, layer_selection, heal)

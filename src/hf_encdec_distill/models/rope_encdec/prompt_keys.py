@@ -5,12 +5,13 @@ reads does, as long as both have the teacher's projections. They are then comput
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 
-def key_value_modules(layer: nn.Module) -> list[nn.Module]:
+def key_value_modules(layer: Any) -> list[nn.Module]:
     """Of an encoder layer or of a merged decoder layer: what makes keys and values of a state."""
     attention = layer.self_attn
     norms = [attention.k_norm] if attention.config.qk_norm else []
