@@ -37,12 +37,12 @@ from ...metrics.measures import measure_texts
 from ...metrics.significance import interval, mean
 from ...metrics.texts import distinct_share
 from ...models.either_version import save_teacher
-from ...models.loading import base_of, check_decoder_only, load_config, load_student, load_teacher, load_tokenizer
+from ...models.loading import load_student, load_teacher, load_tokenizer
 from ...models.prompts import PreTrainedTokenizerFast, prompt_start_token_id
 from ...models.rope_encdec import RopeEncDecForConditionalGeneration
-from ...models.rope_encdec.initialization import check_family
 from ...progress import Display, clock
 from .._inputs import load_splits, prompt_template, teacher_path
+from ..init import teacher_depth
 from . import outcome, recipe
 from .planning import Plan, groups_of_like_length
 from .recording import record
@@ -246,19 +246,11 @@ class Pipeline:
     # Stages: each takes `update(fraction, detail)` and returns what is worth keeping ---------------------------------
 
     def teacher(self, update) -> dict:
-        if not self.settings.is_built_in_task:
-            check_path(self.settings.dataset)  # before a teacher is downloaded
-        path = teacher_path(self.settings.teacher)
-        config = load_config(base_of(path))
-        check_decoder_only(path, config)
-        check_family(config)
-        depth = config.get_text_config(decoder=True).num_hidden_layers
-        for side in ("encoder_layers", "decoder_layers"):
-            if getattr(self.settings, side) > depth:
-                raise ValueError(
-                    f"{side}={getattr(self.settings, side)}, but the teacher has {depth} layers: give at most {depth} "
-                    f"with --{side.replace('_', '-')}"
-                )
+        settings = self.settings
+        if not settings.is_built_in_task:
+            check_path(settings.dataset)  # before a teacher is downloaded
+        path = teacher_path(settings.teacher)
+        depth = teacher_depth(path, encoder_layers=settings.encoder_layers, decoder_layers=settings.decoder_layers)
         tokenizer = load_tokenizer(path)
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {path} has no eos_token, which has to end a target: set it")
