@@ -184,13 +184,14 @@ def test_distill_begins_again_where_it_ended_before_its_first_checkpoint(
 
 
 @pytest.mark.parametrize("name", ["heal", "teach"])
-def test_other_trainings_begin_again_too(folder, tmp_path, monkeypatch, name):
+def test_other_trainings_begin_again_too(folder, tmp_path, monkeypatch, capsys, name):
     output = tmp_path / "run"
     words = command(folder, name, output)
     fail(monkeypatch, words, checkpoint=True)
     assert any(output.rglob("checkpoint-1"))
-    assert run(words) == 0
+    assert run([*words, "--max-steps", 1]) == 0
     assert (output / "model.safetensors").is_file()
+    assert " 1 step\n" in capsys.readouterr().out
 
 
 def test_a_folder_with_anything_else_in_it_is_left_alone(folder, tmp_path, monkeypatch, capsys):

@@ -55,6 +55,19 @@ def test_help_shows_an_example_that_the_parser_understands(command, capsys):
     assert (args.command, extra) == (command, [])
 
 
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_every_option_says_what_it_is(command):
+    parser = build_parser().parse_args(COMMANDS[command].EXAMPLE.split()[1:]).parser
+    assert [action.dest for action in parser._actions if not action.help] == []
+
+
+def test_help_names_the_words_that_an_option_takes(capsys):
+    with pytest.raises(SystemExit):
+        main(["cache", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--keep {likeliest,closest,all}" in said and "a CSV, TSV, JSON, JSON Lines or Parquet file" in said
+
+
 def one_line_error(capsys, *argv) -> str:
     capsys.readouterr()
     try:
@@ -138,7 +151,7 @@ def test_more_layers_than_the_teacher_has_are_refused_before_anything_is_trained
     options = ["--encoder-layers", "9", "--teacher", str(teacher_folder), "--output", str(tmp_path / "run")]
     assert main(["quickstart", *options]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "encoder_layers=9" in error and "has 4 layers" in error
+    assert "--encoder-layers 9: the teacher has 4 layers" in error
     assert not (tmp_path / "run").exists()
 
 

@@ -189,7 +189,7 @@ def test_other_ids_than_the_teachers_are_not_compared(student_folder, data_argum
 def test_a_limit_that_leaves_no_room_for_the_source(student_folder, data_arguments, capsys):
     options = ["--rows", "2", "--max-source-length", "2", "--metrics", "ce", *data_arguments]
     assert main(["evaluate", str(student_folder), *options]) == 2
-    assert "max_length=2 leaves no token for the source" in capsys.readouterr().err
+    assert "max_source_length=2 leaves no token for the source" in capsys.readouterr().err
 
 
 def test_evaluate_refuses_before_it_measures(student_folder, data_arguments, capsys):

@@ -91,7 +91,7 @@ def test_messages_are_cut_in_the_last_one(make_bpe_tokenizer):
     ("arguments", "message"),
     [
         ({"source": SOURCE, "prompt_template": "no place"}, "{source}"),
-        ({"source": SOURCE, "prompt_template": TEMPLATE, "max_length": 3}, "max_length=3"),
+        ({"source": SOURCE, "prompt_template": TEMPLATE, "max_length": 3}, "max_source_length=3"),
         ({"source": [{"role": "user", "content": "x"}], "prompt_template": TEMPLATE}, "prompt_template"),
     ],
 )

@@ -2,11 +2,13 @@
 resumed knows, and the order of its rows."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
 import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +26,7 @@ from hf_encdec_distill.cli.quickstart.planning import Plan
 from hf_encdec_distill.cli.quickstart.state import open_run
 from hf_encdec_distill.cli.quickstart.trimming import trim_teacher
 from hf_encdec_distill.distillation import CachedTeacher
+from hf_encdec_distill.files import write_json
 from hf_encdec_distill.models.loading import load_tokenizer
 
 
@@ -216,7 +219,7 @@ def test_teacher_and_student_have_the_tokens_of_the_training_rows(finished, give
 
 
 @pytest.mark.parametrize(
-    "tokenizer,problem", [(unigram, "only fast byte-pair tokenizers"), (None, "size=9: the characters and added")]
+    "tokenizer,problem", [(unigram, "only fast byte-pair tokenizers"), (None, "a vocabulary of 9 tokens is too small")]
 )
 def test_a_vocabulary_that_cannot_be_trimmed_is_refused(tokenizer, problem, make_bpe_tokenizer, tmp_path):
     teacher = write_teacher(tmp_path / "teacher", tokenizer() if tokenizer else make_bpe_tokenizer())
@@ -278,8 +281,8 @@ def test_a_teacher_that_is_an_adapter_is_merged(given, tmp_path, vocabulary):
     model.save_pretrained(tmp_path / "adapter")
     load_tokenizer(given["teacher"]).save_pretrained(tmp_path / "adapter")
     asked = given | {"teacher": str(tmp_path / "adapter"), "vocabulary": vocabulary}
-    results, run = first_stages(tmp_path / "run", **asked)
-    assert results["data"]["teacher"] == str(tmp_path / "run" / "work" / "teacher-before")
+    _, run = first_stages(tmp_path / "run", **asked)
+    assert run.teacher_path == str(tmp_path / "run" / "work" / "teacher-before")
     merged = run.load_teacher(run.teacher_path, torch.float32)
     assert merged.config.vocab_size == (vocabulary or base.config.vocab_size)
     weight = merged.model.layers[1].self_attn.q_proj.weight
@@ -287,6 +290,44 @@ def test_a_teacher_that_is_an_adapter_is_merged(given, tmp_path, vocabulary):
     lora = base.model.layers[1].self_attn.q_proj
     delta = lora.scaling["default"] * lora.lora_B["default"].weight @ lora.lora_A["default"].weight
     torch.testing.assert_close(weight, lora.base_layer.weight + delta)
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["of now", "of an older version"])
+def test_a_run_that_was_moved_reads_its_own_teacher(given, tmp_path, monkeypatch, older):
+    monkeypatch.chdir(tmp_path)
+    results, _ = first_stages(Path("run"), **given, vocabulary=270)
+    assert "work/teacher-before" not in Path("run", "state.json").read_text()
+    if older:
+        results["data"]["teacher"] = "run/work/teacher-before"
+        write_json(Path("run", "state.json"), json.loads(Path("run", "state.json").read_text()) | {"results": results})
+    Path("run").rename("moved")
+    first_stages(Path("run"), **given, vocabulary=280)  # another run at the old place
+    moved = Pipeline(open_run(Path("moved"), {}, True))
+    assert len(moved.tokenizer) == moved.load_teacher(moved.teacher_path, torch.float32).config.vocab_size == 270
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"source_column": "txt"}, {"vocabulary": 9}, {"dataset": "nobody/nowhere"}, {"dataset": "pairs.txt"}]
+)
+def test_a_command_that_is_corrected_begins(given, tmp_path, monkeypatch, wrong):
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.txt").touch()
+    with pytest.raises(ValueError):
+        first_stages(tmp_path / "run", **given | wrong)
+    first_stages(tmp_path / "run", **given)
+    resumed = Pipeline(open_run(tmp_path / "run", given, True))
+    assert resumed.teacher_path == given["teacher"]
+
+
+@pytest.mark.parametrize("dataset", ["./nowhere", "pairs.csv"])
+def test_data_that_are_not_there_are_said_before_a_teacher_is_fetched(tmp_path, monkeypatch, dataset):
+    def fetch(name):
+        raise AssertionError("fetched")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "teacher_path", fetch)
+    with pytest.raises(ValueError, match=f"^{dataset} is not there"):
+        first_stages(tmp_path / "run", dataset=dataset)
 
 
 def test_only_a_run_that_was_asked_for_it_has_a_twin(finished):
@@ -607,10 +648,13 @@ def test_a_resumed_run_knows_what_was_done_and_asked_for(tmp_path):
     assert not folder.exists()
     state.begin("data")
     state.finish("data", {"sizes": {"train": 7}, "teacher": "some/teacher", "tokens": []})
+    assert open_run(folder, {"seed": 6}, resume=False).results == {}  # nothing is lost
+    state.begin("before")
+    state.finish("before", {"plan": dataclasses.asdict(Plan(1.0, 1.0, 1.0, 1.0, 1.0, 1))})
     state.begin("teach")
     again = open_run(folder, {"seed": 5}, resume=True)
     assert (again.settings.minutes, again.settings.seed, again.results["data"]["sizes"]) == (3.0, 5, {"train": 7})
-    assert again.begun == state.begun and list(again.begun) == ["data", "teach"]
+    assert again.begun == state.begun and list(again.begun) == ["data", "before", "teach"]
     assert 0 < again.seconds_used < 180 and again.seconds_left == pytest.approx(180 - again.seconds_used, abs=1)
     with pytest.raises(ValueError, match="seed=5, not 6"):
         open_run(folder, {"seed": 6}, resume=True)

@@ -372,7 +372,7 @@ def test_what_is_lacking_is_asked_for(folder, tmp_path, capsys):
     assert "required: --teacher, --output" in error_of(capsys, "student")
     bare = write(tmp_path / "r.yaml", contents(folder, teacher=None, init=None, output=None))
     assert "required: --teacher, --output, --student, or an init section" in error_of(capsys, bare)
-    assert "cannot be read as a recipe" in error_of(capsys, tmp_path / "none.yaml", "--output", "o")
+    assert "none.yaml is not there" in error_of(capsys, tmp_path / "none.yaml", "--output", "o")
     assert "give that folder with --output" in error_of(capsys, "s", "--teacher", "t", "--output_dir", "o")
     cache = tmp_path / "cache"
     cache.mkdir()

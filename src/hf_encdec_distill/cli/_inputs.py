@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 BUILT_IN = "built-in"
+DATASETS = (
+    "a CSV, TSV, JSON, JSON Lines or Parquet file, a folder with one file per split, or the name of a dataset on "
+    "the Hub"
+)
 DATA = {"dataset": BUILT_IN, "source_column": "source", "target_column": "target"}
 T = TypeVar("T", bound="TrainingArguments")
 _DOCUMENTED = "https://huggingface.co/docs/transformers/main_classes/trainer"
@@ -33,8 +37,7 @@ SCHEDULE = {
 def add_data_arguments(parser: argparse.ArgumentParser, only_said: bool = False) -> None:
     """`--dataset`, `--source-column` and `--target-column`, as in `DATA` or, if `only_said`, not in the namespace."""
     texts = {
-        "dataset": "a CSV, JSON or Parquet file, a folder with one file per split, or the name of a dataset on the "
-        "Hub (default: Python functions and their docstrings)",
+        "dataset": f"{DATASETS} (default: Python functions and their docstrings)",
         "source_column": "column that the student reads (default: source)",
         "target_column": "column that it learns to write (default: target)",
     }
@@ -62,6 +65,12 @@ def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give at least 1")
+
+
+def check_is_there(file: str | Path, what: str) -> None:
+    """Raises ValueError where there is nothing; `what` says for what to look."""
+    if not Path(file).exists():
+        raise ValueError(f"{file} is not there: give {what}")
 
 
 def check_free(host: str, port: int) -> None:

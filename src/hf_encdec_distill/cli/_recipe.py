@@ -19,7 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..files import read_yaml, write_text
 from ._checkpoints import RECIPE_HEADER
-from ._inputs import DATA
+from ._inputs import DATA, check_is_there
 from .init import Shape
 
 
@@ -45,6 +45,7 @@ def read_recipe(file: Path) -> dict[str, Any]:
     """
     from ..distillation import DistillationTrainingArguments
 
+    check_is_there(file, "a recipe, or to --reproduce a folder that `distill` wrote")
     try:
         content = read_yaml(file)
     except OSError as error:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..progress import Display
 from ._display import say_result, table, wrap
-from ._inputs import BUILT_IN, check_at_least_one, public_name, teacher_path
+from ._inputs import BUILT_IN, check_at_least_one, check_is_there, public_name, teacher_path
 
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..bench.results import check_against, check_rounds, compare, read_report
 
+    for file in filter(None, (*(args.compare or ()), args.against)):
+        check_is_there(file, f"the {_REPORT} of an earlier bench")
     if args.compare:
         rows = compare(*map(read_report, args.compare))
         say_result(args, {"rows": rows}, _comparison(rows))

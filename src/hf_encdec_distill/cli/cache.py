@@ -47,11 +47,15 @@ EXAMPLE = "hf-encdec-distill cache built-in --output teacher-cache --kind top_k 
 
 # The fields of `TargetGeneration`, which has their defaults, but for the limit: that is the targets'.
 _GENERATION = {
-    "num_beams": (int, "number of beams (default: 1, greedy)"),
-    "sampling_temperature": (float, "sample the answers at this temperature instead"),
-    "num_return_sequences": (int, "answers per row to choose from (default: 1)"),
-    "keep": (str, "likeliest to the teacher, closest to the reference (ROUGE-L, chrF), or all (default: likeliest)"),
-    "seed": (int, "seed of the sampling (default: 0)"),
+    "num_beams": (int, "N", "number of beams (default: 1, greedy)"),
+    "sampling_temperature": (float, "T", "sample the answers at this temperature instead"),
+    "num_return_sequences": (int, "N", "answers per row to choose from (default: 1)"),
+    "keep": (
+        str,
+        "{likeliest,closest,all}",
+        "likeliest to the teacher, closest to the reference (ROUGE-L, chrF), or all (default: likeliest)",
+    ),
+    "seed": (int, "N", "seed of the sampling (default: 0)"),
 }
 
 
@@ -154,9 +158,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let the teacher write the targets, up to --max-target-length tokens (default: 128)",
     )
-    for name, (kind, text) in _GENERATION.items():
+    for name, (kind, metavar, text) in _GENERATION.items():
         option = f"--{name.replace('_', '-')}"
-        generation.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar="N", help=text)
+        generation.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=text)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ._display import say_result
+from ._inputs import check_is_there
 
 
 SUMMARY = "convert Microsoft's Mu checkpoint"
@@ -24,6 +25,9 @@ def run(args: argparse.Namespace) -> None:
     from .init import new_folder
 
     output = new_folder(args.output)
+    check_is_there(args.checkpoint, "the .pt file of Mu's checkpoint")
+    if args.config is not None:
+        check_is_there(args.config, "the .json file beside the checkpoint, or leave it out")
     ids = {"bos_token_id": args.bos_token_id, "eos_token_id": args.eos_token_id}
     model = convert_mu_checkpoint(args.checkpoint, args.config, **ids)
     model.save_pretrained(output)

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._checkpoints import PROVENANCE, RECIPE, checkpoint_in
+from ._checkpoints import PROVENANCE, RECIPE, checkpoint_in, holds_only_a_start
 from ._display import say_result
 from ._inputs import (
     BUILT_IN,
@@ -129,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
     recorded = None if args.reproduce is None else read_provenance(Path(args.reproduce))
     output = Path(recipe["output"])
-    checkpoint = checkpoint_in(output, args.resume)
+    checkpoint, is_new = checkpoint_in(output, args.resume), not output.exists()
     if recorded is not None:
         _take_threads(recorded["machine"])
 
@@ -176,7 +177,12 @@ def run(args: argparse.Namespace) -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_recipe(output / RECIPE, {**recipe, **decided})
         write_json(output / PROVENANCE, {**provenance, "result": None})
-    train_and_save(trainer, checkpoint)
+    try:
+        train_and_save(trainer, checkpoint)
+    except ValueError:  # a mistake that the first step finds, in a rate or a limit
+        if is_new and trainer.is_world_process_zero() and not trainer.state.global_step and holds_only_a_start(output):
+            shutil.rmtree(output)
+        raise
     metrics = trainer.evaluate()
     if not trainer.is_world_process_zero():
         return

@@ -48,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text",
         default=BUILT_IN,
         metavar="DATA",
-        help="a text file or a folder of them (.txt, .md, .rst, .py), a CSV, JSON or Parquet file or folder, or the "
-        "name of a dataset on the Hub (default: source and documentation of this Python and its packages)",
+        help="a text file or a folder of them (.txt, .md, .rst, .py), a CSV, TSV, JSON, JSON Lines or Parquet file or "
+        "folder, or the name of a dataset on the Hub (default: source and documentation of this Python and its "
+        "packages)",
     )
     parser.add_argument(
         "--text-column", default="text", metavar="NAME", help="column of a table with the text (default: %(default)s)"
@@ -156,7 +157,10 @@ def run(args: argparse.Namespace) -> None:
     metrics = {} if held_out is None else trainer.evaluate()
     if trainer.is_world_process_zero():
         steps = trainer.state.global_step
-        lines = [f"{output}: healed for {steps} steps", *(f"{name}: {value}" for name, value in metrics.items())]
+        lines = [
+            f"{output}: healed for {steps} step{'s' * (steps != 1)}",
+            *(f"{name}: {value}" for name, value in metrics.items()),
+        ]
         say_result(args, {"output": str(output), "steps": steps, "metrics": metrics}, "\n".join(lines))
 
 

@@ -29,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt-length", type=int, default=192, metavar="TOKENS", help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=32, metavar="TOKENS", help="default: %(default)s")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="bfloat16",
+        help="of the weights and the cache, whose bytes are counted (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

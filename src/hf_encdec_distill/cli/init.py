@@ -27,6 +27,7 @@ EXAMPLE = "hf-encdec-distill init built-in --encoder-layers 5 --decoder-layers 6
 
 _ROWS_TO_CHOOSE_LAYERS = 32
 _SIDES = ("encoder", "decoder")
+_LAYERS = ("encoder_layers", "decoder_layers", "decoder_only")
 _OF_EITHER_KIND = ("decoder_only", "layer_selection", "heal_rows")
 
 
@@ -198,6 +199,7 @@ def make_student(
     from ..models.vocabulary import trim_to_rows
     from ..models.whole_weights import whole_on_each_process
 
+    teacher_depth(teacher, **{name: getattr(shape, name) for name in _LAYERS})
     tokenizer = load_tokenizer(teacher)
     trimmed = {}
     if shape.vocabulary is not None:
@@ -229,6 +231,29 @@ def make_student(
         **trimmed,
         **shared,
     )
+
+
+def teacher_depth(teacher: str, **layers: int | None) -> int:
+    """The layers of the teacher in a folder or on the Hub, of which a student has at most as many.
+
+    Args:
+        layers: of the student, by the name of the option; `None` is as many as there are.
+
+    Raises:
+        OSError: there is no such folder, and no such model on the Hub.
+        ValueError: no student can be made of it, or not with so many or few layers.
+    """
+    from ..models.loading import base_of, check_decoder_only, load_config
+    from ..models.rope_encdec.initialization import check_family
+
+    config = load_config(base_of(teacher))
+    check_decoder_only(teacher, config)
+    check_family(config)
+    depth = config.get_text_config(decoder=True).num_hidden_layers
+    for name, count in layers.items():
+        if count is not None and not 1 <= count <= depth:
+            raise ValueError(f"--{name.replace('_', '-')} {count}: the teacher has {depth} layers, give 1 to {depth}")
+    return depth
 
 
 def new_folder(path: str) -> Path:

@@ -108,4 +108,5 @@ def run(args: argparse.Namespace) -> None:
         taught = taught.merge_and_unload()
     save_teacher(taught, tokenizer, output)
     kind, steps = "adapter" if args.adapter else "merged model", trainer.state.global_step
-    say_result(args, {"output": str(output), "kind": kind, "steps": steps}, f"{output}: {kind} after {steps} steps")
+    text = f"{output}: {kind} after {steps} step{'s' * (steps != 1)}"
+    say_result(args, {"output": str(output), "kind": kind, "steps": steps}, text)

@@ -112,12 +112,9 @@ def load_tables(
     from datasets.packaged_modules.csv.csv import CsvConfig
 
     dataset = os.fspath(dataset)
+    check_path(dataset)
     path = Path(dataset).expanduser()
     suffix = path.suffix.lower()
-    if path.is_file() and suffix not in BUILDERS:
-        raise ValueError(f"{dataset} has the suffix {path.suffix!r}, expected one of {', '.join(BUILDERS)}")
-    if not path.exists() and (suffix in BUILDERS or dataset.startswith((".", "~", os.sep))):
-        raise ValueError(f"{dataset} is not there: expected a file, a folder or the name of a dataset on the Hub")
     try:
         if path.is_file():
             options = _csv_options([path]) if BUILDERS[suffix] == "csv" else {}
@@ -142,6 +139,16 @@ def load_tables(
         raise ValueError(
             f"{dataset} is neither a readable folder nor a dataset that the Hub gives us: {why}"
         ) from error
+
+
+def check_path(dataset: str) -> None:
+    """Raises ValueError for a path where nothing is, or a file that `load_tables` does not read."""
+    path = Path(dataset).expanduser()
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix not in BUILDERS:
+        raise ValueError(f"{dataset} has the suffix {path.suffix!r}, expected one of {', '.join(BUILDERS)}")
+    if not path.exists() and (suffix in BUILDERS or dataset.startswith((".", "~", os.sep))):
+        raise ValueError(f"{dataset} is not there: expected a file, a folder or the name of a dataset on the Hub")
 
 
 def _csv_options(files: Iterable[Path]) -> dict:

@@ -93,9 +93,10 @@ def load_plain_text(
 
     Args:
         text: a `.txt`, `.md`, `.rst` or `.py` file in UTF-8, or a folder with such files in it at any depth (a file is
-            a document, one of more than 65,536 characters several); a CSV, JSON or Parquet file, a folder of such
-            files (and a README) or written by `save_to_disk`, or a name on the Hub, of which nothing is downloaded
-            before it is read; or `None`: the source and documentation of this Python and of its installed packages.
+            a document, one of more than 65,536 characters several); a CSV, TSV, JSON, JSON lines or Parquet file, a
+            folder of such files (and a README) or written by `save_to_disk`, or a name on the Hub, of which nothing is
+            downloaded before it is read; or `None`: the source and documentation of this Python and of its installed
+            packages.
         tokenizer: the teacher's. Windows begin with its BOS if it puts one in front.
         objective: see the module.
         window: most tokens of a window, BOS included.

@@ -361,8 +361,8 @@ def _around_source(tokenizer, prompt_template, prompt_date=None) -> tuple[list[i
 def no_room(max_length, around) -> ValueError:
     """Of a prompt of `max_length` tokens that has none for the source beside the `around` of its template."""
     return ValueError(
-        f"max_length={max_length} leaves no token for the source: the prompt around it alone takes about {around} "
-        "tokens. Raise max_length or shorten prompt_template."
+        f"max_source_length={max_length} leaves no token for the source: the prompt around it alone takes about "
+        f"{around} tokens. Raise max_source_length or shorten prompt_template."
     )
 
 

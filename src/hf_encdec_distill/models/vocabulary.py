@@ -91,7 +91,10 @@ def trim_tokenizer(tokenizer, texts, size=None):
             if left + right in kept:
                 kept |= {left, right}
     elif size < len(kept):
-        raise ValueError(f"size={size}: the characters and added tokens of this tokenizer are {len(kept)} already")
+        raise ValueError(
+            f"a vocabulary of {size} tokens is too small: the characters and added tokens of this tokenizer are "
+            f"{len(kept)} already. Give at least {len(kept)}."
+        )
     else:
         _fill(kept, size, [token for token, _ in counts.most_common()], merges)
     ids = {token: new for new, token in enumerate(sorted(kept & every.keys(), key=every.get))}

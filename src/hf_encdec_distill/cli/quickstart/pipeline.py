@@ -27,6 +27,7 @@ from ...bench import (
 )
 from ...cards.model_card import write_model_card
 from ...data import lead_sentence
+from ...data.loading import check_path
 from ...devices import autocast, device, precision_arguments, working_dtype
 from ...distillation import DistillationTrainer, DistillationTrainingArguments
 from ...evaluation.scoring import BATCH_SIZE as EVALUATION_BATCH
@@ -36,12 +37,12 @@ from ...metrics.measures import measure_texts
 from ...metrics.significance import interval, mean
 from ...metrics.texts import distinct_share
 from ...models.either_version import save_teacher
-from ...models.loading import base_of, check_decoder_only, load_config, load_student, load_teacher, load_tokenizer
+from ...models.loading import load_student, load_teacher, load_tokenizer
 from ...models.prompts import PreTrainedTokenizerFast, prompt_start_token_id
 from ...models.rope_encdec import RopeEncDecForConditionalGeneration
-from ...models.rope_encdec.initialization import check_family
 from ...progress import Display, clock
 from .._inputs import load_splits, prompt_template, teacher_path
+from ..init import teacher_depth
 from . import outcome, recipe
 from .planning import Plan, groups_of_like_length
 from .recording import record
@@ -198,7 +199,9 @@ class Pipeline:
     @property
     def teacher_path(self) -> str:
         """Of the untuned one, with the vocabulary of this run."""
-        return self.state.results["data"]["teacher"]
+        given = self.state.results["teacher"]["path"]
+        # Else it is the run's own, for which older versions noted a path that a moved folder leaves behind.
+        return given if self.state.results["data"]["teacher"] == given else str(self.work / "teacher-before")
 
     @cached_property
     def tokenizer(self):
@@ -243,17 +246,11 @@ class Pipeline:
     # Stages: each takes `update(fraction, detail)` and returns what is worth keeping ---------------------------------
 
     def teacher(self, update) -> dict:
-        path = teacher_path(self.settings.teacher)
-        config = load_config(base_of(path))
-        check_decoder_only(path, config)
-        check_family(config)
-        depth = config.get_text_config(decoder=True).num_hidden_layers
-        for side in ("encoder_layers", "decoder_layers"):
-            if getattr(self.settings, side) > depth:
-                raise ValueError(
-                    f"{side}={getattr(self.settings, side)}, but the teacher has {depth} layers: give at most {depth} "
-                    f"with --{side.replace('_', '-')}"
-                )
+        settings = self.settings
+        if not settings.is_built_in_task:
+            check_path(settings.dataset)  # before a teacher is downloaded
+        path = teacher_path(settings.teacher)
+        depth = teacher_depth(path, encoder_layers=settings.encoder_layers, decoder_layers=settings.decoder_layers)
         tokenizer = load_tokenizer(path)
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {path} has no eos_token, which has to end a target: set it")
@@ -277,12 +274,9 @@ class Pipeline:
         splits.save_to_disk(str(self.work / "data"))
         sizes = {name: len(split) for name, split in splits.items()}
         note = ", ".join(f"{size} rows to {name}" for name, size in sizes.items())
+        given = self.state.results["teacher"]["path"]
         teacher, tokens = trim_teacher(
-            self.state.results["teacher"]["path"],
-            settings.vocabulary,
-            splits["train"],
-            self.template,
-            self.work / "teacher-before",
+            given, settings.vocabulary, splits["train"], self.template, self.work / "teacher-before"
         )
         if tokens:
             note += f"; a vocabulary of {tokens[0]:,} of {tokens[1]:,} tokens"
@@ -293,7 +287,7 @@ class Pipeline:
         cut = sum(labels[-1] != self.tokenizer.eos_token_id for labels in targets)
         if cut:
             note += f"; {cut} of {len(targets)} targets have more than {recipe.MAX_TARGET} tokens with EOS and are cut"
-        return {"sizes": sizes, "teacher": teacher, "tokens": tokens, "note": note}
+        return {"sizes": sizes, "teacher": given if teacher == given else "", "tokens": tokens, "note": note}
 
     def more(self, update) -> dict:
         """The held-out rows, and the vocabulary, stay those of the first round."""

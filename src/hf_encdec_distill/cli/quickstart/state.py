@@ -233,9 +233,8 @@ def open_run(
         ValueError: the folder is in use and `resume` is not set, there is nothing to resume, a setting differs, or the
             minutes of a new run are too few for a twin.
     """
-    used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if not resume:
-        if used:
+        if _is_in_use(folder):
             raise ValueError(
                 f"{folder} is not empty: go on with the run that is in it with --resume, or choose another folder "
                 "with --output"
@@ -280,3 +279,12 @@ def open_run(
     if is_finished and "minutes" in given:
         state.go_on(Settings(minutes=given["minutes"]).minutes)
     return state
+
+
+def _is_in_use(folder: Path) -> bool:
+    """Whether a folder has more than a run that stopped before its first model was measured: for a column that is not
+    there, say. Nothing of it is lost when it is begun again."""
+    try:
+        return not read_json(folder / _FILE, fields=_FIELDS)["results"].keys() <= {"teacher", "data"}
+    except (OSError, ValueError):
+        return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))

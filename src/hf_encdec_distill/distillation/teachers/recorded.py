@@ -251,6 +251,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         missing = [name for name in required if name not in manifest]
         if missing or manifest["kind"] not in (*KINDS, TARGETS) or (manifest["kind"] == "top_k" and not manifest["k"]):
             raise ValueError(f"{folder / MANIFEST} lacks {', '.join(missing) or 'a kind of record'}: capture it again")
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder} is no cache of a teacher, it has no {MANIFEST}: name a folder that `cache` wrote"
+        ) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is no cache of a teacher: {error}") from error
     return manifest
