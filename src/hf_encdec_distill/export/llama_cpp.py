@@ -45,6 +45,7 @@ class LlamaCpp:
 
     Attributes:
         layers: of the model.
+        vocab: llama.cpp's own, for its samplers and grammars.
         vocab_size: V.
 
     Raises:
@@ -62,7 +63,8 @@ class LlamaCpp:
         self._model = _compute(api.llama_model_load_from_file, str(path).encode(), api.llama_model_default_params())
         if not self._model:
             raise ValueError(f"llama.cpp cannot read {path}{_error()}: export the model again")
-        self.vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
+        self.vocab = api.llama_model_get_vocab(self._model)
+        self.vocab_size = api.llama_vocab_n_tokens(self.vocab)
         self.layers = api.llama_model_n_layer(self._model)
         self._causal = self.metadata(f"{self.metadata('general.architecture')}.attention.causal") != "false"
         self._sequences = self._cells = self._used = 0
