@@ -1,5 +1,6 @@
 """Rows from files, folders and names; carving; what is wrong with them."""
 
+import argparse
 import csv
 import json
 import logging
@@ -10,6 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from hf_encdec_distill import data
+from hf_encdec_distill.cli._inputs import load_splits, load_test_rows
 from hf_encdec_distill.data.loading import load_pairs, load_tables, save_pairs
 
 
@@ -86,7 +88,7 @@ def test_text_that_pandas_takes_for_a_missing_number_is_text(tmp_path, caplog, s
     expected = sorted(pair for pair in rows if all(pair))
     assert ["None", "None"] in expected and len(expected) == 4 * (len(words) - 1)
     if given_as == "stream":
-        stream = load_tables(file, None, streaming=True)["train"]
+        stream = load_tables(file, None, ["source", "target"], streaming=True)["train"]
         found = [[row["source"], row["target"]] for row in stream if row["source"] and row["target"]]
     else:
         splits = load_pairs({"file": file, "folder": file.parent, "mapping": {"train": file}}[given_as])
@@ -179,10 +181,14 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("columns", "arguments", "message"),
     [
-        ({"code": ["a"], "text": ["b"]}, {}, "no column 'source'; the columns are code, text: .*--source-column"),
-        ({"source": ["a"], "text": ["b"]}, {}, "no column 'target'; the columns are source, text: .*--target-column"),
-        ({"source": ["a"], "target": [1]}, {}, "'target' holds int64, expected text"),
-        ({"source": ["a"], "target": [["b"]]}, {}, "'target' holds List, expected text"),
+        ({"code": ["a"], "text": ["b"]}, {}, "no column 'source'; the columns are 'code', 'text' .*--source-column"),
+        (
+            {"source": ["a"], "text": ["b"]},
+            {},
+            "no column 'target'; the columns are 'source', 'text' .*--target-column",
+        ),
+        ({"source": ["a"], "target": [1]}, {}, "a.jsonl, line 1: 'target' is 1, expected text: put it in quotes"),
+        ({"source": ["a"], "target": [["b"]]}, {}, r"a.jsonl, line 1: 'target' is \['b'\], expected text"),
         ({"source": ["a"], "target": ["b"]}, {"target_column": "source"}, "both column 'source'"),
         (
             {"source": ["a"], "target": ["b"], "pixel_values": [[[1.0]]]},
@@ -191,7 +197,11 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path, caplog):
         ),
         ({"source": [""], "target": ["b"]}, {}, r"\(train\): none of the 1 rows has text"),
         ({"source": [None], "target": ["b"]}, {}, "none of the 1 rows has text"),
-        ({"source": ["a", "b"], "target": ["c", "d"]}, {}, "1 distinct sources are too few"),
+        (
+            {"source": ["a", "b", "a"], "target": ["c", "d", "e"]},
+            {},
+            "has 2 distinct sources, too few to hold out test and validation: give at least 3, or a folder",
+        ),
     ],
 )
 def test_columns_and_rows_that_cannot_do(tmp_path, columns, arguments, message):
@@ -234,17 +244,72 @@ def test_file_of_an_unknown_kind(tmp_path):
         load_pairs(tmp_path / "rows.xlsx")
 
 
-@pytest.mark.parametrize(("name", "kind"), [("a.jsonl", "json"), ("a.csv", "csv")])
-def test_file_that_is_empty(tmp_path, name, kind):
-    (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=f"{name} gives no rows, read as {kind}: it is empty"):
-        load_tables(tmp_path / name, None)
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "", "a.csv gives no rows, read as csv: it is empty"),
+        ("a.csv", "source,target\n", "a.csv gives no rows, read as csv: it has a header and no rows"),
+        ("a.jsonl", "", "a.jsonl has no rows"),
+        ("a.json", "[]", "a.json has no rows"),
+        ("a.json", "{not json", r"a.json, line 1 is no JSON \(Expecting property name"),
+        ("a.json", '[{"source": "x",\n"target"]', r"a.json is no JSON \(Expecting ':' delimiter: line 2"),
+        ("a.jsonl", '{"source": "x"}\n\n{"source"\n', r"a.jsonl, line 3 is no JSON \(Expecting ':' delimiter"),
+        ("a.jsonl", '{"source": "x", "target": "y"}\n' * 2 + '{"target": true}', "line 3: 'target' is True, expected"),
+        ("a.csv", "source;target\nx;y\n", "columns are 'source;target': separate the cells .* by commas, not by ';'"),
+        ("a.csv", "source, target\nx,y\n", r"are 'source', ' target' \(a CSV has to begin with a line of them\)"),
+        ("a.csv", "source,target\ncaf\xe9,x\n", r"a.csv is not in UTF-8 \('utf-8' codec .*: save it as UTF-8"),
+        ("a.jsonl", '{"source": "caf\xe9"}\n', r"a.jsonl is not in UTF-8 \('utf-8' codec .*: save it as UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("given_as", ["file", "folder"])
+def test_files_that_cannot_be_read(tmp_path, name, content, message, given_as):
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / name
+    file.write_text(content, encoding="latin-1")
+    if given_as == "folder" and "read as csv" in message:
+        message = "data is neither a readable folder nor a dataset"
+    with pytest.raises(ValueError, match=message):
+        load_pairs(file if given_as == "file" else file.parent)
 
 
-def test_file_that_is_no_table(tmp_path):
-    (tmp_path / "rows.json").write_text("{not json")
-    with pytest.raises(ValueError, match="rows.json gives no rows, read as json: JSON parse error"):
-        load_pairs(tmp_path / "rows.json")
+@pytest.mark.parametrize("given_as", ["file", "folder"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json"])
+def test_text_that_looks_like_something_else_stays_as_it_stands(tmp_path, suffix, given_as):
+    """Labels, numbers, truth values and dates, each of which is all that a column has."""
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / f"train.{suffix}"
+    for targets in (["0", "1"], ["007", "1.0"], ["true", "false"], ["2024-01-01"], ["2024-01-01 00:00:00"]):
+        rows = [{"source": f"{n}", "target": targets[n % len(targets)]} for n in range(20)]
+        with file.open("w", newline="") as stream:
+            if suffix in ("csv", "tsv"):
+                writer = csv.DictWriter(stream, ["source", "target"], delimiter="\t" if suffix == "tsv" else ",")
+                writer.writeheader()
+                writer.writerows(rows)
+            else:
+                stream.write(json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows)))
+        splits = load_pairs(file if given_as == "file" else file.parent)
+        found = sorted((dict(row) for split in splits.values() for row in split), key=lambda row: int(row["source"]))
+        assert found == rows
+
+
+def test_columns_that_are_no_text(tmp_path):
+    pd.DataFrame({"source": ["a"], "target": [1]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="Column 'target' holds int64, expected text: .* or save it as text"):
+        load_pairs(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("name", ["test", "dev"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_rows_that_are_named_after_another_split_are_not_trained_on(tmp_path, name, suffix):
+    frame, folder = _frame(30), tmp_path / "data"
+    folder.mkdir()
+    WRITERS[f"rows.{suffix}"](frame, folder / f"{name}.{suffix}")
+    splits = load_pairs(folder, "code", "text")
+    assert {split: len(rows) for split, rows in splits.items()} == {{"dev": "validation"}.get(name, name): 30}
+    arguments = argparse.Namespace(dataset=str(folder), source_column="code", target_column="text")
+    assert sorted(load_test_rows(arguments)["source"]) == sorted(frame["code"])
+    with pytest.raises(ValueError, match="has no training rows, only the split"):
+        load_splits(**vars(arguments))
 
 
 def test_cache_root(monkeypatch, tmp_path):

@@ -356,6 +356,43 @@ def test_a_validation_split_of_its_own(tokenizer, tmp_path):
     assert len({str(row["teacher_input_ids"]) for row in train}) == expected  # all of it
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
+@pytest.mark.parametrize("documents", [1, 3])
+@pytest.mark.parametrize("held", [False, True])
+def test_of_few_documents_the_last_windows_are_held_out(tokenizer, tmp_path, monkeypatch, name, documents, held):
+    """Whichever side the hash would put all of them on."""
+    monkeypatch.setattr(plain_text, "HELD_OUT", 1.0 if held else 0.0)
+    texts = [code(number, lines=40) for number in range(documents)]
+    if name == "a.txt":
+        texts = ["".join(texts)]
+        (tmp_path / name).write_text(texts[0])
+    elif name == "a.csv":
+        pd.DataFrame({"text": texts}).to_csv(tmp_path / name, index=False)
+    else:
+        pd.DataFrame({"text": texts}).to_json(tmp_path / name, orient="records", lines=True)
+    windows = []
+    for text in texts:
+        tokens = ids(tokenizer, text)
+        count = -(-len(tokens) // 64)
+        windows += [tokens[len(tokens) * i // count : len(tokens) * (i + 1) // count] for i in range(count)]
+    first = 1 if held else len(windows) - 1
+    test = [row["teacher_input_ids"] for row in held_out(tmp_path / name, tokenizer, window=64)]
+    train = load_plain_text(tmp_path / name, tokenizer, window=64).take(3 * first)
+    assert test == windows[first:]
+    assert sorted(row["teacher_input_ids"] for row in train) == sorted(3 * windows[:first])
+
+
+def test_a_text_of_one_window_is_trained_on_or_refused(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text(code(1, lines=1))
+    (row,) = load_plain_text(tmp_path / "a.txt", tokenizer, window=512).take(1)
+    assert tokenizer.decode(row["teacher_input_ids"]) == code(1, lines=1)
+    count = len(row["teacher_input_ids"])
+    with pytest.raises(
+        ValueError, match=rf"a.txt has one window of text, of {count} tokens, .*--window, or --eval-rows 0"
+    ):
+        held_out(tmp_path / "a.txt", tokenizer, window=512)
+
+
 @pytest.fixture
 def small_world(monkeypatch, tmp_path):
     """What the built-in corpus is made of: three modules, one of each split, and a distribution."""
@@ -424,9 +461,9 @@ def test_arguments_out_of_range(tokenizer, corpus, options, message):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"body": ["a"], "n": [1]}, "no column 'text'; the columns are body, n: choose with --text-column"),
-        ({"text": [1, 2]}, "the text column holds int, expected text"),
-        ({"text": ["too short", None]}, "has no train document of 16 tokens or more: give more text$"),
+        ({"body": ["a"], "n": [1]}, "no column 'text'; the columns are 'body', 'n' .*: choose with --text-column"),
+        ({"text": [1, 2]}, "a.jsonl, line 1: 'text' is 1, expected text: put it in quotes, or choose"),
+        ({"text": ["too short", None]}, "a row of a table, is a document: give more text, or join short rows"),
     ],
 )
 def test_tables_that_cannot_do(tokenizer, tmp_path, columns, message):
@@ -442,8 +479,15 @@ def test_corpora_that_are_none(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"suffix '.docx', expected one of .txt, .md, .rst, .py, .csv"):
         load_plain_text(tmp_path / "a.docx", tokenizer)
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match="empty.txt has no train document"):
+    with pytest.raises(ValueError, match="empty.txt has no document of 16 tokens or more"):
         load_plain_text(tmp_path / "empty.txt", tokenizer)
-    (tmp_path / "small.txt").write_text(code(1))
-    with pytest.raises(ValueError, match="small.txt has no validation document.*or a validation split"):
-        load_plain_text(tmp_path / "small.txt", tokenizer, split="validation")
+    (tmp_path / "empty.csv").touch()
+    with pytest.raises(ValueError, match="empty.csv gives no rows, read as csv: it is empty"):
+        load_plain_text(tmp_path / "empty.csv", tokenizer)
+    (tmp_path / "tests").mkdir()
+    pd.DataFrame({"text": [code(1)]}).to_csv(tmp_path / "tests" / "test.csv", index=False)
+    with pytest.raises(ValueError, match="tests has no training text, only the split test"):
+        load_plain_text(tmp_path / "tests", tokenizer)
+    pd.DataFrame({"text": [1.5]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="the text column holds float, expected text"):
+        load_plain_text(tmp_path / "a.parquet", tokenizer)

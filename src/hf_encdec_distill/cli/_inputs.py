@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
     from transformers import TrainingArguments
 
 BUILT_IN = "built-in"
@@ -192,19 +192,38 @@ def check_columns(dataset: str, source_column: str, target_column: str) -> None:
 
 
 def load_splits(
-    dataset: str, source_column: str, target_column: str, packages: Literal["stdlib", "all"] = "all"
+    dataset: str,
+    source_column: str,
+    target_column: str,
+    packages: Literal["stdlib", "all"] = "all",
+    train: bool = True,
 ) -> DatasetDict:
     """Train, validation and test with the columns `source` and `target`; `packages` is for the built-in task.
 
+    Args:
+        train: whether there have to be rows to train on; without those, only what is there is returned.
+
     Raises:
-        ValueError: as `check_columns`, or the data have no such columns.
+        ValueError: as `check_columns`, or the data have no such columns or no training rows.
     """
     from ..data import load_pairs, load_python_docstrings
 
     check_columns(dataset, source_column, target_column)
     if dataset == BUILT_IN:
         return load_python_docstrings(packages)
-    return load_pairs(dataset, source_column, target_column)
+    splits = load_pairs(dataset, source_column, target_column)
+    if train and "train" not in splits:
+        raise ValueError(
+            f"{dataset} has no training rows, only the split {' and '.join(splits)}: give a folder with a file for "
+            "train too, or the file by itself, which is then divided"
+        )
+    return splits
+
+
+def load_test_rows(args: argparse.Namespace) -> Dataset:
+    """The rows that models are measured on: the test split, or the validation split of data that have no other."""
+    splits = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib", train=False)
+    return splits["test" if "test" in splits else "validation"]
 
 
 def dataset_name(dataset: str) -> str:

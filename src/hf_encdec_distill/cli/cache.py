@@ -382,7 +382,7 @@ def _record_encoder_states(args: argparse.Namespace) -> None:
 def _splits(args: argparse.Namespace) -> DatasetDict:
     from datasets import DatasetDict
 
-    splits = load_splits(args.dataset, args.source_column, args.target_column)
+    splits = load_splits(args.dataset, args.source_column, args.target_column, train=False)
     unknown = [name for name in args.splits if name not in splits]
     if unknown:
         raise ValueError(f"--splits {unknown[0]}: the data has {', '.join(splits)}")

@@ -18,7 +18,7 @@ from ._inputs import (
     add_data_arguments,
     check_at_least_one,
     check_free,
-    load_splits,
+    load_test_rows,
     prompt_template,
     public_name,
     teacher_path,
@@ -111,7 +111,7 @@ def load_page(args: argparse.Namespace):
         prompt_template(args.prompt_template, args.dataset),
         args.max_source_length,
     )
-    rows = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")["test"]
+    rows = load_test_rows(args)
     examples = rows.shuffle(seed=0).select(range(min(_EXAMPLES, len(rows))))["source"]
 
     for side in students.values():  # what a first call prepares is no part of a time

@@ -22,7 +22,7 @@ from ._inputs import (
     add_data_arguments,
     check_at_least_one,
     dataset_name,
-    load_splits,
+    load_test_rows,
     prompt_template,
     public_name,
     teacher_path,
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
         path = teacher_path(args.teacher)
         teacher = load_teacher(path, dtype=working_dtype()).to(device())
         teacher_tokenizer = load_tokenizer(path)
-    pairs = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")["test"]
+    pairs = load_test_rows(args)
     pairs = pairs.shuffle(seed=0).select(range(min(args.rows, len(pairs))))
     judge = None if args.judge is None else Judge(teacher_path(args.judge), args.judge_template, list(pairs))
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..export.backends import Backend, backend_of, check_installed, targets
 from ..progress import Display
 from ._display import say_result, table, wrap
-from ._inputs import add_data_arguments, check_at_least_one, load_splits
+from ._inputs import add_data_arguments, check_at_least_one, load_splits, load_test_rows
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SUMMARY = "export to ONNX, OpenVINO, Core ML, GenAI or llama.cpp"
 EXAMPLE = "hf-encdec-distill export runs/quickstart/student --target onnx,openvino --variant int8 exported"
@@ -142,10 +145,11 @@ def _export(target: str, folder: Path, model, processor, args: argparse.Namespac
     from ..export.parity import prove
     from ..files import write_json
 
-    rows = _rows("test", args.rows or backend_of(target).rows, model, processor, args, shapes)
+    rows = _rows(load_test_rows(args), args.rows or backend_of(target).rows, model, processor, shapes)
     calibration = None
     if args.calibration_rows is not None:
-        calibration = _rows("train", args.calibration_rows, model, processor, args, shapes)
+        pairs = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")["train"]
+        calibration = _rows(pairs, args.calibration_rows, model, processor, shapes)
     unproven = folder.with_name(f"{folder.name}.unproven")
     shutil.rmtree(unproven, ignore_errors=True)
     begun, share = time.monotonic(), _SHARE_OF_EXPORT
@@ -193,8 +197,8 @@ def _export(target: str, folder: Path, model, processor, args: argparse.Namespac
     return report
 
 
-def _rows(split: str, count: int, model, processor, args: argparse.Namespace, shapes) -> list[dict]:
-    """Real rows of a split, cut as a student of this task reads them, to no more than the graphs take. A student that
+def _rows(pairs: Dataset, count: int, model, processor, shapes) -> list[dict]:
+    """Some of the pairs, cut as a student of this task reads them, to no more than the graphs take. A student that
     reads images sees one in front of each text, of 4 x 4 random colours."""
     import numpy as np
 
@@ -203,7 +207,6 @@ def _rows(split: str, count: int, model, processor, args: argparse.Namespace, sh
     most = _MAX_SOURCE + (processor.tokens_of_tile if sees else 0)
     max_source = min(most, max(shapes.prompts) if shapes.prompts else most)
     max_target = min(_MAX_TARGET, shapes.targets or _MAX_TARGET)
-    pairs = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")[split]
     pairs = pairs.shuffle(seed=0).select(range(min(count, len(pairs))))
     eos = model.generation_config.eos_token_id
     eos = eos[0] if isinstance(eos, list) else eos

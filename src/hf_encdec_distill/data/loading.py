@@ -7,9 +7,12 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+import reprlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 
 if TYPE_CHECKING:
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 T = TypeVar("T")
+_ROWS_THAT_NAME = 1000  # in which the columns of JSON are looked up, as rows may lack some
 # To pandas "None", "NA" and "null" are no text unless it is told; an empty cell still is none.
 _CSV = {"keep_default_na": False, "na_values": [""]}
 _SPLIT_NAMES = {
@@ -43,21 +47,25 @@ def load_pairs(
 
     A split that `dataset` lacks is carved out of its train split by a hash of the source text: the same rows in any
     order give the same splits, and rows with the same source stay together. Rows without a source or a target are
-    left out, and counted in the log.
+    left out, and counted in the log. In a CSV or TSV the two columns are text, whatever it looks like: "007" stays so.
 
     Args:
         dataset: a CSV, TSV, JSON, JSON lines or Parquet file, a folder with such files (splits by their names) or
-            written by `save_to_disk`, a name on the Hub, files by the names of their splits (`{"train": "a.csv"}`;
-            without train nothing is carved, and only what is there returned), or `None` for the built-in task. A TSV
-            file is read as quoted, where a quote opens a cell and is closed at its end, else quotes are text in it.
+            written by `save_to_disk`, a name on the Hub, files by the names of their splits (`{"train": "a.csv"}`),
+            or `None` for the built-in task. A split is train if it is the only one, unless it is named after another;
+            without train nothing is carved, and only what is there returned. A TSV file is read as quoted, where a
+            quote opens a cell and is closed at its end, else quotes are text in it.
         source_column, target_column: where the texts are.
         config: configuration of a dataset that has several.
         cache_dir, progress: for the built-in task, see `load_python_docstrings`.
 
     Raises:
-        ValueError: no such dataset, no such column, columns without text, or too few rows to carve a split out of.
+        ValueError: no such dataset, none that can be read, no such column, columns without text or with something
+            else, or too few rows to carve a split out of.
     """
     from datasets import DatasetDict
+
+    columns = (source_column, target_column)
 
     if dataset is None:
         from .python_docstrings import load_python_docstrings
@@ -69,16 +77,21 @@ def load_pairs(
             raise ValueError(
                 f"dataset has the splits {', '.join(dataset)}: name each once, by one of {', '.join(known)}"
             )
-        splits = {known[name]: load_tables(file, config)["train"] for name, file in dataset.items()}
+        splits = {known[name]: load_tables(file, config, columns)["train"] for name, file in dataset.items()}
     else:
-        splits = named_splits(load_tables(dataset, config), dataset)
+        splits = named_splits(load_tables(dataset, config, columns), dataset)
     splits = {
         name: _with_text(_two_columns(split, source_column, target_column), f"{dataset} ({name})")
         for name, split in splits.items()
     }
-    for name in ("test", "validation"):
-        if name not in splits and "train" in splits:
-            splits["train"], splits[name] = _carve(splits["train"], f"{dataset} (train)")
+    missing = [name for name in ("test", "validation") if name not in splits and "train" in splits]
+    if missing and (distinct := len(set(splits["train"]["source"]))) <= len(missing):
+        raise ValueError(
+            f"{dataset} (train) has {distinct} distinct sources, too few to hold out {' and '.join(missing)}: give at "
+            f"least {len(missing) + 1}, or a folder with a file for each split"
+        )
+    for name in missing:
+        splits["train"], splits[name] = _carve(splits["train"])
     return DatasetDict({name: splits[name] for name in _SPLIT_NAMES if name in splits})
 
 
@@ -100,42 +113,78 @@ def save_pairs(pairs: Iterable[Mapping[str, str]], file: str | os.PathLike) -> i
 
 
 def load_tables(
-    dataset: str | os.PathLike, config: str | None, streaming: bool = False
+    dataset: str | os.PathLike, config: str | None, columns: Collection[str], streaming: bool = False
 ) -> Mapping[str, Dataset | IterableDataset]:
-    """What `load_pairs` takes, with all its columns, under the names that its splits have.
+    """What `load_pairs` takes, under the names that its splits have.
+
+    Args:
+        columns: those that hold text. In a CSV they are not taken for anything else; of JSON on this machine, the
+            other columns have names and no values.
 
     Raises:
-        ValueError: there is no such dataset.
+        ValueError: there is no such dataset, or it cannot be read.
     """
-    from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
-    from datasets.exceptions import DatasetGenerationError
-    from datasets.packaged_modules.csv.csv import CsvConfig
-
     dataset = os.fspath(dataset)
     check_path(dataset)
-    path = Path(dataset).expanduser()
+    with says_why(dataset):
+        tables = _tables(Path(dataset).expanduser(), dataset, config, columns, streaming)
+    return tables
+
+
+def _tables(
+    path: Path, dataset: str, config: str | None, columns: Collection[str], streaming: bool
+) -> Mapping[str, Dataset | IterableDataset]:
+    from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
+    from datasets.packaged_modules.csv.csv import CsvConfig
+    from datasets.packaged_modules.json.json import JsonConfig
+
     suffix = path.suffix.lower()
+    if path.is_file():
+        if BUILDERS[suffix] == "json":
+            return _json_tables({"train": [path]}, columns, streaming)
+        options = _csv_options([path], columns) if BUILDERS[suffix] == "csv" else {}
+        options = {**options, "sep": "\t"} if suffix == ".tsv" else options
+        return load_dataset(BUILDERS[suffix], data_files={"train": str(path)}, streaming=streaming, **options)
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        loaded = load_from_disk(str(path))
+        loaded = DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded
+        return {name: split.to_iterable_dataset() for name, split in loaded.items()} if streaming else loaded
+    name = str(path) if path.is_dir() else dataset
+    found = load_dataset_builder(name, config).config
+    if isinstance(found, JsonConfig) and found.field is None:
+        files = {str(split): [Path(file) for file in some] for split, some in found.data_files.items()}
+        every = [file for some in files.values() for file in some]
+        if all(BUILDERS.get(file.suffix.lower()) == "json" and file.is_file() for file in every):
+            return _json_tables(files, columns, streaming)
+    tables = path.rglob("*.[tT][sS][vV]") if path.is_dir() else ()
+    options = _csv_options(tables, columns) if isinstance(found, CsvConfig) else {}
+    return load_dataset(name, config, streaming=streaming, **options)
+
+
+@contextmanager
+def says_why(dataset: str | os.PathLike) -> Iterator[None]:
+    """Raises ValueError, which names the dataset, in place of what `datasets` raises while it is read."""
+    from datasets.exceptions import DatasetGenerationError
+
     try:
-        if path.is_file():
-            options = _csv_options([path]) if BUILDERS[suffix] == "csv" else {}
-            options = {**options, "sep": "\t"} if suffix == ".tsv" else options
-            return load_dataset(BUILDERS[suffix], data_files={"train": str(path)}, streaming=streaming, **options)
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            loaded = load_from_disk(str(path))
-            loaded = DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded
-            return {name: split.to_iterable_dataset() for name, split in loaded.items()} if streaming else loaded
-        name = str(path) if path.is_dir() else dataset
-        is_csv = isinstance(load_dataset_builder(name, config).config, CsvConfig)
-        options = _csv_options(path.rglob("*.[tT][sS][vV]") if path.is_dir() else ()) if is_csv else {}
-        return load_dataset(name, config, streaming=streaming, **options)
+        yield
     except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
         # The error says why (no table, offline, gated, a config to choose), but not what else could have been given.
         why = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-        # Of which each version of `datasets` says something else, of JSON lines a StopIteration.
-        is_empty = path.is_file() and not path.stat().st_size
-        why = "it is empty" if is_empty or isinstance(why, StopIteration) else why
+        if isinstance(why, BadFile):
+            raise why from None
+        path = Path(dataset).expanduser()
+        if isinstance(why, UnicodeDecodeError):
+            for file in [path] if path.is_file() else sorted(path.rglob("*")):
+                if BUILDERS.get(file.suffix.lower()) == "csv":
+                    check_utf8(file)
+        # Of which each version of `datasets` says something else.
+        if path.is_file() and not path.stat().st_size:
+            why = "it is empty"
+        elif path.is_file() and "corresponds to no data" in str(why):
+            why = "it has a header and no rows"
         if path.is_file():
-            raise ValueError(f"{dataset} gives no rows, read as {BUILDERS[suffix]}: {why}") from error
+            raise ValueError(f"{dataset} gives no rows, read as {BUILDERS[path.suffix.lower()]}: {why}") from error
         raise ValueError(
             f"{dataset} is neither a readable folder nor a dataset that the Hub gives us: {why}"
         ) from error
@@ -151,13 +200,91 @@ def check_path(dataset: str) -> None:
         raise ValueError(f"{dataset} is not there: expected a file, a folder or the name of a dataset on the Hub")
 
 
-def _csv_options(files: Iterable[Path]) -> dict:
-    """How CSV or TSV files are read: quotes in a TSV are text where they do not pair up as those around a cell do."""
+class BadFile(ValueError):
+    """Says which file, where in it, and how to mend it: there is nothing to add."""
+
+
+def check_utf8(file: Path) -> None:
+    """Raises ValueError where a file is not in UTF-8."""
+    try:
+        with file.open(encoding="utf-8") as stream:
+            while stream.read(1 << 16):
+                pass
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not in UTF-8 ({error}): save it as UTF-8, or leave it out") from error
+
+
+def _json_tables(
+    files: Mapping[str, list[Path]], columns: Collection[str], streaming: bool
+) -> Mapping[str, Dataset | IterableDataset]:
+    """`datasets` itself would take texts that look like dates for dates, and not give them back as they were."""
+    from datasets import Dataset, Features, IterableDataset, Value
+
+    kind = IterableDataset if streaming else Dataset
+    tables = {}
+    for split, some in files.items():
+        names = {name: None for file in some for _, row in islice(_json_rows(file), _ROWS_THAT_NAME) for name in row}
+        if not names:
+            raise BadFile(f"{some[0]} has no rows")
+        # With their times, so that a file that has changed is not taken from the cache.
+        shards = [(str(file), file.stat().st_mtime_ns) for file in some]
+        tables[split] = kind.from_generator(
+            _json_texts,
+            features=Features({name: Value("string") for name in names}),
+            gen_kwargs={"files": shards, "names": tuple(names), "columns": tuple(columns)},
+        )
+    return tables
+
+
+def _json_texts(
+    files: list[tuple[str, int]], names: tuple[str, ...], columns: tuple[str, ...]
+) -> Iterator[dict[str, str | None]]:
+    for file, _ in files:
+        for where, row in _json_rows(Path(file)):
+            texts = {column: row.get(column) for column in columns if column in names}
+            for column, text in texts.items():
+                if not isinstance(text, str | None):
+                    raise BadFile(
+                        f"{where}: {column!r} is {reprlib.repr(text)}, expected text: put it in quotes, or choose "
+                        "another column"
+                    )
+            yield {**dict.fromkeys(names), **texts}
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, dict]]:
+    """Rows of JSON Lines, or of a file that is one list, each after the words for where it is."""
+    with file.open(encoding="utf-8-sig") as stream:
+        try:
+            begin = next((line for line in stream if not line.isspace()), "")
+            stream.seek(0)
+            if begin.lstrip().startswith("["):
+                rows = ((f"{file}, row {n}", row) for n, row in enumerate(_json(stream.read(), str(file)), 1))
+            else:
+                lines = ((f"{file}, line {n}", line) for n, line in enumerate(stream, 1) if not line.isspace())
+                rows = ((where, _json(line.strip(), where)) for where, line in lines)
+            for where, row in rows:
+                yield where, row if isinstance(row, dict) else {"text": row}
+        except UnicodeDecodeError:
+            check_utf8(file)
+            raise
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadFile(f"{where} is no JSON ({error}): expected a row on each line, or one list of rows") from error
+
+
+def _csv_options(files: Iterable[Path], columns: Collection[str]) -> dict:
+    """How CSV or TSV files are read: `columns` as the text that stands there, and quotes in a TSV as text where
+    they do not pair up as those around a cell do."""
+    options = {**_CSV, "converters": dict.fromkeys(columns, str)}
     stray = [file for file in files if file.suffix.lower() == ".tsv" and not _quotes_pair_up(file)]
     if not stray:
-        return _CSV
+        return options
     logger.warning("%s: quotes that do not enclose whole cells; all are taken for text", stray[0])
-    return {**_CSV, "quoting": csv.QUOTE_NONE}
+    return {**options, "quoting": csv.QUOTE_NONE}
 
 
 def _quotes_pair_up(file: Path) -> bool:
@@ -175,11 +302,15 @@ def _quotes_pair_up(file: Path) -> bool:
 
 
 def named_splits(splits: Mapping[str, T], dataset: str | os.PathLike) -> dict[str, T]:
-    """The splits under our names, as many of them as there are, train among them."""
+    """The splits under our names, as many of them as there are; one alone is train if its name says no other.
+
+    Raises:
+        ValueError: there are several, and none has one of our names.
+    """
     found = {
         ours: splits[theirs] for ours, names in _SPLIT_NAMES.items() for theirs in reversed(names) if theirs in splits
     }
-    if "train" not in found:
+    if not found:
         if len(splits) != 1:
             raise ValueError(f"{dataset} has the splits {', '.join(splits)}: expected one that is called 'train'")
         found = {"train": next(iter(splits.values()))}
@@ -188,15 +319,14 @@ def named_splits(splits: Mapping[str, T], dataset: str | os.PathLike) -> dict[st
 
 def _two_columns(split: Dataset, source_column: str, target_column: str) -> Dataset:
     for column, option in ((source_column, "--source-column"), (target_column, "--target-column")):
-        if column not in split.column_names:
-            raise ValueError(
-                f"There is no column {column!r}; the columns are {', '.join(split.column_names)}: choose with {option}"
-            )
+        check_column(column, split.column_names, option)
         kind = getattr(split.features[column], "dtype", type(split.features[column]).__name__)
         # Where every cell is empty, the type says nothing: pandas reads such a column of a CSV file as float64.
         empty = split.with_format("arrow")[column].null_count == len(split)
         if kind not in ("string", "large_string") and not empty:
-            raise ValueError(f"Column {column!r} holds {kind}, expected text: choose another with {option}")
+            raise ValueError(
+                f"Column {column!r} holds {kind}, expected text: choose another with {option}, or save it as text"
+            )
     if source_column == target_column:
         raise ValueError(f"Source and target are both column {source_column!r}: expected two columns")
     _check_images(split)
@@ -204,6 +334,17 @@ def _two_columns(split: Dataset, source_column: str, target_column: str) -> Data
     # By way of names that cannot clash, since "target" may be what the source column is called.
     split = split.rename_columns({source_column: "\0source", target_column: "\0target"})
     return split.rename_columns({"\0source": "source", "\0target": "target"})
+
+
+def check_column(column: str, columns: Collection[str], option: str) -> None:
+    """Raises ValueError where a table has no such column; `option` chooses one."""
+    if column in columns:
+        return
+    why = f"There is no column {column!r}; the columns are {', '.join(map(repr, columns))}"
+    only = next(iter(columns), "")
+    if len(columns) == 1 and (separator := next((mark for mark in ";\t|" if mark in only), None)):
+        raise ValueError(f"{why}: separate the cells of a CSV by commas, not by {separator!r}")
+    raise ValueError(f"{why} (a CSV has to begin with a line of them): choose with {option}")
 
 
 def _check_images(split: Dataset) -> None:
@@ -232,14 +373,11 @@ def _with_text(split: Dataset, where: str) -> Dataset:
     return split
 
 
-def _carve(split: Dataset, where: str) -> tuple[Dataset, Dataset]:
+def _carve(split: Dataset) -> tuple[Dataset, Dataset]:
     """`split` without, and with only, the sources whose hashes are smallest."""
     digests = [hashlib.sha256(source.encode(errors="surrogatepass")).digest() for source in split["source"]]
     order = sorted(set(digests))
     count = min(max(round(CARVED_SHARE * len(order)), CARVED_ROWS), len(order) // 5)
-    count = max(count, 1)
-    if count >= len(order):
-        raise ValueError(f"{where}: {len(order)} distinct sources are too few to carve a held-out split out of them")
-    carved = set(order[:count])
+    carved = set(order[: max(count, 1)])
     rest = [i for i, digest in enumerate(digests) if digest not in carved]
     return split.select(rest), split.select([i for i, digest in enumerate(digests) if digest in carved])

@@ -24,7 +24,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -34,7 +34,7 @@ from tokenizers import Tokenizer
 
 from ..models.prompts import PLACEHOLDER, encode_prompt
 from . import fingerprint
-from .loading import BUILDERS, load_tables, named_splits
+from .loading import BUILDERS, check_column, check_utf8, load_tables, named_splits, says_why
 from .python_docstrings import (
     MAX_FILE_BYTES,
     digest,
@@ -59,7 +59,7 @@ X_DENOISING = (32.0, 0.5)
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 _ABOUT = re.compile(r"readme|licen[cs]e|copying|notice|citation|change|authors", re.IGNORECASE)  # of a data set
-# Share of the documents that are held out where the corpus has no validation split of its own.
+# Share of the documents, or windows of a few, that are held out where the corpus has no validation split of its own.
 HELD_OUT = 0.05
 SHORTEST_WINDOW = 16
 
@@ -109,15 +109,17 @@ def load_plain_text(
             `find_sentinels(tokenizer)`.
         split: which of the two. Where the corpus has no validation split, it is the documents whose hashes are
             smallest, and of the built-in corpus the files of the standard library from which `load_python_docstrings`
-            takes its own validation rows; the files of its test rows are in neither.
+            takes its own validation rows; the files of its test rows are in neither. Where all documents would be on
+            one side, as that of a small text file, it is the last windows.
         text_column: column with the text, for tables.
         config: configuration of a dataset on the Hub that has several.
         seed: of all that is drawn.
         shuffle_buffer: windows among which the next one is drawn.
 
     Raises:
-        ValueError: an argument outside its range, no such corpus or column, no text, no sentinels, a text file that is
-            not in UTF-8, or a folder with text files and tables (a README beside tables is none of its texts).
+        ValueError: an argument outside its range, no such corpus or column, none or too little text, no sentinels, a
+            file that is not in UTF-8, or a folder with text files and tables (a README beside tables is none of its
+            texts).
     """
     if objective not in PREFIX_ROWS:
         raise ValueError(f"objective={objective!r} is unknown: expected one of {', '.join(PREFIX_ROWS)}")
@@ -140,24 +142,31 @@ def load_plain_text(
         eos_token_id=tokenizer.eos_token_id,
         seed=seed,
     )
-    documents = _documents(text, text_column, config, split)
-    windows = documents.map(
-        functools.partial(
-            _cut,
-            backend=_text_backend(tokenizer),
-            bos=encode_prompt(tokenizer, "", PLACEHOLDER),
-            window=window,
-        ),
-        batched=True,
-        batch_size=16,
-        input_columns=[text_column],
-        remove_columns=[text_column],
+    corpus = "the built-in corpus" if text is None else os.fspath(text)
+    splits = _documents(text, text_column, config)
+    cut = functools.partial(
+        _cut, backend=_text_backend(tokenizer), bos=encode_prompt(tokenizer, "", PLACEHOLDER), window=window
     )
-    if next(iter(windows), None) is None:
-        raise ValueError(
-            f"{'the built-in corpus' if text is None else text} has no {split} document of {SHORTEST_WINDOW} tokens "
-            "or more: give more text" + (", or a validation split, or do without one" if split == "validation" else "")
-        )
+
+    def windows_of(documents: IterableDataset) -> IterableDataset:
+        columns = [text_column]
+        return documents.map(cut, batched=True, batch_size=16, input_columns=columns, remove_columns=columns)
+
+    if "validation" in splits:
+        windows = windows_of(splits[split])
+        if not _begins(windows):
+            raise ValueError(
+                f"{corpus} has no {split} document of {SHORTEST_WINDOW} tokens or more: give more text"
+                + (", or do without it (--eval-rows 0)" if split == "validation" else "")
+            )
+    else:
+        sides = {
+            side: windows_of(splits["train"].filter(functools.partial(_is_on, side=side), input_columns=[text_column]))
+            for side in ("train", "validation")
+        }
+        windows = sides[split]
+        if not all(map(_begins, sides.values())):
+            windows = _few(windows_of(splits["train"]), split, corpus)
     if split == "train":
         # Repeated after the shuffling: in a shard without a window, repeating first would never come to an end.
         windows = windows.shuffle(seed=seed, buffer_size=shuffle_buffer).repeat(None)
@@ -344,26 +353,51 @@ def find_sentinels(tokenizer) -> list[int]:
 # Documents -----------------------------------------------------------------------------------------------------------
 
 
-def _documents(text: str | os.PathLike | None, column: str, config: str | None, split: str) -> IterableDataset:
-    """A stream with the texts of one split in `column`."""
+def _documents(text: str | os.PathLike | None, column: str, config: str | None) -> Mapping[str, IterableDataset]:
+    """Streams with the texts in `column`: train, and validation where the corpus has one of its own."""
     if text is None:
-        return _stream(_builtin_files()[split], column)
+        return {split: _stream(_builtin_files()[split], column) for split in ("train", "validation")}
     files = _text_files(Path(text).expanduser())
-    splits = {"train": _stream(files, column)} if files else named_splits(load_tables(text, config, True), text)
-    documents = splits.get(split, splits["train"])
-    columns = next(iter(documents), {column: None}).keys()
-    if column not in columns:
+    if files:
+        return {"train": _stream(files, column)}
+    splits = named_splits(load_tables(text, config, [column], True), text)
+    if "train" not in splits:
         raise ValueError(
-            f"There is no column {column!r}; the columns are {', '.join(columns)}: choose with --text-column"
+            f"{text} has no training text, only the split {' and '.join(splits)}: give a file for train too"
         )
-    documents = documents.select_columns([column])
-    if "validation" in splits:
-        return documents
-    return documents.filter(lambda text: _is_held_out(text) == (split == "validation"), input_columns=[column])
+    for documents in splits.values():
+        with says_why(text):
+            columns = next(iter(documents), {column: None})
+        check_column(column, columns, "--text-column")
+    return {split: splits[split].select_columns([column]) for split in ("train", "validation") if split in splits}
 
 
-def _is_held_out(text: str | None) -> bool:
-    return int.from_bytes(digest(str(text)), "big") < HELD_OUT * (1 << 64)
+def _begins(windows: IterableDataset) -> bool:
+    return next(iter(windows), None) is not None
+
+
+def _is_on(text: str | None, side: str) -> bool:
+    held_out = int.from_bytes(digest(str(text)), "big") < HELD_OUT * (1 << 64)
+    return held_out == (side == "validation")
+
+
+def _few(windows: IterableDataset, split: str, corpus: str) -> IterableDataset:
+    """The windows of a corpus of few documents, without or with only the last ones."""
+    from datasets import Dataset
+
+    every = list(windows)
+    if not every:
+        raise ValueError(
+            f"{corpus} has no document of {SHORTEST_WINDOW} tokens or more, where a file, or a row of a table, is a "
+            "document: give more text, or join short rows"
+        )
+    if split == "validation" and len(every) == 1:
+        raise ValueError(
+            f"{corpus} has one window of text, of {len(every[0]['tokens'])} tokens, and none to hold out: give more "
+            "text, a shorter --window, or --eval-rows 0"
+        )
+    first = len(every) - min(max(round(HELD_OUT * len(every)), 1), len(every) - 1)
+    return Dataset.from_list(every[:first] if split == "train" else every[first:]).to_iterable_dataset()
 
 
 def _text_files(path: Path) -> list[Path]:
@@ -379,7 +413,7 @@ def _text_files(path: Path) -> list[Path]:
             )
         if path.suffix.lower() in BUILDERS:
             return []
-        _check_utf8(path)
+        check_utf8(path)  # before training: `_read` would drop what is no UTF-8
         return [path]
     files = [file for file in path.rglob("*") if file.is_file()]
     texts = [file for file in files if file.suffix.lower() in TEXT_SUFFIXES]
@@ -395,18 +429,8 @@ def _text_files(path: Path) -> list[Path]:
             "folder that has no other"
         )
     for file in texts:
-        _check_utf8(file)
+        check_utf8(file)
     return _distinct(texts)
-
-
-def _check_utf8(file: Path) -> None:
-    """Raises ValueError before training where `_read` would drop what is no UTF-8."""
-    try:
-        with file.open(encoding="utf-8") as stream:
-            while stream.read(_BLOCK_CHARACTERS):
-                pass
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not in UTF-8 ({error}): convert it to UTF-8, or leave it out") from error
 
 
 def _distinct(files: Iterable[Path]) -> list[Path]:
