@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -89,15 +91,26 @@ def _once_each(loader: type) -> type:
     return OnceEach
 
 
-def write_text(file: Path, text: str) -> None:
-    """Whole or not at all."""
+@contextmanager
+def replacing(file: str | os.PathLike) -> Iterator[Path]:
+    """A new empty file to write to, which takes the place of `file` at the end, and is removed after an error.
+
+    It stands beside `file`, as NAME.RANDOM.tmp: a link that somebody put there under the name would be followed.
+    """
     file = Path(file)
-    temporary = file.with_name(f"{file.name}.tmp")
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
+    temporary.touch(exist_ok=False)  # not by `tempfile`, whose files nobody else may read
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(file: Path, content: Any) -> None:

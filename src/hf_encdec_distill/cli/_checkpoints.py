@@ -76,7 +76,7 @@ def _is_of_a_start(path: Path) -> bool:
         if path.name == _LOGS:
             return all(file.is_dir() or file.name.startswith("events.out.tfevents") for file in path.rglob("*"))
         return path in _checkpoints(path.parent) and not is_whole(path)
-    if path.name in (f"{RECIPE}.tmp", f"{PROVENANCE}.tmp"):
+    if path.suffix == ".tmp" and path.name.startswith((f"{RECIPE}.", f"{PROVENANCE}.")):
         return True
     try:
         text = path.read_text(encoding="utf-8") if path.name in (RECIPE, PROVENANCE) else ""
