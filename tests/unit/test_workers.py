@@ -170,6 +170,16 @@ def test_another_capture_does_not_join(tmp_path, tokenizer):
     assert not (tmp_path / "none").exists()
 
 
+def test_what_is_merged_has_no_file_of_another_folder(tmp_path, tokenizer):
+    """Which a push would then publish."""
+    make_cache(tmp_path / "cache", tokenizer)
+    (tmp_path / "key").write_text("theirs")
+    (tmp_path / "cache" / "notes.txt").symlink_to(tmp_path / "key")
+    with pytest.raises(ValueError, match="is a link that leads out of the folder"):
+        merge_caches([tmp_path / "cache"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 @pytest.mark.parametrize("same_disk", [True, False])
 def test_folders_are_merged_without_a_rewrite(tmp_path, tokenizer, monkeypatch, same_disk):
     sources = [tmp_path / f"part-{index}" for index in range(3)]

@@ -113,8 +113,8 @@ def merge_caches(folders: Sequence[str | os.PathLike], output: str | os.PathLike
         output: a new folder, or a cache that the others are added to.
 
     Raises:
-        ValueError: one is no cache, two were not captured alike (the field is named), or a shard is not what was
-            written.
+        ValueError: one is no cache, two were not captured alike (the field is named), a shard is not what was
+            written, or a file is a link that leads out of its cache.
         OSError: one cannot be had from the Hub.
     """
     output, sources = Path(output), [local_cache(folder) for folder in folders]
@@ -122,13 +122,12 @@ def merge_caches(folders: Sequence[str | os.PathLike], output: str | os.PathLike
     for source, manifest in zip(sources, manifests, strict=True):
         _check_one_capture(manifest, manifests[0], source)
     shards = [shard for source in sources for shard in check_shards(source)]
+    beside = {name: file for name, file in files_of(sources[0]).items() if _is_beside_shards(Path(name))}
 
     def add_files(partial: Path) -> None:
-        for file in sources[0].rglob("*"):
-            name = file.relative_to(sources[0])
-            if file.is_file() and name.parts[0] not in (MANIFEST, CARD) and _is_beside_shards(name):
-                (partial / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, partial / name)
+        for name, file in beside.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, partial / name)
 
     join_folder(output, manifests[0], _MERGING, add_files)
     remove_left_behind(output, _MERGING)
@@ -168,7 +167,7 @@ def add_to_hub(folder: str | os.PathLike, repo_id: str, private: bool | None = N
 
 
 def _is_beside_shards(name: Path) -> bool:
-    return name.suffix != ".parquet" and not name.parts[0].startswith((PARTIAL, "."))
+    return name.suffix != ".parquet" and name.parts[0] not in (MANIFEST, CARD) and not name.parts[0].startswith(".")
 
 
 def _put(file: Path, place: Path, worker: str) -> None:
