@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -44,6 +45,13 @@ def check_fields(content: Mapping[str, Any], fields: Mapping[str, type], where: 
             raise ValueError(f"{where} has no {name!r}, expected one of type {_KINDS[kind]}")
         if not _is_a(content[name], kind):
             raise ValueError(f"{where} has {_describe(content[name])} as {name!r}, expected type {_KINDS[kind]}")
+
+
+def check_positive(content: Mapping[str, Any], names: Iterable[str], where: str) -> None:
+    """Raises ValueError where one of these numbers is not above 0, or not finite; `where` is for the message."""
+    for name in names:
+        if not 0 < content[name] <= sys.float_info.max:  # which an integer of JSON may exceed
+            raise ValueError(f"{where} has {_describe(content[name])} as {name!r}, expected a finite number above 0")
 
 
 def read_yaml(file: Path) -> Any:
