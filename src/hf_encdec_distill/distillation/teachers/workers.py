@@ -10,7 +10,6 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from ...files import read_json
 from ...hub import upload
 from .cache_hub import CARD, card, files_of, write_card
 from .recorded import IDENTITY, MANIFEST, local_cache, read_manifest
@@ -156,7 +155,7 @@ def add_to_hub(folder: str | os.PathLike, repo_id: str, private: bool | None = N
         once = {}
         if MANIFEST in there:
             theirs = hf_hub_download(repo_id, MANIFEST, repo_type="dataset", revision=commit)
-            _check_one_capture(read_json(Path(theirs)), manifest, repo_id)
+            _check_one_capture(read_manifest(Path(theirs).parent), manifest, repo_id)
             once = {MANIFEST: Path(theirs).read_bytes()}
         return {CARD: card(sorted({*files, *there}), manifest).encode(), **once}
 
