@@ -162,6 +162,12 @@ def test_another_capture_does_not_join(tmp_path, tokenizer):
     make_cache(tmp_path / "cache", tokenizer, num_shards=2, index=0)
     with pytest.raises(ValueError, match="captured with k=32, not 7"):
         make_cache(tmp_path / "cache", tokenizer, num_shards=2, index=1, k=7)
+    manifest = workers.read_manifest(tmp_path / "cache")
+    of_another_version = {**manifest, "teacher_config": "0"}
+    with pytest.raises(ValueError, match=r"the weights are the same: perhaps by another version of transformers"):
+        workers.check_agrees(of_another_version, manifest, "cache")
+    with pytest.raises(ValueError, match=r"captured with teacher_config='0', not '\w+': capture into another"):
+        workers.check_agrees({**of_another_version, "teacher_weights": "0"}, manifest, "cache")
     for index, num_shards in ((2, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match=f"shard {index} of {num_shards}: give an index from 0"):
             make_cache(tmp_path / "none", tokenizer, num_shards=num_shards, index=index)

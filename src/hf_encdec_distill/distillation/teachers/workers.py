@@ -85,9 +85,11 @@ def check_agrees(found: dict[str, Any], manifest: dict[str, Any], where: Any) ->
     for name in IDENTITY:
         ours = manifest.get(name)
         if found.get(name, ours) != ours:  # older caches do not say their prompt_date
+            same_weights = name == "teacher_config" and found.get("teacher_weights") == manifest["teacher_weights"]
             raise ValueError(
-                f"the cache {where} was captured with {name}={found[name]!r}, not {ours!r}: capture into another "
-                "folder."
+                f"the cache {where} was captured with {name}={found[name]!r}, not {ours!r}"
+                + (" (the weights are the same: perhaps by another version of transformers)" if same_weights else "")
+                + ": capture into another folder."
             )
 
 
