@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import sys
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -42,6 +45,13 @@ def check_fields(content: Mapping[str, Any], fields: Mapping[str, type], where: 
             raise ValueError(f"{where} has no {name!r}, expected one of type {_KINDS[kind]}")
         if not _is_a(content[name], kind):
             raise ValueError(f"{where} has {_describe(content[name])} as {name!r}, expected type {_KINDS[kind]}")
+
+
+def check_positive(content: Mapping[str, Any], names: Iterable[str], where: str) -> None:
+    """Raises ValueError where one of these numbers is not above 0, or not finite; `where` is for the message."""
+    for name in names:
+        if not 0 < content[name] <= sys.float_info.max:  # which an integer of JSON may exceed
+            raise ValueError(f"{where} has {_describe(content[name])} as {name!r}, expected a finite number above 0")
 
 
 def read_yaml(file: Path) -> Any:
@@ -89,15 +99,26 @@ def _once_each(loader: type) -> type:
     return OnceEach
 
 
-def write_text(file: Path, text: str) -> None:
-    """Whole or not at all."""
+@contextmanager
+def replacing(file: str | os.PathLike) -> Iterator[Path]:
+    """A new empty file to write to, which takes the place of `file` at the end, and is removed after an error.
+
+    It stands beside `file`, as NAME.RANDOM.tmp: a link that somebody put there under the name would be followed.
+    """
     file = Path(file)
-    temporary = file.with_name(f"{file.name}.tmp")
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
+    temporary.touch(exist_ok=False)  # not by `tempfile`, whose files nobody else may read
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(file: Path, content: Any) -> None:

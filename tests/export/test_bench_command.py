@@ -535,6 +535,26 @@ def test_two_reports_by_hand():
         compare({"rows": before}, {"rows": after[1:]})
 
 
+@pytest.mark.parametrize("number", ["0", "-1.5", "NaN", "Infinity", "1" + "0" * 400])
+@pytest.mark.parametrize("part, name", [("rows", "step_ms"), ("headlines", "ratio")])
+def test_a_number_that_no_clock_shows_is_refused(tmp_path, part, name, number):
+    """It would fail in a division, or let any ratio pass."""
+    file, spread = tmp_path / "bench.json", {"value": 1.0, "low": 1.0, "high": 1.0}
+    entry = {"model": "student", "backend": "onnx", "precision": "int8", "source": 8, "target": 4, "batch": 1}
+    report = {
+        "version": VERSION,
+        "rounds": 3,
+        "rows": [{**entry, "first_token_ms": spread, "step_ms": spread, "request_ms": spread}],
+        "headlines": [{**entry, "ratio": spread}],
+    }
+    file.write_text(json.dumps(report))
+    assert read_report(file) == report
+    report[part][0][name] = {**spread, "high": json.loads(number)}
+    file.write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=rf"bench.json, {part}\[0\], {name} has the .* as 'high', expected a finite"):
+        read_report(file)
+
+
 def test_a_ratio_may_rise_by_its_spread(tmp_path):
     def report(value, low, high, rounds=3, source=8):
         request = {"source": source, "target": 4, "batch": 1}

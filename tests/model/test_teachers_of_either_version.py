@@ -1,5 +1,6 @@
 """Teachers that one version of transformers saved are the same in the other, or are refused with what mends them."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
 from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.distillation.alignment.tokenizers import tokenizer_beside
+from hf_encdec_distill.distillation.teachers.fingerprints import config_digest
 from hf_encdec_distill.distillation.teachers.live import LiveTeacher
 from hf_encdec_distill.models.either_version import check_rope_is_read, fields_of_4_57, save_teacher
 from hf_encdec_distill.models.rope_encdec.compat_rope_encdec import ROPE_LIVES_IN_ONE_DICT
@@ -36,6 +38,52 @@ def test_rope_of_each_family_is_read_alike(case, version):
     config = AutoConfig.from_pretrained(TEACHERS / version / case)
     check_rope_is_read(config)
     assert_same(filled(AutoModelForCausalLM.from_config(config)), version, case)
+
+
+# How the digests of the frozen configs begin; that of llama3 is worked out below.
+DIGESTS = {
+    "llama": "ead807d6c85223ee",
+    "llama3": "9ac5afd9789bf8e9",
+    "mistral": "44e6b461642d6d36",
+    "qwen2": "96068d23a6059dcf",
+    "qwen3": "b41b4c918507d4e2",
+    "qwen3-dynamic": "2b61206c46547696",
+    "smollm3": "6501d14b2b253a02",
+    "phi3": "66b0b0e70fac85cb",
+    "phi3-longrope": "b7ecbf687f85f5b9",
+}
+
+
+@BOTH
+@pytest.mark.parametrize("case", CASES)
+def test_a_cache_made_with_one_version_goes_on_with_the_other(case, version):
+    config = AutoConfig.from_pretrained(TEACHERS / version / case)
+    assert config_digest(AutoModelForCausalLM.from_config(config))[:16] == DIGESTS[case]
+
+
+def test_what_a_teacher_is_known_by():
+    """Written out by hand from the two config.json; and another number is another teacher."""
+    by_hand = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        **{"vocab_size": 96, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 16},
+        **{"initializer_range": 0.02, "rms_norm_eps": 1e-06, "attention_dropout": 0.0, "pretraining_tp": 1},
+        **{"use_cache": True, "return_dict": True, "chunk_size_feed_forward": 0, "pad_token_id": 0, "eos_token_id": 2},
+        **{"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}},
+        "rope_parameters": {
+            **{"rope_type": "llama3", "rope_theta": 300.0, "original_max_position_embeddings": 8},
+            **{"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        },
+    }
+    digest = hashlib.sha256(json.dumps(by_hand, sort_keys=True).encode()).hexdigest()
+    assert digest[:16] == DIGESTS["llama3"]
+    rope = {**by_hand["rope_parameters"], "factor": 2.0}
+    changes = [{"rms_norm_eps": 1e-3}, {"hidden_act": "gelu"}, {"tie_word_embeddings": True}]
+    changes += [{"rope_parameters": rope} if ROPE_LIVES_IN_ONE_DICT else {"rope_scaling": rope}]
+    for change in changes:
+        config = AutoConfig.from_pretrained(TEACHERS / "4.57" / "llama3", **change)
+        assert config_digest(AutoModelForCausalLM.from_config(config)) != digest
 
 
 @BOTH

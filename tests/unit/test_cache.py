@@ -1,7 +1,9 @@
 """Cached teachers: against the live one, against explicit distributions, and after everything that can go wrong."""
 
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -384,6 +386,34 @@ def test_the_teachers_tokenizer_in_a_cache_is_for_both_versions_of_transformers(
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("k", "4", "has the str '4' as 'k', expected type integer"),
+        ("k", None, "has the NoneType None as 'k', expected type integer"),
+        ("k", -1, "has the int -1 as 'k', expected a finite number above 0"),
+        ("k", 2, "has k=2, and its first record"),
+        ("vocab_size", 0, "has the int 0 as 'vocab_size', expected a finite number above 0"),
+        ("temperature", math.nan, "has the float nan as 'temperature', expected a finite number above 0"),
+        ("temperature", 10**400, "as 'temperature', expected a finite number above 0"),
+        ("prompt_template", 5, "has the int 5 as 'prompt_template', expected type text"),
+        ("prompt_date", 5, "has the int 5 as 'prompt_date', expected type text"),
+        ("teacher_input_names", "pixel_values", "as 'teacher_input_names', expected type list"),
+        ("teacher_input_names", [3], "has 3 among its 'teacher_input_names', expected names of columns"),
+        ("server", None, "has the NoneType None as 'server', expected type object"),
+        ("server", {"model": "m", "software": "s"}, "server, has no 'probe', expected one of type text"),
+    ],
+)
+def test_a_manifest_of_a_stranger_is_checked_field_by_field(tmp_path, tokenizer, field, value, message):
+    folder = tmp_path / "cache"
+    capture(LiveTeacher(make_teacher()), ragged_rows(2), folder, tokenizer, k=4, progress=False)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, field: value}))
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        CachedTeacher(folder)
+    assert str(folder / "manifest.json") in str(error.value)
+
+
 def test_what_a_cache_cannot_give_is_said_before_training(tmp_path, tokenizer):
     make_cache(tmp_path / "sampled", tokenizer, kind="sampled")
     make_cache(tmp_path / "cool", tokenizer, temperature=0.5)
@@ -619,6 +649,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, tokenizer, command):
 # As above, on texts whose targets the teacher samples.
 GENERATE = """
 import os
+import re
 import sys
 from hf_encdec_distill.distillation import LiveTeacher, TargetGeneration, capture
 from transformers import AutoTokenizer

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from distillation_toys import TEMPLATE, arguments, collate, make_t5, ragged_rows, write_pairs, write_teacher
+from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_encdec_distill.cli import _checkpoints
@@ -22,6 +23,7 @@ def shorten(file, by):
     file.write_bytes(content[: len(content) - by])
 
 
+GONE = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 HARM = {
     "killed before the state was written": lambda folder: (folder / "trainer_state.json").unlink(),
     "killed while it was written": lambda folder: shorten(folder / "trainer_state.json", 20),
@@ -32,6 +34,8 @@ HARM = {
         folder / "optimizer.pt", (folder / "optimizer.pt").stat().st_size // 2
     ),
     "no random numbers": lambda folder: (folder / "rng_state.pth").write_bytes(b""),
+    "a config that never reached the disk": lambda folder: (folder / "config.json").write_bytes(b""),
+    **{f"{name} is gone": lambda folder, name=name: (folder / name).unlink() for name in GONE},
 }
 
 
@@ -91,6 +95,42 @@ def test_a_quickstart_goes_on_from_the_newest_checkpoint_that_is_whole(
     assert result["steps"] == 6 and result["rates"] == expected["rates"] == pytest.approx(RATES)
     assert [row["step"] for row in result["curve"]] == [1, 2, 3, 4, 5, 6]
     assert all(torch.equal(weights[name], theirs[name]) for name in theirs)
+
+
+# Names of transformers 5.24 and 4.57, accelerate 1.x, DeepSpeed 0.18 and PEFT; a folder's name ends in a slash.
+STATE = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
+LAYOUTS = {
+    "save_only_model": ["model.safetensors"],
+    "save_safetensors=False": ["pytorch_model.bin", *STATE],
+    "an adapter": ["adapter_model.safetensors", *STATE],
+    "an adapter with a name": ["mine/adapter_model.safetensors", *STATE],
+    "DDP": ["model.safetensors", *STATE[:2], "rng_state_0.pth", "rng_state_1.pth"],
+    "FSDP, full": ["pytorch_model_fsdp.bin", "optimizer.bin", "scheduler.pt", "rng_state_0.pth"],
+    "FSDP, sharded": ["pytorch_model_fsdp_0/", "optimizer_0/", "scheduler.pt", "rng_state_0.pth"],
+    "DeepSpeed": ["global_step2/", "rng_state_0.pth"],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whole_checkpoints_of_all_kinds(tmp_path, layout):
+    (tmp_path / "trainer_state.json").write_text("{}")
+    for name in LAYOUTS[layout]:
+        (tmp_path / name if name.endswith("/") else (tmp_path / name).parent).mkdir(exist_ok=True)
+        if name.endswith(".safetensors"):
+            save_file({"weight": torch.zeros(1)}, tmp_path / name)
+        elif not name.endswith("/"):
+            torch.save({}, tmp_path / name)
+    assert _checkpoints.is_whole(tmp_path)
+
+
+def test_a_shard_that_is_gone(stopped_twice, tmp_path):
+    folder = shutil.copytree(stopped_twice / "checkpoint-4", tmp_path / "checkpoint-4")
+    (folder / "model.safetensors").unlink()
+    make_t5().save_pretrained(folder, max_shard_size="20KB")
+    shards = list(folder.glob("*.safetensors"))
+    assert len(shards) > 1 and _checkpoints.is_whole(folder)
+    shards[0].unlink()
+    assert not _checkpoints.is_whole(folder)
 
 
 def test_a_quickstart_whose_only_checkpoint_is_torn_begins_that_training_again(stopped_twice, never_stopped, tmp_path):
@@ -176,6 +216,7 @@ def test_distill_begins_again_where_it_ended_before_its_first_checkpoint(
     fail(monkeypatch, words, checkpoint=checkpoint)
     left = {path.name for path in output.iterdir()}
     assert left == {"recipe.yaml", "provenance.json"} | ({"checkpoint-1"} if checkpoint else set())
+    (output / "provenance.json.1f2e.tmp").touch()  # as after a kill in the middle of a write
     (output / "runs" / "Nov28_machine").mkdir(parents=True)  # as TensorBoard has it
     (output / "runs" / "Nov28_machine" / "events.out.tfevents.1.machine.1.0").touch()
     assert run([*words, *(["--resume"] if resume else [])]) == 0

@@ -1,7 +1,10 @@
 """Readers of files that anybody may have made: each says in one line what it saw."""
 
 import json
+import os
 import random
+import stat
+import uuid
 
 import pytest
 
@@ -127,3 +130,27 @@ def test_what_is_written_is_whole_or_as_it_was(tmp_path):
         write_json(tmp_path / "file", {"a": object()})
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "before"
+
+
+def test_no_link_that_lies_there_is_written_through(tmp_path, monkeypatch):
+    """Under the name that an earlier version took, and under the one that is drawn."""
+    theirs = tmp_path / "theirs"
+    theirs.write_text("theirs")
+    (tmp_path / "file.tmp").symlink_to(theirs)
+    write_text(tmp_path / "file", "ours")
+    assert (tmp_path / "file").read_text() == "ours"
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=7))
+    (tmp_path / f"file.{7:032x}.tmp").symlink_to(theirs)
+    with pytest.raises(FileExistsError):
+        write_text(tmp_path / "file", "again")
+    assert theirs.read_text() == "theirs" and (tmp_path / "file").read_text() == "ours"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such modes")
+def test_what_is_written_may_be_read_by_whom_other_files_may(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "file", "ours")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640

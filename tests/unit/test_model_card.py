@@ -230,6 +230,16 @@ def test_a_card_takes_new_results_and_keeps_all_else(tmp_path):
     assert [child.name for child in path.parent.iterdir()] == ["README.md"]
 
 
+def test_a_card_is_not_written_through_a_link_that_lies_beside_it(tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.write_text("theirs")
+    path = write_model_card(tmp_path / "student", metrics())
+    (tmp_path / "student" / "README.md.tmp").symlink_to(theirs)
+    update_model_card(tmp_path / "student", evaluated(f1=0.25), "runs/student")
+    assert theirs.read_text() == "theirs"
+    assert not path.is_symlink() and "value: 25.0" in path.read_text()
+
+
 def test_a_card_without_metadata_and_none_at_all(tmp_path):
     (tmp_path / "README.md").write_text("# Mine\n")
     card = ModelCard.load(update_model_card(tmp_path, evaluated(f1=0.25), "runs/student"))

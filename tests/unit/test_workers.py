@@ -162,12 +162,28 @@ def test_another_capture_does_not_join(tmp_path, tokenizer):
     make_cache(tmp_path / "cache", tokenizer, num_shards=2, index=0)
     with pytest.raises(ValueError, match="captured with k=32, not 7"):
         make_cache(tmp_path / "cache", tokenizer, num_shards=2, index=1, k=7)
+    manifest = workers.read_manifest(tmp_path / "cache")
+    of_another_version = {**manifest, "teacher_config": "0"}
+    with pytest.raises(ValueError, match=r"the weights are the same: perhaps by another version of transformers"):
+        workers.check_agrees(of_another_version, manifest, "cache")
+    with pytest.raises(ValueError, match=r"captured with teacher_config='0', not '\w+': capture into another"):
+        workers.check_agrees({**of_another_version, "teacher_weights": "0"}, manifest, "cache")
     for index, num_shards in ((2, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match=f"shard {index} of {num_shards}: give an index from 0"):
             make_cache(tmp_path / "none", tokenizer, num_shards=num_shards, index=index)
     with pytest.raises(ValueError, match="shard 13 of 20 has no row, for the data has 13"):
         make_cache(tmp_path / "none", tokenizer, num_shards=20, index=13)
     assert not (tmp_path / "none").exists()
+
+
+def test_what_is_merged_has_no_file_of_another_folder(tmp_path, tokenizer):
+    """Which a push would then publish."""
+    make_cache(tmp_path / "cache", tokenizer)
+    (tmp_path / "key").write_text("theirs")
+    (tmp_path / "cache" / "notes.txt").symlink_to(tmp_path / "key")
+    with pytest.raises(ValueError, match="is a link that leads out of the folder"):
+        merge_caches([tmp_path / "cache"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("same_disk", [True, False])

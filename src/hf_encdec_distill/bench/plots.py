@@ -5,11 +5,11 @@ can tell apart; lines differ in their dashes too. Spread is drawn as error bars 
 matplotlib's Agg canvas directly, so that no display is needed and the caller's backend stays as it is.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from ..files import replacing
 from ..metrics.measures import METRICS, bounds, model_label, model_order, pareto_front
 
 
@@ -65,9 +65,8 @@ def _save(draw: Callable[[], Figure], path: str | Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
                 file = path.with_name(f"{path.stem}{ending}{suffix}")
-                temporary = file.with_name(f"{file.name}.tmp")
-                figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=metadata)
-                os.replace(temporary, file)
+                with replacing(file) as temporary:
+                    figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=metadata)
     return path
 
 

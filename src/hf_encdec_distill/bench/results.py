@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import check_fields, read_json
+from ..files import check_fields, check_positive, read_json
 from .contenders import PRECISIONS
 
 
@@ -61,7 +61,7 @@ def read_report(file: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be opened.
-        ValueError: it is none, or of a newer version.
+        ValueError: it is none, of a newer version, or has a time that cannot be (the row and the field are named).
     """
     report = read_json(file, fields=_FIELDS)
     if report["version"] > VERSION:
@@ -78,6 +78,7 @@ def read_report(file: Path) -> dict[str, Any]:
             check_fields(entry, dict.fromkeys(times, dict), where)
             for name in times:
                 check_fields(entry[name], _SPREAD, f"{where} {name}")
+                check_positive(entry[name], _SPREAD, f"{where} {name}")
     return report
 
 

@@ -3,7 +3,6 @@
 https://huggingface.co/docs/hub/model-cards#evaluation-results
 """
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..files import inside, one_line
+from ..files import inside, one_line, replacing
 from ..metrics.measures import METRICS, OF_TEACHER, bounds
 
 
@@ -116,7 +115,6 @@ def update_model_card(folder: str | Path, metrics: Mapping, key: str) -> Path:
     kept = [result for result in card.data.eval_results or [] if what(result) not in again]
     card.data.eval_results = kept + measured
     card.data.model_name = card.data.get("model_name") or path.resolve().parent.name
-    temporary = path.with_name(path.name + ".tmp")
-    card.save(temporary)  # keeps the newlines of the file
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        card.save(temporary)  # keeps the newlines of the file
     return path

@@ -8,6 +8,8 @@ import re
 import zipfile
 from pathlib import Path
 
+from ..files import named_inside, read_json
+
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +19,18 @@ RECIPE_HEADER = (
 )
 _STATE = "trainer_state.json"
 _LOGS = "runs"
+_INDEX = "*.index.json"
+# Of a model whole or in shards, in parts of FSDP, and of an adapter, which has a folder if it is not the default one.
+_WEIGHTS = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    _INDEX,
+    "pytorch_model_fsdp*",
+    "adapter_model.*",
+    "*/adapter_model.*",
+)
+_TRAINING = ("*optimizer*", "scheduler.pt", "rng_state*.pth")  # none of them with save_only_model; FSDP has a folder
+_DEEPSPEED = "global_step*"  # which has all of these in it
 
 
 def checkpoint_in(output: Path, resume: bool) -> str | None:
@@ -51,12 +65,21 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 def is_whole(checkpoint: Path) -> bool:
     """Whether the run did not end, nor the disk fill up, while a checkpoint was written.
 
-    Its state is written last. A file can be shorter than it was written all the same, after a loss of power.
+    Its state is written last. A file can be shorter than it was written all the same, or gone, after a loss of power.
     """
     from safetensors import SafetensorError, safe_open
 
+    def has(pattern: str) -> bool:
+        return any(checkpoint.glob(pattern))
+
+    if not has(_DEEPSPEED) and (not any(map(has, _WEIGHTS)) or len(set(map(has, _TRAINING))) > 1):
+        return False
     try:
-        json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        for file in {checkpoint / _STATE, *checkpoint.glob("*.json")}:
+            json.loads(file.read_text(encoding="utf-8"))
+        for index in checkpoint.glob(_INDEX):
+            for shard in read_json(index, fields={"weight_map": dict})["weight_map"].values():
+                named_inside(checkpoint, shard).stat()
         for file in checkpoint.glob("*.safetensors"):
             with safe_open(file, framework="np"):  # which compares the length of the file with its header
                 pass
@@ -76,7 +99,7 @@ def _is_of_a_start(path: Path) -> bool:
         if path.name == _LOGS:
             return all(file.is_dir() or file.name.startswith("events.out.tfevents") for file in path.rglob("*"))
         return path in _checkpoints(path.parent) and not is_whole(path)
-    if path.name in (f"{RECIPE}.tmp", f"{PROVENANCE}.tmp"):
+    if path.suffix == ".tmp" and path.name.startswith((f"{RECIPE}.", f"{PROVENANCE}.")):
         return True
     try:
         text = path.read_text(encoding="utf-8") if path.name in (RECIPE, PROVENANCE) else ""

@@ -59,15 +59,19 @@ def fields_of_4_57(model_type: str, rope_parameters: dict | None) -> dict | None
 
 
 def rope_parameters(config) -> dict:
-    """What 5.x says in `rope_parameters`, of a config of either version."""
+    """What 5.x says in `rope_parameters`, of a config of either version, which gives the same for one model."""
     if getattr(config, "rope_parameters", None):  # transformers >= 5.0
-        return dict(config.rope_parameters)
-    scaling = getattr(config, "rope_scaling", None)
-    parameters = {**(scaling or {}), "rope_theta": config.rope_theta}
-    if getattr(config, "partial_rotary_factor", 1.0) != 1.0:
-        parameters["partial_rotary_factor"] = config.partial_rotary_factor
-    if scaling and getattr(config, "original_max_position_embeddings", None):
-        parameters["original_max_position_embeddings"] = config.original_max_position_embeddings
+        parameters = dict(config.rope_parameters)
+    else:
+        scaling = getattr(config, "rope_scaling", None)
+        turned = getattr(config, "partial_rotary_factor", 1.0)
+        parameters = {**(scaling or {}), "rope_theta": config.rope_theta, "partial_rotary_factor": turned}
+        if scaling and getattr(config, "original_max_position_embeddings", None):
+            parameters["original_max_position_embeddings"] = config.original_max_position_embeddings
+    older = parameters.pop("type", "default")
+    parameters.setdefault("rope_type", older)
+    if parameters.get("partial_rotary_factor") == 1.0:
+        del parameters["partial_rotary_factor"]
     return parameters
 
 

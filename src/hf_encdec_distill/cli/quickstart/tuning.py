@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from ...devices import autocast, precision_arguments
 from ...distillation.alignment.positions import IGNORED
 from ...distillation.checks.finite_training import FiniteTraining
 from ...evaluation.scoring import completion_batch, score
-from ...files import read_json, write_json
+from ...files import read_json, replacing, write_json
 from .timed_training import InOrder, TimeShare, train
 
 
@@ -61,9 +60,8 @@ class _BestPass(TrainerCallback):
     def measure(self) -> None:
         self.losses.append(held_out_loss(self.model, self.held_out))
         if self.losses[-1] == min(self.losses):
-            partial = self._weights.with_suffix(".partial")
-            torch.save(self.model.state_dict(), partial)
-            os.replace(partial, self._weights)
+            with replacing(self._weights) as partial:
+                torch.save(self.model.state_dict(), partial)
         write_json(self._record, self.losses)
 
     def restore(self) -> None:

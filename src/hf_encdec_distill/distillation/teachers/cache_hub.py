@@ -63,7 +63,7 @@ def push(
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """All that belongs to a cache, by its name in a repository."""
+    """All that belongs to a cache, by its name in a repository; raises ValueError where a link leads out of it."""
     names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     return {name: inside(folder, name) for name in names if not name.startswith(PARTIAL)}
 

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ...models.either_version import rope_parameters
 
 
 def row_keys(
@@ -44,7 +46,15 @@ _NO_PART_OF_A_TEACHER = {
     "dtype",
     "torch_dtype",
     "_attn_implementation_autoset",
+    "head_dim",  # follows from the weights and the number of heads; 4.57 leaves it to some models
 }
+# What transformers 4.57 writes of each model that is not None or false, and 5.x of none: goes with 4.57.
+_WRITTEN_BY_4_57 = {
+    **dict.fromkeys(("min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "diversity_penalty"), 0),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "temperature", "top_p", "typical_p"), 1),
+    **{"repetition_penalty": 1, "length_penalty": 1, "max_length": 20, "top_k": 50, "pruned_heads": {}},
+}
+_ROPE = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
 
 
 _NO_PART_OF_AN_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
@@ -70,20 +80,30 @@ def adapter_digest(model: PreTrainedModel) -> str | None:
 def config_digest(model: PreTrainedModel, but: tuple[str, ...] = ()) -> str:
     """SHA-256 over a model's configuration, without what says only where it came from.
 
+    It is the same with transformers 4.57 and 5.x for the families that both read alike (`models/either_version`).
+
     Args:
         but: how the names of further fields begin that are left out.
     """
-    config = _without_origin(model.config.to_dict())
-    return _digest_of({name: value for name, value in config.items() if not name.startswith(but)})
+    return _digest_of({name: value for name, value in _described(model.config).items() if not name.startswith(but)})
 
 
-def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
-    """Of the configs in it too, those of eyes and of a language model."""
-    return {
-        name: _without_origin(value) if isinstance(value, dict) else value
-        for name, value in config.items()
-        if name not in _NO_PART_OF_A_TEACHER
-    }
+def _described(config: PretrainedConfig) -> dict[str, Any]:
+    """What a config says, and those in it, of eyes and of a language model, without what it says that there is not:
+    one version leaves that out."""
+    fields = {}
+    for name, value in config.to_dict().items():
+        of_a_part = getattr(config, name, None)
+        if isinstance(of_a_part, PretrainedConfig):
+            fields[name] = _described(of_a_part)
+        elif value is None or value is False or value == _WRITTEN_BY_4_57.get(name):
+            continue
+        elif name not in _NO_PART_OF_A_TEACHER:
+            fields[name] = value
+    if not _ROPE.isdisjoint(fields):
+        fields = {name: value for name, value in fields.items() if name not in _ROPE}
+        fields["rope_parameters"] = rope_parameters(config)
+    return fields
 
 
 def tokenizer_digest(tokenizer) -> str | None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...files import check_fields, inside, read_json
+from ...files import check_fields, check_positive, inside, read_json
 from ..alignment.positions import IMAGES_DIGEST
 from ..alignment.vocabularies import SharedVocabulary
 from .cache_hub import fetch, is_on_hub, push
@@ -94,6 +94,13 @@ class CachedTeacher(TeacherSignal):
                 f"the cache {self.folder} holds no shard: the capture was stopped before it wrote one; go on with it."
             )
         self.records = read_shards(self.folder, SHARD).with_format("numpy")
+        if self.manifest["kind"] == "top_k":
+            k, first = self.manifest["k"], self.records[0]
+            if len(first["ids"]) != k * len(first["tail"]):
+                raise ValueError(
+                    f"{self.folder / MANIFEST} has k={k}, and its first record {len(first['ids'])} tokens for "
+                    f"{len(first['tail'])} positions: capture it again"
+                )
         # 24 bytes a row; a dict of bytes takes six times as much, in each process.
         keys = np.concatenate([np.array(part.to_pylist(), dtype="S16") for part in self.records.data["key"].chunks])
         self._keys, self._row_of_key = np.unique(keys, return_index=True)
@@ -242,15 +249,18 @@ def recorded_prompt_date(folder: str | os.PathLike) -> str | None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises ValueError where there is none, or a field cannot be what `capture` wrote."""
+    where = str(folder / MANIFEST)
     try:
         manifest = read_json(inside(folder, MANIFEST))
         if manifest.get("format") != FORMAT:
             raise ValueError(f"its format is {manifest.get('format')!r}, expected {FORMAT}: capture it again")
-        check_fields(manifest, {"kind": str, "vocab_size": int, "temperature": float}, str(folder / MANIFEST))
+        check_fields(manifest, {"kind": str, "vocab_size": int, "temperature": float}, where)
         required = (name for name in (*IDENTITY, "teacher") if name != "prompt_date")  # which few prompts name
         missing = [name for name in required if name not in manifest]
-        if missing or manifest["kind"] not in (*KINDS, TARGETS) or (manifest["kind"] == "top_k" and not manifest["k"]):
-            raise ValueError(f"{folder / MANIFEST} lacks {', '.join(missing) or 'a kind of record'}: capture it again")
+        if missing or manifest["kind"] not in (*KINDS, TARGETS):
+            raise ValueError(f"{where} lacks {', '.join(missing) or 'a kind of record'}: capture it again")
+        _check_values(manifest, where)
     except FileNotFoundError as error:
         raise ValueError(
             f"{folder} is no cache of a teacher, it has no {MANIFEST}: name a folder that `cache` wrote"
@@ -258,6 +268,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is no cache of a teacher: {error}") from error
     return manifest
+
+
+def _check_values(manifest: dict[str, Any], where: str) -> None:
+    """Raises ValueError, naming the field, where one that is read cannot be what `capture` wrote."""
+    check_fields(manifest, {"k": int} if manifest["kind"] == "top_k" else {}, where)
+    of_kind = {"top_k": ("vocab_size", "k"), TARGETS: ()}  # answers from a server say nothing of a vocabulary
+    check_positive(manifest, ("temperature", *of_kind.get(manifest["kind"], ("vocab_size",))), where)
+    texts = (name for name in ("prompt_template", "prompt_date") if manifest.get(name) is not None)
+    check_fields(manifest, dict.fromkeys(texts, str), where)
+    if "teacher_input_names" in manifest:
+        check_fields(manifest, {"teacher_input_names": list}, where)
+        for name in manifest["teacher_input_names"]:
+            if not isinstance(name, str):
+                raise ValueError(f"{where} has {name!r} among its 'teacher_input_names', expected names of columns")
+    if "server" in manifest:
+        check_fields(manifest, {"server": dict}, where)
+        check_fields(manifest["server"], dict.fromkeys(("software", "model", "probe"), str), f"{where}, server,")
 
 
 def record_bytes(kind: str, k: int, rounds: int, vocab_size: int) -> int:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...files import check_fields
 from ...models.loading import load_tokenizer
 from ..alignment.vocabularies import SharedVocabulary, check_teacher_ids
 from ..checks.limits import check_length
@@ -193,7 +192,6 @@ class ServedTeacher(TeacherSignal):
 
     def expect(self, described: Mapping[str, Any]) -> None:
         """From here on the server has to be the one that `describe` described; raises ValueError where it is not."""
-        check_fields(described, {"model": str, "probe": str}, "the server in the manifest")
         if described["model"] != self.describe()["model"]:
             raise ValueError(
                 f"the cache is of the model {described['model']!r}, and the server {self._client.url} has "

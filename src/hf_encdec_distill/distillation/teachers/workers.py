@@ -10,7 +10,6 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from ...files import read_json
 from ...hub import upload
 from .cache_hub import CARD, card, files_of, write_card
 from .recorded import IDENTITY, MANIFEST, local_cache, read_manifest
@@ -86,9 +85,11 @@ def check_agrees(found: dict[str, Any], manifest: dict[str, Any], where: Any) ->
     for name in IDENTITY:
         ours = manifest.get(name)
         if found.get(name, ours) != ours:  # older caches do not say their prompt_date
+            same_weights = name == "teacher_config" and found.get("teacher_weights") == manifest["teacher_weights"]
             raise ValueError(
-                f"the cache {where} was captured with {name}={found[name]!r}, not {ours!r}: capture into another "
-                "folder."
+                f"the cache {where} was captured with {name}={found[name]!r}, not {ours!r}"
+                + (" (the weights are the same: perhaps by another version of transformers)" if same_weights else "")
+                + ": capture into another folder."
             )
 
 
@@ -113,8 +114,8 @@ def merge_caches(folders: Sequence[str | os.PathLike], output: str | os.PathLike
         output: a new folder, or a cache that the others are added to.
 
     Raises:
-        ValueError: one is no cache, two were not captured alike (the field is named), or a shard is not what was
-            written.
+        ValueError: one is no cache, two were not captured alike (the field is named), a shard is not what was
+            written, or a file is a link that leads out of its cache.
         OSError: one cannot be had from the Hub.
     """
     output, sources = Path(output), [local_cache(folder) for folder in folders]
@@ -122,13 +123,12 @@ def merge_caches(folders: Sequence[str | os.PathLike], output: str | os.PathLike
     for source, manifest in zip(sources, manifests, strict=True):
         _check_one_capture(manifest, manifests[0], source)
     shards = [shard for source in sources for shard in check_shards(source)]
+    beside = {name: file for name, file in files_of(sources[0]).items() if _is_beside_shards(Path(name))}
 
     def add_files(partial: Path) -> None:
-        for file in sources[0].rglob("*"):
-            name = file.relative_to(sources[0])
-            if file.is_file() and name.parts[0] not in (MANIFEST, CARD) and _is_beside_shards(name):
-                (partial / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, partial / name)
+        for name, file in beside.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, partial / name)
 
     join_folder(output, manifests[0], _MERGING, add_files)
     remove_left_behind(output, _MERGING)
@@ -157,7 +157,7 @@ def add_to_hub(folder: str | os.PathLike, repo_id: str, private: bool | None = N
         once = {}
         if MANIFEST in there:
             theirs = hf_hub_download(repo_id, MANIFEST, repo_type="dataset", revision=commit)
-            _check_one_capture(read_json(Path(theirs)), manifest, repo_id)
+            _check_one_capture(read_manifest(Path(theirs).parent), manifest, repo_id)
             once = {MANIFEST: Path(theirs).read_bytes()}
         return {CARD: card(sorted({*files, *there}), manifest).encode(), **once}
 
@@ -168,7 +168,7 @@ def add_to_hub(folder: str | os.PathLike, repo_id: str, private: bool | None = N
 
 
 def _is_beside_shards(name: Path) -> bool:
-    return name.suffix != ".parquet" and not name.parts[0].startswith((PARTIAL, "."))
+    return name.suffix != ".parquet" and name.parts[0] not in (MANIFEST, CARD) and not name.parts[0].startswith(".")
 
 
 def _put(file: Path, place: Path, worker: str) -> None:
