@@ -475,6 +475,9 @@ def test_distill_on_states_that_cache_recorded(
     files = list(states.rglob("*.safetensors"))
     assert main(record) == 0
     assert f"states of {said['rows']} rows" in capsys.readouterr().out and list(states.rglob("*.safetensors")) == files
+    of_teacher = ["cache", str(teacher_folder), "--output", str(states), "--prompt-template", TEMPLATE]
+    assert main([*of_teacher, *data_arguments]) == 0  # the teacher's records beside them
+    assert "in the cache" in capsys.readouterr().out and list(states.rglob("*.safetensors")) == files
 
     logs = {}
     for name, more in (("live", []), ("kept", ["--encoder-states", str(states)])):

@@ -56,7 +56,7 @@ def join_folder(
     Raises:
         ValueError: the folder holds something else, or a cache with another manifest (the field is named).
     """
-    names = {file.name for file in folder.iterdir()} if folder.exists() else set()
+    names = {file.name for file in folder.iterdir() if not _has_encoder_states(file)} if folder.exists() else set()
     half_made = any(name.startswith(PARTIAL) for name in names)
     if not (folder / MANIFEST).exists():  # looked at last: whoever makes the folder removes the partial one after this
         if names and not half_made:
@@ -72,6 +72,11 @@ def join_folder(
         _put(partial / MANIFEST, folder / MANIFEST, worker)
         shutil.rmtree(partial)
     check_agrees(read_manifest(folder), manifest, folder)
+
+
+def _has_encoder_states(folder: Path) -> bool:
+    """Which may lie beside the records of the teacher (`options.encoder_states`)."""
+    return any(folder.glob("states-*.safetensors"))
 
 
 def check_agrees(found: dict[str, Any], manifest: dict[str, Any], where: Any) -> None:
