@@ -56,6 +56,7 @@ class Mutation:
 
 _LOSS, _RESUME = "invariants/test_trainer_loss.py", "invariants/test_trainer_resume.py"
 _SEEING = "invariants/test_seeing_teacher.py"
+_CHUNKED = "distillation/options/chunked_logits.py"
 _TRAINER, _LOSSES = "distillation/trainer.py", "distillation/losses.py"
 _POSITIONS, _VOCABULARIES = "distillation/alignment/positions.py", "distillation/alignment/vocabularies.py"
 _CAPTURE, _RECORDED = "distillation/teachers/capture.py", "distillation/teachers/recorded.py"
@@ -460,7 +461,7 @@ MUTATIONS = [
     Mutation(
         11,
         "finding out about the head draws random numbers",
-        _TRAINER,
+        _CHUNKED,
         "with torch.random.fork_rng(devices), catch_head_input(head, zero, zero) as caught:",
         "with catch_head_input(head, zero, zero) as caught:",
         f"{_LOSS}::test_finding_out_about_the_head_draws_no_random_numbers",

@@ -497,7 +497,7 @@ def test_chunks_under_autocast_are_those_of_the_whole(tmp_path, tokenizer):
     for chunk_size in (1000, 3):
         trainer = make_trainer(tmp_path, tokenizer, bf16=True, loss_chunk_size=chunk_size, max_steps=1)
         trainer.train()
-        assert trainer._student_head_is_last is (True if chunk_size == 3 else None)
+        assert trainer._chunked_logits.head_is_last is (True if chunk_size == 3 else None)
         results[chunk_size] = [parameter.detach() for parameter in trainer.model.parameters()]
     for ours, theirs, before in zip(results[3], results[1000], make_t5().parameters(), strict=True):
         step = (theirs - before).norm()

@@ -98,7 +98,7 @@ def what_came_out(trainer):
         "units": sorted(
             {type(module).__name__ for module in trainer.model.modules() if "FSDP" in type(module).__name__}
         ),
-        "chunked": trainer._student_head_is_last,
+        "chunked": trainer._chunked_logits.head_is_last,
         "logs": [{k: log[k] for k in LOGGED if k in log} for log in trainer.state.log_history if "loss" in log],
         "eval": {k: v for k, v in metrics.items() if "loss" in k or "agree" in k},
     }

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Seq2SeqTrainer, TrainingArguments
@@ -63,8 +62,9 @@ from .decoder_only_student import (
     sequence_inputs,
 )
 from .images import let_processes_have_no_image, read_streams_in_each_process
-from .losses import chunked_sum, cross_entropy, select_divergence, token_mean, universal_logit_distance
+from .losses import cross_entropy, select_divergence, token_mean, universal_logit_distance
 from .options.asked_ahead import AskedAhead, RemembersLast
+from .options.chunked_logits import ChunkedLogits
 from .options.cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
 from .options.encoder_states import EncoderStates
 from .options.fake_quantization import fake_quantized
@@ -85,7 +85,6 @@ from .options.schedules import EncoderAnnealing, ProgressiveDepth
 from .options.shared_prompt import SharedPrompt
 from .options.token_batches import TokenBatches
 from .teachers.live import LiveTeacher
-from .teachers.lm_head import HeadInput, catch_head_input
 from .teachers.recorded import CachedTeacher, is_cache
 from .teachers.served import ServedTeacher, is_served
 from .teachers.signal import PartialScores, TeacherScores
@@ -218,7 +217,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         self._set_up_prompt()
         self.data_collator = self._collator(data_collator)
         self._set_up_options()
-        self._student_head_is_last: bool | None = None  # not known yet
+        self._chunked_logits = ChunkedLogits(self)
         self._on_own_targets = False
         self._empty_targets = EmptyTargets()
         self._train_sums: dict[str, Tensor] = {}
@@ -433,7 +432,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         if self._encoder_states is not None and not return_outputs:  # of which the encoder's last state is one
             student |= self._encoder_states.encoder_outputs(self.accelerator.unwrap_model(model), student)
         predicting = columns_from_right(labels, rows, columns) if self._is_decoder_only else columns
-        chunked = self._goes_in_chunks(model, student, len(rows), return_outputs)
+        chunked = self._chunked_logits.fit(model, student, len(rows), return_outputs)
         # Asked here, where a run that is resumed has its weights.
         shares = model.training and not return_outputs
         shares = shares and self._shared_prompt.is_exact_for(self.accelerator.unwrap_model(model))
@@ -443,7 +442,9 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             student |= self._shared_prompt.encoder_outputs(student)
         with catch_hidden_states(model, self._matching.student_layers, rows, predicting) as student_states:
             if chunked:
-                total, terms = self._chunked_total(model, student, rows, predicting, score)
+                total, terms = self._chunked_logits.total(
+                    model, student, rows, predicting, score, self._term_weights()
+                )
             else:
                 outputs = model(**student)
                 logits_BTV = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
@@ -555,63 +556,6 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             return terms
 
         return score, states, asked
-
-    def _goes_in_chunks(self, model: nn.Module, student: Mapping[str, Any], tokens: int, return_outputs: bool) -> bool:
-        """Whether the student's logits at the targets are made a few at a time, by `losses.chunked_sum`."""
-        # Below four chunks, their gradient of the head in float32 is as large as what they save.
-        few = tokens <= 4 * self.args.loss_chunk_size
-        # With FSDP2 all processes have to find out in the same step, whatever each has been dealt.
-        if (few and not self.is_fsdp2) or return_outputs or "labels" in student:
-            return False
-        # The old FSDP and DeepSpeed keep no head by itself; a compiled model was traced without our hooks.
-        if (self.is_sharded and not self.is_fsdp2) or self.args.n_gpu > 1 or is_compiled_module(model):
-            return False
-        if self._student_head_is_last is None:
-            self._student_head_is_last = self._find_out_about_head(model, student)
-        return self._student_head_is_last and not few
-
-    @torch.no_grad()
-    def _find_out_about_head(self, model: nn.Module, student: Mapping[str, Any]) -> bool:
-        """Whether logits are a plain linear function of what the student's head is given."""
-        # Unwrapped: DistributedDataParallel would talk to processes that may have nothing to find out yet.
-        unwrapped = self.accelerator.unwrap_model(model)
-        head = unwrapped.get_output_embeddings()
-        if type(head).forward is not nn.Linear.forward:  # FSDP2 makes a class of its own of nn.Linear
-            return False
-        devices = [head.weight.device] if head.weight.device.type == "cuda" else []
-        zero = torch.zeros(1, dtype=torch.long, device=head.weight.device)
-        # One forward more, once; dropout must not draw other numbers because of it, or a resumed run would differ.
-        with torch.random.fork_rng(devices), catch_head_input(head, zero, zero) as caught:
-            outputs = unwrapped(**student)
-        return caught.is_all_of(outputs["logits"] if isinstance(outputs, Mapping) else outputs[0])
-
-    def _chunked_total(
-        self, model: nn.Module, student: Mapping[str, Any], rows: Tensor, columns: Tensor, score: Callable
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum over all targets, with a gradient, and its terms, `[N]` each, without."""
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        weights = self._term_weights()
-        results: list[tuple[Tensor, Tensor]] = []
-
-        def take(caught: HeadInput) -> None:
-            assert caught.hidden is not None and caught.logits is not None, "the head was called"
-            results.append(
-                chunked_sum(
-                    lambda student_CV, chunk: torch.stack(list(score(student_CV, chunk).values())),
-                    caught.hidden.to(caught.logits.dtype),  # what autocast made of them for the head
-                    head.weight,
-                    head.bias,
-                    chunk_size=self.args.loss_chunk_size,
-                    term_weights=tuple(weights.values()),
-                )
-            )
-
-        with catch_head_input(head, rows, columns, keep=1, then=take):
-            outputs = model(**student)
-        ((loss, terms),) = results
-        if self.is_fsdp2:  # it prepares for a backward where a gradient reaches the outputs
-            loss = loss + 0.0 * (outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]).sum()
-        return loss, dict(zip(weights, terms, strict=True))
 
     def _term_weights(self) -> dict[str, float]:
         """The terms that `_score` gives, in their order, and what each counts in the loss."""

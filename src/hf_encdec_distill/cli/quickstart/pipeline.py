@@ -40,7 +40,6 @@ from ...models.either_version import save_teacher
 from ...models.loading import load_student, load_teacher, load_tokenizer
 from ...models.prompts import PreTrainedTokenizerFast, prompt_start_token_id
 from ...models.rope_encdec import RopeEncDecForConditionalGeneration
-from ...models.rope_encdec.prompt_keys import shared_prompt_keys
 from ...progress import Display, clock
 from .._inputs import load_splits, prompt_template, teacher_path
 from ..init import teacher_depth
@@ -474,10 +473,9 @@ class Pipeline:
         tokenizer = load_tokenizer(self.work / "start", PreTrainedTokenizerFast)
         rows, size = self._ready[: recorded or None], recipe.BATCH_SIZE
         order = training_order([len(row["input_ids"]) for row in rows], size, share.steps, self.settings.seed + 1)
-        frozen: dict[str, Any] = {}
-        if recorded:
-            frozen = {"freeze_encoder": True, "encoder_states": str(self.work / "states")}
-            frozen["freeze_prompt_keys"] = any(shared_prompt_keys(student))
+        frozen: dict[str, Any] = (
+            {"freeze_encoder": True, "encoder_states": str(self.work / "states")} if recorded else {}
+        )
         args = DistillationTrainingArguments(
             output_dir=str(training),
             divergence=recipe.DIVERGENCE,
