@@ -354,11 +354,11 @@ def models(tmp_path_factory, make_bpe_tokenizer):
     ("text", "message"),
     [
         ("source,target\n", "pairs.csv gives no rows, read as csv: "),
-        ("source,other\na,b\n", "no column 'target'; the columns are source, other: choose with --target-column"),
+        ("source,other\na,b\n", "no column 'target'; the columns are 'source', 'other' ("),
         ("source,target\n" + "a,\n" * 9, "none of the 9 rows has text in both source and target"),
-        ("source,target\n" + "1,a\n2,b\n", "Column 'source' holds int64, expected text"),
+        ("source,target\n" + "1,a\n2,b\n", "has 2 distinct sources, too few to hold out test and validation"),
     ],
-    ids=["empty", "column", "targets", "type"],
+    ids=["empty", "column", "targets", "rows"],
 )
 def test_data_that_the_command_refuses(models, tmp_path, capsys, text, message):
     """In one line, and before there is anything in the output folder."""
