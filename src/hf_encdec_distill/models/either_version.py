@@ -86,7 +86,9 @@ def check_rope_is_read(config) -> None:
     scaling = getattr(config, "rope_scaling", None) or {}
     length = scaling.get("original_max_position_embeddings")
     is_long = "longrope" in (scaling.get("rope_type"), scaling.get("type"))
-    if not ROPE_LIVES_IN_ONE_DICT and is_long and length and not hasattr(config, "original_max_position_embeddings"):
+    # Where it does not find the length, 4.57 takes the other one.
+    taken = getattr(config, "original_max_position_embeddings", getattr(config, "max_position_embeddings", None))
+    if not ROPE_LIVES_IN_ONE_DICT and is_long and length not in (None, taken):
         raise ValueError(
             f"the teacher {config._name_or_path or config.model_type!r} has original_max_position_embeddings={length} "
             f"in rope_scaling, where transformers {transformers.__version__} does not look: it would be another "
