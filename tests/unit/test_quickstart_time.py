@@ -298,7 +298,7 @@ def test_a_run_that_was_moved_reads_its_own_teacher(given, tmp_path, monkeypatch
     results, _ = first_stages(Path("run"), **given, vocabulary=270)
     assert "work/teacher-before" not in Path("run", "state.json").read_text()
     if older:
-        results["data"]["teacher"] = "run/work/teacher-before"
+        results["data"]["teacher"] = str(Path("run", "work", "teacher-before"))
         write_json(Path("run", "state.json"), json.loads(Path("run", "state.json").read_text()) | {"results": results})
     Path("run").rename("moved")
     first_stages(Path("run"), **given, vocabulary=280)  # another run at the old place

@@ -146,13 +146,13 @@ class _Bench:
         """Contenders with the folders that they are loaded from; the rates of the devices that they compute on."""
         ready: list[tuple[Contender, Path]] = []
         with self.stage("convert") as show:
+            missing = [contender.missing() for contender in contenders]
+            there = [contender for contender, why in zip(contenders, missing, strict=True) if why is None]
             with Worker(None, self.threads) as worker:
-                there = [contender for contender in contenders if contender.missing() is None]
                 devices = dict.fromkeys(["cpu", *(contender.device for contender in there)])
                 rates = {device: self._rates(worker, device) for device in devices}
-            for index, contender in enumerate(contenders):
+            for index, (contender, why) in enumerate(zip(contenders, missing, strict=True)):
                 show(index / len(contenders), _name(contender))
-                why = contender.missing()
                 if why is None:
                     try:
                         needed = self._is_first_of_its_kind(contender, [other for other, _ in ready])

@@ -226,18 +226,16 @@ def _refuse(args: argparse.Namespace, *names: str, reason: str) -> None:
 
 
 # Options that say what is recorded of a teacher, and how.
-_OF_A_CAPTURE = ("kind", "k", "rounds", "proposal_power", "temperature", "student", "teacher_dtype") + (
-    "teacher_quantization",
-    "server_model",
-    "requests",
+_OF_A_CAPTURE = (
+    *("generate", "kind", "k", "rounds", "proposal_power", "temperature", "student", "shard"),
+    *("teacher_dtype", "teacher_quantization", "server", "server_model", "requests"),
 )
 
 
 def _merge(args: argparse.Namespace) -> None:
     from ..distillation.teachers.workers import merge_caches
 
-    of_a_capture = (*_OF_A_CAPTURE, "generate", "shard", "server", "encoder_states")
-    _refuse(args, *of_a_capture, reason="with --merge, which captures nothing: leave one out")
+    _refuse(args, *_OF_A_CAPTURE, "encoder_states", reason="with --merge, which captures nothing: leave one out")
     _generation(args)
     merge_caches(args.merge, args.output)
     _report(args)
@@ -338,8 +336,8 @@ def _record_encoder_states(args: argparse.Namespace) -> None:
 
     check_vocab_policy(args.vocab_policy)
     check_at_least_one(args, "batch_size", "max_source_length", "max_target_length")
-    of_a_teacher = (*_OF_A_CAPTURE, "generate", "push_to_hub", "server", "shard")
-    _refuse(args, *of_a_teacher, reason="with --encoder-states, which records no teacher: leave one out")
+    reason = "with --encoder-states, which records no teacher: leave one out"
+    _refuse(args, *_OF_A_CAPTURE, "push_to_hub", reason=reason)
     _generation(args)
     splits = _splits(args)
     path = teacher_path(args.teacher or args.teacher_option)

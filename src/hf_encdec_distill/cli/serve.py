@@ -174,11 +174,14 @@ _NEUTRAL: dict[str, Any] = {
     **{"n": 1, "best_of": 1, "echo": False, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0},
     **{"logit_bias": {}, "suffix": "", "tools": [], "functions": [], "response_format": {"type": "text"}},
 }
-_READ = {"messages", "prompt", "max_completion_tokens", "max_tokens", "stop", "temperature", "top_p", "seed", "stream"}
+_READ = {
+    *("messages", "prompt", "max_completion_tokens", "max_tokens", "stop", "temperature", "top_p", "seed"),
+    *("stream", "stream_options"),
+}
 # What clients send along that no answer depends on.
-_WITHOUT_EFFECT = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"} | {
-    "parallel_tool_calls",
-    "top_logprobs",
+_WITHOUT_EFFECT = {
+    *("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+    *("parallel_tool_calls", "top_logprobs"),
 }
 _LEAST_TEMPERATURE = 1e-4  # below it logits divided by it overflow; the likeliest token is all that is drawn
 
@@ -220,7 +223,7 @@ def parse(path: str, body: Any, most: int) -> Completion:
         given = body.get(name)
         if given is not None and (given != only or isinstance(given, bool) != isinstance(only, bool)):
             raise BadRequest(f"{name}={given!r}: this server takes {only!r} alone")
-    known = _READ | _WITHOUT_EFFECT | _NEUTRAL.keys() | {"stream_options"}
+    known = _READ | _WITHOUT_EFFECT | _NEUTRAL.keys()
     if unknown := sorted(name for name in body.keys() - known if body[name] is not None):
         raise BadRequest(f"{', '.join(unknown)}: this server does not know it, and the answer may depend on it")
     limit = _field(body, "max_completion_tokens", (int,), None, "a whole number of at least 1", low=1)
