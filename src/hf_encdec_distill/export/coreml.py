@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..models.families import RULED_BY_LENGTH
 from .backends import Backend, register_backend
 from .graphs import GraphCache, Graphs, quiet
-from .modules import RULED_BY_LENGTH, ExportedDecoder, ExportedEncoder, ExportedVision, RotaryTable, with_scaled_norms
+from .modules import ExportedDecoder, ExportedEncoder, ExportedVision, RotaryTable, with_scaled_norms
 from .recipe import Graph, Port, Shapes, pooled_length, stacked, stacked_name, variant_of
 
 

@@ -74,7 +74,7 @@ class GenAiBackend(Backend):
                 f"encoder_pooling={config.encoder_pooling}: genai gives the prompt's keys and values a place for each "
                 "of its tokens; choose onnx, openvino or coreml"
             )
-        from .modules import RULED_BY_LENGTH
+        from ..models.families import RULED_BY_LENGTH
 
         rope_type = config.rope_parameters["rope_type"]
         if rope_type in RULED_BY_LENGTH:

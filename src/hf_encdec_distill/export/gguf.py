@@ -141,7 +141,7 @@ def _lacking(config) -> str:
     """What of a block no architecture of llama.cpp has; empty if nothing. The config is a student's or a decoder-only
     model's."""
     from ..models.either_version import rope_parameters
-    from ..models.families import biases_of, sliding_window_of
+    from ..models.families import RULED_BY_LENGTH, biases_of, sliding_window_of
 
     parameters = rope_parameters(config)
     rope = parameters.get("rope_type", "default")
@@ -158,7 +158,7 @@ def _lacking(config) -> str:
         in getattr(config, "attention_of_encoder_layer", ()),
         "layers with a sliding window": sliding_window_of(config) is not None,
         "RoPE on a part of each head": parameters.get("partial_rotary_factor", 1.0) != 1.0,
-        f"RoPE of type {rope!r}, whose frequencies depend on the length": rope in ("dynamic", "longrope"),
+        f"RoPE of type {rope!r}, whose frequencies depend on the length": rope in RULED_BY_LENGTH,
         f"RoPE of type {rope!r} with qk_norm": _has_qk_norm(config) and rope not in ("default", "linear"),
         "biases with qk_norm": _has_qk_norm(config) and any(biases_of(config)),
     }

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from ..models.families import RULED_BY_LENGTH
 from ..models.rope_encdec import RopeEncDecForConditionalGeneration, RopeEncDecForImageTextToText
 from ..models.rope_encdec.initialization import evaluating
 from ..models.rope_encdec.modeling_rope_encdec import (
@@ -37,8 +38,6 @@ from ..models.rope_encdec.modeling_rope_encdec import (
 # Added to the score of a key that is masked out. Finite, and within fp16: with -inf a row that sees no key at all (a
 # pad on the left of a causal prompt) would be NaN, and the least fp32 number is -inf in fp16.
 MASKED = -3e4
-# RoPE types whose frequencies depend on the longest sequence of a call.
-RULED_BY_LENGTH = ("dynamic", "longrope")
 _Module = TypeVar("_Module", bound=nn.Module)
 
 

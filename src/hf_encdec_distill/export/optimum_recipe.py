@@ -24,6 +24,7 @@ from optimum.utils import (
 from torch import nn
 
 from ..files import read_json
+from ..models.families import RULED_BY_LENGTH
 from ..models.rope_encdec import RopeEncDecForConditionalGeneration, RopeEncDecModel
 from ..models.rope_encdec.modeling_rope_encdec import (
     RopeEncDecEncoderOutput,
@@ -31,7 +32,7 @@ from ..models.rope_encdec.modeling_rope_encdec import (
     _once_per_prompt,
     states_handed_over,
 )
-from .modules import MASKED, RULED_BY_LENGTH, TraceableRotary
+from .modules import MASKED, TraceableRotary
 from .optimum_loading import reads_images
 from .recipe import pooled_length
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 
+# RoPE types whose frequencies depend on the longest sequence of a call.
+RULED_BY_LENGTH = ("dynamic", "longrope")
 _ATTENTION_BIASES = ("llama", "qwen3", "smollm3", "rope_encdec", "rope_encdec_vision")
 _MLP_BIASES = ("llama", "smollm3", "rope_encdec", "rope_encdec_vision")
 

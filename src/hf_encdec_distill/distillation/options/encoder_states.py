@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
+from ...models.families import RULED_BY_LENGTH
 from ...models.rope_encdec.modeling_rope_encdec import pooled_attention_mask
 from ..collator import DistillationCollator
 from ..teachers.fingerprints import config_digest, row_keys, weights_digest
@@ -195,7 +196,7 @@ class EncoderStates(TrainerCallback):
 
     def _open(self, student: PreTrainedModel) -> None:
         rope = getattr(student.config, "rope_parameters", None) or getattr(student.config, "rope_scaling", None) or {}
-        if rope.get("rope_type") in ("dynamic", "longrope"):
+        if rope.get("rope_type") in RULED_BY_LENGTH:
             raise ValueError(
                 f"encoder_states={str(self.folder)!r} with rope_type={rope['rope_type']!r}, with which the states of "
                 "a row depend on the longest row of its batch: leave encoder_states out."

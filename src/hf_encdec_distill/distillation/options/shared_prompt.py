@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...models.families import RULED_BY_LENGTH
 from ...models.rope_encdec.initialization import encoder_is_first_layers_of
 
 
@@ -59,7 +60,7 @@ class SharedPrompt:
             getattr(config, "cross_attention", None) == "merged"
             and config.encoder_attention == "causal"
             # Whose frequencies depend on the length that is read: the teacher reads the target too.
-            and config.rope_parameters.get("rope_type") not in ("dynamic", "longrope")
+            and config.rope_parameters.get("rope_type") not in RULED_BY_LENGTH
             and not config.attention_dropout
             and not any(parameter.requires_grad for parameter in student.get_encoder().parameters())
             and encoder_is_first_layers_of(student, teacher)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .. import SUPPORTED_FAMILIES
 from ..either_version import check_rope_is_read, rope_parameters
-from ..families import biases_of, sliding_window_of
+from ..families import RULED_BY_LENGTH, biases_of, sliding_window_of
 from ..loading import load_merged_teacher, load_tokenizer
 from ..prompts import (
     distinct_pad_token,
@@ -247,7 +247,7 @@ def from_decoder_only(
 
                 kept = layers_within(budget, teacher.config, config, gaps, by_influence, divergence)
         student = plain(kept)
-        if cross_attention == "merged" and student.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
+        if cross_attention == "merged" and student.config.rope_parameters["rope_type"] in RULED_BY_LENGTH:
             length = student.config.rope_parameters.get("original_max_position_embeddings")
             logger.warning(
                 f"rope_type={student.config.rope_parameters['rope_type']!r} turns by the length of a call, of which "
