@@ -25,12 +25,12 @@ def read_json(file: Path, kind: type[dict] | type[list] = dict, fields: Mapping[
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it is no JSON, or holds something else.
+        ValueError: it is not JSON, or holds something else.
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON: {what_it_is(file) or error}") from error
+        raise ValueError(f"{file} is not JSON: {what_it_is(file) or error}") from error
     if not isinstance(content, kind):
         raise ValueError(f"{file} holds {_describe(content)}, expected a JSON {_KINDS[kind]}")
     if isinstance(content, dict):

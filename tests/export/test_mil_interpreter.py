@@ -819,7 +819,7 @@ def test_one_weight_shows(encoder_package, tmp_path):
 
 def test_what_is_not_a_program(encoder_package, tmp_path, monkeypatch):
     path = encoder_package()[0]
-    with pytest.raises(ValueError, match="nowhere is no .mlpackage"):
+    with pytest.raises(ValueError, match="nowhere is not a .mlpackage"):
         MilProgram(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"function='encode'.*\['main'\]"):
         MilProgram(path, function="encode")

@@ -325,8 +325,8 @@ def test_a_client_that_goes_away_stops_its_answer(running, expected):
 @pytest.mark.parametrize(
     "body,problem",
     [
-        (b"{", "the body is no JSON"),
-        (b"[" * 100_000, "the body is no JSON"),
+        (b"{", "the body is not JSON"),
+        (b"[" * 100_000, "the body is not JSON"),
         (b'{"prompt": "x \\ud83d"}', "no valid Unicode text"),
         (b'{"prompt": "x", "temperature": NaN}', "temperature=nan: expected a number from 0 to 2"),
         ({"prompt": ""}, "at least one token"),
@@ -378,7 +378,7 @@ def test_conversations_are_refused(running):
     [
         (["serve", "--port", "70000"], "cannot listen on --host 127.0.0.1 --port 70000"),
         (["generate", ""], "a prompt of 0 tokens: give a text"),
-        (["generate", "caf\udce9"], "is no valid Unicode text"),  # as Python reads a byte that is no UTF-8
+        (["generate", "caf\udce9"], "is not valid Unicode text"),  # as Python reads a byte that is no UTF-8
     ],
 )
 def test_commands_refuse_what_cannot_be_answered(name, command, problem, folders, capsys):

@@ -284,7 +284,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 def test_json_that_is_none(tmp_path):
     path = save_checkpoint(tmp_path / "mu.pt", mu_tensors(), FIELDS)
     (tmp_path / "mu.json").write_text("n_embd: 32")
-    with pytest.raises(ValueError, match=r"mu\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"mu\.json is not JSON"):
         convert_mu_checkpoint(path, tmp_path / "mu.json")
 
 

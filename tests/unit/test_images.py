@@ -109,7 +109,7 @@ def test_sizes_may_differ_where_a_mask_tells_pixels_from_filling():
 
 @pytest.mark.parametrize("value", ["a picture", [[1.0], [1.0, 2.0]], [torch.ones(2), torch.ones(3)]])
 def test_what_is_no_array_is_refused(value):
-    with pytest.raises(ValueError, match="pixel_values of a row is no array of numbers"):
+    with pytest.raises(ValueError, match="pixel_values of a row is not an array of numbers"):
         images_of({"pixel_values": value}, "pixel_values")
 
 

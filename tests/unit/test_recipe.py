@@ -293,7 +293,7 @@ def test_what_is_not_the_same_is_refused_or_found(folder, distilled, tmp_path, c
     altered["versions"]["torch"] = "1.0"
     (copy / "provenance.json").write_text(json.dumps(altered))
     message = error_of(capsys, *words)
-    assert "did not come out again" in message and "eval_loss was" in message and "eval_ce_loss" not in message
+    assert "was not reproduced" in message and "eval_loss was" in message and "eval_ce_loss" not in message
     assert f"versions.torch was 1.0, is {metadata.version('torch')}" in caplog.text
 
 
@@ -327,7 +327,7 @@ def test_numbers_within_the_tolerance_are_called_near():
         {**near, "losses": {}},
         {**near, "steps": 4},
     ):
-        with pytest.raises(ValueError, match="did not come out again, to a relative 0.001"):
+        with pytest.raises(ValueError, match="was not reproduced, to a relative 0.001"):
             _provenance.compare_results(recorded, other, Path("run"))
 
 

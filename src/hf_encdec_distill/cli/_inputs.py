@@ -88,7 +88,7 @@ def check_texts(texts: Sequence[str]) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{text!r} is no valid Unicode text ({error.reason}): give it in UTF-8") from error
+            raise ValueError(f"{text!r} is not valid Unicode text ({error.reason}): give it in UTF-8") from error
 
 
 @functools.cache

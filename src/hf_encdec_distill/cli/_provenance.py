@@ -175,7 +175,7 @@ def compare_results(recorded: Mapping[str, Any], now: Mapping[str, Any], folder:
     far = {name: value for name, value in apart.items() if value > TOLERANCE}
     if far:
         pairs = "; ".join(f"{name} was {there.get(name)}, is {here.get(name)}" for name in sorted(far))
-        raise ValueError(f"the numbers of {folder} did not come out again, to a relative {TOLERANCE:g}: {pairs}")
+        raise ValueError(f"the run of {folder} was not reproduced, to a relative {TOLERANCE:g}: {pairs}")
     if recorded["weights"] == now["weights"]:
         return f"{folder} reproduced: the same weights, bit for bit"
     name = max(apart, key=apart.__getitem__)

@@ -55,11 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", default="1", metavar="ROWS,...", help="one for all or one for each --source (default: %(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="at most (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=10.0, help="in which it is over (default: %(default)g)")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds, at most (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time limit (default: %(default)g)")
     parser.add_argument("--threads", type=int, metavar="N", help="of each contender (default: all cores)")
-    parser.add_argument("--backend", metavar="NAME,...", help="only these (default: all)")
-    parser.add_argument("--precision", metavar="NAME,...", help="only these (default: all)")
+    parser.add_argument("--backend", metavar="NAME,...", help="only these backends (default: all)")
+    parser.add_argument("--precision", metavar="NAME,...", help="only these precisions (default: all)")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two bench.json, row by row: B / A")
     parser.add_argument(
         "--against",

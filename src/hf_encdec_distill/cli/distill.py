@@ -249,9 +249,11 @@ def _student(
     shape = dict(recipe["init"])
     teacher = shape.pop("teacher", recipe["teacher"])
     if is_cache(teacher):
-        raise ValueError(f"{teacher} is a cache, of which no student can be made: name its teacher as init.teacher")
+        raise ValueError(f"cannot build a student from a cache, {teacher}: name its teacher as init.teacher")
     if is_served(teacher):
-        raise ValueError("of a model on a server no student can be made: name a folder or Hub id as init.teacher")
+        raise ValueError(
+            f"cannot build a student from a served model, {teacher}: name a folder or Hub id as init.teacher"
+        )
     day = training.prompt_date
     if day is None and is_cache(recipe["teacher"]):
         day = recorded_prompt_date(recipe["teacher"])

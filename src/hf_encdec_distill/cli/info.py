@@ -27,13 +27,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=f"decoder-only model to compare with, or {BUILT_IN!r} (default: the one that the student came from)",
     )
-    parser.add_argument("--prompt-length", type=int, default=192, metavar="TOKENS", help="default: %(default)s")
-    parser.add_argument("--new-tokens", type=int, default=32, metavar="TOKENS", help="default: %(default)s")
+    parser.add_argument(
+        "--prompt-length",
+        type=int,
+        default=192,
+        metavar="TOKENS",
+        help="prompt of the request that is counted (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, default=32, metavar="TOKENS", help="its answer (default: %(default)s)"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="bfloat16",
-        help="of the weights and the cache, whose bytes are counted (default: %(default)s)",
+        help="dtype of weights and cache, for the count of bytes (default: %(default)s)",
     )
 
 

@@ -62,17 +62,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoder-layers", type=int, metavar="N", help="likewise (default of a size: half of them)")
     lengths = parser.add_argument_group("data and training")
     for name, default, metavar, text in (
-        ("prompt-length", 512, "TOKENS", "of a row, mean"),
-        ("target-length", 128, "TOKENS", "of a row, mean"),
-        ("batch-size", 8, "ROWS", "on each device"),
+        ("prompt-length", 512, "TOKENS", "mean prompt tokens per row"),
+        ("target-length", 128, "TOKENS", "mean target tokens per row"),
+        ("batch-size", 8, "ROWS", "rows per device and step"),
     ):
         lengths.add_argument(
             f"--{name}", type=int, default=default, metavar=metavar, help=f"{text} (default: {default})"
         )
-    lengths.add_argument("--passes", type=float, default=1.0, metavar="N", help="over the data set (default: 1)")
+    lengths.add_argument(
+        "--passes", type=float, default=1.0, metavar="N", help="passes over the data set (default: 1)"
+    )
     lengths.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice, keep few")
     lengths.add_argument(
-        "--kind", choices=("top_k", "sampled", "dense"), default="top_k", help="of the record (default: top_k)"
+        "--kind", choices=("top_k", "sampled", "dense"), default="top_k", help="kind of record (default: top_k)"
     )
     lengths.add_argument("--k", type=int, default=32, metavar="N", help="tokens that top_k keeps (default: 32)")
     lengths.add_argument("--rounds", type=int, default=50, metavar="N", help="tokens that sampled draws (default: 50)")
@@ -84,20 +86,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"{', '.join(_DEVICES[:-1])}, or cpu for this machine (default: h100)",
     )
-    hardware.add_argument("--gpus", type=int, default=1, metavar="N", help="default: 1")
+    hardware.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs (default: 1)")
     hardware.add_argument(
         "--teacher-dtype",
         choices=_DTYPES,
         default="bfloat16",
         metavar="NAME",
-        help=f"of its weights: {', '.join(_DTYPES)} (default: bfloat16)",
+        help=f"dtype of the teacher's weights: {', '.join(_DTYPES)} (default: bfloat16)",
     )
     hardware.add_argument(
         "--efficiency",
         type=float,
         metavar="SHARE",
-        help="of the peak rate that training and capture reach (default: 0.3 on GPUs, which is assumed, and what was "
-        "measured on CPUs)",
+        help="share of the peak rate that training and capture reach (default: 0.3 on GPUs, which is assumed, and "
+        "the measured one on CPUs)",
     )
 
 

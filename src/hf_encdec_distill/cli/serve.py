@@ -313,7 +313,7 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 body = json.loads(content)
             except (ValueError, RecursionError) as error:
-                raise BadRequest(f"the body is no JSON: {error}") from error
+                raise BadRequest(f"the body is not JSON: {error}") from error
             asked = parse(self.path, body, self.service.most)
             prompts = [self.service.read(text) for text in asked.texts]
         except BadRequest as error:

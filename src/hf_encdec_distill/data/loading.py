@@ -273,7 +273,7 @@ def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadFile(f"{where} is no JSON ({error}): expected a row on each line, or one list of rows") from error
+        raise BadFile(f"{where} is not JSON ({error}): expected a row on each line, or one list of rows") from error
 
 
 def _csv_options(files: Iterable[Path], columns: Collection[str]) -> dict:

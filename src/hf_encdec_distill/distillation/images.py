@@ -25,7 +25,7 @@ def images_of(row: Mapping[str, Any], *names: str) -> dict[str, Tensor]:
     One image alone, `(3, H, W)`, becomes `(1, 3, H, W)`.
 
     Raises:
-        ValueError: a column is no array of numbers.
+        ValueError: a column is not an array of numbers.
     """
     images = {}
     for name in names:
@@ -38,7 +38,7 @@ def images_of(row: Mapping[str, Any], *names: str) -> dict[str, Tensor]:
             image = value if isinstance(value, Tensor) else torch.tensor(np.asarray(value))
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{name} of a row is no array of numbers ({error}): give it as a processor does."
+                f"{name} of a row is not an array of numbers ({error}): give it as a processor does."
             ) from error
         if image.dtype != torch.bool:
             image = image.float() if image.is_floating_point() else image.long()

@@ -153,7 +153,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             its own, which has the prompt template built in, where this one has the same tokens without a template, as
             the teacher's has.
         teacher: a causal language model, perhaps one that sees (it is frozen in place), a folder or a Hub id; or the
-            folder of a cache that `cache.capture` made of one, or `hf://datasets/user/name`, and then no teacher is in
+            folder of a cache that `capture` made of one, or `hf://datasets/user/name`, and then no teacher is in
             memory; or a `ServedTeacher`, or the address of a server for one (`http://...`).
         teacher_processing_class: the teacher's tokenizer; by default the one at the teacher's path, and if there is
             none, the student's. For a server the one found under the name of its model.

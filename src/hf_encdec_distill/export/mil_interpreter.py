@@ -119,7 +119,9 @@ class MilProgram:
 def _load_spec(package: Path):
     """The parsed specification, and the folder that paths of weights are relative to."""
     if not (package / "Manifest.json").is_file():
-        raise ValueError(f"{package} is no .mlpackage, which is a folder with a Manifest.json. Pass the path of one.")
+        raise ValueError(
+            f"{package} is not a .mlpackage, which is a folder with a Manifest.json. Pass the path of one."
+        )
     manifest = json.loads((package / "Manifest.json").read_text())
     path = package / "Data" / manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
     spec = _coremltools()[0].Model_pb2.Model()

@@ -184,7 +184,7 @@ def _checked(url: str) -> str:
         )
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"server {url!r} is no URL: give one such as http://localhost:8000.")
+        raise ValueError(f"server {url!r} is not a URL: give one such as http://localhost:8000.")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 

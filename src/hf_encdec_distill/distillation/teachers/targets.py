@@ -2,7 +2,7 @@
 
 Kim and Rush, arXiv 1606.07947: section 3.2 trains on the teacher's best beam in place of the reference; section 3.3 on
 that of its n best which is closest to the reference. What was written is kept in the folder of a cache
-(`cache.capture`), as data that `load_dataset` reads:
+([`~hf_encdec_distill.distillation.capture`]), as data that `load_dataset` reads:
 
 - `generated-<split>-*.parquet`: one row for each answer that was kept, the source as it was, the answer in the place
   of the target, and in `reference` the target that was there; `mean_log_prob`, nats a token, where the teacher wrote
