@@ -300,6 +300,18 @@ def test_what_does_not_go_together_is_said(tmp_path, tokenizer):
         make_trainer(tmp_path, tokenizer, teacher=tmp_path / "cache")
 
 
+def test_rows_without_a_mask_are_read_whole(tmp_path):
+    """As `default_data_collator` makes them of rows of equal length."""
+    bare = [{"input_ids": [5, 6, 7 + row], "labels": [9 + row] * 6} for row in range(4)]
+    trained = []
+    for rows in (bare, [{**row, "attention_mask": [1] * 3} for row in bare]):
+        trainer = make_trainer(tmp_path, None, rows=rows, max_steps=1)
+        trainer.train()
+        trained.append(trainer.model.state_dict())
+    for name, weight in trained[0].items():
+        torch.testing.assert_close(weight, trained[1][name], msg=name)
+
+
 def test_answers_are_as_long_as_there_are_positions(tmp_path, tokenizer):
     """One long prompt and one long target in a batch: each row fits, the longest answer to the prompt would not."""
     student = make_rope("merged", cross_attention_layers=[1, 2], max_position_embeddings=20)

@@ -258,6 +258,31 @@ def test_greedy_takes_out_what_costs_least():
     assert kept == [layer for layer in range(DEPTH) if layer != min(costs, key=costs.get)]
 
 
+def test_greedy_measures_what_a_separate_student_would_read():
+    """Its new cross-attention adds nothing to the logits yet, which are the same whichever encoder layer is gone."""
+    teacher, rows = make_teacher(), calibration_rows()
+    greedy = RopeEncDecForConditionalGeneration.from_decoder_only(
+        teacher,
+        encoder_num_hidden_layers=DEPTH - 1,
+        cross_attention="separate",
+        layer_selection="greedy",
+        calibration=rows,
+    )
+    costs = {}
+    for out in range(DEPTH):
+        layers = [layer for layer in range(DEPTH) if layer != out]
+        trial = RopeEncDecForConditionalGeneration.from_decoder_only(teacher, encoder_layers=layers)
+        with torch.no_grad():
+            trial.model.decoder.norm.weight.copy_(teacher.model.norm.weight)
+        costs[out] = mean_divergence(teacher, trial, rows)
+    expected = [layer for layer in range(DEPTH) if layer != min(costs, key=costs.get)]
+    queries = [layer.self_attn.q_proj.weight for layer in greedy.model.encoder.layers]
+    assert all(
+        torch.equal(query, teacher.model.layers[layer].self_attn.q_proj.weight)
+        for query, layer in zip(queries, expected, strict=True)
+    )
+
+
 def test_the_final_norm_is_rescaled_to_less_divergence():
     teacher, rows = make_teacher(), calibration_rows()
     student = RopeEncDecForConditionalGeneration.from_decoder_only(

@@ -319,6 +319,25 @@ def test_chunked_in_half_precision_keeps_its_sums_in_float32():
         assert (ours.double() - theirs).norm() <= 0.02 * theirs.norm()
 
 
+def test_chunked_in_float16_keeps_gradients_that_float16_has_not():
+    """Of a student that is nearly its teacher, whose loss is scaled as GradScaler does, over a large vocabulary."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(16, 8).half(), torch.randn(4000, 8)
+    teacher = hidden.float() @ weight.T + 1e-3 * torch.randn(16, 4000)
+    exact = [hidden.double().requires_grad_(), weight.half().double().requires_grad_()]
+    dense = forward_kl(F.linear(*exact), teacher.double()).sum() / 1000
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    total, _ = chunked_sum(
+        lambda logits, chunk: forward_kl(logits.float(), teacher[chunk])[None], *inputs, chunk_size=4
+    )
+    scale = 2.0**16
+    ours = torch.autograd.grad(total / 1000 * scale, inputs)
+    for gradient, expected, source in zip(ours, torch.autograd.grad(dense, exact), inputs, strict=True):
+        assert gradient.dtype == source.dtype
+        lost = (gradient == 0) & (expected.abs() > 1e-12)
+        assert lost.double().mean() < 0.01
+
+
 def test_chunked_never_holds_all_logits():
     """No tensor of the chunked loss, forward or backward, has as many elements as two chunks of logits."""
     rows, width, vocabulary, chunk_size = 64, 4, 500, 8
@@ -340,11 +359,16 @@ def test_chunked_never_holds_all_logits():
 
 def test_chunked_without_gradient_makes_none():
     inputs, teacher, _ = head_inputs()
+    asked = []
+
+    def per_token(logits, chunk):
+        asked.append(logits.requires_grad)
+        return forward_kl(logits, teacher[chunk])[None]
+
     with torch.no_grad():
-        total, terms = chunked_sum(
-            lambda logits, chunk: forward_kl(logits, teacher[chunk])[None], *inputs, chunk_size=4
-        )
-    assert not total.requires_grad
+        # The head's weight is a parameter in training, which would still say that it wants a gradient.
+        total, terms = chunked_sum(per_token, inputs[0], torch.nn.Parameter(inputs[1]), inputs[2], chunk_size=4)
+    assert not total.requires_grad and not any(asked)
     torch.testing.assert_close(terms[0], forward_kl(F.linear(*inputs), teacher).detach())
 
 

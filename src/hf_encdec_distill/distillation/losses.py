@@ -191,7 +191,13 @@ def chunked_sum(
         raise ValueError(f"chunk_size={chunk_size} is out of range; it has to be at least 1.")
     if not len(hidden):
         raise ValueError("hidden has no rows; take the mean of no token with token_mean, which is 0.")
+    if not torch.is_grad_enabled():  # a parameter would still say that it wants one
+        hidden, weight, bias = (None if tensor is None else tensor.detach() for tensor in (hidden, weight, bias))
     return _ChunkedSum.apply(hidden, weight, bias, per_token, chunk_size, term_weights)
+
+
+# The gradient of a logit is at most about 1, and float16 holds 6e-8 to 65504.
+_LIFTED = 1024.0
 
 
 class _ChunkedSum(torch.autograd.Function):
@@ -199,6 +205,8 @@ class _ChunkedSum(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, per_token, chunk_size, term_weights):
         wanted = ctx.needs_input_grad[:3]
         inputs = (hidden, weight, bias)
+        # The loss is scaled for float16 only after this: what float16 would make 0 until then is lifted here.
+        lifted = _LIFTED if hidden.dtype == torch.float16 else 1.0
         # Sums over thousands of rows are kept in float32: in half precision small terms would be lost.
         of_hidden, of_weight, of_bias = (
             torch.zeros_like(tensor, dtype=at_least_float32(tensor.dtype)) if want else None
@@ -212,7 +220,7 @@ class _ChunkedSum(torch.autograd.Function):
                 logits = F.linear(hidden[chunk], weight, bias).requires_grad_(any(wanted))
                 with torch.set_grad_enabled(any(wanted)):
                     values = per_token(logits, chunk)
-                    total = (values * values.new_tensor(term_weights)[:, None]).sum()
+                    total = (values * values.new_tensor(term_weights)[:, None]).sum() * lifted
                 terms.append(values.detach())
                 if not any(wanted):
                     continue
@@ -223,15 +231,26 @@ class _ChunkedSum(torch.autograd.Function):
                     of_weight += of_logits.T @ hidden[chunk]
                 if of_bias is not None:
                     of_bias += of_logits.sum(dim=0)
-        gradients = zip((of_hidden, of_weight, of_bias), inputs, strict=True)
-        ctx.save_for_backward(*(g if g is None else g.to(tensor.dtype) for g, tensor in gradients))
+        for gradient in (of_hidden, of_weight, of_bias):
+            if gradient is not None:
+                gradient /= lifted
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
+        ctx.save_for_backward(
+            *(
+                gradient if gradient is None or dtype == torch.float16 else gradient.to(dtype)
+                for gradient, dtype in zip((of_hidden, of_weight, of_bias), ctx.dtypes, strict=True)
+            )
+        )
         terms = torch.cat(terms, dim=1)
         ctx.mark_non_differentiable(terms)
         return (terms.sum(dim=1) * terms.new_tensor(term_weights)).sum(), terms
 
     @staticmethod
     def backward(ctx, of_sum, _of_terms):
-        gradients = (None if gradient is None else gradient * of_sum for gradient in ctx.saved_tensors)
+        gradients = (
+            None if gradient is None else (gradient * of_sum).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
         return *gradients, None, None, None
 
 

@@ -89,7 +89,8 @@ class OnPolicy:
     def _room(self, batch: dict[str, Any]) -> int:
         """Tokens that an answer may have: as many as the targets, or as are left of student's or teacher's positions
         behind the longest prompt of the batch."""
-        trainer, longest = self._trainer, int(batch["attention_mask"].sum(dim=1).max())
+        trainer, mask = self._trainer, batch.get("attention_mask")
+        longest = batch["input_ids"].shape[1] if mask is None else int(mask.sum(dim=1).max())
         of_teacher = getattr(trainer.teacher, "max_positions", None)  # which reads the prompt and the answer
         rooms = [room_for_target(trainer.model.config, longest), of_teacher and of_teacher - longest]
         limits = [max(room, 1) for room in rooms if room is not None]

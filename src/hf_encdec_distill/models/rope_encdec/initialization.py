@@ -106,8 +106,9 @@ def from_decoder_only(
         layer_selection (`str`): `"influence"` keeps the layers that change their input most, `1 - cos(in, out)` on the
             calibration rows (ShortGPT, arXiv 2403.03853), on prompt tokens for the encoder and on target tokens for
             the decoder, always with the first two and the last; `"greedy"` takes out, one by one, the layer whose
-            absence raises the KL divergence from the teacher least; `"least_squares"` keeps those that a linear fit
-            joins best ([`~hf_encdec_distill.models.rope_encdec.layer_paths`]); `"even"` spaces them evenly; `"first"`
+            absence raises the KL divergence from the teacher least, with `merged` attention whichever kind is built;
+            `"least_squares"` keeps those that a linear fit joins best
+            ([`~hf_encdec_distill.models.rope_encdec.layer_paths`]); `"even"` spaces them evenly; `"first"`
             keeps the first ones and the last. The only layer of a `merged` decoder is the last: layer 0 would read no
             encoder layer.
         budget ([`~hf_encdec_distill.models.rope_encdec.budget.Budget`], *optional*): A request, and how many times
@@ -179,7 +180,7 @@ def from_decoder_only(
         "encoder_sliding_window": encoder_sliding_window,
     }
 
-    def build(share_memory=False, savings=savings, **layers):
+    def build(share_memory=False, savings=savings, cross_attention=cross_attention, **layers):
         config = student_config(
             teacher.config,
             **layers,
@@ -219,7 +220,10 @@ def from_decoder_only(
             greedy = None
             if open_sides and layer_selection == "greedy":
                 every = list(range(depth))
-                full = build(encoder_layers=every, decoder_layers=every, share_memory=True, savings={})
+                # A `separate` one reads nothing of its encoder before it is trained, and could not tell layers apart.
+                full = build(
+                    encoder_layers=every, decoder_layers=every, share_memory=True, savings={}, cross_attention="merged"
+                )
                 greedy = GreedyRemoval(full, batches, teacher_logprobs)
             gaps = None
             if budget is not None or (open_sides and layer_selection == "least_squares"):
