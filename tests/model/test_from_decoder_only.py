@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
 )
@@ -311,7 +312,7 @@ def test_selection_without_measuring(selection, decoder):
 def test_tokenizer_generation_config_and_special_tokens_come_along(make_bpe_tokenizer, tmp_path):
     tokenizer = make_bpe_tokenizer()
     teacher = make_teacher(pad_token_id=2)
-    teacher.generation_config.update(temperature=0.7, top_p=0.9, do_sample=True)
+    teacher.generation_config.update(temperature=0.7, top_p=0.9, do_sample=True, max_length=77, min_length=70)
     teacher.save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
     student = RopeEncDecForConditionalGeneration.from_decoder_only(
@@ -323,6 +324,9 @@ def test_tokenizer_generation_config_and_special_tokens_come_along(make_bpe_toke
         student.config.pad_token_id == tokenizer.convert_tokens_to_ids("<|endoftext|>") != student.config.eos_token_id
     )
     assert (student.generation_config.temperature, student.generation_config.top_p) == (0.7, 0.9)
+    # The teacher's count the prompt.
+    ours, default = student.generation_config, GenerationConfig()
+    assert (ours.max_length, ours.min_length) == (default.max_length, default.min_length)
 
     student.save_pretrained(tmp_path / "student")
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "student").eval()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from .. import SUPPORTED_FAMILIES
 from ..either_version import check_rope_is_read, rope_parameters
@@ -136,8 +136,10 @@ def from_decoder_only(
 
     Returns:
         [`RopeEncDecForConditionalGeneration`]: In evaluation mode, in the teacher's dtype, weights its own. With
-        `student.tokenizer` where a tokenizer was found, the teacher's generation config, and `student.healing`, a
-        [`~hf_encdec_distill.models.rope_encdec.least_squares.Healing`] where layers were fitted.
+        `student.tokenizer` where a tokenizer was found, the teacher's generation config without its `max_length` and
+        `min_length`, which count the prompt there, and `student.healing`, a
+        [`~hf_encdec_distill.models.rope_encdec.least_squares.Healing`] where layers were fitted. A
+        `repetition_penalty` counts the tokens of the answer alone, as in any encoder-decoder.
 
     Raises:
         ValueError: for an unsupported family (the message lists the supported ones), a model with an adapter on it,
@@ -275,6 +277,8 @@ def from_decoder_only(
 
     student.generation_config = copy.deepcopy(teacher.generation_config)
     student.generation_config._from_model_config = False
+    for name in ("max_length", "min_length"):  # of prompt and answer there, of the answer alone here
+        setattr(student.generation_config, name, getattr(GenerationConfig(), name))
     for name, value in special_tokens.items():
         setattr(student.generation_config, name, value)
     if trimmed_tokenizer is not None:
