@@ -374,7 +374,7 @@ MUTATIONS = [
         8,
         "states are written under their own name",
         _STATES,
-        'partial = self._place / f"partial-{name}"',
+        "partial = self._place / partial_name(self._worker)",
         'partial = self._place / f"states-{name}{_SUFFIX}"',
         "invariants/test_encoder_states.py::test_a_file_is_whole_or_not_there",
     ),

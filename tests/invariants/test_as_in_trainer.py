@@ -38,7 +38,9 @@ def tokenizer(make_bpe_tokenizer):
 
 def make_trainer(folder, tokenizer, student=None, rows=ROWS, *, collator=None, cls=DistillationTrainer, **settings):
     options = {name: settings.pop(name) for name in OPTIONS if name in settings}
-    kind = DistillationTrainingArguments if cls is DistillationTrainer else Seq2SeqTrainingArguments
+    kind = settings.pop(
+        "kind", DistillationTrainingArguments if cls is DistillationTrainer else Seq2SeqTrainingArguments
+    )
     if cls is DistillationTrainer:
         options["teacher"] = make_teacher()
     return cls(
@@ -370,12 +372,13 @@ def test_a_trial_of_a_search_trains_as_it_is_told(tmp_path, tokenizer, before, t
     assert logged(started) != logged(fresh)
 
 
+@pytest.mark.parametrize("kind", [DistillationTrainingArguments, Seq2SeqTrainingArguments])
 @pytest.mark.parametrize(
     ("trial", "name"),
     [({"freeze_encoder": True}, "freeze_encoder"), ({"hidden_state_weight": 1.0}, "hidden_state_weight")],
 )
-def test_a_trial_may_not_set_what_has_no_effect(tmp_path, tokenizer, trial, name):
-    trainer = make_trainer(tmp_path, tokenizer, model_init=lambda trial=None: make_t5(), max_steps=1)
+def test_a_trial_may_not_set_what_has_no_effect(tmp_path, tokenizer, trial, name, kind):
+    trainer = make_trainer(tmp_path, tokenizer, model_init=lambda trial=None: make_t5(), max_steps=1, kind=kind)
     trainer.hp_search_backend = HPSearchBackend.WANDB
     with pytest.raises(ValueError, match=f"a trial sets {name}=.*leave it out of the search"):
         trainer._hp_search_setup(trial)

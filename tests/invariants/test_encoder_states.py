@@ -296,7 +296,9 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     for name, age in (("partial-old", 7200), ("partial-new", 0)):
         (place / name).write_bytes(b"half")
         os.utime(place / name, (time.time() - age,) * 2)
+    (place / "partial-renamed").symlink_to("nowhere")  # listed, and not there any more when it is looked at
     assert EncoderStates(tmp_path, Accelerator(cpu=True)).rows(student) == 2
+    (place / "partial-renamed").unlink()
     assert sorted(path.name for path in place.iterdir()) == ["partial-new", file.name]
 
     file.write_bytes(file.read_bytes()[:-8])

@@ -24,7 +24,7 @@ ARROWS = {
     "evaluation": "distillation metrics models devices progress",
     "export": "metrics models files",
     "distillation": "metrics models hub files",
-    "data": "models",
+    "data": "models files",
     "models": "files",
 }
 ANYWHERE = {"_lazy", "_moved"}

@@ -428,6 +428,13 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
         return _without_tokens(self)
 
 
+_OF_BASE = {spec.name for spec in dataclasses.fields(Seq2SeqTrainingArguments)}
+# What distillation adds, each field with its default.
+OWN_FIELDS = {
+    spec.name: spec.default for spec in dataclasses.fields(DistillationTrainingArguments) if spec.name not in _OF_BASE
+}
+
+
 def keep_tokens_out_of_pickles(cls: type[TrainingArguments]) -> None:
     """The same for a class of transformers: a trainer pickles its arguments beside each checkpoint, and pushes them.
 
