@@ -27,6 +27,7 @@ import transformers
 from ..devices import best_cpu_dtype, bf16_unit, cpu_name
 from ..models.rope_encdec.compat_rope_encdec import CACHE_FIELD
 from .contenders import read_by
+from ..models.families import merged_start_token_id
 
 
 def machine_description() -> dict:
@@ -213,9 +214,7 @@ def compare_latency(
 
 
 def _prompts(student, teacher, prompts, prompt_length: int, seed: int) -> list[list[int]]:
-    start = (
-        student.config.decoder_start_token_id if getattr(student.config, "cross_attention", None) == "merged" else None
-    )
+    start = merged_start_token_id(student.config)
     if prompts is None:
         if prompt_length < 2:
             raise ValueError(f"prompt_length={prompt_length}: give at least 2 tokens")

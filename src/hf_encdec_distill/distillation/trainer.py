@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import CONFIG_NAME, logging
 
 from ..models.either_version import add_fields_of_4_57
+from ..models.families import STUDENTS, is_merged, merged_start_token_id
 from ..models.loading import reads_images
 from ..models.prompts import (
     PreTrainedTokenizerFast,
@@ -284,11 +285,10 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         self.prompt_date = frozen_prompt_date(tokenizer, args.prompt_template, day)
         self._choose_divergence()
         # A merged student's decoder starts with the last token of the teacher's prompt, which its encoder leaves out.
-        merged = getattr(config, "cross_attention", None) == "merged"
-        self._start_token_id = config.decoder_start_token_id if merged else None
+        self._start_token_id = merged_start_token_id(config)
         self._max_positions = max_positions(config)
         own = given
-        if merged and isinstance(given, PreTrainedTokenizerBase) and reads_bare_source(given):
+        if is_merged(config) and isinstance(given, PreTrainedTokenizerBase) and reads_bare_source(given):
             student = self.accelerator.unwrap_model(self.model)
             own = tokenizer_with_prompt(given, student, tokenizer, args.prompt_template, self.prompt_date)
         elif self._is_decoder_only and isinstance(given, PreTrainedTokenizerBase):
@@ -717,7 +717,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         super()._save(output_dir, state_dict)
         folder = output_dir or self.args.output_dir
         tokenizer = tokenizer_of(self.processing_class)
-        ours = self._is_decoder_only or self.model.config.model_type in ("rope_encdec", "rope_encdec_vision")
+        ours = self._is_decoder_only or self.model.config.model_type in STUDENTS
         if ours and isinstance(tokenizer, PreTrainedTokenizerBase):
             # Of a class that the other version of transformers knows too, which `AutoTokenizer` of 5.x does not give.
             in_a_class_of_both_versions(tokenizer).save_pretrained(folder)

@@ -20,6 +20,7 @@ from ..distillation.losses import cross_entropy
 from ..distillation.teachers.targets import end_tokens, generate_tokens
 from ..metrics.measures import OF_TEACHER
 from ..models.prompts import encode_prompt, no_room
+from ..models.families import is_merged
 from .fidelity import calibration_gaps, token_calibration, token_fidelity
 
 
@@ -72,7 +73,7 @@ def read_by_encoder(rows: Iterable[dict], tokenizer, config, max_prompt: int) ->
     Raises:
         ValueError: `max_prompt` leaves no token for the source.
     """
-    merged = getattr(config, "cross_attention", None) == "merged"
+    merged = is_merged(config)
     length = max_prompt - merged  # the start token is one of the prompt's
     around = len(tokenizer("")["input_ids"])
     if length <= around:

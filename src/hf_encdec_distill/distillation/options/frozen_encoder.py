@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
+from ...models.families import is_merged
 from ...models.rope_encdec.prompt_keys import key_value_modules, shared_prompt_keys
 from .schedules import wrap_again
 
@@ -54,8 +55,7 @@ def freeze_prompt_keys(model: PreTrainedModel) -> None:
     """
     if getattr(model, "peft_config", None):
         raise ValueError("freeze_prompt_keys=True with an adapter, which is another one in each layer: leave it out.")
-    merged = getattr(model.config, "cross_attention", None) == "merged"
-    pairs = list(shared_prompt_keys(model)) if merged else []
+    pairs = list(shared_prompt_keys(model)) if is_merged(model.config) else []
     if not pairs:
         raise ValueError(
             f"freeze_prompt_keys=True, but no decoder layer of this {type(model).__name__} makes the prompt's keys "
