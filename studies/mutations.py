@@ -78,7 +78,7 @@ MUTATIONS = [
         1,
         "pads count as targets",
         _TRAINER,
-        'return sum(batch["labels"].ne(-100).sum() for batch in batch_samples).to(device)',
+        'return sum(batch["labels"].ne(IGNORED).sum() for batch in batch_samples).to(device)',
         'return sum(batch["labels"].numel() for batch in batch_samples)',
         f"{_LOSS}::test_several_devices_in_one_process_count_the_whole_batch",
     ),

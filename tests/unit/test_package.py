@@ -150,7 +150,6 @@ LAZY = {
     ".cards": "write_model_card",
     ".data": "load_pairs",
     ".distillation": "capture",
-    ".distillation.teachers": "LiveTeacher",
     ".evaluation": "score",
     ".metrics": "rouge",
 }

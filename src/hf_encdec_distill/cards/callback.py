@@ -1,6 +1,5 @@
 """A model card written during training: `trainer.add_callback(ModelCardCallback(trainer))`."""
 
-import importlib.metadata
 import math
 import re
 from collections.abc import Mapping
@@ -12,8 +11,7 @@ import datasets
 from transformers import TrainerCallback
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
-from .. import __version__
-from ..bench import EnergyMeter, compare_cost, machine_description
+from ..bench import EnergyMeter, compare_cost, machine_description, versions
 from ..distillation import CachedTeacher, DistillationTrainer, LiveTeacher, ServedTeacher
 from ..distillation.arguments import OWN_FIELDS
 from .model_card import card_text, check, teacher_entry, write_model_card
@@ -34,7 +32,6 @@ _NO_MEASURES = (
     "jit_compilation_time",
     "model_preparation_time",
 )
-_PACKAGES = ("accelerate", "datasets", "tokenizers", "torch", "transformers")
 _SOURCE, _TARGET = 128, 32  # tokens of the request whose cost is counted, where the arguments set no limit
 
 
@@ -186,8 +183,7 @@ class ModelCardCallback(TrainerCallback):
         args = self.trainer.args
         recipe = {name: getattr(args, name) for name in OWN_FIELDS if name not in _ELSEWHERE}
         recipe = {name: value for name, value in recipe.items() if name in _ALWAYS or value != OWN_FIELDS[name]}
-        versions = {"hf-encdec-distill": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
-        said = ", ".join(f"{name} {version}" for name, version in versions.items())
+        said = ", ".join(f"{name} {version}" for name, version in versions().items())
         given = extract_hyperparameters_from_trainer(self.trainer)
         return {**recipe, **given, "learning_rate": self._learning_rate(), "versions": said}
 

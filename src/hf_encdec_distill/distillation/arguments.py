@@ -12,6 +12,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
+from ..models.prompts import check_template
 from ._compat import take_share_of_steps
 from .alignment.vocabularies import VOCAB_POLICIES, check_vocab_policy
 from .losses import DIVERGENCES, HIDDEN_STATE_LOSSES
@@ -415,10 +416,8 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
         for name, least in (("max_source_length", 2), ("max_target_length", 1)):
             value = getattr(self, name)
             _within(name, value, value is None or value >= least, f"at least {least}, or None for no cut")
-        if self.prompt_template is not None and "{source}" not in self.prompt_template:
-            raise ValueError(
-                f"prompt_template={self.prompt_template!r} has no place for the source; write {{source}} in it."
-            )
+        if self.prompt_template is not None:
+            check_template(self.prompt_template)
         if self.source_column == self.target_column:
             raise ValueError(
                 f"source_column and target_column are both {self.source_column!r}; name two different columns."

@@ -22,7 +22,7 @@ from .schedules import wrap_again
 logger = logging.get_logger(__name__)
 
 
-def freeze_encoder(model: PreTrainedModel, but: Sequence[nn.Parameter] = ()) -> list[nn.Parameter]:
+def freeze_encoder(model: PreTrainedModel, but: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     """Takes the gradient from all that the encoder reads, so that what it says of a prompt stays what it was.
 
     An embedding that the decoder shares is among it, and with it an LM head that is tied to that; an untied one is
