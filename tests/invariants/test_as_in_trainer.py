@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from distillation_toys import STUDENTS, arguments, make_bart, make_rope, make_t5, make_teacher, ragged_rows
+from distillation_toys import STUDENTS, KeepLogs, arguments, make_bart, make_rope, make_t5, make_teacher, ragged_rows
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -230,14 +230,6 @@ def test_neftune(tmp_path, tokenizer, kind):
 
 
 # --- what is reported, kept and chosen ---
-
-
-class KeepLogs(TrainerCallback):
-    def __init__(self):
-        self.logs = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.logs.append(dict(logs))
 
 
 def test_best_model_by_rouge_stops_early(tmp_path, tokenizer):
