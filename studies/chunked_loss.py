@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from tasks import taken_before
 
+from hf_encdec_distill.bench.worker import memory
 from hf_encdec_distill.files import write_json
 
 
@@ -107,8 +107,7 @@ def _memory_now(device) -> float:
 
     if device.type == "cuda":
         return torch.cuda.memory_allocated() / 1e9
-    resident = int(Path("/proc/self/statm").read_text().split()[1])  # not the peak: it has the first step in it
-    return resident * resource.getpagesize() / 1e9
+    return memory()["now"] / 1e9  # not the peak: it has the first step in it
 
 
 def _peak_memory(device) -> float:
@@ -116,7 +115,7 @@ def _peak_memory(device) -> float:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return memory()["peak"] / 1e9
 
 
 def table(taken: dict[str, list[dict]]) -> str:

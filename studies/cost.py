@@ -18,7 +18,6 @@ import argparse
 import importlib.util
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from pathlib import Path
 
 from tasks import load_task, taken_before
 
+from hf_encdec_distill.bench.worker import memory
 from hf_encdec_distill.files import write_json
 
 
@@ -202,9 +202,7 @@ def _memory(cuda: bool) -> float:
         import torch
 
         return torch.cuda.max_memory_allocated() / 1e6
-    # Not `getrusage`, whose peak a process inherits from the one that started it.
-    [peak] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return 1024 * int(peak) / 1e6
+    return memory()["peak"] / 1e6
 
 
 def _our_trainer(name, task, rows, tokenizer, shared, causal):

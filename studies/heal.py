@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from tasks import MAX_SOURCE, MAX_TARGET, Task, load_task, remembering_teacher
+from tasks import MAX_SOURCE, MAX_TARGET, MEASURES, Task, load_task, remembering_teacher, rounded, table_line
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -133,7 +133,6 @@ ARMS = {
 }
 SHAPES = {"64/128": (64, 128), "128/32": (128, 32), "512/64": (512, 64), "2048/64": (2048, 64)}
 _IN_WORDS = {"ce": "CE", "kl": "KL", "teacher_agreement": "agreement", "rouge_l": "ROUGE-L"}
-MEASURES = {"ce": (1, 3), "kl": (1, 3), "teacher_agreement": (100, 1), "rouge_l": (100, 1), "distinct": (100, 0)}
 
 BATCH_SIZE, LEARNING_RATE, WARMUP = 8, 1e-3, 0.1  # the last is a share of the time
 HEAL_ROWS = 200
@@ -474,7 +473,7 @@ def _ratio(latency: Mapping, shape: str, split: str, timing: str) -> float:
 
 def tables(results: Mapping, latency: Mapping | None) -> str:
     setting = results["setting"]
-    teacher = ", ".join(f"{name} {_number(setting['teacher'][name], name)}" for name in setting["teacher"])
+    teacher = ", ".join(f"{name} {rounded(setting['teacher'][name], name)}" for name in setting["teacher"])
     parts = [
         f"# Task `{setting['task']}`, {setting['cpu_minutes']:g} CPU minutes each\n",
         f"{setting['test_rows']} held-out rows ({setting['test_tokens']} tokens; ROUGE-L and distinct on "
@@ -493,17 +492,17 @@ def tables(results: Mapping, latency: Mapping | None) -> str:
         "agreement, %",
         "ROUGE-L",
     ]
-    lines = [_line(header), _line(["---"] * len(header))]
+    lines = [table_line(header), table_line(["---"] * len(header))]
     for name, arm in ARMS.items():
         runs = list(results["arms"].get(name, {}).values())
         if not runs:
             continue
         start = [statistics.mean(run["start"][measure] for run in runs) for measure in ("kl", "teacher_agreement")]
         cells = [arm.label, f"{runs[0]['parameters'] / 1e6:.0f}", f"{runs[0]['start']['fit_seconds']:.0f}"]
-        cells += [f"{_number(start[0], 'kl')}, {_number(start[1], 'teacher_agreement')}"]
+        cells += [f"{rounded(start[0], 'kl')}, {rounded(start[1], 'teacher_agreement')}"]
         cells += [f"{statistics.mean(run['steps'] for run in runs):.0f}", str(len(runs))]
         cells += [_spread([run[measure] for run in runs], measure) for measure in MEASURES if measure != "distinct"]
-        lines.append(_line(cells))
+        lines.append(table_line(cells))
     parts.append("\n".join(lines) + "\n")
     for name, by_seed in results["arms"].items():
         runs = [run["int4"] for run in by_seed.values() if "int4" in run]
@@ -519,7 +518,7 @@ def tables(results: Mapping, latency: Mapping | None) -> str:
 def _times(results: Mapping, latency: Mapping) -> str:
     """First token, step and request of each arm as shares of the teacher's; bold: on the front."""
     header = ["", *(f"{shape}: first token, step, request" for shape in SHAPES)]
-    lines = [_line(header), _line(["---"] * len(header))]
+    lines = [table_line(header), table_line(["---"] * len(header))]
     fronts = {}
     for shape in SHAPES:
         points = _points(results, latency, shape, "teacher_agreement")
@@ -534,7 +533,7 @@ def _times(results: Mapping, latency: Mapping) -> str:
             ]
             text = ", ".join(f"{ratio:.2f}" for ratio in ratios)
             cells.append(f"**{text}**" if arm.label in fronts[shape] else text)
-        lines.append(_line(cells))
+        lines.append(table_line(cells))
     machine, rounds = latency["machine"], len(latency["rounds"][shape][latency["teacher"]])
     about = (
         f"Shares of the teacher's time ({latency['runtime']}, {machine['threads']} threads, {machine['cpu']}; medians "
@@ -544,18 +543,9 @@ def _times(results: Mapping, latency: Mapping) -> str:
     return f"{about}\n" + "\n".join(lines) + "\n"
 
 
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def _spread(values: list[float], measure: str) -> str:
-    mean, least, most = (_number(value, measure) for value in (statistics.mean(values), min(values), max(values)))
+    mean, least, most = (rounded(value, measure) for value in (statistics.mean(values), min(values), max(values)))
     return mean if len(values) == 1 else f"{mean} [{least}, {most}]"
-
-
-def _number(value: float, measure: str) -> str:
-    factor, digits = MEASURES[measure]
-    return f"{factor * value:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
-import resource
 import shutil
 import statistics
 import sysconfig
 import time
 from pathlib import Path
 
+from hf_encdec_distill.bench import worker
 from hf_encdec_distill.bench.hardware import PROCESS_BYTES
 from hf_encdec_distill.bench.plan import PARQUET_SHARE, UPDATE_BYTES, Work, row_flops, step_flops
 from hf_encdec_distill.files import write_json
@@ -182,7 +182,7 @@ def measure(name: str, work: Path) -> dict:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     run = RUNS[name]
-    process = _peak()
+    process = worker.memory()["peak"]
     rates = [_rates()]
     _, student_config = configs(run)
     rows = _random_rows(run)
@@ -217,7 +217,7 @@ def measure(name: str, work: Path) -> dict:
     )
     trainer.add_callback(Clock())
     trainer.train()
-    peak = _peak()
+    peak = worker.memory()["peak"]
     rates.append(_rates())
     seconds = [end - start for start, end in zip(ends, ends[1:])][SKIPPED - 1 :]
     return {
@@ -241,7 +241,7 @@ def measure_capture(name: str, work: Path) -> dict:
 
     torch.set_num_threads(1)
     number, prompt, target = CAPTURES[name]
-    process = _peak()
+    process = worker.memory()["peak"]
     rates = [_rates()]
     path = fetch_builtin_teacher()
     ids = AutoTokenizer.from_pretrained(path)(_python_source(), verbose=False)["input_ids"]
@@ -257,7 +257,7 @@ def measure_capture(name: str, work: Path) -> dict:
     start = time.process_time()
     capture(teacher, rows, folder, k=32, progress=False)
     seconds = time.process_time() - start
-    peak = _peak()
+    peak = worker.memory()["peak"]
     rates.append(_rates())
     return {
         "seconds": seconds,
@@ -295,11 +295,6 @@ def _stack(rows: list[dict]) -> dict:
 def _python_source() -> str:
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return "\n".join(file.read_text(encoding="utf-8", errors="ignore") for file in files[:40])
-
-
-def _peak() -> float:
-    """Bytes, resident, of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def _rates() -> dict[str, float]:

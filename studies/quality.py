@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tasks import MAX_SOURCE, MAX_TARGET, Task, load_task, remembering_teacher
+from tasks import MAX_SOURCE, MAX_TARGET, MEASURES, Task, load_task, remembering_teacher, rounded, table_line
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
 
 from hf_encdec_distill import DistillationTrainer, DistillationTrainingArguments, RopeEncDecForConditionalGeneration
@@ -108,7 +108,6 @@ ARMS = {
 LAYERS = (11, 4)
 LEARNING_RATE = 1e-3
 LOWER_IS_BETTER = ("ce", "kl")
-MEASURES = {"ce": (1, 3), "kl": (1, 3), "teacher_agreement": (100, 1), "rouge_l": (100, 1), "distinct": (100, 0)}
 GENERATED = 48  # test rows that are answered
 PLAIN_WINDOW = 128  # tokens
 
@@ -323,7 +322,7 @@ def tables(results: dict) -> str:
         for name in [*(r for r in references if r not in names and r in runs), *names]:
             lines.append(_row(name, runs))
         parts.append("\n".join(lines) + "\n")
-    values = ", ".join(f"{name} {_number(value, name)}" for name, value in teacher.items() if value is not None)
+    values = ", ".join(f"{name} {rounded(value, name)}" for name, value in teacher.items() if value is not None)
     parts.insert(2, f"The teacher: {values}.\n")
     return "\n".join(parts)
 
@@ -331,7 +330,7 @@ def tables(results: dict) -> str:
 def _row(name: str, runs: dict) -> str:
     seeds = sorted(runs[name])
     cells = [ARMS[name].label, str(len(seeds))]
-    cells += [_number(statistics.mean(runs[name][seed][measure] for seed in seeds), measure) for measure in MEASURES]
+    cells += [rounded(statistics.mean(runs[name][seed][measure] for seed in seeds), measure) for measure in MEASURES]
     reference = ARMS[name].reference
     for measure in ("ce", "teacher_agreement"):
         both = [seed for seed in seeds if seed in runs.get(reference, {})]
@@ -345,12 +344,7 @@ def _row(name: str, runs: dict) -> str:
         )
         same = len(changes) >= 3 and (min(changes) > 0 or max(changes) < 0)
         cells.append(f"{f'**{mean}**' if same else mean} [{least}, {most}]")
-    return f"| {' | '.join(cells)} |"
-
-
-def _number(value: float, measure: str) -> str:
-    factor, digits = MEASURES[measure]
-    return f"{factor * value:.{digits}f}"
+    return table_line(cells)
 
 
 if __name__ == "__main__":

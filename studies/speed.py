@@ -22,10 +22,12 @@ from pathlib import Path
 
 import numpy as np
 from datasets import DatasetDict
+from tasks import table_line
 
 from hf_encdec_distill.bench import best_cpu_dtype, machine_description, plot_front
 from hf_encdec_distill.bench.contenders import Model, contenders
 from hf_encdec_distill.bench.race import Request, race
+from hf_encdec_distill.bench.results import TIMES
 from hf_encdec_distill.data import fetch_builtin_teacher
 from hf_encdec_distill.evaluation import encode_rows, generate
 from hf_encdec_distill.files import write_json
@@ -36,7 +38,6 @@ from hf_encdec_distill.models.loading import load_config, load_student, load_tea
 
 TEACHER = "teacher"
 REQUESTS = (Request(128, 32, 1), Request(512, 64, 1))
-TIMINGS = ("first_token_ms", "step_ms", "request_ms")
 REFERENCE = (20, 10)  # layers of the student that the others are held against
 HELD_OUT = 256  # rows
 
@@ -201,7 +202,7 @@ def tables(by_label: Mapping[str, Sequence[Run]], report: Mapping) -> str:
     ]
     header = ["student", "M parameters", "seeds", "ROUGE-L", "of the teacher's", "KL", "agreement"]
     header += [f"{request.source}/{request.target}: first token, step, request" for request in REQUESTS]
-    lines += [_line(header), _line(["---"] * len(header))]
+    lines += [table_line(header), table_line(["---"] * len(header))]
     fronts = [pareto_front(_means(by_label, report, request)) for request in REQUESTS]
     for label, runs in by_label.items():
         values = [run.rouge_l for run in runs]
@@ -214,9 +215,9 @@ def tables(by_label: Mapping[str, Sequence[Run]], report: Mapping) -> str:
         for request, front in zip(REQUESTS, fronts, strict=True):
             text = _times(report, label, request)
             cells.append(f"**{text}**" if label in front else text)
-        lines.append(_line(cells))
+        lines.append(table_line(cells))
     cells = [f"{TEACHER}, {_row(report, TEACHER, REQUESTS[0])['parameters'] / 1e6:.1f} M parameters", *[""] * 6]
-    lines.append(_line([*cells, *(_times(report, TEACHER, request) for request in REQUESTS)]))
+    lines.append(table_line([*cells, *(_times(report, TEACHER, request) for request in REQUESTS)]))
     lines.append("\nBold: on the front, no other student answers as soon and scores higher.\n")
     lines += _against_reference(by_label)
     return "\n".join(lines)
@@ -228,9 +229,7 @@ def _means(by_label, report, request) -> dict[str, tuple[float, float]]:
 
 def _times(report: Mapping, model: str, request: Request) -> str:
     row = _row(report, model, request)
-    return ", ".join(
-        f"{row[timing]['value']:.1f} ({_ratio(report, model, request, timing):.2f})" for timing in TIMINGS
-    )
+    return ", ".join(f"{row[timing]['value']:.1f} ({_ratio(report, model, request, timing):.2f})" for timing in TIMES)
 
 
 def _against_reference(by_label: Mapping[str, Sequence[Run]]) -> list[str]:
@@ -250,10 +249,6 @@ def _against_reference(by_label: Mapping[str, Sequence[Run]]) -> list[str]:
 
 def _mean_by_row(runs: Sequence[Run]) -> np.ndarray:
     return np.mean([run.scores for run in runs], axis=0)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ from hf_encdec_distill.evaluation import encode_rows
 MAX_SOURCE, MAX_TARGET = 96, 24  # tokens; longer rows are left out, so that nothing is cut
 TRAIN_ROWS, TEST_ROWS = 2400, 200
 TEACHER_STEPS, TEACHER_BATCH, TEACHER_LEARNING_RATE = 150, 16, 2e-4
+# Factor and digits of a measure in a table.
+MEASURES = {"ce": (1, 3), "kl": (1, 3), "teacher_agreement": (100, 1), "rouge_l": (100, 1), "distinct": (100, 0)}
 PROMPT_TEMPLATES = {"docstrings": PROMPT_TEMPLATE, "debian": "{source}\n\nIn one line:\n"}
 
 
@@ -44,6 +46,16 @@ class Task:
     rows: DatasetDict
     prompt_template: str
     teacher: Path
+
+
+def rounded(value: float, measure: str) -> str:
+    factor, digits = MEASURES[measure]
+    return f"{factor * value:.{digits}f}"
+
+
+def table_line(cells: Iterable[str]) -> str:
+    """Of Markdown."""
+    return f"| {' | '.join(cells)} |"
 
 
 def taken_before(file: Path, names: Iterable[str]) -> dict[str, list[dict]]:

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import SequentialSampler
+from torch.utils.data import IterableDataset, SequentialSampler
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -14,6 +14,7 @@ from transformers import (
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    TrainerCallback,
 )
 
 from hf_encdec_distill import (
@@ -207,6 +208,24 @@ class InOrder(DistillationTrainer):
 
     def _get_train_sampler(self, *_):
         return SequentialSampler(self.train_dataset)
+
+
+class KeepLogs(TrainerCallback):
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+class Stream(IterableDataset):
+    """Rows one after another, whose number nobody knows beforehand."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
 
 
 def collate(rows):

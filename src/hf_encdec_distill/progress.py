@@ -1,4 +1,4 @@
-"""What a command shows: its result, and on the way there its stages with the time left."""
+"""What a command shows on its way: its stages, with the time left."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def test_speed_table(studies):
 
     def row(model, source, *requests):
         measured = [{"first_token_ms": 0.1 * ms, "step_ms": 0.01 * ms, "request_ms": ms} for ms in requests]
-        values = {name: {"value": measured[0][name]} for name in speed.TIMINGS}
+        values = {name: {"value": measured[0][name]} for name in speed.TIMES}
         return {"model": model, "source": source, "parameters": 48_200_000, "measured": measured, **values}
 
     small, large = [[run((5, 6), 0, [20.0, 30.0]), run((5, 6), 1, [30.0, 30.0])], [run((20, 10), 0, [30.0, 28.0])]]

@@ -216,7 +216,7 @@ def test_calls_of_fixed_graphs_are_decoding_steps():
     from hf_encdec_distill.export.recipe import graphs
 
     model, shapes = toy(kind="merged"), Shapes.parse("fixed:9,8")
-    calls = _Calls("decoder", model, graphs(model.config, shapes), shapes, CALIBRATION)
+    calls = _Calls("decoder", model, graphs(model.config, shapes), shapes, CALIBRATION, joined=False)
     seen = list(calls)
     assert [int(call["position"][0]) for call in seen] == [0, 1, 2, 0, 1] and len(calls) == len(seen)
     start = model.config.decoder_start_token_id

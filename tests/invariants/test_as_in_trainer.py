@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from distillation_toys import STUDENTS, arguments, make_bart, make_rope, make_t5, make_teacher, ragged_rows
+from distillation_toys import STUDENTS, KeepLogs, arguments, make_bart, make_rope, make_t5, make_teacher, ragged_rows
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -38,7 +38,9 @@ def tokenizer(make_bpe_tokenizer):
 
 def make_trainer(folder, tokenizer, student=None, rows=ROWS, *, collator=None, cls=DistillationTrainer, **settings):
     options = {name: settings.pop(name) for name in OPTIONS if name in settings}
-    kind = DistillationTrainingArguments if cls is DistillationTrainer else Seq2SeqTrainingArguments
+    kind = settings.pop(
+        "kind", DistillationTrainingArguments if cls is DistillationTrainer else Seq2SeqTrainingArguments
+    )
     if cls is DistillationTrainer:
         options["teacher"] = make_teacher()
     return cls(
@@ -230,14 +232,6 @@ def test_neftune(tmp_path, tokenizer, kind):
 # --- what is reported, kept and chosen ---
 
 
-class KeepLogs(TrainerCallback):
-    def __init__(self):
-        self.logs = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.logs.append(dict(logs))
-
-
 def test_best_model_by_rouge_stops_early(tmp_path, tokenizer):
     """A rate so small that no answer changes: the first evaluation stays the best, the second ends the run."""
     keeper = KeepLogs()
@@ -370,12 +364,13 @@ def test_a_trial_of_a_search_trains_as_it_is_told(tmp_path, tokenizer, before, t
     assert logged(started) != logged(fresh)
 
 
+@pytest.mark.parametrize("kind", [DistillationTrainingArguments, Seq2SeqTrainingArguments])
 @pytest.mark.parametrize(
     ("trial", "name"),
     [({"freeze_encoder": True}, "freeze_encoder"), ({"hidden_state_weight": 1.0}, "hidden_state_weight")],
 )
-def test_a_trial_may_not_set_what_has_no_effect(tmp_path, tokenizer, trial, name):
-    trainer = make_trainer(tmp_path, tokenizer, model_init=lambda trial=None: make_t5(), max_steps=1)
+def test_a_trial_may_not_set_what_has_no_effect(tmp_path, tokenizer, trial, name, kind):
+    trainer = make_trainer(tmp_path, tokenizer, model_init=lambda trial=None: make_t5(), max_steps=1, kind=kind)
     trainer.hp_search_backend = HPSearchBackend.WANDB
     with pytest.raises(ValueError, match=f"a trial sets {name}=.*leave it out of the search"):
         trainer._hp_search_setup(trial)

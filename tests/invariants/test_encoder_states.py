@@ -18,6 +18,7 @@ from datasets import Dataset, DatasetDict
 from distillation_toys import (
     STUDENTS,
     InOrder,
+    Stream,
     arguments,
     collate,
     make_bart,
@@ -29,7 +30,6 @@ from distillation_toys import (
 )
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from torch.utils.data import IterableDataset
 from transformers import AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, Seq2SeqTrainingArguments
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
@@ -168,17 +168,13 @@ def test_training_is_that_of_the_live_encoder(tmp_path, monkeypatch, name, how):
         assert torch.equal(value, other), key
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(ROWS)
-
-
 @pytest.mark.parametrize("data", ["stream", "by length"])
 def test_rows_are_found_however_they_come(tmp_path, data):
     by_length = {"group_by_length": True}
     if not hasattr(Seq2SeqTrainingArguments, "group_by_length"):
         by_length = {"train_sampling_strategy": "group_by_length"}
-    rows, settings = (Stream(), {"max_steps": 6}) if data == "stream" else (ROWS, {"num_train_epochs": 3, **by_length})
+    settings = {"max_steps": 6} if data == "stream" else {"num_train_epochs": 3, **by_length}
+    rows = Stream(ROWS) if data == "stream" else ROWS
     trainer = make_trainer(tmp_path, MAKE["merged"](), DistillationTrainer, rows=rows, **settings)
     runs = count_runs(trainer)
     trainer.train()
@@ -296,7 +292,9 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     for name, age in (("partial-old", 7200), ("partial-new", 0)):
         (place / name).write_bytes(b"half")
         os.utime(place / name, (time.time() - age,) * 2)
+    (place / "partial-renamed").symlink_to("nowhere")  # listed, and not there any more when it is looked at
     assert EncoderStates(tmp_path, Accelerator(cpu=True)).rows(student) == 2
+    (place / "partial-renamed").unlink()
     assert sorted(path.name for path in place.iterdir()) == ["partial-new", file.name]
 
     file.write_bytes(file.read_bytes()[:-8])

@@ -10,7 +10,7 @@ from vision_toys import FEATURES, IMAGE, SEEING, llama_of, make_llava, make_seei
 
 from hf_encdec_distill.distillation.alignment.positions import target_positions, teacher_columns, teacher_images
 from hf_encdec_distill.distillation.collator import DistillationCollator
-from hf_encdec_distill.distillation.decoder_only_student import left_padded
+from hf_encdec_distill.distillation.decoder_only_student import with_padding_left
 from hf_encdec_distill.distillation.teachers.capture import capture
 from hf_encdec_distill.distillation.teachers.fingerprints import row_keys
 from hf_encdec_distill.distillation.teachers.live import LiveTeacher
@@ -109,8 +109,8 @@ def test_logits_of_a_ragged_batch_are_those_of_each_row_alone(kind, side, chunke
     if side == "left":
         columns += (mask == 0).sum(dim=1)[places]
         if "token_type_ids" in images:
-            images["token_type_ids"], _ = left_padded(images["token_type_ids"], mask)
-        ids, mask = left_padded(ids, mask)
+            images["token_type_ids"], _ = with_padding_left(images["token_type_ids"], mask)
+        ids, mask = with_padding_left(ids, mask)
     ours = LiveTeacher(teacher).logits_at(ids, mask, places, columns, chunked, images)(slice(None))
     torch.testing.assert_close(ours, torch.cat([alone(teacher, row) for row in rows]), atol=5e-4, rtol=5e-4)
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from distillation_toys import arguments, collate, make_t5, make_teacher, ragged_rows, token_terms
-from torch.utils.data import IterableDataset
+from distillation_toys import Stream, arguments, collate, make_t5, make_teacher, ragged_rows, token_terms
 
 from hf_encdec_distill import DistillationTrainer
 from hf_encdec_distill.distillation.options.token_batches import TokenBatches
@@ -142,14 +141,9 @@ def test_resumed_equals_never_stopped(tmp_path, stop):
         assert torch.equal(one, other), name
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(ROWS)
-
-
 def test_what_cannot_be_counted_is_refused(tmp_path):
     with pytest.raises(ValueError, match="max_tokens_per_batch sorts rows by length, and a Stream has none"):
-        make_trainer(tmp_path, Stream(), max_steps=1).train()
+        make_trainer(tmp_path, Stream(ROWS), max_steps=1).train()
     with pytest.raises(ValueError, match=r"counts input_ids and labels, and row 0 has \['input_ids'\]"):
         make_trainer(tmp_path, [{"input_ids": [5, 6]}], max_steps=1).train()
     for settings, message in (

@@ -5,7 +5,17 @@ import pickle
 import pytest
 import torch
 from datasets import Dataset
-from distillation_toys import EOS, arguments, make_bart, make_t5, make_teacher, ragged_rows, spread, token_terms
+from distillation_toys import (
+    EOS,
+    KeepLogs,
+    arguments,
+    make_bart,
+    make_t5,
+    make_teacher,
+    ragged_rows,
+    spread,
+    token_terms,
+)
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -15,7 +25,6 @@ from transformers import (
     Seq2SeqTrainingArguments,
     T5GemmaConfig,
     T5GemmaForConditionalGeneration,
-    TrainerCallback,
 )
 
 from hf_encdec_distill import (
@@ -214,14 +223,6 @@ def test_text_data_sets_need_no_preparation(tmp_path, tokenizer, kind):
     few = sum(len(row["labels"]) for row in ready[:2])
     assert metrics["eval_two_ce_loss"] == pytest.approx(ce[:few].mean().item(), rel=1e-5)
     assert metrics["eval_two_loss"] != metrics["eval_two_ce_loss"]
-
-
-class KeepLogs(TrainerCallback):
-    def __init__(self):
-        self.logs = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.logs.append(dict(logs))
 
 
 def test_a_seq2seq_script_only_swaps_the_class(tmp_path, tokenizer):

@@ -603,8 +603,7 @@ def test_killed_at_any_file_operation_it_goes_on(tmp_path, make_bpe_tokenizer, c
 
 CAPTURE = """
 import sys
-from hf_encdec_distill.distillation import capture
-from hf_encdec_distill.distillation.teachers import LiveTeacher
+from hf_encdec_distill.distillation import LiveTeacher, capture
 from distillation_toys import make_teacher, ragged_rows
 folder, rows = sys.argv[1], ragged_rows(int(sys.argv[2]))
 from transformers import AutoTokenizer

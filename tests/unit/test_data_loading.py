@@ -125,6 +125,10 @@ def test_saved_pairs_come_back(tmp_path):
         save_pairs(broken(), tmp_path / "b.jsonl")
     assert [file.name for file in tmp_path.iterdir() if file.suffix != ""] == []
 
+    (tmp_path / "c.jsonl.partial").write_text("another process is writing this")
+    assert save_pairs(pairs, tmp_path / "c.jsonl") == 20
+    assert (tmp_path / "c.jsonl.partial").read_text() == "another process is writing this"
+
 
 @pytest.mark.parametrize("one", [True, False])
 def test_what_save_to_disk_wrote(tmp_path, one):

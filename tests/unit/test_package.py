@@ -24,7 +24,7 @@ ARROWS = {
     "evaluation": "distillation metrics models devices progress",
     "export": "metrics models files",
     "distillation": "metrics models hub files",
-    "data": "models",
+    "data": "models files",
     "models": "files",
 }
 ANYWHERE = {"_lazy", "_moved"}
@@ -150,7 +150,6 @@ LAZY = {
     ".cards": "write_model_card",
     ".data": "load_pairs",
     ".distillation": "capture",
-    ".distillation.teachers": "LiveTeacher",
     ".evaluation": "score",
     ".metrics": "rouge",
 }

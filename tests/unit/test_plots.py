@@ -8,7 +8,7 @@ import matplotlib.image
 import pytest
 
 from hf_encdec_distill import bench
-from hf_encdec_distill.bench import plot_front, plot_latency, plot_loss_curves, plot_quality, plots
+from hf_encdec_distill.bench import plot_front, plot_loss_curves, plot_quality, plots
 
 
 MODELS = {
@@ -85,25 +85,6 @@ def test_loss_curves_are_the_logged_rows(drawn):
     # a run looks the same in every panel, and no two runs look alike, in colour or in dashes
     assert distillation.lines[0].get_color() == ce.lines[1].get_color() != ce.lines[0].get_color()
     assert ce.lines[0].get_linestyle() != ce.lines[1].get_linestyle()
-
-
-def test_latency_bars(drawn):
-    def side(first):
-        return {
-            name: {"value": first, "low": first - 1, "high": first + 2}
-            for name in ("first_token_ms", "step_ms", "request_ms")
-        }
-
-    latency = {
-        "prompt_length": 8,
-        "new_tokens": 4,
-        "dtype": "float32",
-        "batch_size": 1,
-        "spread": "median and quartiles",
-    }
-    plot_latency({**latency, "teacher": side(20), "student": side(5)}, "x.png")
-    assert [[bar.get_width() for bar in axis.patches] for axis in visible_axes(drawn[0])] == [[20, 5]] * 3
-    assert visible_axes(drawn[0])[0].collections[0].get_segments()[0][:, 0].tolist() == [19, 22]
 
 
 POINTS = {

@@ -1,5 +1,7 @@
 """Targets that a teacher writes: against `generate` row by row, against probabilities, and what is kept of them."""
 
+from collections import Counter
+
 import datasets
 import numpy as np
 import pytest
@@ -145,7 +147,8 @@ def test_the_closest_in_another_script(reference):
     """ROUGE knows no word of it; nor is the number that both have all that there is to compare."""
     texts = ["совсем 2020 другое", reference[:-3], "2020"]
     rows = [{"text": text, "reference": reference} for text in texts]
-    assert targets._keep(rows, "closest")[0]["text"] == reference[:-3]
+    kept = targets.keep(rows, TargetGeneration(keep="closest", **SAMPLED), Counter())
+    assert [row["text"] for row in kept] == [reference[:-3]]
 
 
 def padded(lists):

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from .latency import compare_latency as compare_latency
     from .latency import greedy_decode as greedy_decode
     from .latency import machine_description as machine_description
+    from .latency import versions as versions
     from .plots import plot_bench as plot_bench
     from .plots import plot_front as plot_front
-    from .plots import plot_latency as plot_latency
     from .plots import plot_loss_curves as plot_loss_curves
     from .plots import plot_quality as plot_quality
 else:
@@ -34,8 +34,8 @@ else:
         __name__,
         {
             ".energy": ["EnergyMeter"],
-            ".latency": ["LatencyComparison", "compare_latency", "greedy_decode", "machine_description"],
-            ".plots": ["plot_bench", "plot_front", "plot_latency", "plot_loss_curves", "plot_quality"],
+            ".latency": ["LatencyComparison", "compare_latency", "greedy_decode", "machine_description", "versions"],
+            ".plots": ["plot_bench", "plot_front", "plot_loss_curves", "plot_quality"],
             "..models.cost": ["CostComparison", "ModelCost", "compare_cost", "decoder_only_config", "model_cost"],
             "..devices": ["best_cpu_dtype", "bf16_unit", "cpu_flags"],
         },

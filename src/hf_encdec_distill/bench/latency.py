@@ -14,6 +14,7 @@ Reported are medians with quartiles over the rounds. Batch 1.
 
 import copy
 import dataclasses
+import importlib.metadata
 import inspect
 import os
 import platform
@@ -24,9 +25,14 @@ from collections.abc import Sequence
 import torch
 import transformers
 
+from .. import __version__
 from ..devices import best_cpu_dtype, bf16_unit, cpu_name
+from ..models.families import merged_start_token_id
 from ..models.rope_encdec.compat_rope_encdec import CACHE_FIELD
 from .contenders import read_by
+
+
+_PACKAGES = ("accelerate", "datasets", "numpy", "tokenizers", "torch", "transformers")
 
 
 def machine_description() -> dict:
@@ -56,6 +62,12 @@ def machine_description() -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this package and those that a training depends on: for whoever wants to repeat one."""
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), "hf-encdec-distill": __version__, **packages}
 
 
 def _gpus() -> str | None:
@@ -213,9 +225,7 @@ def compare_latency(
 
 
 def _prompts(student, teacher, prompts, prompt_length: int, seed: int) -> list[list[int]]:
-    start = (
-        student.config.decoder_start_token_id if getattr(student.config, "cross_attention", None) == "merged" else None
-    )
+    start = merged_start_token_id(student.config)
     if prompts is None:
         if prompt_length < 2:
             raise ValueError(f"prompt_length={prompt_length}: give at least 2 tokens")

@@ -198,40 +198,6 @@ def _draw_quality(models: Mapping[str, Mapping], spread: str | None) -> Figure:
     return figure
 
 
-def plot_latency(latency: Mapping, path: str | Path) -> Path:
-    """`metrics["latency"]` as bars: first token and each further one, teacher and student, with their quartiles.
-
-    Raises:
-        ValueError: for a suffix other than `.png` and `.svg`.
-    """
-    return _save(partial(_draw_latency, latency), path)
-
-
-def _draw_latency(latency: Mapping) -> Figure:
-    panels = {
-        "first_token_ms": "first token, ms",
-        "step_ms": "each further token, ms",
-        "request_ms": "whole request, ms",
-    }
-    figure, axes = _figure(9.6, 2.3, len(panels), sharey=True)
-    for axis, (name, heading) in zip(axes, panels.items(), strict=True):
-        rows = [
-            (label, bounds(latency[side][name], f"latency[{side!r}][{name!r}]"), _colour(colour, []))
-            for side, label, colour in (
-                ("teacher", "decoder-only teacher", "teacher"),
-                ("student", "student", "student_kd"),
-            )
-        ]
-        _bars(axis, rows, 1)
-        axis.set_title(f"{heading}\nlower is better", fontsize=9.5, loc="left")
-    figure.supxlabel(
-        f"{latency['prompt_length']:g} tokens in, {latency['new_tokens']} out, batch {latency['batch_size']}, "
-        f"{latency['dtype']}; {latency['spread']}",
-        fontsize=8.5,
-    )
-    return figure
-
-
 def plot_front(
     points: Mapping[str, tuple[float, tuple[float, float, float]]], path: str | Path, across: str, up: str, title: str
 ) -> Path:

@@ -7,6 +7,7 @@ down slows all of them; the first round warms up and is not counted.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections import Counter
@@ -16,13 +17,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import __version__
 from ..export.manifest import sha256
-from ..models.cost import ModelCost, model_cost
+from ..models.cost import model_cost
 from .contenders import Contender, Model
 from .floors import counted, floor
 from .latency import machine_description, quartiles, timings
-from .results import VERSION, headlines
+from .results import TIMES, VERSION, headlines
 from .worker import Failed, Worker, available_memory
 
 
@@ -30,7 +33,6 @@ from .worker import Failed, Worker, available_memory
 _CONVERTED, _LOADED, _WARM = 0.5, 0.65, 0.85
 # What a contender may take in memory: so many times its files, and so many bytes for the packages that it imports.
 _TIMES_FILES, _PACKAGES = 3, 5e8
-_TIMINGS = ("first_token_ms", "step_ms", "request_ms")
 _SETTLE = (
     0.1  # seconds; threads of OpenMP spin for 20 ms after an answer, and would take a core from the next contender
 )
@@ -280,8 +282,6 @@ def _name(contender: Contender) -> str:
 
 def _hash(folder: Path) -> str:
     """Of what a model's files say."""
-    import hashlib
-
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin", ".model"))
     return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in files).encode()).hexdigest()
 
@@ -329,8 +329,8 @@ def _row(runner: _Runner, request: Request, model: Model, rates: Mapping[str, fl
     contender = runner.contender
     warm, *answers = runner.answers[request]
     measured = [timings(answer["times"]) for answer in answers]
-    values = {name: quartiles([of_round[name] for of_round in measured]) for name in _TIMINGS}
-    cost = _cost(model, request)
+    values = {name: quartiles([of_round[name] for of_round in measured]) for name in TIMES}
+    cost = model_cost(model.config, request.source, request.target, torch.float32)
     counts = counted(cost, contender.precision, request.batch)
     least = floor(counts, contender.precision, request.target, rates)
     return {
@@ -347,8 +347,8 @@ def _row(runner: _Runner, request: Request, model: Model, rates: Mapping[str, fl
         "disk_mb": _size(contender, runner.folder) / 1e6,
         "counted": counts,
         "floor": least,
-        "over_floor": {name: values[name]["value"] / least[name] for name in _TIMINGS},
-        "measured": [{name: of_round[name] for name in _TIMINGS} for of_round in measured],
+        "over_floor": {name: values[name]["value"] / least[name] for name in TIMES},
+        "measured": [{name: of_round[name] for name in TIMES} for of_round in measured],
     }
 
 
@@ -357,9 +357,3 @@ def _size(contender: Contender, folder: Path) -> int:
     source those on top, since exports and checkpoints may lie below."""
     files = folder.iterdir() if folder == Path(contender.source) else folder.rglob("*")
     return sum(path.stat().st_size for path in files if path.is_file())
-
-
-def _cost(model: Model, request: Request) -> ModelCost:
-    import torch
-
-    return model_cost(model.config, request.source, request.target, torch.float32)

@@ -15,7 +15,7 @@ _FIELDS = {"version": int, "rounds": int, "headlines": list, "rows": list}
 _REQUEST = ("source", "target", "batch")
 _WHO = ("model", "backend", "precision")
 _ROW = {**dict.fromkeys(_WHO, str), **dict.fromkeys(_REQUEST, int)}
-_TIMES = ("first_token_ms", "step_ms", "request_ms")
+TIMES = ("first_token_ms", "step_ms", "request_ms")
 _SPREAD = {"value": float, "low": float, "high": float}
 _ROUNDS = 3  # that have a spread to speak of
 
@@ -69,7 +69,7 @@ def read_report(file: Path) -> dict[str, Any]:
             f"{file} is of version {report['version']}, this package reads up to {VERSION}: "
             "pip install -U hf-encdec-distill"
         )
-    for part, times in (("rows", _TIMES), ("headlines", ("ratio",))):
+    for part, times in (("rows", TIMES), ("headlines", ("ratio",))):
         for number, entry in enumerate(report[part]):
             where = f"{file}, {part}[{number}],"
             if not isinstance(entry, dict):
@@ -97,7 +97,7 @@ def compare(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[dict[str, 
     return [
         {
             **{name: row[name] for name in (*_WHO, *_REQUEST)},
-            "ratio": {name: found[name]["value"] / row[name]["value"] for name in _TIMES},
+            "ratio": {name: found[name]["value"] / row[name]["value"] for name in TIMES},
         }
         for row, found in both
     ]

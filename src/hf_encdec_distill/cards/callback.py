@@ -1,7 +1,5 @@
 """A model card written during training: `trainer.add_callback(ModelCardCallback(trainer))`."""
 
-import dataclasses
-import importlib.metadata
 import math
 import re
 from collections.abc import Mapping
@@ -10,18 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from transformers import Seq2SeqTrainingArguments, TrainerCallback
+from transformers import TrainerCallback
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
-from .. import __version__
-from ..bench import EnergyMeter, compare_cost, machine_description
-from ..distillation import (
-    CachedTeacher,
-    DistillationTrainer,
-    DistillationTrainingArguments,
-    LiveTeacher,
-    ServedTeacher,
-)
+from ..bench import EnergyMeter, compare_cost, machine_description, versions
+from ..distillation import CachedTeacher, DistillationTrainer, LiveTeacher, ServedTeacher
+from ..distillation.arguments import OWN_FIELDS
 from .model_card import card_text, check, teacher_entry, write_model_card
 
 
@@ -40,7 +32,6 @@ _NO_MEASURES = (
     "jit_compilation_time",
     "model_preparation_time",
 )
-_PACKAGES = ("accelerate", "datasets", "tokenizers", "torch", "transformers")
 _SOURCE, _TARGET = 128, 32  # tokens of the request whose cost is counted, where the arguments set no limit
 
 
@@ -190,13 +181,9 @@ class ModelCardCallback(TrainerCallback):
 
     def _recipe(self) -> dict[str, Any]:
         args = self.trainer.args
-        ours = {field.name: field.default for field in dataclasses.fields(DistillationTrainingArguments)}
-        for name in {field.name for field in dataclasses.fields(Seq2SeqTrainingArguments)} | _ELSEWHERE:
-            del ours[name]
-        recipe = {name: getattr(args, name) for name in ours}
-        recipe = {name: value for name, value in recipe.items() if name in _ALWAYS or value != ours[name]}
-        versions = {"hf-encdec-distill": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
-        said = ", ".join(f"{name} {version}" for name, version in versions.items())
+        recipe = {name: getattr(args, name) for name in OWN_FIELDS if name not in _ELSEWHERE}
+        recipe = {name: value for name, value in recipe.items() if name in _ALWAYS or value != OWN_FIELDS[name]}
+        said = ", ".join(f"{name} {version}" for name, version in versions().items())
         given = extract_hyperparameters_from_trainer(self.trainer)
         return {**recipe, **given, "learning_rate": self._learning_rate(), "versions": said}
 

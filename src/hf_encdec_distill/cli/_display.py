@@ -1,4 +1,4 @@
-"""What a command shows: its result, and on the way there its stages with the time left."""
+"""What a command shows at its end: tables, wrapped text, or JSON."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import platform
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import __version__
+from ..bench import versions
 from ..data import fingerprint
 from ..distillation.teachers.fingerprints import weights_digest
 from ..distillation.teachers.recorded import CachedTeacher
@@ -34,7 +33,6 @@ _FIELDS = {"fingerprints": dict, "versions": dict, "machine": dict}
 # Two runs whose numbers are nearer than this, relatively, are the same run on another machine. Another seed is not: it
 # moves a loss by some hundredths.
 TOLERANCE = 1e-3
-_PACKAGES = ("accelerate", "datasets", "numpy", "tokenizers", "torch", "transformers")
 _LOSSES = ("loss", "ce_loss", "distill_loss")
 _TIMINGS = ("_runtime", "_per_second", "_time")
 
@@ -67,11 +65,7 @@ def describe(trainer: DistillationTrainer) -> dict[str, Any]:
         },
         "start": start,
         "seeds": {"seed": args.seed, "data_seed": args.data_seed, "full_determinism": args.full_determinism},
-        "versions": {
-            "python": platform.python_version(),
-            "hf-encdec-distill": __version__,
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        },
+        "versions": versions(),
         "machine": {
             "platform": platform.platform(),
             "cpu": torch.backends.cpu.get_cpu_capability(),

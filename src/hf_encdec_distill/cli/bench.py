@@ -391,7 +391,9 @@ def _left_out(entries: Sequence[dict]) -> list[str]:
 
 
 def _request(row: dict) -> str:
-    return f"{row['source']} tokens in, {row['target']} out, batch {row['batch']}"
+    from ..bench.race import Request
+
+    return str(Request(row["source"], row["target"], row["batch"]))
 
 
 def _half(spread: dict[str, float]) -> float:
@@ -399,12 +401,14 @@ def _half(spread: dict[str, float]) -> float:
 
 
 def _comparison(rows: Sequence[dict]) -> str:
+    from ..bench.results import TIMES
+
     header = ["B / A", "in", "out", "batch", "first token", "step", "request"]
     cells = [
         [
             f"{row['model']}, {row['backend']} {row['precision']}",
             *(str(row[name]) for name in ("source", "target", "batch")),
-            *(f"{row['ratio'][name]:.2f}" for name in ("first_token_ms", "step_ms", "request_ms")),
+            *(f"{row['ratio'][name]:.2f}" for name in TIMES),
         ]
         for row in rows
     ]

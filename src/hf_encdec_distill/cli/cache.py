@@ -168,6 +168,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..distillation.alignment.vocabularies import check_vocab_policy
     from ..distillation.teachers.capture import capture
+    from ..models.families import merged_start_token_id
     from ..models.loading import load_config, load_tokenizer
 
     if not args.push_to_hub:
@@ -189,8 +190,6 @@ def run(args: argparse.Namespace) -> None:
     path = teacher_path(args.teacher or args.teacher_option)
     tokenizer = load_tokenizer(path)
     student = load_config(args.student) if args.student else None
-    merged = getattr(student, "cross_attention", None) == "merged"
-    start = student.decoder_start_token_id if student is not None and merged else None
     state = PartialState()  # gives each process a device of its own
     captured = capture(
         _teacher(args, path, tokenizer),
@@ -212,7 +211,7 @@ def run(args: argparse.Namespace) -> None:
         max_source_length=args.max_source_length,
         max_target_length=args.max_target_length,
         prompt_date=args.prompt_date or getattr(student, "prompt_date", None),
-        start_token_id=start,
+        start_token_id=merged_start_token_id(student),
     )
     if state.is_main_process:
         _report(args, captured)
@@ -330,6 +329,7 @@ def _record_encoder_states(args: argparse.Namespace) -> None:
     from ..distillation.collator import tokenizer_of
     from ..distillation.options.encoder_states import capture_encoder_states
     from ..distillation.teachers.recorded import is_cache, local_cache, recorded_prompt_date
+    from ..models.families import merged_start_token_id
     from ..models.loading import load_tokenizer
     from ..models.prompts import frozen_prompt_date
     from .distill import student_and_tokenizer
@@ -349,7 +349,6 @@ def _record_encoder_states(args: argparse.Namespace) -> None:
     # As the trainer decides it.
     day = args.prompt_date or getattr(student.config, "prompt_date", None)
     day = day or (recorded_prompt_date(path) if is_cache(path) else None)
-    merged = getattr(student.config, "cross_attention", None) == "merged"
     ours, theirs = (1 + max(each.get_vocab().values()) for each in (tokenizer, teacher_tokenizer))
     vocabulary = SharedVocabulary.between(ours, theirs, tokenizer, teacher_tokenizer, args.vocab_policy)
     collator = DistillationCollator(
@@ -359,7 +358,7 @@ def _record_encoder_states(args: argparse.Namespace) -> None:
         prompt_date=frozen_prompt_date(teacher_tokenizer, template, day),
         max_source_length=args.max_source_length,
         max_target_length=args.max_target_length,
-        start_token_id=student.config.decoder_start_token_id if merged else None,
+        start_token_id=merged_start_token_id(student.config),
         vocabulary=vocabulary,
     )
     accelerator = Accelerator(mixed_precision=args.mixed_precision)  # gives each process a device of its own

@@ -108,13 +108,13 @@ def _load(name: str) -> tuple[Any, Any]:
     """
     import torch
 
-    from ..export.recipe import MODEL_TYPES
     from ..files import check_own_files
+    from ..models.families import STUDENTS
     from ..models.loading import find, load_config, load_processor, load_student, load_tokenizer, reads_images
 
     check_own_files(find(name))
     config = load_config(name)
-    if config.model_type not in MODEL_TYPES:
+    if config.model_type not in STUDENTS:
         raise ValueError(
             f"{name} is a {config.model_type}: only students of this package can be exported; hf-encdec-distill init "
             "makes one out of a decoder-only model, and Optimum exports that as it is (optimum-cli export)"

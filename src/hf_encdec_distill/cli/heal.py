@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
     from ..distillation import DistillationTrainer, DistillationTrainingArguments
     from ..distillation.checks.limits import room_for_target
     from ..distillation.collator import tokenizer_of
+    from ..models.families import merged_start_token_id
     from ..models.loading import load_config, load_tokenizer
 
     output = Path(args.output)
@@ -130,13 +131,12 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--window {args.window}: the {who} has positions for {limit} tokens; give a shorter one")
 
     def rows(split: Literal["train", "validation"]):
-        merged = getattr(student.config, "cross_attention", None) == "merged"
         return load_plain_text(
             None if args.text == BUILT_IN else args.text,
             teacher_tokenizer,
             objective=args.objective,
             window=args.window,
-            start_token_id=student.config.decoder_start_token_id if merged else None,
+            start_token_id=merged_start_token_id(student.config),
             prefix_share=tuple(args.prefix_share),
             sentinels=_ids(args.sentinels, tokenizer),
             split=split,

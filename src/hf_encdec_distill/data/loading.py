@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..files import replacing
+
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset
@@ -106,9 +108,8 @@ def save_pairs(pairs: Iterable[Mapping[str, str]], file: str | os.PathLike) -> i
         raise ValueError(f"There are no rows to write to {file}")
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text("".join(lines), encoding="utf-8", errors="surrogatepass")
-    os.replace(partial, file)
+    with replacing(file) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8", errors="surrogatepass")
     return len(lines)
 
 

@@ -12,6 +12,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
+from ..models.prompts import check_template
 from ._compat import take_share_of_steps
 from .alignment.vocabularies import VOCAB_POLICIES, check_vocab_policy
 from .losses import DIVERGENCES, HIDDEN_STATE_LOSSES
@@ -415,10 +416,8 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
         for name, least in (("max_source_length", 2), ("max_target_length", 1)):
             value = getattr(self, name)
             _within(name, value, value is None or value >= least, f"at least {least}, or None for no cut")
-        if self.prompt_template is not None and "{source}" not in self.prompt_template:
-            raise ValueError(
-                f"prompt_template={self.prompt_template!r} has no place for the source; write {{source}} in it."
-            )
+        if self.prompt_template is not None:
+            check_template(self.prompt_template)
         if self.source_column == self.target_column:
             raise ValueError(
                 f"source_column and target_column are both {self.source_column!r}; name two different columns."
@@ -426,6 +425,13 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
 
     def __getstate__(self) -> dict:
         return _without_tokens(self)
+
+
+_OF_BASE = {spec.name for spec in dataclasses.fields(Seq2SeqTrainingArguments)}
+# What distillation adds, each field with its default.
+OWN_FIELDS = {
+    spec.name: spec.default for spec in dataclasses.fields(DistillationTrainingArguments) if spec.name not in _OF_BASE
+}
 
 
 def keep_tokens_out_of_pickles(cls: type[TrainingArguments]) -> None:

@@ -72,7 +72,7 @@ def sequence_inputs(batch: Mapping[str, Any], accepted: Collection[str]) -> dict
             "a row has a target and no prompt: a decoder-only student predicts nothing at its first token."
         )
     sequence = teacher_inputs(ids, read, labels)
-    ids, mask = left_padded(sequence["teacher_input_ids"], sequence["teacher_attention_mask"])
+    ids, mask = with_padding_left(sequence["teacher_input_ids"], sequence["teacher_attention_mask"])
     of_sequence = {
         "input_ids": ids,
         "attention_mask": mask,
@@ -104,7 +104,7 @@ def _ends(labels: Tensor) -> Tensor:
     return ((labels != IGNORED) * span).amax(dim=1)
 
 
-def left_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def with_padding_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Ids and mask with the padding moved to the left, and no column of padding alone."""
     order = mask.bool().int().argsort(dim=1, stable=True)[:, -max(int(mask.bool().sum(dim=1).max()), 1) :]
     return ids.gather(1, order), mask.gather(1, order)
@@ -122,7 +122,7 @@ def answers_alone(model: "GenerativeModel") -> Iterator[None]:
         input_ids: Tensor, attention_mask: Tensor | None = None, max_length: int | None = None, **options: Any
     ):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        ids, mask = left_padded(input_ids, mask)
+        ids, mask = with_padding_left(input_ids, mask)
         options = {name: value for name, value in options.items() if name not in _OF_PARTS}
         if max_length is None and "generation_config" not in options:
             config = model.generation_config

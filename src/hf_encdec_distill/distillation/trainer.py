@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import CONFIG_NAME, logging
 
 from ..models.either_version import add_fields_of_4_57
+from ..models.families import STUDENTS, is_merged, merged_start_token_id
 from ..models.loading import reads_images
 from ..models.prompts import (
     PreTrainedTokenizerFast,
@@ -64,7 +65,7 @@ from .decoder_only_student import (
 from .images import let_processes_have_no_image, read_streams_in_each_process
 from .losses import cross_entropy, select_divergence, token_mean, universal_logit_distance
 from .options.asked_ahead import AskedAhead, RemembersLast
-from .options.chunked_logits import ChunkedLogits
+from .options.chunked_logits import ChunkedLogits, logits_of
 from .options.cross_attention_warmup import check_cross_attention_warmup, keep_cross_attention_gradients
 from .options.encoder_states import EncoderStates
 from .options.fake_quantization import fake_quantized
@@ -88,6 +89,7 @@ from .teachers.live import LiveTeacher
 from .teachers.recorded import CachedTeacher, is_cache
 from .teachers.served import ServedTeacher, is_served
 from .teachers.signal import PartialScores, TeacherScores
+from .teachers.targets import end_tokens
 
 
 if TYPE_CHECKING:
@@ -284,11 +286,10 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         self.prompt_date = frozen_prompt_date(tokenizer, args.prompt_template, day)
         self._choose_divergence()
         # A merged student's decoder starts with the last token of the teacher's prompt, which its encoder leaves out.
-        merged = getattr(config, "cross_attention", None) == "merged"
-        self._start_token_id = config.decoder_start_token_id if merged else None
+        self._start_token_id = merged_start_token_id(config)
         self._max_positions = max_positions(config)
         own = given
-        if merged and isinstance(given, PreTrainedTokenizerBase) and reads_bare_source(given):
+        if is_merged(config) and isinstance(given, PreTrainedTokenizerBase) and reads_bare_source(given):
             student = self.accelerator.unwrap_model(self.model)
             own = tokenizer_with_prompt(given, student, tokenizer, args.prompt_template, self.prompt_date)
         elif self._is_decoder_only and isinstance(given, PreTrainedTokenizerBase):
@@ -447,7 +448,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
                 )
             else:
                 outputs = model(**student)
-                logits_BTV = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+                logits_BTV = logits_of(outputs)
                 terms = score(logits_BTV[rows, predicting])
                 total = self._combine({name: values.sum() for name, values in terms.items()})
         if student_states:
@@ -513,7 +514,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         asked = None
         # Autocast is left: the teacher has a dtype of its own and the divergences are at least float32.
         without_autocast = torch.autocast(labels_N.device.type, enabled=False)
-        compared = self._compares(evaluating)
+        compared = self._compares
         layers = self._matching.teacher_layers
         if compared or layers:
             inputs = with_teacher_inputs(inputs, self._start_token_id, self._vocabulary)
@@ -560,7 +561,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     def _term_weights(self) -> dict[str, float]:
         """The terms that `_score` gives, in their order, and what each counts in the loss."""
         weight, evaluating = self.args.distill_weight, self._eval_sums is not None
-        compared = self._compares(evaluating)
+        compared = self._compares
         # Its own targets are no answers that the student should be more certain of.
         weights = {"ce_loss": 0.0 if self._on_own_targets and not evaluating else 1 - weight}
         if compared:
@@ -569,9 +570,10 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             weights |= {"teacher_agreement": 0.0, "teacher_asked": 0.0}
         return weights
 
-    def _compares(self, evaluating: bool) -> bool:
+    @property
+    def _compares(self) -> bool:
         """Whether the student is compared with the teacher: in evaluation wherever that has distributions."""
-        return self.args.distill_weight > 0 or (evaluating and not self._has_targets_only)
+        return self.args.distill_weight > 0 or (self._eval_sums is not None and not self._has_targets_only)
 
     def _combine(self, means: Mapping[str, Any]):
         return sum(weight * means[name] for name, weight in self._term_weights().items())
@@ -579,7 +581,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         # With DataParallel the loss is taken once, on the gathered logits, so the count is that of the whole batch.
         if self.args.n_gpu > 1 and batch_samples and batch_samples[0].get("labels") is not None:
-            return sum(batch["labels"].ne(-100).sum() for batch in batch_samples).to(device)
+            return sum(batch["labels"].ne(IGNORED).sum() for batch in batch_samples).to(device)
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def _token_processes(self) -> int:
@@ -717,7 +719,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         super()._save(output_dir, state_dict)
         folder = output_dir or self.args.output_dir
         tokenizer = tokenizer_of(self.processing_class)
-        ours = self._is_decoder_only or self.model.config.model_type in ("rope_encdec", "rope_encdec_vision")
+        ours = self._is_decoder_only or self.model.config.model_type in STUDENTS
         if ours and isinstance(tokenizer, PreTrainedTokenizerBase):
             # Of a class that the other version of transformers knows too, which `AutoTokenizer` of 5.x does not give.
             in_a_class_of_both_versions(tokenizer).save_pretrained(folder)
@@ -767,18 +769,11 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         self.forget_encoder()
         self._train_sums, self._train_steps = {}, Counter()
         self._on_policy = OnPolicy(self)
-        self._empty_targets = EmptyTargets(self._eos_token_ids())
+        student = self.accelerator.unwrap_model(self.model)
+        self._empty_targets = EmptyTargets(end_tokens(student, tokenizer_of(self.processing_class)))
         let_gradients_reach_adapters(self.model, self.args)
         with noise_on_tied_embeddings(self.model, self.neftune_noise_alpha):
             return super()._inner_training_loop(*args, **kwargs)
-
-    def _eos_token_ids(self) -> list[int]:
-        """The tokenizer's, and those with which the student ends an answer, of which there may be several."""
-        config = getattr(self.accelerator.unwrap_model(self.model), "generation_config", None)
-        ends = getattr(config, "eos_token_id", None)
-        ends = ends if isinstance(ends, list) else [ends]
-        own = getattr(tokenizer_of(self.processing_class), "eos_token_id", None)
-        return [token for token in dict.fromkeys([own, *ends]) if token is not None]
 
     def _record_training(self, means: Mapping[str, Tensor]) -> None:
         for name, value in means.items():

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ..distillation.alignment.positions import IGNORED
 from ..distillation.checks.limits import check_rows
 from ..distillation.losses import cross_entropy
 from ..distillation.teachers.targets import end_tokens, generate_tokens
 from ..metrics.measures import OF_TEACHER
+from ..models.families import is_merged
 from ..models.prompts import encode_prompt, no_room
 from .fidelity import calibration_gaps, token_calibration, token_fidelity
 
@@ -72,7 +74,7 @@ def read_by_encoder(rows: Iterable[dict], tokenizer, config, max_prompt: int) ->
     Raises:
         ValueError: `max_prompt` leaves no token for the source.
     """
-    merged = getattr(config, "cross_attention", None) == "merged"
+    merged = is_merged(config)
     length = max_prompt - merged  # the start token is one of the prompt's
     around = len(tokenizer("")["input_ids"])
     if length <= around:
@@ -85,9 +87,9 @@ def read_by_encoder(rows: Iterable[dict], tokenizer, config, max_prompt: int) ->
 
 def pad(lists: Sequence[Sequence[int]], value: int, left: bool = False) -> torch.Tensor:
     """Ragged rows -> one integer tensor."""
-    width = max(map(len, lists))
-    fill = [[value] * (width - len(row)) for row in lists]
-    return torch.tensor([[*f, *row] if left else [*row, *f] for f, row in zip(fill, lists, strict=True)])
+    rows = [torch.tensor(row, dtype=torch.long) for row in lists]
+    side = "left" if left else "right"
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
 
 def batches(rows: Sequence[dict], update: Update, what: str) -> Iterable[tuple[list[int], list[dict]]]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..files import check_own_files, read_json
+from ..models.families import STUDENTS
 from .manifest import load_graphs, read_manifest
-from .recipe import MODEL_TYPES
 
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _read_search(folder: Path) -> tuple[SimpleNamespace, int, frozenset[int]]:
     config, generation = _read(folder, "config.json"), _read(folder, "generation_config.json")
     vision = config.get("vision_config")
     sizes = _SIZES if vision is None else (*_SIZES, *_SIZES_OF_IMAGES)
-    if config.get("model_type") not in MODEL_TYPES or not all(_is_count(config.get(name)) for name in sizes):
+    if config.get("model_type") not in STUDENTS or not all(_is_count(config.get(name)) for name in sizes):
         raise NeedsTransformers(f"{folder / 'config.json'} is not that of a student")
     if vision is not None:
         if not isinstance(vision, dict) or not all(_is_count(vision.get(name)) for name in _SIZES_OF_TOWER):

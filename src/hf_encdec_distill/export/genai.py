@@ -107,13 +107,16 @@ class GenAiBackend(Backend):
         license: str,
         options: Mapping[str, Any],
     ) -> None:
-        from .genai_stages import DecoderStage, PromptStage, program_of
+        from .genai_stages import EXAMPLE_SIZES, DecoderStage, PromptStage
+        from .tracing import program_of
 
         if variant == "fp16":
             model = copy.deepcopy(model).half()
         stages = _stages(model.config)
         modules = {"prompt": PromptStage(model), "decoder": DecoderStage(model)}
-        programs = {name: program_of(modules[name], graph, model.dtype) for name, graph in stages.items()}
+        programs = {
+            name: program_of(modules[name], graph, EXAMPLE_SIZES, model.dtype) for name, graph in stages.items()
+        }
         write_graphs(programs, stages, _FILES, variant, license, folder)
         write_json(folder / CONFIG, _config(model, stages))
 

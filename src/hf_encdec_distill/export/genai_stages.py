@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 from ..models.rope_encdec.modeling_rope_encdec import apply_rotary_pos_emb
 from .modules import ExportedDecoder, ExportedEncoder, TraceableRotary
-from .recipe import Graph
 
 
-_EXAMPLE_SIZES = {"prompt + 1": 5, "past + 1": 7, "slots": 9}
+EXAMPLE_SIZES = {"prompt + 1": 5, "past + 1": 7, "slots": 9}
 
 
 class PromptStage(nn.Module):
@@ -96,15 +95,3 @@ class DecoderStage(nn.Module):
             hidden = hidden + attention.o_proj(attended)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return self.lm_head(self.decoder.norm(hidden)), *outputs
-
-
-@torch.no_grad()
-def program_of(module: nn.Module, graph: Graph, dtype: torch.dtype) -> torch.export.ExportedProgram:
-    """The module as a `torch.export` program, its named axes free."""
-    examples = tuple(port.example(_EXAMPLE_SIZES, dtype) for port in graph.inputs)
-    free = [
-        {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(port.axes) if isinstance(axis, str)}
-        for port in graph.inputs
-    ]
-    dynamic = (*free[:2], tuple(free[2:])) if len(free) > 2 else tuple(free)  # `*past` is one argument
-    return torch.export.export(module.eval(), examples, dynamic_shapes=dynamic, strict=False)

@@ -396,7 +396,7 @@ def _add_tokenizer(writer, model) -> None:
     writer.add_add_bos_token(False)
 
 
-def write_decoder_only(model, path: Path, variant: str, license: str = "unknown") -> None:
+def write_decoder_only(model, path: Path, variant: str) -> None:
     """Write a decoder-only model of transformers with a Llama's, Qwen2's or Qwen3's block as one GGUF file.
 
     Raises:
@@ -408,7 +408,7 @@ def write_decoder_only(model, path: Path, variant: str, license: str = "unknown"
     if lacking := _lacking(config):
         raise ValueError(f"{lacking}: llama.cpp has no architecture with such a block")
     rows = [_Row(layer, layer) for layer in model.model.layers]
-    _Writer(path, model, variant, license, rows, model.model.norm).write()
+    _Writer(path, model, variant, "unknown", rows, model.model.norm).write()
 
 
 class LlamaCache(GraphCache):

@@ -160,7 +160,7 @@ class _Calls:
         graphs: Mapping[str, Graph],
         shapes: Shapes,
         rows: Sequence[Mapping[str, Any]],
-        joined: bool = False,
+        joined: bool,
     ):
         self.graph, self.model, self.rows, self.joined = graph, model, rows, joined
         self.pytorch = _RecordingGraphs(model, graphs, shapes)

@@ -11,16 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from ..models.families import STUDENTS
 from .backends import backend_of, targets
 
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
-
-
-# Of students; the second read images too.
-MODEL_TYPES = ("rope_encdec", "rope_encdec_vision")
 
 
 @dataclass(frozen=True)
@@ -342,7 +339,7 @@ def check_exportable(
             f"{', '.join(backend.variants)}"
         )
     config = model.config
-    if config.model_type not in MODEL_TYPES or not hasattr(model, "lm_head"):
+    if config.model_type not in STUDENTS or not hasattr(model, "lm_head"):
         raise ValueError(
             f"{type(model).__name__} of model type {config.model_type!r} cannot be exported: it has to be a "
             "RopeEncDecForConditionalGeneration (hf-encdec-distill init makes one out of a decoder-only model)"

@@ -1,8 +1,10 @@
-"""The modules of a student as `torch.export` programs, which ONNX and OpenVINO are made from."""
+"""The modules of a student as `torch.export` programs, which ONNX, OpenVINO and GenAI's graphs are made from."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -22,7 +24,6 @@ def modules_of(model, graphs: Mapping[str, Graph], stateful: bool = False) -> di
     return modules
 
 
-@torch.no_grad()
 def export_programs(
     model, graphs: Mapping[str, Graph], stateful: bool = False
 ) -> dict[str, torch.export.ExportedProgram]:
@@ -31,17 +32,22 @@ def export_programs(
     Args:
         stateful: see [`ExportedDecoder`].
     """
-    dtype = model.dtype
-    modules, programs = modules_of(model, graphs, stateful), {}
-    for name, graph in graphs.items():
-        examples = [port.example(EXAMPLE_SIZES, dtype) for port in graph.inputs]
-        free = [
-            {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(port.axes) if isinstance(axis, str)}
-            for port in graph.inputs
-        ]
-        leading = 2  # ids and mask; what follows are the decoder's `*states`
-        dynamic = (*free[:leading], tuple(free[leading:])) if name == "decoder" else tuple(free)
-        programs[name] = torch.export.export(
-            modules[name].eval(), tuple(examples), dynamic_shapes=dynamic, strict=False
-        )
-    return programs
+    modules = modules_of(model, graphs, stateful)
+    return {name: program_of(modules[name], graph, EXAMPLE_SIZES, model.dtype) for name, graph in graphs.items()}
+
+
+@torch.no_grad()
+def program_of(
+    module: torch.nn.Module, graph: Graph, sizes: Mapping[str, int], dtype: torch.dtype
+) -> torch.export.ExportedProgram:
+    """A module as one program; `sizes` are those of the named axes in an example, see [`EXAMPLE_SIZES`]."""
+    examples = tuple(port.example(sizes, dtype) for port in graph.inputs)
+    free: list[Any] = [
+        {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(port.axes) if isinstance(axis, str)}
+        for port in graph.inputs
+    ]
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:  # such as a decoder's `*states`: one argument
+        named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+        free[named:] = [tuple(free[named:])]
+    return torch.export.export(module.eval(), examples, dynamic_shapes=tuple(free), strict=False)

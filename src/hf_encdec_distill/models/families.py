@@ -1,14 +1,16 @@
-"""What a config of a decoder-only family means: a key that is there may be one that the family's code never reads."""
+"""What a config means: a key that is there may be one that the code of a decoder-only family never reads."""
 
 from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
 
+# Model types of this package's encoder-decoders; the second reads images too.
+STUDENTS = ("rope_encdec", "rope_encdec_vision")
 # RoPE types whose frequencies depend on the longest sequence of a call.
 RULED_BY_LENGTH = ("dynamic", "longrope")
-_ATTENTION_BIASES = ("llama", "qwen3", "smollm3", "rope_encdec", "rope_encdec_vision")
-_MLP_BIASES = ("llama", "smollm3", "rope_encdec", "rope_encdec_vision")
+_ATTENTION_BIASES = ("llama", "qwen3", "smollm3", *STUDENTS)
+_MLP_BIASES = ("llama", "smollm3", *STUDENTS)
 
 
 class Biases(NamedTuple):
@@ -24,6 +26,17 @@ def biases_of(config: Any) -> Biases:
     attention = getattr(config, "attention_bias", False) if family in _ATTENTION_BIASES else False
     mlp = getattr(config, "mlp_bias", False) if family in _MLP_BIASES else False
     return Biases("qkv" if family == "qwen2" else attention, mlp)  # Qwen2's are not in its config
+
+
+def is_merged(config: Any) -> bool:
+    """Whether the decoder reads the prompt and its own tokens in a row, as a student's does with
+    `cross_attention="merged"`."""
+    return getattr(config, "cross_attention", None) == "merged"
+
+
+def merged_start_token_id(config: Any) -> int | None:
+    """The last token of the prompt, with which a merged student's decoder starts; None of any other model."""
+    return config.decoder_start_token_id if is_merged(config) else None
 
 
 def sliding_window_of(config: Any) -> int | None:

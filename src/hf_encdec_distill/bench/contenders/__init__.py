@@ -15,6 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from ...models.families import is_merged
+
 
 # Bytes of a weight, in the order of how likely people are to deploy it.
 PRECISIONS = {"int8": 1.0, "int4": 0.5, "bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
@@ -102,7 +104,7 @@ class Contender(ABC):
 def read_by(config, prompts):
     """What a model reads of prompts, `(batch, length)` of any array: a `merged` student all but the last token, with
     which its decoder starts."""
-    return prompts[:, :-1] if getattr(config, "cross_attention", None) == "merged" else prompts
+    return prompts[:, :-1] if is_merged(config) else prompts
 
 
 # Modules of this folder.

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import platform
 from collections.abc import Mapping
 
-from ... import __version__
-from ...bench import machine_description
+from ...bench import machine_description, versions
 from ...cards.model_card import teacher_entry
 from ...data.builtin_teacher import FACTS
 from ...data.python_docstrings import ROWS_LICENSE
@@ -20,9 +17,6 @@ from .._inputs import BUILT_IN, dataset_name
 from . import recipe
 from .report import continuation
 from .state import TITLES, State
-
-
-_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
 
 
 def metrics(state: State, tokenizer: PreTrainedTokenizerFast, template: str) -> dict:
@@ -87,11 +81,10 @@ def metrics(state: State, tokenizer: PreTrainedTokenizerFast, template: str) -> 
 
 def recipe_file(state: State) -> dict:
     """The content of `recipe.json`: settings, recipe, versions and machine."""
-    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
         "settings": dataclasses.asdict(state.settings) | {"minutes": state.minutes},
         "recipe": _recipe(state),
-        "versions": {"hf-encdec-distill": __version__, **packages, "python": platform.python_version()},
+        "versions": versions(),
         "machine": machine_description(),
     }
 

@@ -17,13 +17,14 @@ def percent(estimate: Any) -> str:
     return f"{100 * (estimate['value'] if isinstance(estimate, Mapping) else estimate):.1f}"
 
 
-def continuation(folder: Path | str, minutes: float = GO_ON_MINUTES) -> str:
+def continuation(folder: Path | str) -> str:
     """The command that continues a finished run."""
-    command = ["hf-encdec-distill", "quickstart", "--resume", "--minutes", f"{minutes:g}", "--output", str(folder)]
-    return shlex.join(command)
+    return shlex.join(
+        ["hf-encdec-distill", "quickstart", "--resume", "--minutes", f"{GO_ON_MINUTES:g}", "--output", str(folder)]
+    )
 
 
-def samples_page(samples: list[dict], language: str = "") -> str:
+def samples_page(samples: list[dict], language: str) -> str:
     """Markdown: each source with its reference and what each model wrote."""
     parts = ["# Samples, held out\n"]
     for number, sample in enumerate(samples, 1):

@@ -156,7 +156,7 @@ def teacher_inputs(
 
 
 def with_teacher_inputs(
-    batch: Mapping[str, Tensor], start_token_id: int | None = None, vocabulary: "SharedVocabulary | None" = None
+    batch: Mapping[str, Tensor], start_token_id: int | None, vocabulary: "SharedVocabulary"
 ) -> Mapping[str, Tensor]:
     """The batch if it has the `teacher_*` tensors, else those that `teacher_inputs` derives from it.
 
@@ -165,12 +165,12 @@ def with_teacher_inputs(
     Args:
         batch: `input_ids`, `attention_mask` and `labels` of the student, at least.
         start_token_id: the start token of a merged student's decoder.
-        vocabulary: says which ids of the teacher those of the student are; None: the same.
+        vocabulary: says which ids of the teacher those of the student are.
     """
     if batch.get("teacher_input_ids") is not None:
         return batch
     input_ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch["labels"]
-    if vocabulary is not None and not vocabulary.same_ids:
+    if not vocabulary.same_ids:
         input_ids = input_ids if mask is None else input_ids.masked_fill(~mask.bool(), IGNORED)
         input_ids, labels = vocabulary.to_teacher(input_ids), vocabulary.to_teacher(labels)
         start_token_id = vocabulary.start_for_teacher(start_token_id)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ...models.families import is_merged
+
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +75,7 @@ def room_for_target(config, source: int) -> int | None:
 
 def _reads_in_a_row(config) -> bool:
     """Whether prompt and target share positions."""
-    return not config.is_encoder_decoder or getattr(config, "cross_attention", None) == "merged"
+    return not config.is_encoder_decoder or is_merged(config)
 
 
 def _refuse(row: str, length: int, what: str, who: str, limit: int, mend: str) -> None:

@@ -5,14 +5,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import Seq2SeqTrainingArguments
+from ..arguments import OWN_FIELDS, DistillationTrainingArguments
 
-
-if TYPE_CHECKING:
-    from ..arguments import DistillationTrainingArguments
 
 # Those that are read at each step, or whose effect the trainer sets up again for each trial.
 _OF_A_TRIAL = {
@@ -23,9 +19,8 @@ _OF_A_TRIAL = {
 
 
 def own_fields(args: DistillationTrainingArguments) -> dict[str, Any]:
-    """The fields that `Seq2SeqTrainingArguments` has not."""
-    of_base = {field.name for field in dataclasses.fields(Seq2SeqTrainingArguments)}
-    return {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.name not in of_base}
+    """The fields that distillation adds. By their names: plain arguments that were given them do not declare them."""
+    return {name: getattr(args, name) for name in OWN_FIELDS}
 
 
 def check_trial(before: dict[str, Any], args: DistillationTrainingArguments) -> None:

@@ -11,6 +11,11 @@ from ..losses import chunked_sum
 from ..teachers.lm_head import HeadInput, catch_head_input
 
 
+def logits_of(outputs: Any) -> Tensor:
+    """Those in what a model's forward gave, by their name or, in a tuple, in front."""
+    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+
+
 class ChunkedLogits:
     """Whether a student's logits are a plain linear function of what its head is given, and the loss if they are."""
 
@@ -45,7 +50,7 @@ class ChunkedLogits:
         # One forward more, once; dropout must not draw other numbers because of it, or a resumed run would differ.
         with torch.random.fork_rng(devices), catch_head_input(head, zero, zero) as caught:
             outputs = unwrapped(**student)
-        return caught.is_all_of(outputs["logits"] if isinstance(outputs, Mapping) else outputs[0])
+        return caught.is_all_of(logits_of(outputs))
 
     def total(
         self,
@@ -78,5 +83,5 @@ class ChunkedLogits:
             outputs = model(**student)
         ((loss, terms),) = results
         if self._trainer.is_fsdp2:  # it prepares for a backward where a gradient reaches the outputs
-            loss = loss + 0.0 * (outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]).sum()
+            loss = loss + 0.0 * logits_of(outputs).sum()
         return loss, dict(zip(weights, terms, strict=True))

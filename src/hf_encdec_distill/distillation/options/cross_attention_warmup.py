@@ -11,6 +11,8 @@ import re
 
 from torch import nn
 
+from ...models.families import is_merged
+
 
 # What transformers' encoder-decoders call it: `cross_attn` (ours, T5Gemma, ProphetNet), `encoder_attn` (BART and its
 # kin, Whisper), `crossattention` (BERT, GPT-2), `T5LayerCrossAttention` with the norm before it (T5 and its kin).
@@ -37,7 +39,7 @@ def check_cross_attention_warmup(model: nn.Module, steps: int, gradients_are_who
         gradients_are_whole: whether each parameter has its gradient for itself, in `.grad`.
     """
     asked = f"cross_attention_warmup_steps={steps}"
-    if getattr(model.config, "cross_attention", None) == "merged":
+    if is_merged(model.config):
         raise ValueError(
             f"{asked} with cross_attention='merged', which has no cross-attention parameters: the decoder reads the "
             "prompt with its self-attention, and did so as the teacher. Leave it at 0 (freeze_encoder=True trains the "

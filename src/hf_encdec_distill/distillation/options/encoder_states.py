@@ -15,7 +15,6 @@ float16 cannot hold is kept in float32.
 
 import hashlib
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +34,7 @@ from ...models.families import RULED_BY_LENGTH
 from ...models.rope_encdec.modeling_rope_encdec import pooled_attention_mask
 from ..collator import DistillationCollator
 from ..teachers.fingerprints import config_digest, row_keys, weights_digest
+from ..teachers.shards import partial_name, remove_left_behind
 from .rollouts import as_it_was
 
 
@@ -47,7 +47,6 @@ _FORMAT = 1
 _SUFFIX = ".safetensors"
 _KEPT_IN = torch.float16  # what is float32, where it fits
 _BYTES_PER_FILE = 64_000_000  # at most so much is lost in an interruption
-_OLD = 3600.0  # seconds after which a partial file is one that a killed process left
 # Fields of a config that an encoder does not compute with.
 _NO_PART_OF_AN_ENCODER = (
     *("decoder", "num_decoder", "prompt_date", "use_cache", "architectures", "auto_map", "tokenizer_class"),
@@ -71,6 +70,7 @@ class EncoderStates(TrainerCallback):
     def __init__(self, folder: str | os.PathLike, accelerator: Accelerator):
         self.folder = Path(folder)
         self._accelerator = accelerator
+        self._worker = uuid4().hex
         self._place: Path | None = None
         self._new: dict[str, Tensor] = {}
         self.forget()
@@ -208,9 +208,7 @@ class EncoderStates(TrainerCallback):
                 f"computed in the first pass, in {self._place}."
             )
         self._place.mkdir(parents=True, exist_ok=True)
-        for partial in self._place.glob("partial-*"):
-            if time.time() - partial.stat().st_mtime > _OLD:
-                partial.unlink(missing_ok=True)
+        remove_left_behind(self._place, self._worker)
         self._look()
         logger.info(f"{self._place} has the encoder's states of {len(self._file_of_key)} rows.")
 
@@ -254,7 +252,7 @@ class EncoderStates(TrainerCallback):
             return
         assert self._place is not None
         name = uuid4().hex
-        partial = self._place / f"partial-{name}"
+        partial = self._place / partial_name(self._worker)
         try:
             save_file(self._new, partial)
             with partial.open("rb+") as stream:

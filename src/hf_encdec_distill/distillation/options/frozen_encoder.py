@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
+from ...models.families import is_merged
 from ...models.rope_encdec.prompt_keys import key_value_modules, shared_prompt_keys
 from .schedules import wrap_again
 
@@ -21,7 +22,7 @@ from .schedules import wrap_again
 logger = logging.get_logger(__name__)
 
 
-def freeze_encoder(model: PreTrainedModel, but: Sequence[nn.Parameter] = ()) -> list[nn.Parameter]:
+def freeze_encoder(model: PreTrainedModel, but: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     """Takes the gradient from all that the encoder reads, so that what it says of a prompt stays what it was.
 
     An embedding that the decoder shares is among it, and with it an LM head that is tied to that; an untied one is
@@ -54,8 +55,7 @@ def freeze_prompt_keys(model: PreTrainedModel) -> None:
     """
     if getattr(model, "peft_config", None):
         raise ValueError("freeze_prompt_keys=True with an adapter, which is another one in each layer: leave it out.")
-    merged = getattr(model.config, "cross_attention", None) == "merged"
-    pairs = list(shared_prompt_keys(model)) if merged else []
+    pairs = list(shared_prompt_keys(model)) if is_merged(model.config) else []
     if not pairs:
         raise ValueError(
             f"freeze_prompt_keys=True, but no decoder layer of this {type(model).__name__} makes the prompt's keys "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...models.families import RULED_BY_LENGTH
+from ...models.families import RULED_BY_LENGTH, is_merged
 from ...models.rope_encdec.initialization import encoder_is_first_layers_of
 
 
@@ -57,7 +57,7 @@ class SharedPrompt:
     def _is_exact(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
         config = student.config
         return (
-            getattr(config, "cross_attention", None) == "merged"
+            is_merged(config)
             and config.encoder_attention == "causal"
             # Whose frequencies depend on the length that is read: the teacher reads the target too.
             and config.rope_parameters.get("rope_type") not in RULED_BY_LENGTH

@@ -1,4 +1,4 @@
-"""Where the teacher's distribution comes from."""
+"""The teacher as a model that runs here."""
 
 import importlib.util
 import inspect

@@ -1,4 +1,4 @@
-"""Where the teacher's distribution comes from."""
+"""What the trainer asks of a teacher, wherever its distributions come from."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass

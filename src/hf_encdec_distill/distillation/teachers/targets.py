@@ -16,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.utils import logging
 
-from ..alignment.positions import target_positions, teacher_columns
+from ..alignment.positions import IGNORED, target_positions, teacher_columns
 from ..checks.limits import max_positions
 from ..collator import MESSAGES, DistillationCollator, split_conversation
 from ..images import refuse_images_of_text
@@ -120,10 +121,10 @@ def generate_targets(
     generation: TargetGeneration,
     *,
     worker: Worker,
-    split: str = "train",
-    batch_size: int = 8,
-    rows_per_shard: int = 2048,
-    progress: bool = True,
+    split: str,
+    batch_size: int,
+    rows_per_shard: int,
+    progress: bool,
 ) -> datasets.Dataset:
     """Lets the teacher answer the worker's share of the rows; returns the answers to these that are in the folder.
 
@@ -344,9 +345,20 @@ def rows_of(request: Request, answers: Iterable[Answer], counts: Counter) -> tup
 
 def keep(rows: list[dict], generation: TargetGeneration, counts: Counter) -> list[dict]:
     """Those of the answers to one row that are kept."""
-    kept = _keep(rows, generation.keep)
-    counts["kept"] += len(kept)
-    return kept
+    if len(rows) > 1 and generation.keep != "all":
+        worth = _closeness if generation.keep == "closest" else itemgetter("mean_log_prob")
+        rows = [max(rows, key=worth)]
+    counts["kept"] += len(rows)
+    return rows
+
+
+def _closeness(row: dict) -> tuple[float, float]:
+    # `evaluate` brings SciPy along, a good part of what importing the trainer takes.
+    from ...metrics.texts import chrf, rouge_l
+
+    text, reference = row["text"], row["reference"]
+    # ROUGE knows words of Latin letters alone: all texts in another script are alike to it.
+    return rouge_l(text, reference), chrf([text], [reference])["chrf"]
 
 
 def _answer(
@@ -379,27 +391,12 @@ def _answer(
             yield request, keep(rows, generation, counts), reason
 
 
-def _keep(rows: list[dict], keep: str) -> list[dict]:
-    if len(rows) < 2 or keep == "all":
-        return rows
-    if keep == "likeliest":
-        return [max(rows, key=lambda row: row["mean_log_prob"])]
-    # `evaluate` brings SciPy along, a good part of what importing the trainer takes.
-    from ...metrics.texts import chrf, rouge_l
-
-    def closeness(row: dict) -> tuple[float, float]:
-        text, reference = row["text"], row["reference"]
-        # ROUGE knows words of Latin letters alone: all texts in another script are alike to it.
-        return rouge_l(text, reference), chrf([text], [reference])["chrf"]
-
-    return [max(rows, key=closeness)]
-
-
 def end_tokens(model: "GenerativeModel", tokenizer) -> list[int]:
-    """What ends an answer: the model's own EOS tokens, of which chat models have several, and the tokenizer's."""
-    own = model.generation_config.eos_token_id
-    ends = [] if own is None else [own] if isinstance(own, int) else list(own)
-    return sorted({*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+    """What ends an answer: the tokenizer's EOS, where there is a tokenizer, and the model's own, of which chat models
+    have several."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [getattr(tokenizer, "eos_token_id", None), *(own if isinstance(own, list) else [own])]
+    return [token for token in dict.fromkeys(ends) if token is not None]
 
 
 def _write(
@@ -485,6 +482,6 @@ def _mean_log_probs(teacher: LiveTeacher, rows: list[dict], collator: Distillati
     columns = teacher_columns(batch["teacher_labels_start"], numbers, columns)
     ids, mask = (batch[f"teacher_{name}"].to(teacher.device) for name in ("input_ids", "attention_mask"))
     logits = teacher.logits_at(ids, mask, numbers, columns)(slice(None)).cpu()
-    losses = cross_entropy(logits, batch["labels"][batch["labels"] != -100])
+    losses = cross_entropy(logits, batch["labels"][batch["labels"] != IGNORED])
     sums = losses.new_zeros(len(rows)).index_add_(0, numbers, losses)
     return (-sums / torch.bincount(numbers, minlength=len(rows))).tolist()

@@ -58,7 +58,17 @@ class ModelChanged(ValueError):
     """Another model answers than the one that was asked first."""
 
 
-class VLLM:
+class _VLLMAndSGLang:
+    """What the two answer alike."""
+
+    def version(self, about: dict[str, Any]) -> str:
+        return about["version"]
+
+    def tokenize(self, model: str, text: str) -> Question:
+        return "/tokenize", {"model": model, "prompt": text, "add_special_tokens": False}
+
+
+class VLLM(_VLLMAndSGLang):
     """vLLM's `/v1/completions` with `prompt_logprobs`.
 
     Entry p of `prompt_logprobs` is an object, by the ids of tokens, of what is predicted for token p: the k likeliest
@@ -69,9 +79,6 @@ class VLLM:
     software = "vllm"
     allows_more = "start vLLM with --max-logprobs {k}, or ask for fewer with k (--k)"
     about = "/version"
-
-    def version(self, about: dict[str, Any]) -> str:
-        return about["version"]
 
     def max_length(self, card: dict[str, Any], about: dict[str, Any]) -> int | None:
         return None if card.get("max_model_len") is None else card["max_model_len"] - 1
@@ -94,9 +101,6 @@ class VLLM:
             [(value["logprob"], int(token)) for token, value in predicted[column + 1].items()] for column in columns
         ]
 
-    def tokenize(self, model: str, text: str) -> Question:
-        return "/tokenize", {"model": model, "prompt": text, "add_special_tokens": False}
-
     def detokenize(self, model: str, ids: list[int]) -> Question:
         return "/detokenize", {"model": model, "tokens": ids}
 
@@ -104,7 +108,7 @@ class VLLM:
         return answer["prompt"]
 
 
-class SGLang:
+class SGLang(_VLLMAndSGLang):
     """SGLang's `/generate` with `return_logprob`.
 
     `input_top_logprobs` has an entry for each token from `logprob_start_len` on, triples of log-probability, id and
@@ -114,9 +118,6 @@ class SGLang:
     software = "sglang"
     allows_more = "ask for fewer with k (--k)"
     about = "/server_info"
-
-    def version(self, about: dict[str, Any]) -> str:
-        return about["version"]
 
     def max_length(self, card: dict[str, Any], about: dict[str, Any]) -> int | None:
         # Less than the model's length by a few tokens, and than what the server has memory for; as long is too long.
@@ -143,9 +144,6 @@ class SGLang:
             raise BadAnswer(f"input_top_logprobs for {len(predicted)} tokens, expected {len(read)}")
         wanted = (predicted[column + 1 - columns[0]] for column in columns)
         return [[(value, token) for value, token, _ in entry] for entry in wanted]
-
-    def tokenize(self, model: str, text: str) -> Question:
-        return "/tokenize", {"model": model, "prompt": text, "add_special_tokens": False}
 
     def detokenize(self, model: str, ids: list[int]) -> Question:
         return "/detokenize", {"model": model, "tokens": ids, "skip_special_tokens": False}

@@ -2,6 +2,7 @@
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -104,10 +105,9 @@ def calibration_batches(rows, device) -> list[dict]:
         chunk = rows[begin : begin + _CALIBRATION_BATCH]
 
         def pad(lists):
-            width = max(len(ids) for ids in lists)
-            ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in lists], device=device)
-            mask = torch.tensor([[True] * len(ids) + [False] * (width - len(ids)) for ids in lists], device=device)
-            return ids, mask
+            rows = [torch.tensor(ids, dtype=torch.long) for ids in lists]
+            mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
+            return pad_sequence(rows, batch_first=True).to(device), mask.to(device)
 
         sequence, sequence_mask = pad([[*prompt, *target] for prompt, target in chunk])
         index = torch.arange(sequence.shape[1], device=device)
