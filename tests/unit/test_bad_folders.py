@@ -209,6 +209,10 @@ def test_training_arguments_that_transformers_stumbles_over(refused, command, op
         ("cache --requests 4", "--requests without --server"),
         ("cache --server-model other", "--server-model without --server"),
         ("cache --mixed-precision bf16", "--mixed-precision without --encoder-states"),
+        ("cache --kind dense --k 7", "--k is for --kind top_k, and the kind is dense: leave one out"),
+        ("cache --kind sampled --k 7", "--k is for --kind top_k, and the kind is sampled"),
+        ("cache --kind dense --rounds 3", "--rounds is for --kind sampled, and the kind is dense"),
+        ("cache --proposal-power 0.5", "--proposal-power is for --kind sampled, and the kind is top_k"),
     ],
 )
 def test_options_that_would_have_no_effect(refused, command, message):
@@ -216,9 +220,40 @@ def test_options_that_would_have_no_effect(refused, command, message):
     assert message in refused(f"{OF_TEACHER[name]} {option}")
 
 
-@pytest.mark.parametrize("option", ["--generate", "--kind dense", "--shard 0/2", "--server http://localhost:1"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--generate", "--kind dense", "--shard 0/2", "--server http://localhost:1", "--mixed-precision bf16"),
+        *("--batch-size 2", "--max-source-length 9", "--prompt-date 2026-01-01", "--splits train", "--dataset x.csv"),
+    ],
+)
 def test_a_merge_captures_nothing(refused, option):
     assert f"{option.split()[0]} with --merge" in refused(f"cache --merge old --output new {option}")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(
+            "--kind dense",
+            "--k 7",
+            "--rounds 3",
+            "--proposal-power 0.5",
+            "--temperature 2",
+            "--vocab-policy universal",
+        ),
+        *("--student {student}", "--teacher-dtype float32", "--teacher-quantization 8bit", "--prompt-date 2026-01-01"),
+        *("--max-source-length 9", "--batch-size 2"),
+    ],
+)
+def test_a_server_that_writes_records_no_distributions(refused, option):
+    command = f"cache toy --generate --server http://localhost:1 --output new {{data}} {option}"
+    assert f"{option.split()[0]} with --generate --server" in refused(command)
+
+
+def test_a_plan_takes_no_number_of_another_kind(refused):
+    command = "plan --teacher 70b --student 1b --tokens 1B --kind dense --k 7"
+    assert "--k is for --kind top_k, and the kind is dense" in refused(command)
 
 
 def test_a_cache_has_no_teacher_to_load_in_a_dtype(refused, whole, tmp_path):

@@ -67,6 +67,21 @@ def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give at least 1")
 
 
+def refuse(args: argparse.Namespace, *names: str, reason: str) -> None:
+    """Raises ValueError where one of these options was given, which would have no effect."""
+    for name in names:
+        if getattr(args, name) != args.parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} {reason}")
+
+
+def refuse_of_other_kinds(args: argparse.Namespace) -> None:
+    """Raises ValueError where an option is for records of another `--kind`."""
+    for kind, names in {"top_k": ("k",), "sampled": ("rounds", "proposal_power")}.items():
+        if kind != args.kind:
+            given = [name for name in names if hasattr(args, name)]
+            refuse(args, *given, reason=f"is for --kind {kind}, and the kind is {args.kind}: leave one out")
+
+
 def check_is_there(file: str | Path, what: str) -> None:
     """Raises ValueError where there is nothing; `what` says for what to look."""
     if not Path(file).exists():
