@@ -256,6 +256,14 @@ def test_a_plan_takes_no_number_of_another_kind(refused):
     assert "--k is for --kind top_k, and the kind is dense" in refused(command)
 
 
+@pytest.mark.parametrize("command", [name for name in OF_TEACHER if name != "evaluate"])
+def test_an_output_that_cannot_be_made(refused, tmp_path, command):
+    (tmp_path / "link").symlink_to("nowhere")
+    for output, reason in (("link", "link is a link to nothing"), ("text.md/new", "text.md is a file")):
+        said = refused(OF_TEACHER[command].replace("--output new", f"--output {output}"), teacher="no/teacher")
+        assert f"{output} cannot be made, {reason}: choose another folder" in said
+
+
 def test_a_cache_has_no_teacher_to_load_in_a_dtype(refused, whole, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "manifest.json").write_text("{}")

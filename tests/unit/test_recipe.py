@@ -360,6 +360,27 @@ def test_an_option_counts_for_more_than_the_recipe(folder, tmp_path):
     assert resolve("--student", "that") == {**{k: v for k, v in unchanged.items() if k != "init"}, "student": "that"}
 
 
+def test_the_home_folder_in_a_recipe(folder, tmp_path, monkeypatch):
+    """`Trainer` writes to the home folder, and what comes after has to look there."""
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(tmp_path)
+    paths = {
+        "teacher": "~/teacher",
+        "teacher_tokenizer": "~/teacher",
+        "dataset": "~/pairs.csv",
+        "output": "~/home-run",
+    }
+    init = {"encoder_layers": 2, "teacher": "~/teacher"}
+    recipe = str(write(tmp_path / "r.yaml", contents(folder, **paths, init=init)))
+    assert main(["distill", recipe]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+    done = read_recipe(folder / "home-run" / "recipe.yaml")
+    found = [done["init"]["teacher"], *(done[name] for name in paths)]
+    assert found == [f"{folder}/{name}" for name in ("teacher", "teacher", "teacher", "pairs.csv", "home-run")]
+    assert main(["distill", recipe, "--output", "~/home-run", "--max-steps", "5", "--resume"]) == 0
+    assert (folder / "home-run" / "checkpoint-5").is_dir()
+
+
 def test_states_of_an_encoder_that_are_reproduced_stay_in_the_output(folder, tmp_path):
     recipe = contents(folder, freeze_encoder=True, encoder_states=str(tmp_path / "elsewhere"))
     write(tmp_path / "recipe.yaml", recipe)

@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import functools
+import os
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -180,13 +181,14 @@ def training_arguments(cls: type[T], args: argparse.Namespace, fields: Mapping[s
 
 
 def teacher_path(teacher: str) -> str:
-    """A folder or Hub id for `from_pretrained`; the built-in teacher is fetched if it is not there yet.
+    """A folder or Hub id for `from_pretrained`, with the home folder for `~`; the built-in teacher is fetched if it is
+    not there yet.
 
     Raises:
         OSError: the built-in teacher could not be had; the message names the alternative.
     """
     if teacher != BUILT_IN:
-        return teacher
+        return os.path.expanduser(teacher)
     from ..data import fetch_builtin_teacher
 
     try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +49,7 @@ EXAMPLE = (
     "--output distilled --max-steps 500 --learning-rate 1e-3"
 )
 PASSES_ARGUMENTS_ON = True
+_PATHS = {"student", "teacher", "teacher_tokenizer", "dataset", "output"}
 
 # The training arguments that --help lists; the others are passed on as they come.
 TRAINING = {
@@ -225,6 +227,8 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     recipe = {**DATA, **recipe, **said}
     if init:
         recipe["init"] = {**recipe.get("init", {}), **init}
+    for part in (recipe, recipe.get("init", {})):
+        part |= {name: os.path.expanduser(part[name]) for name in _PATHS & part.keys()}
     if recipe.get("init", {}).get("vocabulary"):
         recipe.setdefault("vocab_policy", "id_map")  # the one for a part of the teacher's tokens
     if "student" in recipe and "init" in recipe:
