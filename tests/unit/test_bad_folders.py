@@ -264,6 +264,15 @@ def test_an_output_that_cannot_be_made(refused, tmp_path, command):
         assert f"{output} cannot be made, {reason}: choose another folder" in said
 
 
+@pytest.mark.parametrize("command", ["distill", "teach"])
+@pytest.mark.parametrize("option", ["--num-train-epochs 0", "--max-steps 1 --dataloader_drop_last True"])
+def test_a_training_without_a_step(refused, command, option):
+    words = OF_TEACHER[command].replace("--max-steps 1", "--report-to none --per-device-train-batch-size 999")
+    for strategy in ("no", "epoch"):  # `Trainer` would save at the end of an epoch without a step
+        said = refused(f"{words} {option} --save-strategy {strategy}")
+        assert "no step was made, with num_train_epochs=" in said
+
+
 def test_a_cache_has_no_teacher_to_load_in_a_dtype(refused, whole, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "manifest.json").write_text("{}")

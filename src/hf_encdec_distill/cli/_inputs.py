@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import functools
 import os
+import shutil
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from transformers import TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
 BUILT_IN = "built-in"
 DATASETS = (
@@ -178,6 +179,19 @@ def training_arguments(cls: type[T], args: argparse.Namespace, fields: Mapping[s
     training = cls(**{"output_dir": str(output), **said_training_arguments(cls, args, fields)})
     check_training_arguments(training)
     return training
+
+
+def check_trained(trainer: Trainer) -> None:
+    """Raises ValueError, before anything is saved, if a training came to its end without a step."""
+    if not trainer.state.global_step:
+        args = trainer.args
+        assert args.output_dir is not None  # its constructor sees to it
+        if trainer.is_world_process_zero():  # `Trainer` saves at the end of an epoch, also of one without a step
+            shutil.rmtree(Path(args.output_dir) / "checkpoint-0", ignore_errors=True)
+        raise ValueError(
+            f"no step was made, with num_train_epochs={args.num_train_epochs:g}, {args.train_batch_size} rows in a "
+            f"batch and dataloader_drop_last={args.dataloader_drop_last}: give more epochs or rows, or smaller batches"
+        )
 
 
 def teacher_path(teacher: str) -> str:

@@ -28,6 +28,7 @@ from ._inputs import (
     SCHEDULE,
     add_data_arguments,
     add_training_arguments,
+    check_trained,
     dataset_name,
     distillation_fields,
     load_splits,
@@ -308,7 +309,7 @@ def train_and_save(trainer: DistillationTrainer, checkpoint: str | None) -> None
 
     Raises:
         KeyboardInterrupt: after Ctrl-C; the message says how to go on.
-        ValueError: `metric_for_best_model` is not measured.
+        ValueError: `metric_for_best_model` is not measured, or no step was made.
     """
     output = trainer.args.output_dir
     try:
@@ -319,6 +320,7 @@ def train_and_save(trainer: DistillationTrainer, checkpoint: str | None) -> None
         if "metric_for_best_model" not in str(error):
             raise
         raise ValueError(error.args[0]) from error  # `Trainer` finds out after an evaluation
+    check_trained(trainer)
     if trainer.is_fsdp_enabled:  # shards of a checkpoint may stay shards, but `from_pretrained` wants the student
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(output)
