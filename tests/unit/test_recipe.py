@@ -119,6 +119,14 @@ def test_a_number_without_a_dot_is_a_number(tmp_path):
     assert read_recipe(tmp_path / "r.yaml") == {"learning_rate": 1e-3, "weight_decay": 1}
 
 
+def test_a_number_without_a_dot_is_a_number_in_a_mapping_too(tmp_path):
+    text = "lr_scheduler_kwargs: {min_lr: 1e-5, a: [-2E+3, {b: 1.e2}], c: 1e5x, d: e5, e: 5}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    assert yaml.safe_load(text)["lr_scheduler_kwargs"]["min_lr"] == "1e-5"
+    kwargs = {"min_lr": 0.00001, "a": [-2000.0, {"b": 100.0}], "c": "1e5x", "d": "e5", "e": 5}
+    assert read_recipe(tmp_path / "r.yaml") == {"lr_scheduler_kwargs": kwargs}
+
+
 def test_a_date_needs_no_quotes(tmp_path):
     (tmp_path / "recipe.yaml").write_text("prompt_date: 2026-11-28\n")
     assert read_recipe(tmp_path / "recipe.yaml") == {"prompt_date": "2026-11-28"}
