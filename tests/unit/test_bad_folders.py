@@ -273,6 +273,23 @@ def test_a_training_without_a_step(refused, command, option):
         assert "no step was made, with num_train_epochs=" in said
 
 
+def test_a_tokenizer_with_more_tokens_than_its_model(refused, whole, tmp_path):
+    folder = shutil.copytree(whole / "teacher", tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"unused {n}" for n in range(size - len(tokenizer))] + ["red"])
+    tokenizer.save_pretrained(folder)
+    said = refused(f"{OF_TEACHER['init']} --decoder-layers 1", teacher=folder)
+    assert f"the tokenizer in {folder} has the token {size}, 'red', and its model has embeddings for 0 to" in said
+
+
+def test_an_empty_text_is_told_by_its_number(whole, tmp_path, make_bpe_tokenizer, capsys):
+    folder = shutil.copytree(whole / "student", tmp_path / "student")
+    make_bpe_tokenizer().save_pretrained(folder)  # which puts nothing around a text
+    assert main(["generate", str(folder), "one", "", "three"]) == 2
+    assert "text 2 of 3 is a prompt of 0 tokens: give a text" in capsys.readouterr().err
+
+
 def test_a_cache_has_no_teacher_to_load_in_a_dtype(refused, whole, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "manifest.json").write_text("{}")
