@@ -209,6 +209,10 @@ def test_training_arguments_that_transformers_stumbles_over(refused, command, op
         ("cache --requests 4", "--requests without --server"),
         ("cache --server-model other", "--server-model without --server"),
         ("cache --mixed-precision bf16", "--mixed-precision without --encoder-states"),
+        ("cache --kind dense --k 7", "--k is for --kind top_k, and the kind is dense: leave one out"),
+        ("cache --kind sampled --k 7", "--k is for --kind top_k, and the kind is sampled"),
+        ("cache --kind dense --rounds 3", "--rounds is for --kind sampled, and the kind is dense"),
+        ("cache --proposal-power 0.5", "--proposal-power is for --kind sampled, and the kind is top_k"),
     ],
 )
 def test_options_that_would_have_no_effect(refused, command, message):
@@ -216,9 +220,74 @@ def test_options_that_would_have_no_effect(refused, command, message):
     assert message in refused(f"{OF_TEACHER[name]} {option}")
 
 
-@pytest.mark.parametrize("option", ["--generate", "--kind dense", "--shard 0/2", "--server http://localhost:1"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--generate", "--kind dense", "--shard 0/2", "--server http://localhost:1", "--mixed-precision bf16"),
+        *("--batch-size 2", "--max-source-length 9", "--prompt-date 2026-01-01", "--splits train", "--dataset x.csv"),
+    ],
+)
 def test_a_merge_captures_nothing(refused, option):
     assert f"{option.split()[0]} with --merge" in refused(f"cache --merge old --output new {option}")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(
+            "--kind dense",
+            "--k 7",
+            "--rounds 3",
+            "--proposal-power 0.5",
+            "--temperature 2",
+            "--vocab-policy universal",
+        ),
+        *("--student {student}", "--teacher-dtype float32", "--teacher-quantization 8bit", "--prompt-date 2026-01-01"),
+        *("--max-source-length 9", "--batch-size 2"),
+    ],
+)
+def test_a_server_that_writes_records_no_distributions(refused, option):
+    command = f"cache toy --generate --server http://localhost:1 --output new {{data}} {option}"
+    assert f"{option.split()[0]} with --generate --server" in refused(command)
+
+
+def test_a_plan_takes_no_number_of_another_kind(refused):
+    command = "plan --teacher 70b --student 1b --tokens 1B --kind dense --k 7"
+    assert "--k is for --kind top_k, and the kind is dense" in refused(command)
+
+
+@pytest.mark.parametrize("command", [name for name in OF_TEACHER if name != "evaluate"])
+def test_an_output_that_cannot_be_made(refused, tmp_path, command):
+    (tmp_path / "link").symlink_to("nowhere")
+    for output, reason in (("link", "link is a link to nothing"), ("text.md/new", "text.md is a file")):
+        said = refused(OF_TEACHER[command].replace("--output new", f"--output {output}"), teacher="no/teacher")
+        assert f"{output} cannot be made, {reason}: choose another folder" in said
+
+
+@pytest.mark.parametrize("command", ["distill", "teach"])
+@pytest.mark.parametrize("option", ["--num-train-epochs 0", "--max-steps 1 --dataloader_drop_last True"])
+def test_a_training_without_a_step(refused, command, option):
+    words = OF_TEACHER[command].replace("--max-steps 1", "--report-to none --per-device-train-batch-size 999")
+    for strategy in ("no", "epoch"):  # `Trainer` would save at the end of an epoch without a step
+        said = refused(f"{words} {option} --save-strategy {strategy}")
+        assert "no step was made, with num_train_epochs=" in said
+
+
+def test_a_tokenizer_with_more_tokens_than_its_model(refused, whole, tmp_path):
+    folder = shutil.copytree(whole / "teacher", tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"unused {n}" for n in range(size - len(tokenizer))] + ["red"])
+    tokenizer.save_pretrained(folder)
+    said = refused(f"{OF_TEACHER['init']} --decoder-layers 1", teacher=folder)
+    assert f"the tokenizer in {folder} has the token {size}, 'red', and its model has embeddings for 0 to" in said
+
+
+def test_an_empty_text_is_told_by_its_number(whole, tmp_path, make_bpe_tokenizer, capsys):
+    folder = shutil.copytree(whole / "student", tmp_path / "student")
+    make_bpe_tokenizer().save_pretrained(folder)  # which puts nothing around a text
+    assert main(["generate", str(folder), "one", "", "three"]) == 2
+    assert "text 2 of 3 is a prompt of 0 tokens: give a text" in capsys.readouterr().err
 
 
 def test_a_cache_has_no_teacher_to_load_in_a_dtype(refused, whole, tmp_path):

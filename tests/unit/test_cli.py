@@ -332,6 +332,16 @@ def test_info_counts_what_the_models_have(student_folder, teacher_folder, capsys
     assert "decoder-only" in capsys.readouterr().out
 
 
+def test_the_home_folder_where_no_shell_has_put_it(teacher_folder, data_arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(teacher_folder)
+    assert main(["init", "~/teacher", "--output=~/made", *data_arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["output"] == str(tmp_path / "made")
+    assert (tmp_path / "made" / "config.json").is_file() and not (teacher_folder / "~").exists()
+    assert main(["bench", "no/model", "--output", "~/bench"]) == 2  # a path to its parser
+    assert "no/model" in capsys.readouterr().err
+
+
 def test_distill_passes_training_arguments_on(student_folder, teacher_folder, data_arguments, tmp_path, capsys):
     output = tmp_path / "distilled"
     options = [

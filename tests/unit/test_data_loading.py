@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import gzip
 import json
 import logging
 
@@ -107,6 +108,74 @@ def test_quotes_that_enclose_no_cell_are_text(tmp_path, caplog, given_as):
     splits = load_pairs({"file": file, "folder": file.parent}[given_as])
     assert sorted(source for split in splits.values() for source in split["source"]) == sorted(sources)
     assert "quotes that do not enclose whole cells" in caplog.text
+
+
+@pytest.mark.parametrize("given_as", ["file", "folder", "compressed"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+@pytest.mark.parametrize("row", ["a {n}|b|note", "a {n}|b|", "hi| a {n}|b", '"a| {n}"|"b"|""'])
+def test_rows_that_are_longer_than_the_header_are_refused(tmp_path, suffix, row, given_as):
+    """To pandas the first cell is an index: the source would be b, and the target what follows it."""
+    text = "source|target\n\n" + "".join(row.format(n=n) + "\n" for n in range(20))
+    text = text.replace("|", {"csv": ",", "tsv": "\t"}[suffix])
+    file = tmp_path / "data" / f"train.{suffix}"
+    file.parent.mkdir()
+    if given_as == "compressed":
+        file = file.with_name(f"{file.name}.gz")
+        file.write_bytes(gzip.compress(text.encode()))
+    else:
+        file.write_text(text)
+    with pytest.raises(
+        ValueError, match=f"^{file}: the first row has 3 cells, and the header has 2: name each column"
+    ):
+        load_pairs(file if given_as == "file" else file.parent)
+
+
+def test_one_long_row_is_named(tmp_path):
+    for rows, message in (
+        ("hi, x,y\na,b\n", "the first row has 3 cells, and the header has 2"),
+        ("a,b\nhi, x,y\n", "Expected 2 fields in line 3, saw 3"),
+    ):
+        (tmp_path / "a.csv").write_text("source,target\n" + rows)
+        with pytest.raises(ValueError, match=f"a.csv.*{message}"):
+            load_pairs(tmp_path / "a.csv")
+
+
+def test_columns_that_a_folder_describes_itself(tmp_path):
+    """With an index among them, which is then no mistake."""
+    (tmp_path / "train.csv").write_text("target;source\n" + "".join(f"{n};b {n};a, {n}\n" for n in range(20)))
+    with pytest.raises(ValueError, match="cells that are separated by ';', expected ','"):
+        load_pairs(tmp_path)
+    config = 'configs:\n- config_name: default\n  data_files: train.csv\n  sep: ";"\n'
+    (tmp_path / "README.md").write_text(f"---\n{config}---\n")
+    with pytest.raises(ValueError, match="has 3 cells, and the header has 2: .* leave out ';' at the ends"):
+        load_pairs(tmp_path)
+    (tmp_path / "README.md").write_text(f"---\n{config}  index_col: 0\n---\n")
+    pairs = sorted((row["source"], row["target"]) for rows in load_pairs(tmp_path).values() for row in rows)
+    assert pairs == sorted((f"a, {n}", f"b {n}") for n in range(20))
+
+
+@pytest.mark.parametrize("given_as", ["file", "folder"])
+def test_quotes_behind_backslashes_are_refused_in_a_csv(tmp_path, caplog, given_as):
+    """What pandas would make of them is no text of theirs. Backslashes in a file of Python's csv module are text."""
+    rows = [[f'a "{n}" x\\', f'\\"{n}\n"'] for n in range(20)]
+    file = tmp_path / "data" / "train.csv"
+    file.parent.mkdir()
+    given = {"file": file, "folder": file.parent}[given_as]
+    with file.open("w", newline="") as stream:
+        csv.writer(stream, quoting=csv.QUOTE_ALL).writerows([["source", "target"], *rows])
+    found = [[row["source"], row["target"]] for split in load_pairs(given).values() for row in split]
+    assert sorted(found) == sorted(rows) and not caplog.records
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream, quoting=csv.QUOTE_ALL, escapechar="\\", doublequote=False)
+        writer.writerows([["source", "target"], *rows])
+    with pytest.raises(ValueError, match=r'train.csv, line 2: a quote inside of a cell is written \\", expected two'):
+        load_pairs(given)
+
+
+def test_a_quote_that_encloses_no_cell_of_a_csv_is_told(tmp_path, caplog):
+    (tmp_path / "a.csv").write_text("source,target\n" + "".join(f'"a {n}" ,b\n' for n in range(20)))
+    assert "a 7 " in {source for split in load_pairs(tmp_path / "a.csv").values() for source in split["source"]}
+    assert "a.csv, line 2: a quote that does not enclose a whole cell" in caplog.text
 
 
 def test_saved_pairs_come_back(tmp_path):
@@ -259,6 +328,11 @@ def test_file_of_an_unknown_kind(tmp_path):
         ("a.json", '[{"source": "x",\n"target"]', r"a.json is not JSON \(Expecting ':' delimiter: line 2"),
         ("a.jsonl", '{"source": "x"}\n\n{"source"\n', r"a.jsonl, line 3 is not JSON \(Expecting ':' delimiter"),
         ("a.jsonl", '{"source": "x", "target": "y"}\n' * 2 + '{"target": true}', "line 3: 'target' is True, expected"),
+        (
+            "a.jsonl",
+            '{"target": "y"}\n{"target": "\\ud83d"}',
+            r"a.jsonl, line 2: 'target' is '\\ud83d', no valid Unicode",
+        ),
         ("a.csv", "source;target\nx;y\n", "columns are 'source;target': separate the cells .* by commas, not by ';'"),
         ("a.csv", "source, target\nx,y\n", r"are 'source', ' target' \(a CSV has to begin with a line of them\)"),
         ("a.csv", "source,target\ncaf\xe9,x\n", r"a.csv is not in UTF-8 \('utf-8' codec .*: save it as UTF-8"),

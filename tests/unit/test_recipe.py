@@ -119,6 +119,14 @@ def test_a_number_without_a_dot_is_a_number(tmp_path):
     assert read_recipe(tmp_path / "r.yaml") == {"learning_rate": 1e-3, "weight_decay": 1}
 
 
+def test_a_number_without_a_dot_is_a_number_in_a_mapping_too(tmp_path):
+    text = "lr_scheduler_kwargs: {min_lr: 1e-5, a: [-2E+3, {b: 1.e2}], c: 1e5x, d: e5, e: 5}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    assert yaml.safe_load(text)["lr_scheduler_kwargs"]["min_lr"] == "1e-5"
+    kwargs = {"min_lr": 0.00001, "a": [-2000.0, {"b": 100.0}], "c": "1e5x", "d": "e5", "e": 5}
+    assert read_recipe(tmp_path / "r.yaml") == {"lr_scheduler_kwargs": kwargs}
+
+
 def test_a_date_needs_no_quotes(tmp_path):
     (tmp_path / "recipe.yaml").write_text("prompt_date: 2026-11-28\n")
     assert read_recipe(tmp_path / "recipe.yaml") == {"prompt_date": "2026-11-28"}
@@ -358,6 +366,27 @@ def test_an_option_counts_for_more_than_the_recipe(folder, tmp_path):
     assert resolve(*options) == {**contents(folder), **changed, "init": shape}
     unchanged = {**contents(folder, learning_rate=1e-2), "output": "mine", "average_tokens_across_devices": True}
     assert resolve("--student", "that") == {**{k: v for k, v in unchanged.items() if k != "init"}, "student": "that"}
+
+
+def test_the_home_folder_in_a_recipe(folder, tmp_path, monkeypatch):
+    """`Trainer` writes to the home folder, and what comes after has to look there."""
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(tmp_path)
+    paths = {
+        "teacher": "~/teacher",
+        "teacher_tokenizer": "~/teacher",
+        "dataset": "~/pairs.csv",
+        "output": "~/home-run",
+    }
+    init = {"encoder_layers": 2, "teacher": "~/teacher"}
+    recipe = str(write(tmp_path / "r.yaml", contents(folder, **paths, init=init)))
+    assert main(["distill", recipe]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+    done = read_recipe(folder / "home-run" / "recipe.yaml")
+    found = [done["init"]["teacher"], *(done[name] for name in paths)]
+    assert found == [f"{folder}/{name}" for name in ("teacher", "teacher", "teacher", "pairs.csv", "home-run")]
+    assert main(["distill", recipe, "--output", "~/home-run", "--max-steps", "5", "--resume"]) == 0
+    assert (folder / "home-run" / "checkpoint-5").is_dir()
 
 
 def test_states_of_an_encoder_that_are_reproduced_stay_in_the_output(folder, tmp_path):

@@ -6,6 +6,8 @@ import argparse
 import ast
 import dataclasses
 import functools
+import os
+import shutil
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from transformers import TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
 BUILT_IN = "built-in"
 DATASETS = (
@@ -65,6 +67,21 @@ def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give at least 1")
+
+
+def refuse(args: argparse.Namespace, *names: str, reason: str) -> None:
+    """Raises ValueError where one of these options was given, which would have no effect."""
+    for name in names:
+        if getattr(args, name) != args.parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} {reason}")
+
+
+def refuse_of_other_kinds(args: argparse.Namespace) -> None:
+    """Raises ValueError where an option is for records of another `--kind`."""
+    for kind, names in {"top_k": ("k",), "sampled": ("rounds", "proposal_power")}.items():
+        if kind != args.kind:
+            given = [name for name in names if hasattr(args, name)]
+            refuse(args, *given, reason=f"is for --kind {kind}, and the kind is {args.kind}: leave one out")
 
 
 def check_is_there(file: str | Path, what: str) -> None:
@@ -164,14 +181,28 @@ def training_arguments(cls: type[T], args: argparse.Namespace, fields: Mapping[s
     return training
 
 
+def check_trained(trainer: Trainer) -> None:
+    """Raises ValueError, before anything is saved, if a training came to its end without a step."""
+    if not trainer.state.global_step:
+        args = trainer.args
+        assert args.output_dir is not None  # its constructor sees to it
+        if trainer.is_world_process_zero():  # `Trainer` saves at the end of an epoch, also of one without a step
+            shutil.rmtree(Path(args.output_dir) / "checkpoint-0", ignore_errors=True)
+        raise ValueError(
+            f"no step was made, with num_train_epochs={args.num_train_epochs:g}, {args.train_batch_size} rows in a "
+            f"batch and dataloader_drop_last={args.dataloader_drop_last}: give more epochs or rows, or smaller batches"
+        )
+
+
 def teacher_path(teacher: str) -> str:
-    """A folder or Hub id for `from_pretrained`; the built-in teacher is fetched if it is not there yet.
+    """A folder or Hub id for `from_pretrained`, with the home folder for `~`; the built-in teacher is fetched if it is
+    not there yet.
 
     Raises:
         OSError: the built-in teacher could not be had; the message names the alternative.
     """
     if teacher != BUILT_IN:
-        return teacher
+        return os.path.expanduser(teacher)
     from ..data import fetch_builtin_teacher
 
     try:

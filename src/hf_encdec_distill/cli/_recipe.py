@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import difflib
+import re
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -26,6 +27,7 @@ from .init import Shape
 SUFFIXES = (".yaml", ".yml")
 _KEYS = "those of `distill --help` and the fields of DistillationTrainingArguments"
 _RUN = dict.fromkeys(("student", "teacher", "teacher_tokenizer", *DATA, "output"), str)
+_WITH_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 # The beginnings of the names of training arguments, of either version of transformers.
 _LEADS_OUT = ("push_to_hub", "hub_", "report_to", "logging_dir", "run_name", "project", "trackio_")
 
@@ -119,7 +121,7 @@ def checked(content: Any, hints: Mapping[str, Any], where: str, known: str = _KE
 
 def _typed(name: str, value: Any, hint: Any, where: str) -> Any:
     if _fits(value, hint):
-        return value
+        return _with_numbers(value) if isinstance(value, dict) else value
     if isinstance(value, datetime.date) and _fits("", hint):  # which YAML makes of 2026-11-28 without quotes
         return value.isoformat()
     if isinstance(value, bool) and _fits("", hint):  # as YAML 1.1 reads on, off, yes and no
@@ -130,6 +132,15 @@ def _typed(name: str, value: Any, hint: Any, where: str) -> Any:
         except ValueError:
             pass
     raise ValueError(f"{where}: {name}={value!r} is of type {type(value).__name__}, expected {_describe(hint)}.")
+
+
+def _with_numbers(value: Any) -> Any:
+    """A mapping whose values have no types of their own, with numbers where YAML 1.1 takes one for text."""
+    if isinstance(value, dict):
+        return {name: _with_numbers(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(inner) for inner in value]
+    return float(value) if isinstance(value, str) and _WITH_EXPONENT.fullmatch(value) else value
 
 
 def _fits(value: Any, hint: Any) -> bool:

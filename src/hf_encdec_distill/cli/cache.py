@@ -33,6 +33,8 @@ from ._inputs import (
     check_at_least_one,
     load_splits,
     prompt_template,
+    refuse,
+    refuse_of_other_kinds,
     teacher_path,
 )
 
@@ -172,16 +174,17 @@ def run(args: argparse.Namespace) -> None:
     from ..models.loading import load_config, load_tokenizer
 
     if not args.push_to_hub:
-        _refuse(args, "private", reason="without --push-to-hub: give both, or neither")
+        refuse(args, "private", reason="without --push-to-hub: give both, or neither")
     if args.merge is not None:
         return _merge(args)
     if args.encoder_states is not None:
         return _record_encoder_states(args)
-    _refuse(args, "mixed_precision", reason="without --encoder-states: give both, or neither")
+    refuse(args, "mixed_precision", reason="without --encoder-states: give both, or neither")
     if args.server is None:
-        _refuse(args, "requests", "server_model", reason="without --server: give both, or neither")
+        refuse(args, "requests", "server_model", reason="without --server: give both, or neither")
     if args.server is not None and args.generate:
         return _write_on_server(args)
+    refuse_of_other_kinds(args)
     check_vocab_policy(args.vocab_policy)
     check_at_least_one(args, "max_source_length", "max_target_length")
     index, num_shards = _shard(args.shard)
@@ -217,24 +220,22 @@ def run(args: argparse.Namespace) -> None:
         _report(args, captured)
 
 
-def _refuse(args: argparse.Namespace, *names: str, reason: str) -> None:
-    """Raises ValueError where one of these options was given, which would have no effect."""
-    for name in names:
-        if getattr(args, name) != args.parser.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')} {reason}")
-
-
 # Options that say what is recorded of a teacher, and how.
-_OF_A_CAPTURE = (
-    *("generate", "kind", "k", "rounds", "proposal_power", "temperature", "student", "shard"),
-    *("teacher_dtype", "teacher_quantization", "server", "server_model", "requests"),
+_OF_A_RECORD = (
+    *("kind", "k", "rounds", "proposal_power", "temperature", "student", "teacher_dtype", "teacher_quantization"),
+)
+_OF_A_CAPTURE = (*_OF_A_RECORD, "generate", "shard", "server", "server_model", "requests")
+_OF_ROWS = (
+    *("dataset", "source_column", "target_column", "splits", "prompt_template", "prompt_date", "vocab_policy"),
+    *("max_source_length", "max_target_length", "batch_size"),
 )
 
 
 def _merge(args: argparse.Namespace) -> None:
     from ..distillation.teachers.workers import merge_caches
 
-    _refuse(args, *_OF_A_CAPTURE, "encoder_states", reason="with --merge, which captures nothing: leave one out")
+    reason = "with --merge, which captures nothing: leave one out"
+    refuse(args, *_OF_A_CAPTURE, *_OF_ROWS, "encoder_states", "mixed_precision", reason=reason)
     _generation(args)
     merge_caches(args.merge, args.output)
     _report(args)
@@ -245,12 +246,15 @@ def _write_on_server(args: argparse.Namespace) -> None:
 
     from ..distillation.teachers.served_targets import write_targets
 
+    reason = "with --generate --server, which records texts and no distributions: leave one out"
+    refuse(args, *_OF_A_RECORD, "vocab_policy", reason=reason)
+    reason = "with --generate --server, where the server makes the prompts, and cuts none: leave it out"
+    refuse(args, "prompt_date", "max_source_length", reason=reason)
+    refuse(args, "batch_size", reason="with --generate --server: give --requests instead")
     check_at_least_one(args, "max_target_length", "requests")
     index, num_shards = _shard(args.shard)
     generation = _generation(args)
     assert generation is not None, "it was asked for with --generate"
-    if args.max_source_length is not None:
-        raise ValueError("--max-source-length with --generate --server: a server cuts no prompt; leave it out")
     written = write_targets(
         args.server,
         _splits(args),
@@ -315,7 +319,7 @@ def _teacher(args: argparse.Namespace, path: str, tokenizer: Any) -> LiveTeacher
     if args.server is None:
         dtype = args.teacher_dtype or str(working_dtype()).removeprefix("torch.")
         return LiveTeacher.load(path, dtype, args.teacher_quantization).to(device())
-    _refuse(args, "teacher_dtype", "teacher_quantization", reason="with --server, which decides that: leave one out")
+    refuse(args, "teacher_dtype", "teacher_quantization", reason="with --server, which decides that: leave one out")
     options = {"k": args.k, "model": args.server_model, "requests": args.requests}
     return ServedTeacher(args.server, tokenizer, vocab_size=vocab_size(load_config(path)), **options)
 
@@ -337,7 +341,7 @@ def _record_encoder_states(args: argparse.Namespace) -> None:
     check_vocab_policy(args.vocab_policy)
     check_at_least_one(args, "batch_size", "max_source_length", "max_target_length")
     reason = "with --encoder-states, which records no teacher: leave one out"
-    _refuse(args, *_OF_A_CAPTURE, "push_to_hub", reason=reason)
+    refuse(args, *_OF_A_CAPTURE, "push_to_hub", reason=reason)
     _generation(args)
     splits = _splits(args)
     path = teacher_path(args.teacher or args.teacher_option)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from ._inputs import (
     SCHEDULE,
     add_data_arguments,
     add_training_arguments,
+    check_trained,
     dataset_name,
     distillation_fields,
     load_splits,
@@ -48,6 +50,7 @@ EXAMPLE = (
     "--output distilled --max-steps 500 --learning-rate 1e-3"
 )
 PASSES_ARGUMENTS_ON = True
+_PATHS = {"student", "teacher", "teacher_tokenizer", "dataset", "output"}
 
 # The training arguments that --help lists; the others are passed on as they come.
 TRAINING = {
@@ -225,6 +228,8 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     recipe = {**DATA, **recipe, **said}
     if init:
         recipe["init"] = {**recipe.get("init", {}), **init}
+    for part in (recipe, recipe.get("init", {})):
+        part |= {name: os.path.expanduser(part[name]) for name in _PATHS & part.keys()}
     if recipe.get("init", {}).get("vocabulary"):
         recipe.setdefault("vocab_policy", "id_map")  # the one for a part of the teacher's tokens
     if "student" in recipe and "init" in recipe:
@@ -306,7 +311,7 @@ def train_and_save(trainer: DistillationTrainer, checkpoint: str | None) -> None
 
     Raises:
         KeyboardInterrupt: after Ctrl-C; the message says how to go on.
-        ValueError: `metric_for_best_model` is not measured.
+        ValueError: `metric_for_best_model` is not measured, or no step was made.
     """
     output = trainer.args.output_dir
     try:
@@ -317,6 +322,7 @@ def train_and_save(trainer: DistillationTrainer, checkpoint: str | None) -> None
         if "metric_for_best_model" not in str(error):
             raise
         raise ValueError(error.args[0]) from error  # `Trainer` finds out after an evaluation
+    check_trained(trainer)
     if trainer.is_fsdp_enabled:  # shards of a checkpoint may stay shards, but `from_pretrained` wants the student
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(output)

@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
     config, prompts, answer = _greedy(args) or _with_transformers(args)
     lengths = [len(prompt["input_ids"]) for prompt in prompts]
     if not all(lengths):
-        raise ValueError("a prompt of 0 tokens: give a text of at least one")
+        number = lengths.index(0) + 1
+        raise ValueError(f"text {number} of {len(lengths)} is a prompt of 0 tokens: give a text of at least one")
     mend = "give a shorter text, or fewer --max-new-tokens"
     check_rows(args.model, config, lengths, [args.max_new_tokens] * len(lengths), mend)
     answers = []

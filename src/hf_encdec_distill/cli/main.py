@@ -117,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.parser.error(f"unrecognized arguments: {' '.join(extra)}")
     args.extra, args.stdout = extra, sys.stdout
     try:
+        if getattr(args, "output", None) is not None:
+            args.output = _output(args.output)
         # What libraries print is no part of the result.
         with _no_empty_folder(args), contextlib.redirect_stdout(sys.stderr):
             args.module.run(args)
@@ -137,6 +139,20 @@ def _unknown(command: str) -> str:
     closest = _SYNONYMS.get(command) or next(iter(difflib.get_close_matches(command, COMMANDS, n=1)), None)
     maybe = f", maybe you meant {closest!r}?" if closest else ""
     return f"argument COMMAND: invalid choice: {command!r}{maybe} (choose from {', '.join(COMMANDS)})"
+
+
+def _output(output: str | Path) -> str | Path:
+    """With the home folder for `~`, which a shell leaves as it is in --output=~/new, and transformers does not.
+
+    Raises:
+        ValueError: nothing can be made there.
+    """
+    output = type(output)(os.path.expanduser(output))
+    place = next(path for path in (Path(output), *Path(output).parents) if os.path.lexists(path))
+    if not os.path.exists(output) and not place.is_dir():
+        what = "a file" if place.exists() else "a link to nothing"
+        raise ValueError(f"{output} cannot be made, {place} is {what}: choose another folder with --output")
+    return output
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._display import say_result, table, wrap
-from ._inputs import BUILT_IN, check_at_least_one, public_name, teacher_path
+from ._inputs import BUILT_IN, check_at_least_one, public_name, refuse_of_other_kinds, teacher_path
 
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> None:
     from ..models.sizes import count
 
     check_at_least_one(args, "k", "rounds")
+    refuse_of_other_kinds(args)
     tokens = count(args.tokens)
     if not tokens:
         raise ValueError(f"--tokens {args.tokens}: give a number of target tokens, such as 1B, 300M or 2000000")

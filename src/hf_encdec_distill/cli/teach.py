@@ -18,6 +18,7 @@ from ._inputs import (
     add_prompt_arguments,
     add_training_arguments,
     check_at_least_one,
+    check_trained,
     load_splits,
     prompt_template,
     teacher_path,
@@ -103,6 +104,7 @@ def run(args: argparse.Namespace) -> None:
         data_collator=collate,
     )
     trainer.train()
+    check_trained(trainer)
     taught = trainer.accelerator.unwrap_model(trainer.model)
     if not args.adapter:
         taught = taught.merge_and_unload()

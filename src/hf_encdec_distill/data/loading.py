@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 import logging
@@ -19,12 +20,14 @@ from ..files import replacing
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset
+    from datasets.packaged_modules.csv.csv import CsvConfig
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 T = TypeVar("T")
 _ROWS_THAT_NAME = 1000  # in which the columns of JSON are looked up, as rows may lack some
 # To pandas "None", "NA" and "null" are no text unless it is told; an empty cell still is none.
 _CSV = {"keep_default_na": False, "na_values": [""]}
+_CSV_NAMES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")  # in a folder `datasets` reads compressed ones too
 _SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
@@ -143,8 +146,10 @@ def _tables(
     if path.is_file():
         if BUILDERS[suffix] == "json":
             return _json_tables({"train": [path]}, columns, streaming)
-        options = _csv_options([path], columns) if BUILDERS[suffix] == "csv" else {}
-        options = {**options, "sep": "\t"} if suffix == ".tsv" else options
+        options = {}
+        if BUILDERS[suffix] == "csv":
+            separator = "\t" if suffix == ".tsv" else ","
+            options = {"sep": separator, **_csv_options([path], columns, CsvConfig(sep=separator))}
         return load_dataset(BUILDERS[suffix], data_files={"train": str(path)}, streaming=streaming, **options)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         loaded = load_from_disk(str(path))
@@ -152,13 +157,12 @@ def _tables(
         return {name: split.to_iterable_dataset() for name, split in loaded.items()} if streaming else loaded
     name = str(path) if path.is_dir() else dataset
     found = load_dataset_builder(name, config).config
-    if isinstance(found, JsonConfig) and found.field is None:
-        files = {str(split): [Path(file) for file in some] for split, some in found.data_files.items()}
-        every = [file for some in files.values() for file in some]
-        if all(BUILDERS.get(file.suffix.lower()) == "json" and file.is_file() for file in every):
-            return _json_tables(files, columns, streaming)
-    tables = path.rglob("*.[tT][sS][vV]") if path.is_dir() else ()
-    options = _csv_options(tables, columns) if isinstance(found, CsvConfig) else {}
+    files = {str(split): [Path(file) for file in some] for split, some in (found.data_files or {}).items()}
+    every = [file for some in files.values() for file in some]
+    read_here = all(BUILDERS.get(file.suffix.lower()) == "json" and file.is_file() for file in every)
+    if isinstance(found, JsonConfig) and found.field is None and read_here:
+        return _json_tables(files, columns, streaming)
+    options = _csv_options(every, columns, found) if isinstance(found, CsvConfig) else {}
     return load_dataset(name, config, streaming=streaming, **options)
 
 
@@ -249,6 +253,13 @@ def _json_texts(
                         f"{where}: {column!r} is {reprlib.repr(text)}, expected text: put it in quotes, or choose "
                         "another column"
                     )
+                try:
+                    (text or "").encode()
+                except UnicodeEncodeError as error:
+                    raise BadFile(
+                        f"{where}: {column!r} is {reprlib.repr(text)}, no valid Unicode text ({error.reason}): leave "
+                        "the row out, or write both halves of the character"
+                    ) from error
             yield {**dict.fromkeys(names), **texts}
 
 
@@ -277,29 +288,69 @@ def _json(text: str, where: str) -> Any:
         raise BadFile(f"{where} is not JSON ({error}): expected a row on each line, or one list of rows") from error
 
 
-def _csv_options(files: Iterable[Path], columns: Collection[str]) -> dict:
-    """How CSV or TSV files are read: `columns` as the text that stands there, and quotes in a TSV as text where
-    they do not pair up as those around a cell do."""
-    options = {**_CSV, "converters": dict.fromkeys(columns, str)}
-    stray = [file for file in files if file.suffix.lower() == ".tsv" and not _quotes_pair_up(file)]
-    if not stray:
-        return options
-    logger.warning("%s: quotes that do not enclose whole cells; all are taken for text", stray[0])
-    return {**options, "quoting": csv.QUOTE_NONE}
+def _csv_options(files: Iterable[Path], columns: Collection[str], config: CsvConfig) -> dict:
+    """How CSV or TSV files are read, beyond what `config` says: `columns` as the text that stands there, and quotes in
+    a TSV as text where they do not pair up as those around a cell do. Files that are not on this machine are not read.
+
+    Raises:
+        BadFile: pandas would not give back what is in the cells of a file.
+    """
+    options: dict[str, Any] = {**_CSV, "converters": dict.fromkeys(columns, str)}
+    files = [file for file in files if file.name.lower().endswith(_CSV_NAMES) and file.is_file()]
+    for file in files:
+        line = _unpaired_quote(file, config)
+        if line is None:
+            continue
+        if config.sep == "\t":
+            logger.warning("%s: quotes that do not enclose whole cells; all are taken for text", file)
+            options["quoting"] = csv.QUOTE_NONE
+            break
+        if _unpaired_quote(file, dataclasses.replace(config, escapechar="\\")) is None:
+            raise BadFile(f'{file}, line {line}: a quote inside of a cell is written \\", expected two of them, ""')
+        logger.warning("%s, line %d: a quote that does not enclose a whole cell; look at how it is read", file, line)
+    for file in files:
+        _check_first_row(file, dataclasses.replace(config, **options))
+    return options
 
 
-def _quotes_pair_up(file: Path) -> bool:
-    """Read as quoted, a file with a quote that is never closed would lose all lines up to the next quote."""
+def _unpaired_quote(file: Path, config: CsvConfig) -> int | None:
+    """The line up to which quotes enclose whole cells; None if they do so to the end, or the file is compressed.
+
+    Read as quoted, a file with a quote that is never closed would lose all lines up to the next quote.
+    """
+    if file.suffix.lower() not in BUILDERS:
+        return None
+    dialect = {name: getattr(config, name) for name in ("quotechar", "quoting", "escapechar", "doublequote")}
     limit = csv.field_size_limit(2**31 - 1)
     try:
         with file.open(encoding="utf-8", errors="replace", newline="") as stream:
-            for _ in csv.reader(stream, delimiter="\t", strict=True):
-                pass
-    except csv.Error:
-        return False
+            rows = csv.reader(stream, delimiter=config.sep, strict=True, **dialect)
+            try:
+                for _ in rows:
+                    pass
+            except csv.Error:
+                return rows.line_num
     finally:
         csv.field_size_limit(limit)
-    return True
+    return None
+
+
+def _check_first_row(file: Path, config: CsvConfig) -> None:
+    """Raises BadFile where the first row is longer than the header: to pandas its first cells would be an index, and
+    the others stand one column too far to the left. It refuses later rows that are longer than the first by itself."""
+    import pandas as pd
+
+    row = pd.read_csv(file, **{**config.pd_read_csv_kwargs, "chunksize": None, "nrows": 1})
+    if row.empty or isinstance(row.index, pd.RangeIndex) or config.index_col is not None:
+        return
+    header = list(row.columns)
+    if other := _other_separator(header):
+        raise BadFile(f"{file} has cells that are separated by {other!r}, expected {config.sep!r}")
+    raise BadFile(
+        f"{file}: the first row has {len(header) + row.index.nlevels} cells, and the header has {len(header)}: name "
+        f"each column in the header, leave out {config.sep!r} at the ends of rows, and put quotes around a cell that "
+        "has one in it"
+    )
 
 
 def named_splits(splits: Mapping[str, T], dataset: str | os.PathLike) -> dict[str, T]:
@@ -342,10 +393,15 @@ def check_column(column: str, columns: Collection[str], option: str) -> None:
     if column in columns:
         return
     why = f"There is no column {column!r}; the columns are {', '.join(map(repr, columns))}"
-    only = next(iter(columns), "")
-    if len(columns) == 1 and (separator := next((mark for mark in ";\t|" if mark in only), None)):
+    if separator := _other_separator(columns):
         raise ValueError(f"{why}: separate the cells of a CSV by commas, not by {separator!r}")
     raise ValueError(f"{why} (a CSV has to begin with a line of them): choose with {option}")
+
+
+def _other_separator(columns: Collection[str]) -> str | None:
+    """What the header of a CSV was separated by, if it was read as one name."""
+    only = next(iter(columns)) if len(columns) == 1 else ""
+    return next((mark for mark in ";\t|" if mark in only), None)
 
 
 def _check_images(split: Dataset) -> None:

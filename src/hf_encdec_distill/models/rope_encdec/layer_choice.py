@@ -54,10 +54,7 @@ def calibration_rows(
     rows = [(prompt, target[:_MOST_TARGET]) for prompt, target in rows if len(prompt) > 1 and target]
     for row in rows:
         if foreign := [token for ids in row for token in ids if not 0 <= token < config.vocab_size]:
-            raise ValueError(
-                f"calibration has the token {foreign[0]}, and the teacher's are 0 to {config.vocab_size - 1}: encode "
-                "it with the teacher's tokenizer."
-            )
+            raise ValueError(_says_of_a_foreign(foreign[0], config.vocab_size, tokenizer))
     if not rows:
         raise ValueError("calibration has no row with a prompt of two tokens or more and a target; pass some dozen.")
     fitting = [row for row in rows if positions is None or len(row[0]) + len(row[1]) <= positions]
@@ -71,6 +68,20 @@ def calibration_rows(
             f"{len(rows) - len(fitting)} of {len(rows)} calibration rows do not fit the teacher's positions."
         )
     return fitting
+
+
+def _says_of_a_foreign(token: int, vocab_size: int, tokenizer) -> str:
+    texts = {} if tokenizer is None else {number: text for text, number in tokenizer.get_vocab().items()}
+    if token in texts:
+        return (
+            f"the tokenizer in {tokenizer.name_or_path} has the token {token}, {texts[token]!r}, and its model has "
+            f"embeddings for 0 to {vocab_size - 1}: save the tokenizer there that the model was trained with, or add "
+            "rows with model.resize_token_embeddings and train them."
+        )
+    return (
+        f"calibration has the token {token}, and the teacher's are 0 to {vocab_size - 1}: encode it with the "
+        "teacher's tokenizer."
+    )
 
 
 def check_rows_to_measure_on(rows, layer_selection) -> None:
