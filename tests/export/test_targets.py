@@ -421,11 +421,15 @@ def test_rope_that_is_ruled_by_the_longest_sequence(rope, tmp_path):
     """Both sides of the limit, in one graph; Core ML looks positions up in one table."""
     parameters = {"rope_type": rope, "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     parameters["original_max_position_embeddings"] = 8
-    model = toy(kind="merged", max_position_embeddings=8, rope_parameters=parameters, **SMALLEST)
+    positions = {"dynamic": 8, "longrope": 64}[rope]  # of dynamic they are the limit
+    model = toy(kind="merged", max_position_embeddings=positions, rope_parameters=parameters, **SMALLEST)
     for target in ("onnx", "openvino"):
         exported = export(model, tmp_path / target, target)
-        for prompt in (4, 7, 12):
-            assert_logits_equal(exported, model, 1, prompt, 3)
+        for prompt, tokens in ((4, 3), (7, 3), (8, 1), (9, 1), (12, 3)):
+            assert_logits_equal(exported, model, 1, prompt, tokens)
+        prompt = random_ids(1, 6)  # from 6 to 12, token by token
+        answers = [one.generate(prompt, max_new_tokens=6, do_sample=False).tolist() for one in (exported, model)]
+        assert answers[0] == answers[1]
     with pytest.raises(ValueError, match=f"rope_type='{rope}' chooses its frequencies .* coreml"):
         export(model, tmp_path / "coreml", "coreml", shapes="fixed:4,4")
 

@@ -26,6 +26,19 @@ def biases_of(config: Any) -> Biases:
     return Biases("qkv" if family == "qwen2" else attention, mlp)  # Qwen2's are not in its config
 
 
+def rope_limit(config: Any) -> int | None:
+    """Tokens beyond which a call has other RoPE frequencies, of a type in `RULED_BY_LENGTH`; None for any other type.
+
+    Where transformers v4.57.6 and v5.24.0 look: `modeling_rope_utils.py`, `dynamic_rope_update` and the functions of the
+    two types.
+    """
+    rope = config.rope_parameters
+    if rope["rope_type"] not in RULED_BY_LENGTH:
+        return None
+    original = rope.get("original_max_position_embeddings") if rope["rope_type"] == "longrope" else None
+    return original or config.max_position_embeddings
+
+
 def sliding_window_of(config: Any) -> int | None:
     """Tokens that a layer of a decoder-only model looks back over; None if all layers see all of its positions."""
     window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
