@@ -380,6 +380,21 @@ def test_a_changed_file_is_found(target, exported_once, tmp_path):
         ExportedForConditionalGeneration.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_file_whose_hash_is_missing_is_not_read(target, exported_once, tmp_path):
+    _, whole, _ = exported_once("merged", target, "fixed:9,8" if target == "coreml" else "dynamic")
+    folder = shutil.copytree(whole, tmp_path / "exported")
+    manifest = json.loads((folder / "exported.json").read_text())
+    largest = max(manifest["files"], key=lambda name: (folder / name).stat().st_size)  # it has the weights
+    (folder / largest).parent.joinpath("._note").touch()  # macOS
+    for files in ({name: of_one for name, of_one in manifest["files"].items() if name != largest}, {}):
+        (folder / "exported.json").write_text(json.dumps({**manifest, "files": files}))
+        with pytest.raises(ValueError, match=f"exported.json has no hash of .*{Path(largest).name}.*, expected one"):
+            ExportedForConditionalGeneration.from_pretrained(folder)
+    (folder / "exported.json").write_text(json.dumps(manifest))
+    assert ExportedForConditionalGeneration.from_pretrained(folder).manifest == manifest
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
