@@ -449,6 +449,15 @@ def test_rope_that_is_ruled_by_the_longest_sequence(rope, tmp_path):
         export(model, tmp_path / "coreml", "coreml", shapes="fixed:4,4")
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_ids_of_32_bits(target, exported_once):
+    model, _, exported = exported_once("merged", target, "fixed:9,8" if target == "coreml" else "dynamic")
+    ids = random_ids(1, 5)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids[:, :2]}
+    found = exported(**{name: tensor.int() for name, tensor in inputs.items()}).logits
+    assert torch.equal(found, exported(**inputs).logits)
+
+
 def test_a_model_of_another_type(tmp_path):
     from toys import make_llama
 
@@ -533,6 +542,9 @@ def test_what_is_given_is_used_or_refused(exported_once, tmp_path):
             exported(**given)
     with pytest.raises(ValueError, match="decoder_attention_mask"):
         exported.generate(**prompt, decoder_input_ids=ids[:, :3], decoder_attention_mask=mask, max_new_tokens=2)
+    for guess in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": model}):
+        with pytest.raises(ValueError, match="the cache of an export cannot"):
+            exported.generate(**prompt, max_new_tokens=2, do_sample=False, **guess)
     with pytest.raises(ValueError, match="copy that to"):
         exported.save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()

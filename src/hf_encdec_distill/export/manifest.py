@@ -62,8 +62,8 @@ def read_manifest(folder: Path) -> dict:
     """`exported.json` of a folder, after a look at every file that it names.
 
     Raises:
-        ValueError: there is none, it is of a newer version, or a file is missing, changed, outside of the folder or not
-            named.
+        ValueError: there is none, it is of a newer version, or a file is missing, changed, outside of the folder or
+            without a hash.
     """
     try:
         manifest = read_json(folder / MANIFEST, fields=_FIELDS)

@@ -122,8 +122,8 @@ def _failures(report: Mapping[str, Any], bounds) -> list[str]:
 @torch.no_grad()
 def compare_logits(exported, model, shapes: Shapes) -> list[dict[str, Any]]:
     """Teacher-forced logits on random tokens over a grid of batch, prompt and target lengths, 1 included, with pads on
-    either side, on one loaded model; with images none, one and two in a prompt, as far as it has room. Where RoPE changes
-    at a length, also a prompt beyond it and a target that crosses it."""
+    either side, on one loaded model; with images none, one and two in a prompt, as far as it has room. Where RoPE
+    changes at a length, also a prompt beyond it and a target that crosses it."""
     generator = torch.Generator().manual_seed(0)
     vision = exported.graphs.graphs.get("vision")
     each = vision.outputs[0].shape({"images": 1})[1] if vision else 0
@@ -162,7 +162,7 @@ def compare_logits(exported, model, shapes: Shapes) -> list[dict[str, Any]]:
 
 
 def _across_the_limit(config, shapes: Shapes) -> list[tuple[int, int, int]]:
-    """Batch, prompt and target of what lies beyond the length at which RoPE changes: the prompt, then the target alone."""
+    """Batch, prompt and target of what reaches beyond the length at which RoPE changes: a prompt, then a target alone."""
     limit = rope_limit(config)
     if limit is None or limit > _FARTHEST:
         return []

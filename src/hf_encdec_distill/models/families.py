@@ -29,8 +29,7 @@ def biases_of(config: Any) -> Biases:
 def rope_limit(config: Any) -> int | None:
     """Tokens beyond which a call has other RoPE frequencies, of a type in `RULED_BY_LENGTH`; None for any other type.
 
-    Where transformers v4.57.6 and v5.24.0 look: `modeling_rope_utils.py`, `dynamic_rope_update` and the functions of the
-    two types.
+    As transformers v4.57.6 and v5.24.0 read it: modeling_rope_utils.py, `dynamic_rope_update` and what it calls.
     """
     rope = config.rope_parameters
     if rope["rope_type"] not in RULED_BY_LENGTH:
