@@ -178,14 +178,15 @@ def test_a_stop_may_be_in_what_is_stripped(stop, sent, writing):
 def test_a_generation_config_with_more_than_greedy_search(folders, tmp_path, expected, capsys):
     """Its stop strings end an answer, and of several sequences the first is written; by `serve` and by `generate`."""
     text, _ = expected
+    stop = next(letter for letter in text if letter.isascii() and letter.isprintable() and letter != " ")
     shutil.copytree(folders[0] / "onnx", tmp_path / "onnx")
     file = tmp_path / "onnx" / "generation_config.json"
     settings = json.loads(file.read_text())
-    file.write_text(json.dumps({**settings, "stop_strings": [text[4:7]], "num_return_sequences": 2, "num_beams": 2}))
+    file.write_text(json.dumps({**settings, "stop_strings": [stop], "num_return_sequences": 2, "num_beams": 2}))
     service = serve.load_service(str(tmp_path / "onnx"), MOST)
     pieces = list(service.answer(service.read(TEXT), serve.parse("/v1/completions", {"prompt": TEXT}, MOST)))
     written = "".join(piece for piece, _, _ in pieces)
-    assert text.startswith(written) and text[4:7] in written and written != text
+    assert text.startswith(written) and stop in written and written != text
     assert pieces[-1][1] < MOST and pieces[-1][2] == "stop"
     assert main(["generate", str(tmp_path / "onnx"), TEXT, "--max-new-tokens", str(MOST)]) == 0
     assert capsys.readouterr().out.strip() == written.strip()

@@ -162,7 +162,7 @@ def compare_logits(exported, model, shapes: Shapes) -> list[dict[str, Any]]:
 
 
 def _across_the_limit(config, shapes: Shapes) -> list[tuple[int, int, int]]:
-    """Batch, prompt and target of what reaches beyond the length at which RoPE changes: a prompt, then a target alone."""
+    """Batch, prompt and target of what is beyond the length at which RoPE changes: a prompt, then a target alone."""
     limit = rope_limit(config)
     if limit is None or limit > _FARTHEST:
         return []

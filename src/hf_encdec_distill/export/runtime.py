@@ -92,8 +92,8 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: a runtime takes no tokens back.
         """
         raise ValueError(
-            "prompt_lookup_num_tokens and assistant_model guess tokens and take back the wrong ones, which the cache of "
-            "an export cannot: leave them out, or take the student in PyTorch"
+            "prompt_lookup_num_tokens and assistant_model guess tokens and take back the wrong ones, which the cache "
+            "of an export cannot: leave them out, or take the student in PyTorch"
         )
 
     @torch.no_grad()
