@@ -10,6 +10,7 @@ from architectures import LLAMA_3
 from tokenizer_toys import wordpiece
 from toys import make_model, random_ids
 
+from hf_encdec_distill.cli.serve import BadRequest, Service, parse
 from hf_encdec_distill.export import genai as genai_target
 from hf_encdec_distill.export.exporting import export_model
 from hf_encdec_distill.export.genai import TOKENIZER
@@ -129,20 +130,29 @@ def test_both_graphs_read_one_file_of_weights(tmp_path):
     assert (tmp_path / "exported" / "model.onnx_data").stat().st_size < 1.05 * parameters
 
 
-def test_a_cache_has_so_many_slots(tmp_path, monkeypatch):
-    """An error where they end, not a wrong answer."""
+def test_a_cache_has_so_many_slots(tmp_path, monkeypatch, make_bpe_tokenizer):
+    """An error where they end, not a wrong answer; a server says that the answer is cut."""
     from hf_encdec_distill.export import genai
 
-    exported(tmp_path / "exported", max_position_embeddings=12, **SMALLEST)
+    exported(tmp_path / "exported", max_position_embeddings=12, vocab_size=300, **SMALLEST)
     model = ExportedForConditionalGeneration.from_pretrained(tmp_path / "exported")
     assert model.generate(random_ids(1, 6), max_new_tokens=6, do_sample=False).shape == (1, 7)
     with pytest.raises(ValueError, match="6 prompt tokens and 7 target tokens: this export takes .* 12 tokens in all"):
         model.generate(random_ids(1, 6), max_new_tokens=7, do_sample=False)
+    service = Service("toy", model, make_bpe_tokenizer(), 9)
+    asked = parse("/v1/completions", {"prompt": "x"}, 9)
+    *_, (_, count, reason) = service.answer(random_ids(1, 6)[0].tolist(), asked)
+    assert (count, reason) == (6, "length")
     with pytest.raises(ValueError, match="0 prompt tokens"):
         model(random_ids(1, 3), torch.zeros(1, 3), decoder_input_ids=random_ids(1, 1))
     monkeypatch.setattr(genai, "_ANSWER", 2)
     with pytest.raises(ValueError, match="6 prompt tokens and 3 target tokens: .* 2 of a target"):
         model.generate(random_ids(1, 6), max_new_tokens=3, do_sample=False)
+    *_, (_, count, reason) = service.answer(random_ids(1, 6)[0].tolist(), asked)
+    assert (count, reason) == (2, "length")
+    model.graphs.longest = 3  # which leaves out how far a scaled RoPE reaches
+    with pytest.raises(BadRequest, match="the prompt has 3 tokens, which leave no place for an answer"):
+        service.read("!!!")
 
 
 @pytest.mark.parametrize(

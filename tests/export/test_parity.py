@@ -15,6 +15,7 @@ import pytest
 import torch
 from architectures import TARGETS
 from onnx import helper, numpy_helper
+from toys import make_config, make_model
 
 from hf_encdec_distill.cards import write_model_card
 from hf_encdec_distill.cards.loading import note_exports
@@ -24,7 +25,7 @@ from hf_encdec_distill.export import mil_interpreter
 from hf_encdec_distill.export.backends import backend_of, targets
 from hf_encdec_distill.export.exporting import export_model
 from hf_encdec_distill.export.manifest import write_manifest
-from hf_encdec_distill.export.parity import _failures, prove
+from hf_encdec_distill.export.parity import _across_the_limit, _failures, prove
 from hf_encdec_distill.export.recipe import BOUNDS, Shapes
 
 
@@ -35,8 +36,8 @@ def shapes_of(target):
     return Shapes() if target in ("genai", "gguf") else Shapes.parse("fixed:8,8")
 
 
-def exported(model, folder, target, variant="fp32"):
-    return export_model(model, None, target, folder, variant, shapes_of(target))
+def exported(model, folder, target, variant="fp32", shapes=None):
+    return export_model(model, None, target, folder, variant, shapes or shapes_of(target))
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +159,43 @@ def test_one_wrong_operation_of_the_interpreter_is_caught(exported_once, trained
     assert not prove(folder, trained, rows[:3], max_new_tokens=4)["failures"]  # a table: no cosine is left to compute
     monkeypatch.setitem(mil_interpreter.OPERATIONS, "silu", mil_interpreter.OPERATIONS["sigmoid"])
     assert prove(folder, trained, rows[:3], max_new_tokens=4)["failures"]
+
+
+@pytest.mark.parametrize("kind", ["merged", "separate"])
+def test_a_rope_that_is_wrong_beyond_its_limit_is_out_of_bounds(kind, rows, tmp_path):
+    """However far the limit is from the prompts of the rows: the one export has it at 64, the other never."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "attention_factor": 1.0}
+    fields = {"encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1, "max_position_embeddings": 512}
+    model, never = (
+        make_model(kind, rope_parameters={**rope, "original_max_position_embeddings": limit, "factor": 8.0}, **fields)
+        for limit in (64, 512)
+    )
+    never.load_state_dict(model.state_dict())
+    right, wrong = (
+        prove(exported(one, tmp_path / name, "onnx", shapes=Shapes()), model, rows[:1], max_new_tokens=1)
+        for name, one in (("right", model), ("wrong", never))
+    )
+    assert right["failures"] == []
+    [failure] = wrong["failures"]
+    assert failure.startswith("logits differ by")
+    differs = [(case["prompt"], case["target"]) for case in wrong["shapes"] if case["max"] > 1e-4]
+    assert differs == [(72, 1), {"merged": (64, 1), "separate": (1, 65)}[kind]]
+
+
+@pytest.mark.parametrize(
+    ("rope", "shapes", "compared"),
+    [
+        ("dynamic", "dynamic", [(1, 136, 1), (1, 128, 1)]),
+        ("dynamic", "fixed:128,4", [(1, 128, 1)]),  # no longer prompt is taken
+        ("longrope", "dynamic", []),  # 131072: attention scores would fill any memory
+        ("default", "dynamic", []),
+    ],
+)
+def test_how_far_the_grid_goes(rope, shapes, compared):
+    parameters = {"rope_type": rope, "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+    parameters["original_max_position_embeddings"] = 131072
+    config = make_config("merged", rope_parameters=parameters, max_position_embeddings=128)
+    assert _across_the_limit(config, Shapes.parse(shapes)) == compared
 
 
 def test_not_a_number_is_out_of_bounds(exported_once, trained, rows, monkeypatch):

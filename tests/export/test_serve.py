@@ -1,8 +1,11 @@
 """The server, asked by huggingface_hub's client and by hand; answers are those of `generate`."""
 
+import contextlib
 import http.client
 import json
+import re
 import shutil
+import socket
 import threading
 
 import pytest
@@ -165,6 +168,30 @@ def test_nothing_of_a_stop_is_sent(stop, writing):
     assert "".join(piece for piece, _, _ in pieces) == text.partition(stop)[0]
 
 
+@pytest.mark.parametrize(("stop", "sent"), [("\n", ""), ("\nR", ""), ("t", "Re"), ("!", "Return\nit")])
+def test_a_stop_may_be_in_what_is_stripped(stop, sent, writing):
+    """Space at the beginning of an answer is not sent, but read."""
+    asked = serve.parse("/v1/completions", {"prompt": "x", "stop": stop}, 20)
+    assert "".join(piece for piece, _, _ in writing("\n\nReturn\nit").answer([3], asked)) == sent
+
+
+def test_a_generation_config_with_more_than_greedy_search(folders, tmp_path, expected, capsys):
+    """Its stop strings end an answer, and of several sequences the first is written; by `serve` and by `generate`."""
+    text, _ = expected
+    stop = next(letter for letter in text if letter.isascii() and letter.isprintable() and letter != " ")
+    shutil.copytree(folders[0] / "onnx", tmp_path / "onnx")
+    file = tmp_path / "onnx" / "generation_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "stop_strings": [stop], "num_return_sequences": 2, "num_beams": 2}))
+    service = serve.load_service(str(tmp_path / "onnx"), MOST)
+    pieces = list(service.answer(service.read(TEXT), serve.parse("/v1/completions", {"prompt": TEXT}, MOST)))
+    written = "".join(piece for piece, _, _ in pieces)
+    assert text.startswith(written) and stop in written and written != text
+    assert pieces[-1][1] < MOST and pieces[-1][2] == "stop"
+    assert main(["generate", str(tmp_path / "onnx"), TEXT, "--max-new-tokens", str(MOST)]) == 0
+    assert capsys.readouterr().out.strip() == written.strip()
+
+
 def test_a_seed_draws_the_same_again(running):
     _, port = running
 
@@ -199,6 +226,7 @@ def test_a_stream_ends_with_its_usage_where_it_is_asked_for(running, expected, p
 def test_all_tokens_are_drawn_from():
     """transformers would draw from the 50 likeliest."""
     neutral = {"n": 1, "frequency_penalty": 0.0, "logit_bias": {}, "stream_options": {"include_usage": True}}
+    neutral |= {"tool_choice": "none", "modalities": ["text"]}
     assert serve.parse("/v1/completions", {"prompt": "x", "temperature": 1e-40, **neutral}, MOST).sampling == {}
     asked = serve.parse("/v1/completions", {"prompt": "x", "temperature": 1.0}, MOST)
     assert GenerationConfig(**asked.sampling).top_k == 0
@@ -341,6 +369,7 @@ def test_a_client_that_goes_away_stops_its_answer(running, expected):
         ({"prompt": "x", "logprobs": 0}, "logprobs=0: this server takes False alone"),
         ({"prompt": "x", "response_format": {"type": "json_object"}}, "this server takes {'type': 'text'} alone"),
         ({"prompt": "x", "n": 2}, "n=2: this server takes 1 alone"),
+        ({"prompt": "x", "tool_choice": "auto"}, "tool_choice='auto': this server takes 'none' alone"),
         ({"prompt": "x", "top_k": 1}, "top_k: this server does not know it"),
         ({"prompt": "x", "grammar": "g", "min_p": 0.5}, "grammar, min_p: this server does not know it"),
         ({"prompt": "x", "stream": True, "stream_options": {"include_usage": 1}}, "include_usage=1: expected true"),
@@ -350,11 +379,19 @@ def test_a_client_that_goes_away_stops_its_answer(running, expected):
     ],
 )
 def test_bad_requests(running, body, problem):
-    import re
-
     _, port = running
     status, answer = post(port, "/v1/completions", body)
     assert status == 400 and re.search(problem, answer["error"]["message"])
+
+
+def test_parts_of_a_message_are_text():
+    def parse(*parts):
+        return serve.parse("/v1/chat/completions", {"messages": [{"role": "user", "content": list(parts)}]}, MOST)
+
+    assert parse({"type": "text", "text": "a"}, {"type": "text", "text": "b"}).texts == ["ab"]
+    for other in ({"type": "image_url", "text": "b"}, {"text": "b"}, {"type": "text"}, "b"):
+        with pytest.raises(serve.BadRequest, match="expected the role 'user' with a text as content"):
+            parse({"type": "text", "text": "a"}, other)
 
 
 def test_conversations_are_refused(running):
@@ -394,3 +431,37 @@ def test_who_is_there(running):
     connection.request("GET", "/v1/models")
     [model] = json.loads(connection.getresponse().read())["data"]
     assert model["id"] in ("student", "onnx")
+    connection.request("GET", f"/v1/models/{model['id']}?x=1")
+    assert json.loads(connection.getresponse().read()) == model
+    connection.request("GET", "/v1/models/another")
+    assert connection.getresponse().status == 404
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "status"),
+    [
+        (b"POST /v1/completions?x=1", b"Content-Length: 2\r\n\r\n{}", [400, 200]),
+        (b"POST /v1/completions", b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", [411]),
+        (b"POST /v1/completions", b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", [411]),
+        (b"POST /v1/completions", b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", [413]),
+        (b"POST /v1/completions", b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", [413]),
+        (b"POST /v1/completions", b"Content-Length: " + b"0" * 5000 + b"\r\n\r\n", [413]),
+        (b"GET /health", b"Content-Length: 5\r\n\r\nhello", [200]),
+        (b"GET /health", b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", [200]),
+        (b"GET /health", b"Content-Length: 0\r\n\r\n", [200, 200]),
+    ],
+)
+def test_no_body_becomes_the_next_request(running, head, body, status, capfd):
+    """What follows in the connection is answered, or it is closed."""
+    _, port = running
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(head + b" HTTP/1.1\r\nHost: x\r\n" + body + HEALTH)
+        answered = b""
+        with contextlib.suppress(ConnectionResetError):  # as it is closed on what was not read
+            while more := connection.recv(65536):
+                answered += more
+    assert [int(code) for code in re.findall(rb"HTTP/1\.1 (\d+)", answered)] == status
+    assert capfd.readouterr().err == ""

@@ -380,6 +380,21 @@ def test_a_changed_file_is_found(target, exported_once, tmp_path):
         ExportedForConditionalGeneration.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_file_whose_hash_is_missing_is_not_read(target, exported_once, tmp_path):
+    _, whole, _ = exported_once("merged", target, "fixed:9,8" if target == "coreml" else "dynamic")
+    folder = shutil.copytree(whole, tmp_path / "exported")
+    manifest = json.loads((folder / "exported.json").read_text())
+    largest = max(manifest["files"], key=lambda name: (folder / name).stat().st_size)  # it has the weights
+    (folder / largest).parent.joinpath("._note").touch()  # macOS
+    for files in ({name: of_one for name, of_one in manifest["files"].items() if name != largest}, {}):
+        (folder / "exported.json").write_text(json.dumps({**manifest, "files": files}))
+        with pytest.raises(ValueError, match=f"exported.json has no hash of .*{Path(largest).name}.*, expected one"):
+            ExportedForConditionalGeneration.from_pretrained(folder)
+    (folder / "exported.json").write_text(json.dumps(manifest))
+    assert ExportedForConditionalGeneration.from_pretrained(folder).manifest == manifest
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
@@ -421,13 +436,26 @@ def test_rope_that_is_ruled_by_the_longest_sequence(rope, tmp_path):
     """Both sides of the limit, in one graph; Core ML looks positions up in one table."""
     parameters = {"rope_type": rope, "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     parameters["original_max_position_embeddings"] = 8
-    model = toy(kind="merged", max_position_embeddings=8, rope_parameters=parameters, **SMALLEST)
+    positions = {"dynamic": 8, "longrope": 64}[rope]  # of dynamic they are the limit
+    model = toy(kind="merged", max_position_embeddings=positions, rope_parameters=parameters, **SMALLEST)
     for target in ("onnx", "openvino"):
         exported = export(model, tmp_path / target, target)
-        for prompt in (4, 7, 12):
-            assert_logits_equal(exported, model, 1, prompt, 3)
+        for prompt, tokens in ((4, 3), (7, 3), (8, 1), (9, 1), (12, 3)):
+            assert_logits_equal(exported, model, 1, prompt, tokens)
+        prompt = random_ids(1, 6)  # from 6 to 12, token by token
+        answers = [one.generate(prompt, max_new_tokens=6, do_sample=False).tolist() for one in (exported, model)]
+        assert answers[0] == answers[1]
     with pytest.raises(ValueError, match=f"rope_type='{rope}' chooses its frequencies .* coreml"):
         export(model, tmp_path / "coreml", "coreml", shapes="fixed:4,4")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_ids_of_32_bits(target, exported_once):
+    model, _, exported = exported_once("merged", target, "fixed:9,8" if target == "coreml" else "dynamic")
+    ids = random_ids(1, 5)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids[:, :2]}
+    found = exported(**{name: tensor.int() for name, tensor in inputs.items()}).logits
+    assert torch.equal(found, exported(**inputs).logits)
 
 
 def test_a_model_of_another_type(tmp_path):
@@ -514,6 +542,9 @@ def test_what_is_given_is_used_or_refused(exported_once, tmp_path):
             exported(**given)
     with pytest.raises(ValueError, match="decoder_attention_mask"):
         exported.generate(**prompt, decoder_input_ids=ids[:, :3], decoder_attention_mask=mask, max_new_tokens=2)
+    for guess in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": model}):
+        with pytest.raises(ValueError, match="the cache of an export cannot"):
+            exported.generate(**prompt, max_new_tokens=2, do_sample=False, **guess)
     with pytest.raises(ValueError, match="copy that to"):
         exported.save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()

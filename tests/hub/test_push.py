@@ -260,6 +260,13 @@ def break_hash(folder):
     (folder / "onnx" / "model.onnx").write_bytes(b"\0graph of another")
 
 
+def forget_the_weights(folder):
+    write_export(folder / "onnx")
+    manifest = json.loads((folder / "onnx" / "exported.json").read_text())
+    del manifest["files"]["model.onnx_data"]
+    (folder / "onnx" / "exported.json").write_text(json.dumps(manifest))
+
+
 def break_parity(folder):
     write_export(folder / "onnx", ["greedy answers 12 %"])
 
@@ -273,6 +280,7 @@ def reject(folder):
     ("harm", "words", "message"),
     [
         (break_hash, [], r"onnx/model.onnx is changed after the export"),
+        (forget_the_weights, [], r"exported.json has no hash of model.onnx_data"),
         (break_parity, ["--include", "onnx"], r"not equal to PyTorch within bounds: greedy answers 12 %"),
         (reject, ["--include", "onnx.rejected"], r"no parity.json that proves it"),
         (lambda folder: None, ["--include", "coreml"], r"holds no export"),

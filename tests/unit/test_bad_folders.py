@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hf_encdec_distill.cli._checkpoints import RECIPE_HEADER
 from hf_encdec_distill.cli.main import main
+from hf_encdec_distill.export.manifest import sha256
 from hf_encdec_distill.models.vocabulary import trim_tokenizer
 
 
@@ -407,7 +408,7 @@ def test_a_manifest_of_an_export_that_is_none(refused, whole, tmp_path, content)
 
 
 EXPORTED = {"version": 1, "target": "onnx", "variant": "fp32", "shapes": "dynamic", "stateful": False}
-EXPORTED |= {"cache_dtype": "float32", "files": {}}
+EXPORTED |= {"cache_dtype": "float32"}
 
 
 @pytest.mark.parametrize(
@@ -418,12 +419,14 @@ EXPORTED |= {"cache_dtype": "float32", "files": {}}
         ({"shapes": "fixed:no"}, "shapes 'fixed:no'"),
         ({"files": {"../secret": "0"}}, "expected the name of a file in that folder"),
         ({"files": {"decoder.onnx": 3}}, "decoder.onnx is missing"),
+        ({"files": {}}, "has no hash of any file, expected one of each file of the graphs"),
         ({"cache_dtype": "float31"}, "stores keys and values as 'float31'"),
     ],
 )
 def test_a_manifest_of_an_export_with_odd_fields(refused, whole, tmp_path, changed, message):
     folder = shutil.copytree(whole / "student", tmp_path / "exported")
-    (folder / "exported.json").write_text(json.dumps({**EXPORTED, **changed}))
+    files = {"config.json": sha256(folder / "config.json")}
+    (folder / "exported.json").write_text(json.dumps({**EXPORTED, "files": files, **changed}))
     assert message in refused("generate exported hello")
 
 

@@ -173,9 +173,11 @@ def stream(
             **{name: values.to(model.device) for name, values in (images or {}).items()},
             max_new_tokens=max_new_tokens,
             num_beams=1,
+            num_return_sequences=1,
             **{"do_sample": False, **sampling},
             eos_token_id=end_tokens(model, tokenizer) or None,
             pad_token_id=tokenizer.pad_token_id,
+            tokenizer=tokenizer,  # for stop_strings of the generation config
             streamer=tokens,
             stopping_criteria=[lambda *_: stopped.is_set()],
         )

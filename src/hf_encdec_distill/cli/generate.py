@@ -111,7 +111,9 @@ def _with_transformers(args: argparse.Namespace) -> Answering:
             **images,
             max_new_tokens=args.max_new_tokens,
             num_beams=args.num_beams,
+            num_return_sequences=1,
             do_sample=False,
+            tokenizer=tokenizer,  # for stop_strings of the generation config
         )
         # Behind the prompt, or the token from which an encoder-decoder starts: the prompt's last, if it is merged.
         tokens = tokens[0, input_ids.shape[1] if decoder_only else 1 :]

@@ -17,6 +17,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 from ._display import say_result
 from ._inputs import check_at_least_one, check_free, check_texts, public_name
@@ -25,6 +26,7 @@ from ._inputs import check_at_least_one, check_free, check_texts, public_name
 SUMMARY = "an OpenAI-compatible server for a student"
 EXAMPLE = "hf-encdec-distill serve exported"
 _LARGEST = 2**24  # bytes of a request
+_DIGITS = 20  # of a Content-Length; Python reads no number of thousands
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,23 +99,27 @@ class Service:
             raise BadRequest("the text has an image token, and no image can be sent here: leave it out")
         try:
             check_rows(self.name, self.model.config, [len(ids)], [1], "send a shorter prompt")
-            if self._shapes is not None:
-                self._shapes.padded(len(ids))
+            if self._graphs is not None:
+                self._graphs.shapes.padded(len(ids))
         except ValueError as error:
             raise BadRequest(str(error)) from error
+        room = self._graphs and self._graphs.room_for_target(len(ids))
+        if room is not None and room < 1:
+            raise BadRequest(
+                f"the prompt has {len(ids)} tokens, which leave no place for an answer: send a shorter one"
+            )
         return ids
 
     @property
-    def _shapes(self):
-        """The lengths that an exported model takes; None in PyTorch."""
-        graphs = getattr(self.model, "graphs", None)
-        return graphs and graphs.shapes
+    def _graphs(self):
+        """Of an exported model; None in PyTorch."""
+        return getattr(self.model, "graphs", None)
 
     def most_tokens(self, ids: list[int], asked: Completion) -> int:
         """Of an answer to the prompt `ids`: as many as are asked for, and as there are positions and slots for."""
         from ..distillation.checks.limits import room_for_target
 
-        slots = self._shapes and self._shapes.targets
+        slots = self._graphs and self._graphs.room_for_target(len(ids))
         limits = (asked.max_tokens, room_for_target(self.model.config, len(ids)), slots)
         return min(limit for limit in limits if limit is not None)
 
@@ -129,26 +135,26 @@ class Service:
         sent = ""
         hold = max(map(len, asked.stop), default=1) - 1  # what may be the beginning of a stop
         count, text, cut = 0, "", None
-        answers = stream(self.model, ids, self.tokenizer, self.most_tokens(ids, asked), **asked.sampling)
+        most = self.most_tokens(ids, asked)
+        answers = stream(self.model, ids, self.tokenizer, most, **asked.sampling)
         try:
             for answer in answers:
                 count = len(answer.ids)
-                text = self.tokenizer.decode(
-                    answer.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-                ).lstrip()
+                text = self.tokenizer.decode(answer.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 ends = [place for place in (text.find(stop) for stop in asked.stop) if place >= 0]
                 if ends:
                     cut = text[: min(ends)]
                     break
                 ready = text.rstrip("\N{REPLACEMENT CHARACTER}")  # of a character that is not whole yet
-                ready = ready[: max(len(ready) - hold, 0)]
+                ready = ready[: max(len(ready) - hold, 0)].lstrip()
                 if len(ready) > len(sent):
                     yield ready[len(sent) :], count, None
                     sent = ready
         finally:
             answers.close()
-        last = cut if cut is not None else text
-        ended = cut is not None or (count > 0 and answer.ids[-1] in end_tokens(self.model, self.tokenizer))
+        last = (cut if cut is not None else text).lstrip()
+        # By `stop`, by stop_strings of the generation config, or by the last token that there was room for.
+        ended = cut is not None or count < most or answer.ids[-1] in end_tokens(self.model, self.tokenizer)
         yield last[len(sent) :], count, "stop" if ended else "length"
 
 
@@ -173,6 +179,7 @@ def load_service(name: str, most: int) -> Service:
 _NEUTRAL: dict[str, Any] = {
     **{"n": 1, "best_of": 1, "echo": False, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0},
     **{"logit_bias": {}, "suffix": "", "tools": [], "functions": [], "response_format": {"type": "text"}},
+    **{"tool_choice": "none", "modalities": ["text"]},
 }
 _READ = {
     *("messages", "prompt", "max_completion_tokens", "max_tokens", "stop", "temperature", "top_p", "seed"),
@@ -255,7 +262,8 @@ def _only_message(messages: Any) -> str:
     [message] = messages
     content = message.get("content")
     if isinstance(content, list):  # parts, as newer clients send them
-        texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
         content = "".join(texts) if len(texts) == len(content) else None
     if message.get("role") != "user" or not isinstance(content, str):
         raise BadRequest(f"messages[0]={message!r}: expected the role 'user' with a text as content")
@@ -291,22 +299,30 @@ class _Handler(BaseHTTPRequestHandler):
         pass  # prompts are nobody's business
 
     def do_GET(self) -> None:
-        if self.path == "/health":
+        if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
+            self.close_connection = True  # a body that nobody reads would be taken for the next request
+        model = {"id": self.service.name, "object": "model", "created": 0, "owned_by": "hf-encdec-distill"}
+        if self._route == "/health":
             self._send(200, {"status": "ok"})
-        elif self.path == "/v1/models":
-            model = {"id": self.service.name, "object": "model", "created": 0, "owned_by": "hf-encdec-distill"}
+        elif self._route == "/v1/models":
             self._send(200, {"object": "list", "data": [model]})
+        elif unquote(self._route) == f"/v1/models/{self.service.name}":
+            self._send(200, model)
         else:
             self._refuse(404, f"no such path: {self.path}")
 
     def do_POST(self) -> None:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > _LARGEST:
+        if "Transfer-Encoding" in self.headers:
             self.close_connection = True
-            self._refuse(413, f"Content-Length={length!r}: expected at most {_LARGEST} bytes")
+            self._refuse(411, "send the body with a Content-Length, not chunked")
+            return
+        length = ", ".join(self.headers.get_all("Content-Length", []))
+        if not length.isdecimal() or len(length) > _DIGITS or int(length) > _LARGEST:
+            self.close_connection = True
+            self._refuse(413, f"Content-Length={length[:_DIGITS]!r}: expected at most {_LARGEST} bytes")
             return
         content = self.rfile.read(int(length))  # in any case: what is left would be taken for the next request
-        if self.path not in ("/v1/completions", "/v1/chat/completions"):
+        if self._route not in ("/v1/completions", "/v1/chat/completions"):
             self._refuse(404, f"no such path: {self.path}")
             return
         try:
@@ -314,7 +330,7 @@ class _Handler(BaseHTTPRequestHandler):
                 body = json.loads(content)
             except (ValueError, RecursionError) as error:
                 raise BadRequest(f"the body is not JSON: {error}") from error
-            asked = parse(self.path, body, self.service.most)
+            asked = parse(self._route, body, self.service.most)
             prompts = [self.service.read(text) for text in asked.texts]
         except BadRequest as error:
             self._refuse(400, str(error))
@@ -371,8 +387,13 @@ class _Handler(BaseHTTPRequestHandler):
             pieces.close()
 
     @property
+    def _route(self) -> str:
+        """The path without its query."""
+        return self.path.partition("?")[0]
+
+    @property
     def _chat(self) -> bool:
-        return self.path == "/v1/chat/completions"
+        return self._route == "/v1/chat/completions"
 
     def _head(self, suffix: str) -> dict[str, Any]:
         kind = f"chat.completion{suffix}" if self._chat else "text_completion"

@@ -318,6 +318,9 @@ class GenAiGraphs(Graphs):
         self._features_of_rows(input_ids, pixel_values)  # refuses any
         return [input_ids], attention_mask
 
+    def room_for_target(self, prompt: int) -> int:
+        return min(_ANSWER, self.longest - prompt)
+
     def new_cache(self, batch: int) -> GraphCache:
         return _Answers(batch)
 
@@ -333,7 +336,7 @@ class GenAiGraphs(Graphs):
         prompts = [ids[mask > 0].tolist() for ids, mask in zip(cross[0], encoder_mask, strict=True)]
         cache.length += input_ids.shape[1]
         for prompt in prompts:
-            if not prompt or len(prompt) + cache.length > self._slots(prompt):
+            if not prompt or cache.length > self.room_for_target(len(prompt)):
                 raise ValueError(
                     f"{len(prompt)} prompt tokens and {cache.length} target tokens: this export takes a prompt of at "
                     f"least 1 token, {self.longest} tokens in all and {_ANSWER} of a target; cut the prompt, or ask "
@@ -345,9 +348,6 @@ class GenAiGraphs(Graphs):
         ]
         return np.array(logits, np.float32)
 
-    def _slots(self, prompt: list[int]) -> int:
-        return min(len(prompt) + _ANSWER, self.longest)
-
     def _append(self, answer: _Answer, prompt: list[int], token: int) -> np.ndarray:
         """Logits `(V,)` behind `token`, which is then the last of the answer."""
         import onnxruntime_genai
@@ -357,7 +357,7 @@ class GenAiGraphs(Graphs):
         if answer.generator is None:
             start, *unread = answer.tokens
             settings = onnxruntime_genai.GeneratorParams(self.model)
-            settings.set_search_options(max_length=self._slots(prompt))
+            settings.set_search_options(max_length=len(prompt) + self.room_for_target(len(prompt)))
             answer.generator = onnxruntime_genai.Generator(self.model, settings)
             answer.generator.append_tokens([*prompt, start])
         for one in unread:

@@ -131,6 +131,10 @@ class Graphs(ABC):
             )
         return np.split(features, np.cumsum(counts // each)[:-1])
 
+    def room_for_target(self, prompt: int) -> int | None:
+        """Target tokens that there are slots for behind a prompt of so many tokens; `None` where there is no limit."""
+        return self.shapes.targets
+
     def new_cache(self, batch: int) -> GraphCache:
         if self.shapes.targets is None:
             return GraphCache([[self._empty(port, batch) for port in self._own]])

@@ -44,7 +44,6 @@ def write_manifest(
     Args:
         options: what else was asked for.
     """
-    files = sorted({path for glob in backend_of(target).files for path in folder.glob(glob) if path.is_file()})
     content = {
         "version": MANIFEST_VERSION,
         "package": __version__,
@@ -54,7 +53,7 @@ def write_manifest(
         "stateful": stateful,
         "cache_dtype": cache_dtype,
         **(options or {}),
-        "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
+        "files": {name: sha256(folder / name) for name in _files_of(folder, target)},
     }
     (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -63,7 +62,8 @@ def read_manifest(folder: Path) -> dict:
     """`exported.json` of a folder, after a look at every file that it names.
 
     Raises:
-        ValueError: there is none, it is of a newer version, or a file is missing, changed or outside of the folder.
+        ValueError: there is none, it is of a newer version, or a file is missing, changed, outside of the folder or
+            without a hash.
     """
     try:
         manifest = read_json(folder / MANIFEST, fields=_FIELDS)
@@ -81,6 +81,12 @@ def read_manifest(folder: Path) -> dict:
     size = manifest.get("image_size", [1, 1])
     if not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         raise ValueError(f"{folder / MANIFEST} has image_size={size!r}, expected [height, width]: export it again")
+    unnamed = [name for name in _files_of(folder, manifest["target"]) if name not in manifest["files"]]
+    if unnamed or not manifest["files"]:
+        raise ValueError(
+            f"{folder / MANIFEST} has no hash of {', '.join(unnamed) or 'any file'}, expected one of each file of the "
+            "graphs: remove what does not belong there, or export the model again"
+        )
     for name, digest in manifest["files"].items():
         file = inside(folder, name)
         found = sha256(file) if file.is_file() else "missing"
@@ -88,6 +94,12 @@ def read_manifest(folder: Path) -> dict:
             state = "missing" if found == "missing" else f"changed after the export (sha256 {found}, not {digest})"
             raise ValueError(f"{folder / name} is {state}: export the model again")
     return manifest
+
+
+def _files_of(folder: Path, target: str) -> list[str]:
+    """The files that a target's graphs are, relative to the folder; none is hidden, as those that macOS adds are."""
+    paths = {path for glob in backend_of(target).files for path in folder.glob(glob) if path.is_file()}
+    return sorted(path.relative_to(folder).as_posix() for path in paths if not path.name.startswith("."))
 
 
 def load_graphs(folder: Path, manifest: Mapping[str, Any], config) -> Graphs:

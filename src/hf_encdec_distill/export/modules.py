@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from ..models.families import RULED_BY_LENGTH
+from ..models.families import rope_limit
 from ..models.rope_encdec import RopeEncDecForConditionalGeneration, RopeEncDecForImageTextToText
 from ..models.rope_encdec.initialization import evaluating
 from ..models.rope_encdec.modeling_rope_encdec import (
@@ -293,13 +293,13 @@ class TraceableRotary(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         rotary = self.rotary
-        if rotary.rope_type not in RULED_BY_LENGTH:
+        limit = rope_limit(rotary.config)
+        if limit is None:
             return rotary(x, position_ids)
         length = position_ids.max() + 1
         if rotary.rope_type == "dynamic":
             inv_freq, _ = rotary.rope_init_fn(rotary.config, x.device, seq_len=length)
         else:
-            limit = getattr(rotary.config, "original_max_position_embeddings", rotary.config.max_position_embeddings)
             short, _ = rotary.rope_init_fn(rotary.config, x.device)
             long, _ = rotary.rope_init_fn(rotary.config, x.device, seq_len=limit + 1)
             inv_freq = torch.where(length > limit, long, short)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..models.families import rope_limit
 from ..models.rope_encdec.compat_rope_encdec import CACHE_FIELD
 from .modules import in_float32
 from .recipe import BOUNDS, Shapes, that_fit
@@ -22,6 +23,7 @@ from .runtime import ExportedForConditionalGeneration
 
 BEAMS = 3
 _ROUNDS = 5
+_FARTHEST = 4096  # tokens of a prompt that costs no more than some gigabytes of attention scores
 _LEAST_CE = 0.01  # nats per token: a rise is a share of PyTorch's, which may be next to nothing
 
 
@@ -120,7 +122,8 @@ def _failures(report: Mapping[str, Any], bounds) -> list[str]:
 @torch.no_grad()
 def compare_logits(exported, model, shapes: Shapes) -> list[dict[str, Any]]:
     """Teacher-forced logits on random tokens over a grid of batch, prompt and target lengths, 1 included, with pads on
-    either side, on one loaded model; with images none, one and two in a prompt, as far as it has room."""
+    either side, on one loaded model; with images none, one and two in a prompt, as far as it has room. Where RoPE
+    changes at a length, also a prompt beyond it and a target that crosses it."""
     generator = torch.Generator().manual_seed(0)
     vision = exported.graphs.graphs.get("vision")
     each = vision.outputs[0].shape({"images": 1})[1] if vision else 0
@@ -134,6 +137,7 @@ def compare_logits(exported, model, shapes: Shapes) -> list[dict[str, Any]]:
         (2, min(7, longest), min(5, slots)),
         (3, 2, 1),
         *([(3, min(2 * each + 5, longest), 1)] if vision else []),
+        *_across_the_limit(model.config, shapes),
     ):
         for side in ("none", "left", "right") if prompt > 1 and batch > 1 else ("none",):
             ids = torch.randint(model.config.vocab_size, (batch, prompt), generator=generator)
@@ -155,6 +159,20 @@ def compare_logits(exported, model, shapes: Shapes) -> list[dict[str, Any]]:
             difference = (found - expected).abs() / expected.abs().max()
             cases.append(shape | {"max": float(difference.max()), "mean": float(difference.mean())})
     return cases
+
+
+def _across_the_limit(config, shapes: Shapes) -> list[tuple[int, int, int]]:
+    """Batch, prompt and target of what is beyond the length at which RoPE changes: a prompt, then a target alone."""
+    limit = rope_limit(config)
+    if limit is None or limit > _FARTHEST:
+        return []
+    target_alone = (1, limit, 1) if config.cross_attention == "merged" else (1, 1, limit + 1)
+    # Graphs of fixed sizes take a target token by token, each with the frequencies of its own length.
+    return [
+        (batch, prompt, target)
+        for batch, prompt, target in ((1, limit + 8, 1), target_alone)
+        if shapes.targets is None or (prompt <= max(shapes.prompts or ()) and target == 1)
+    ]
 
 
 @torch.no_grad()

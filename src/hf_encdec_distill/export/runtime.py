@@ -85,6 +85,17 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
             CACHE_FIELD: cache,
         }
 
+    def _assisted_decoding(self, *args, **kwargs):
+        """What `generate` does with `prompt_lookup_num_tokens` or an `assistant_model`.
+
+        Raises:
+            ValueError: a runtime takes no tokens back.
+        """
+        raise ValueError(
+            "prompt_lookup_num_tokens and assistant_model guess tokens and take back the wrong ones, which the cache "
+            "of an export cannot: leave them out, or take the student in PyTorch"
+        )
+
     @torch.no_grad()
     def forward(
         self,
@@ -128,7 +139,7 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         *cross, mask = (tensor.numpy() for tensor in encoder_outputs.values())
         if cache is None:
             cache = self.graphs.new_cache(len(decoder_input_ids))
-        logits = self.graphs.decode(decoder_input_ids.numpy(), mask, cross, cache)
+        logits = self.graphs.decode(decoder_input_ids.long().numpy(), mask, cross, cache)
         scores, loss = torch.from_numpy(logits), None
         if labels is not None:
             loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten())
@@ -159,7 +170,7 @@ class _Encoder(torch.nn.Module):
     def forward(self, input_ids, attention_mask=None, pixel_values=None, **kwargs) -> BaseModelOutput:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         pixels = None if pixel_values is None else pixel_values.numpy()
-        cross, mask = self.graphs.encode(input_ids.numpy(), mask.numpy(), pixels)
+        cross, mask = self.graphs.encode(input_ids.long().numpy(), mask.numpy(), pixels)
         first, *others = (torch.from_numpy(array) for array in (*cross, mask))
         outputs = BaseModelOutput(last_hidden_state=first)
         for index, tensor in enumerate(others):

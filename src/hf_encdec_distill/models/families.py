@@ -39,6 +39,18 @@ def merged_start_token_id(config: Any) -> int | None:
     return config.decoder_start_token_id if is_merged(config) else None
 
 
+def rope_limit(config: Any) -> int | None:
+    """Tokens beyond which a call has other RoPE frequencies, of a type in `RULED_BY_LENGTH`; None for any other type.
+
+    As transformers v4.57.6 and v5.24.0 read it: modeling_rope_utils.py, `dynamic_rope_update` and what it calls.
+    """
+    rope = config.rope_parameters
+    if rope["rope_type"] not in RULED_BY_LENGTH:
+        return None
+    original = rope.get("original_max_position_embeddings") if rope["rope_type"] == "longrope" else None
+    return original or config.max_position_embeddings
+
+
 def sliding_window_of(config: Any) -> int | None:
     """Tokens that a layer of a decoder-only model looks back over; None if all layers see all of its positions."""
     window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .. import SUPPORTED_FAMILIES
 from ..either_version import check_rope_is_read, rope_parameters
-from ..families import RULED_BY_LENGTH, biases_of, sliding_window_of
+from ..families import biases_of, rope_limit, sliding_window_of
 from ..loading import load_merged_teacher, load_tokenizer
 from ..prompts import (
     distinct_pad_token,
@@ -253,12 +253,12 @@ def from_decoder_only(
 
                 kept = layers_within(budget, teacher.config, config, gaps, by_influence, divergence)
         student = plain(kept)
-        if cross_attention == "merged" and student.config.rope_parameters["rope_type"] in RULED_BY_LENGTH:
-            length = student.config.rope_parameters.get("original_max_position_embeddings")
+        length = rope_limit(student.config)
+        if cross_attention == "merged" and length is not None:
             logger.warning(
                 f"rope_type={student.config.rope_parameters['rope_type']!r} turns by the length of a call, of which "
                 "encoder and decoder see a part each: prompt and target together should stay within "
-                f"{length or student.config.max_position_embeddings} tokens, beyond which the student reads other "
+                f"{length} tokens, beyond which the student reads other "
                 "positions than its teacher."
             )
         unread = student.config.encoder_num_hidden_layers - student.config.encoder_states_read[-1]
