@@ -44,7 +44,7 @@ class Shape:
     encoder_pooling: int = 1
     encoder_pooling_layer: int | None = None
     encoder_sliding_window: int | None = None
-    layer_selection: Literal["influence", "least_squares", "greedy", "even", "first"] = "influence"
+    layer_selection: Literal["influence", "induction", "least_squares", "greedy", "even", "first"] = "influence"
     heal_rows: int = 200
     vocabulary: int | None = None
 
@@ -79,7 +79,8 @@ _HELP = {
     "encoder_sliding_window": "tokens that two of three encoder layers attend to: of each three the first attends to "
     "all (default: all do)",
     "layer_selection": "which layers to keep: influence (the default: those that change their input most), "
-    "least_squares (those that a linear fit joins best), greedy, even or first",
+    "induction (likewise, after those that copy from the prompt), least_squares (those that a linear fit joins best), "
+    "greedy, even or first",
     "heal_rows": "training rows on which the layers that are kept are fitted to the teacher (default: "
     f"{Shape.heal_rows}; 0: no fit)",
     "vocabulary": "most tokens of the student's vocabulary: those most frequent in the training rows. It is then "

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from .cost import model_cost
 from .prompts import frozen_prompt_date, with_prompt_as_chat_template
+from .rope_encdec.induction import copying_first
 from .rope_encdec.initialization import (
     MEASURED_ROWS,
     check_teacher,
@@ -128,6 +129,8 @@ def _choose(teacher, count, layer_selection, rows, batches, teacher_logprobs, in
     depth = teacher.config.num_hidden_layers
     if layer_selection != "greedy":
         kept, gaps = {"decoder": count}, None
+        if layer_selection == "induction":
+            influence = copying_first(teacher, influence, alone=True)
         if layer_selection == "least_squares":
             gaps = measure_gaps(teacher, calibration_batches(rows, teacher.device))
         choose_layers(kept, layer_selection, depth, False, influence, None, gaps)

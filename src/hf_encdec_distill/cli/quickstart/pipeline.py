@@ -377,6 +377,7 @@ class Pipeline:
                 teacher,
                 encoder_num_hidden_layers=self.settings.encoder_layers,
                 decoder_num_hidden_layers=self.settings.decoder_layers,
+                layer_selection=recipe.LAYER_SELECTION,
                 tokenizer=self.tokenizer,
                 prompt_template=self.template,
                 calibration=[(rows[index]["prompt"], rows[index]["labels"]) for index in drawn],

@@ -15,6 +15,7 @@ TEACHER_PASSES = 3
 STUDENT_LEARNING_RATE = 1e-3
 WARMUP = 0.1  # of the steps that fit into the time; the rest falls linearly to zero
 DIVERGENCE, DISTILL_WEIGHT = "forward_kl", 0.9
+LAYER_SELECTION = "induction"
 HEAL_ROWS = 100  # the layers are chosen and fitted on
 # In a shorter run the encoder stays as the fit left it. What it and the teacher say of some rows is recorded, and many
 # cheap steps are made on these; a longer run trains all weights, on rows that are mostly read once.

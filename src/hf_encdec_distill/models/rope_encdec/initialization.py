@@ -25,6 +25,7 @@ from ..vocabulary import trim_vocabulary
 from ..whole_weights import whole_on_each_process
 from .budget import layers_within
 from .configuration_rope_encdec import RopeEncDecConfig
+from .induction import copying_first
 from .layer_choice import (
     LAYER_SELECTIONS,
     GreedyRemoval,
@@ -105,11 +106,12 @@ def from_decoder_only(
             pooled and all attended in full, and fitted as they are. A teacher's own windows are not taken over.
         layer_selection (`str`): `"influence"` keeps the layers that change their input most, `1 - cos(in, out)` on the
             calibration rows (ShortGPT, arXiv 2403.03853), on prompt tokens for the encoder and on target tokens for
-            the decoder, always with the first two and the last; `"greedy"` takes out, one by one, the layer whose
-            absence raises the KL divergence from the teacher least, with `merged` attention whichever kind is built;
-            `"least_squares"` keeps those that a linear fit joins best
-            ([`~hf_encdec_distill.models.rope_encdec.layer_paths`]); `"even"` spaces them evenly; `"first"`
-            keeps the first ones and the last. The only layer of a `merged` decoder is the last: layer 0 would read no
+            the decoder, always with the first two and the last; `"induction"` chooses like it, after the layers by
+            which the teacher copies ([`~hf_encdec_distill.models.rope_encdec.induction`]); `"greedy"` takes out, one
+            by one, the layer whose absence raises the KL divergence from the teacher least, with `merged` attention
+            whichever kind is built; `"least_squares"` keeps those that a linear fit joins best
+            ([`~hf_encdec_distill.models.rope_encdec.layer_paths`]); `"even"` spaces them evenly; `"first"` keeps the
+            first ones and the last. The only layer of a `merged` decoder is the last: layer 0 would read no
             encoder layer.
         budget ([`~hf_encdec_distill.models.rope_encdec.budget.Budget`], *optional*): A request, and how many times
             faster than the teacher the student has to answer it, instead of numbers of layers. Of the splits that are
@@ -219,6 +221,8 @@ def from_decoder_only(
             device = next(teacher.parameters()).device
             batches = calibration_batches(rows[:MEASURED_ROWS], device)
             teacher_logprobs, influence = measure_teacher(teacher, batches)
+            if open_sides and layer_selection == "induction":
+                influence = copying_first(teacher, influence)
             greedy = None
             if open_sides and layer_selection == "greedy":
                 every = list(range(depth))

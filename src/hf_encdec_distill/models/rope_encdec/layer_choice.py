@@ -13,7 +13,7 @@ from .layer_paths import decoder_path, encoder_path
 
 logger = logging.get_logger(__name__)
 
-LAYER_SELECTIONS = ("influence", "least_squares", "greedy", "even", "first")
+LAYER_SELECTIONS = ("influence", "induction", "least_squares", "greedy", "even", "first")
 
 _CALIBRATION_ROWS = 32
 _CALIBRATION_PROMPT, _CALIBRATION_TARGET = 128, 32  # tokens
@@ -193,7 +193,7 @@ def choose_layers(kept, layer_selection, depth, merged, influence, greedy, gaps=
         layer_selection (`str`): One of `LAYER_SELECTIONS`.
         depth (`int`): The teacher's number of layers.
         merged (`bool`): Whether the decoder reads the encoder layer by layer.
-        influence (`dict`): From `measure_teacher`.
+        influence (`dict`): From `measure_teacher`; for `"induction"` from `copying_first`.
         greedy ([`GreedyRemoval`], *optional*): Needed for `"greedy"`.
         gaps (`dict`, *optional*): From `measure_gaps`, needed for `"least_squares"`.
     """
@@ -208,7 +208,7 @@ def choose_layers(kept, layer_selection, depth, merged, influence, greedy, gaps=
             kept[side], _ = decoder_path(gaps, count, merged)
         elif layer_selection == "least_squares":
             kept[side], _ = encoder_path(gaps, count, kept["decoder"] if merged else None)
-        elif layer_selection == "influence":
+        elif layer_selection in ("influence", "induction"):
             kept[side] = _most_influential(influence[side], candidates, count)
         elif layer_selection == "greedy":
             kept[side] = greedy.select(side, candidates, count, kept)
