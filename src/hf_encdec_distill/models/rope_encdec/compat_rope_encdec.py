@@ -41,13 +41,25 @@ else:
         def rope_theta(self):
             return self.rope_parameters["rope_theta"]
 
+        @rope_theta.setter
+        def rope_theta(self, value):
+            self.rope_parameters = {**self.rope_parameters, "rope_theta": value}
+
         @property
         def rope_scaling(self):
             return None if self.rope_parameters["rope_type"] == "default" else self.rope_parameters
 
+        @rope_scaling.setter
+        def rope_scaling(self, value):
+            self.rope_parameters = value  # as in transformers 5
+
         @property
         def partial_rotary_factor(self):
             return self.rope_parameters.get("partial_rotary_factor", 1.0)
+
+        @partial_rotary_factor.setter
+        def partial_rotary_factor(self, value):
+            self.rope_parameters = {**self.rope_parameters, "partial_rotary_factor": value}
 
         @property
         def original_max_position_embeddings(self):

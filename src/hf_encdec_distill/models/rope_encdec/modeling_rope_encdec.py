@@ -449,6 +449,10 @@ class RopeEncDecPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        config.check_fields()
+
     def post_init(self):
         super().post_init()
         # FSDP2 puts a model under a class of its own, and `save_pretrained` copies the file where `__module__` is.
