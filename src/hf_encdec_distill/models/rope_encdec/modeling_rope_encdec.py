@@ -1073,7 +1073,12 @@ class RopeEncDecForConditionalGeneration(RopeEncDecPreTrainedModel, GenerationMi
     def save_pretrained(self, save_directory, **kwargs):
         if self.tokenizer is not None:  # first, so that `push_to_hub=True` finds it
             self.tokenizer.save_pretrained(save_directory)
-        return super().save_pretrained(save_directory, **kwargs)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # `save_pretrained(push_to_hub=True)` comes here before it returns, and sends what it has seen change.
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
