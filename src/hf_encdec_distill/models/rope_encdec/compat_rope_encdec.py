@@ -80,6 +80,11 @@ _MASKS_TAKE_CACHE_POSITION = "cache_position" in inspect.signature(ALL_MASK_ATTE
 CACHE_FIELD = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
 
 
+def is_traced():
+    """Whether `torch.compile`, `torch.export` or `torch.jit.trace` runs the code: sizes and values are not known."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def _all_keys_mask_function(batch_idx, head_idx, q_idx, kv_idx):
     # Written on the indices, so that it broadcasts under vmap and without.
     return (q_idx >= 0) & (kv_idx >= 0)
@@ -150,7 +155,7 @@ def make_attention_mask(
     """
     batch, query_length = hidden_states.shape[:2]
     device = hidden_states.device
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    tracing = is_traced()
     if padding_mask is not None:
         padding_mask = padding_mask.to(device=device, dtype=torch.bool)
         if not tracing and padding_mask.shape[-1] >= key_length and bool(padding_mask.all()):
