@@ -58,6 +58,7 @@ assert type(there) is hf_encdec_distill.RopeEncDecForConditionalGeneration
 model, tokenizer = load()
 model.tokenizer = tokenizer
 model.push_to_hub("ann/by-method", max_shard_size="60kB", private=True)
+model.save_pretrained("by-saving", push_to_hub=True, repo_id="ann/by-saving", private=True)
 
 
 class WaitForPush(TrainerCallback):
@@ -196,6 +197,7 @@ def test_each_way_to_the_hub_leads_back(run_script, student, tmp_path, make_bpe_
     came_from = {
         "by-command": student,
         "by-method": student,
+        "by-saving": student,
         "by-trainer": tmp_path / "by-trainer-here",
         "by-plain-trainer": tmp_path / "by-plain-trainer-here",
     }
@@ -218,6 +220,8 @@ def test_each_way_to_the_hub_leads_back(run_script, student, tmp_path, make_bpe_
         for key, value in expected_of(folder, inputs).items():
             torch.testing.assert_close(got[key], value, atol=1e-6, rtol=0)
 
+    with_weights = [files for files in repositories["by-saving"].commits.values() if "model.safetensors" in files]
+    assert len(with_weights) == 1 and "tokenizer.json" in with_weights[0]
     by_method = repositories["by-method"].commits[heads["by-method"]]
     shards = [path for path, content in by_method.items() if isinstance(content, LargeFile)]
     assert len(shards) > 1 and "model.safetensors.index.json" in by_method

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from distillation_toys import STUDENTS, arguments, make_teacher, ragged_rows, token_terms
-from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from toys import KINDS, make_model, ragged
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from hf_encdec_distill import DistillationTrainer
@@ -164,3 +165,18 @@ def test_adapters_of_student_and_teacher_in_folders(tmp_path, tokenizer):
     assert metrics["eval_ce_loss"] == pytest.approx(ce.mean().item(), rel=1e-4)
     trainer.train()
     assert all(not torch.equal(a, b) for a, b in zip(adapter_of(student).values(), adapter_of(reread).values()))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "pooled"])
+def test_a_tuned_prefix_generates_what_a_whole_pass_says(kind):
+    """Token by token as all at once, and a row of a batch as the row alone."""
+    student = get_peft_model(make_model(kind), PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4))
+    student.eval()
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    ids, mask, rows = ragged("left")
+    written = student.generate(input_ids=ids, attention_mask=mask, **settings)
+    with torch.no_grad():
+        logits = student(input_ids=ids, attention_mask=mask, decoder_input_ids=written[:, :-1]).logits
+    assert torch.equal(logits.argmax(-1), written[:, 1:])
+    for row, tokens in zip(rows, written):
+        assert torch.equal(student.generate(input_ids=row, **settings)[0], tokens)

@@ -417,6 +417,8 @@ def test_caches_that_cannot_be_used_are_told(kind):
         model(**inputs, past_key_values=two[0], cache=two[1])
     with torch.no_grad():
         model(**inputs, past_key_values=two[0])
+        model(**inputs, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()), cache=two[0])
+    assert two[0].get_seq_length() == 2 * 5  # the empty one is left aside
     model.train().gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="Gradient checkpointing runs layers twice"):
         model(**inputs, past_key_values=two[0])
@@ -429,6 +431,40 @@ def test_a_mask_of_another_shape_is_told(kind):
     for shape in ((2, 3), (2, 8), (2, 1, 5, 5), (2, 5, 5)):
         with pytest.raises(ValueError, match=r"attention_mask of shape .* for prompts of shape \(2, 5\)"):
             model(input_ids=ids, attention_mask=torch.ones(shape, dtype=torch.long), decoder_input_ids=ids)
+
+
+def test_a_mask_of_another_width_than_encoder_outputs_is_told(model):
+    ids, mask, _ = ragged()
+    prompt = model.get_encoder()(ids, attention_mask=mask)
+    inputs = {"encoder_outputs": prompt, "decoder_input_ids": ids}
+    pools = model.config.encoder_pooling > 1
+    tokens = ", 7 to 9 of them" if pools else ""
+    for width in (1, 3, 6, 10):  # 3 positions once 7 tokens are pooled
+        with pytest.raises(ValueError, match=rf"attention_mask of .*: give one number for each token{tokens}\."):
+            model(**inputs, attention_mask=torch.ones(3, width, dtype=torch.long))
+    expected = model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids).logits
+    torch.testing.assert_close(model(**inputs, attention_mask=mask).logits, expected)
+
+
+def test_a_cross_attention_cache_of_another_length_is_told(model):
+    ids = random_ids(1, 7)
+    read = read_of(model, 7)
+    for length in (read - 1, read + 5):
+        cross = StaticCache(config=model.config, max_cache_len=length)
+        cache = EncoderDecoderCache(StaticCache(config=model.config, max_cache_len=16), cross)
+        with pytest.raises(ValueError, match=rf"would have {length} keys for a prompt of length {read}, "):
+            model(input_ids=ids, decoder_input_ids=ids, past_key_values=cache)
+    filled = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    with torch.no_grad():
+        model(input_ids=ids, decoder_input_ids=ids, past_key_values=filled)
+    filled.is_updated.clear()
+    with pytest.raises(ValueError, match=rf"would have {2 * read} keys"):
+        model(input_ids=ids, decoder_input_ids=ids, past_key_values=filled)
+
+
+def test_chunks_of_a_prefill_are_refused(model):
+    with pytest.raises(ValueError, match="prefill_chunk_size=2: .* Leave it out"):
+        generate(model, *ragged()[:2], prefill_chunk_size=2)
 
 
 def test_a_pad_token_that_is_none_fills_nothing():

@@ -10,7 +10,8 @@ from toys import SLIDING, make_config
 from transformers import AutoConfig, DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
+from hf_encdec_distill import RopeEncDecConfig, RopeEncDecEncoderModel, RopeEncDecForConditionalGeneration
+from hf_encdec_distill.models.rope_encdec.compat_rope_encdec import ROPE_LIVES_IN_ONE_DICT
 from hf_encdec_distill.models.rope_encdec.modeling_rope_encdec import RopeEncDecRotaryEmbedding
 
 
@@ -151,6 +152,41 @@ def test_older_rope_arguments_mean_what_they_mean_upstream(fields):
     # Folded into one dict, which alone is enough to say it again.
     again = RopeEncDecRotaryEmbedding(make_config(rope_parameters=config.rope_parameters))
     torch.testing.assert_close(again.inv_freq, theirs.inv_freq)
+
+
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_rope_that_is_given_when_loading_keeps_theta_and_width(name, tmp_path):
+    make_config(rope_theta=500.0, partial_rotary_factor=0.5).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path, **{name: {"rope_type": "linear", "factor": 4.0}})
+    linear = {"rope_type": "linear", "rope_theta": 500.0, "partial_rotary_factor": 0.5, "factor": 4.0}
+    assert config.rope_parameters == linear
+    rotary = RopeEncDecForConditionalGeneration(config).model.decoder.rotary_emb
+    torch.testing.assert_close(rotary.inv_freq, torch.tensor([1 / 4, 500.0**-0.5 / 4]))  # 4 of 8 features turn
+    config.rope_parameters = {**linear, "rope_theta": 70.0}
+    assert config.rope_parameters["rope_theta"] == 70.0
+
+
+@pytest.mark.skipif(ROPE_LIVES_IN_ONE_DICT, reason="transformers 5 has no such fields")
+def test_older_rope_fields_can_be_set(tmp_path):
+    make_config().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path, rope_theta=500.0, rope_scaling={"type": "linear", "factor": 4.0})
+    config.partial_rotary_factor = 0.5
+    expected = {"rope_theta": 500.0, "rope_type": "linear", "factor": 4.0, "partial_rotary_factor": 0.5}
+    assert config.rope_parameters == expected
+    config.rope_scaling = None
+    assert config.rope_parameters == {"rope_theta": 500.0, "rope_type": "default", "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("cross_attention", "nonsense"), ("encoder_pooling", 0), ("cross_attention_layers", [9, 9])],
+)
+def test_a_field_that_is_set_later_is_checked_by_the_model(field, value, tmp_path):
+    make_config().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path, **{field: value})
+    for cls in (RopeEncDecForConditionalGeneration, RopeEncDecEncoderModel):
+        with pytest.raises(ValueError, match=rf"RopeEncDecConfig: {field}=.* does not work"):
+            cls(config)
 
 
 def test_the_one_dict_wins_over_older_arguments():

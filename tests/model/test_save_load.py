@@ -225,6 +225,15 @@ def test_a_training_state_survives(kind, tmp_path):
     assert bool(frozen) == (kind == "merged")
 
 
+def test_one_process_writes_the_tokenizer(tmp_path, make_bpe_tokenizer):
+    model = make_model()
+    model.tokenizer = make_bpe_tokenizer()
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert not (tmp_path / "tokenizer.json").exists()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").exists()
+
+
 @pytest.mark.process
 def test_a_subclass_is_saved_with_its_own_code(tmp_path):
     """As transformers saves any class that registers itself, not with the names of ours."""

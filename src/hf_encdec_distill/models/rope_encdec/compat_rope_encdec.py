@@ -41,13 +41,25 @@ else:
         def rope_theta(self):
             return self.rope_parameters["rope_theta"]
 
+        @rope_theta.setter
+        def rope_theta(self, value):
+            self.rope_parameters = {**self.rope_parameters, "rope_theta": value}
+
         @property
         def rope_scaling(self):
             return None if self.rope_parameters["rope_type"] == "default" else self.rope_parameters
 
+        @rope_scaling.setter
+        def rope_scaling(self, value):
+            self.rope_parameters = value  # as in transformers 5
+
         @property
         def partial_rotary_factor(self):
             return self.rope_parameters.get("partial_rotary_factor", 1.0)
+
+        @partial_rotary_factor.setter
+        def partial_rotary_factor(self, value):
+            self.rope_parameters = {**self.rope_parameters, "partial_rotary_factor": value}
 
         @property
         def original_max_position_embeddings(self):
@@ -66,6 +78,11 @@ _MASKS_TAKE_CACHE_POSITION = "cache_position" in inspect.signature(ALL_MASK_ATTE
 # transformers >= 5.24 calls `past_key_values` `cache`, in outputs and in what `generate` passes to a model. Goes when
 # 5.23 is dropped.
 CACHE_FIELD = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
+
+
+def is_traced():
+    """Whether `torch.compile`, `torch.export` or `torch.jit.trace` runs the code: sizes and values are not known."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _all_keys_mask_function(batch_idx, head_idx, q_idx, kv_idx):
@@ -138,7 +155,7 @@ def make_attention_mask(
     """
     batch, query_length = hidden_states.shape[:2]
     device = hidden_states.device
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    tracing = is_traced()
     if padding_mask is not None:
         padding_mask = padding_mask.to(device=device, dtype=torch.bool)
         if not tracing and padding_mask.shape[-1] >= key_length and bool(padding_mask.all()):

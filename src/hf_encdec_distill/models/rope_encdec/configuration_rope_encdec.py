@@ -191,6 +191,26 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
         self.decoder_start_token_id = decoder_start_token_id
         self._validate_tokens()
 
+    def __setattr__(self, name, value):
+        if name == "rope_parameters":
+            # `from_pretrained(folder, rope_parameters=...)` sets it after the constructor. Theta and the rotary width
+            # belong to the weights, and stay unless they are given.
+            present = self.__dict__.get(name) or {}
+            kept = {key: present.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+            value = _fold_rope_parameters(value, rope_scaling=None, **kept)
+        super().__setattr__(name, value)
+
+    def check_fields(self):
+        """What the constructor checks. Models ask again: `from_pretrained(folder, field=value)` sets fields after it.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        self._validate_sizes()
+        _validate_rope_parameters(self.rope_parameters, self.head_dim)
+        self._validate_layers()
+        self._validate_tokens()
+
     def get_text_config(self, *args, **kwargs):
         # The flat-config branch upstream deletes every `encoder_*` field from a copy; ours is one text config.
         return self

@@ -28,7 +28,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .compat_rope_encdec import CACHE_FIELD, cache_key_length, make_attention_mask, update_cache
+from .compat_rope_encdec import CACHE_FIELD, cache_key_length, is_traced, make_attention_mask, update_cache
 from .configuration_rope_encdec import RopeEncDecConfig
 
 
@@ -449,6 +449,10 @@ class RopeEncDecPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        config.check_fields()
+
     def post_init(self):
         super().post_init()
         # FSDP2 puts a model under a class of its own, and `save_pretrained` copies the file where `__module__` is.
@@ -580,8 +584,7 @@ class RopeEncDecEncoder(RopeEncDecPreTrainedModel):
                 f"{_given(input_ids, inputs_embeds)}."
             )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # of what no size is known
-        if attention_mask is not None and not is_traced and attention_mask.shape != hidden_states.shape[:2]:
+        if attention_mask is not None and not is_traced() and attention_mask.shape != hidden_states.shape[:2]:
             raise ValueError(
                 f"attention_mask of shape {tuple(attention_mask.shape)} for prompts of shape "
                 f"{tuple(hidden_states.shape[:2])}: give one number for each token."
@@ -702,7 +705,8 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
 
         Raises:
             ValueError: if there is neither a prompt nor a cache that holds one, if there are two caches or one of
-                another class, if one that holds tokens meets gradient checkpointing, or a static one flash attention.
+                another class, if one that holds tokens meets gradient checkpointing, or a static one flash attention,
+                if the prompt's mask or keys in the cache would be more or fewer than the prompt.
         """
         output_attentions = kwargs["output_attentions"] = _wanted(kwargs, self.config, "output_attentions")
         output_hidden_states = _wanted(kwargs, self.config, "output_hidden_states")
@@ -729,20 +733,20 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
                 "Pass input_ids or encoder_outputs to the model."
             )
 
-        # transformers < 5.0: `generate` knows the position, where a static cache would have to search for it.
+        # transformers < 5.0: `generate` knows the position, where a static cache would have to search for it. It does
+        # not know of what PEFT puts into a dynamic one, which always goes on at its end.
         positions = kwargs.pop("cache_position", None)
-        if positions is None:
+        is_static = past_key_values is not None and past_key_values.is_compileable
+        if positions is None or not is_static:
             past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
             positions = torch.arange(target_length, device=device) + past_length
         else:
             past_length = positions[0]
         if past_key_values is None:
-            self_length, may_skip_mask = target_length, True
+            self_length = target_length
         else:
             self_length = cache_key_length(past_key_values.self_attention_cache, target_length)
-            # A static cache hands out slots that are not filled yet; only the mask hides them.
-            may_skip_mask = not past_key_values.is_compileable
-            if not may_skip_mask and "flash" in self.config._attn_implementation:
+            if is_static and "flash" in self.config._attn_implementation:
                 raise ValueError(
                     f"attn_implementation={self.config._attn_implementation!r} has no mask that hides the empty slots "
                     'of a static cache. Use model.set_attn_implementation("sdpa"), or a dynamic cache.'
@@ -751,6 +755,10 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
             prompt_length = past_key_values.cross_attention_cache.layers[0].keys.shape[2]
         else:
             prompt_length = encoder_hidden_states.shape[1]
+        if not is_traced():
+            self._check_prompt_length(
+                prompt_length, encoder_attention_mask, None if cache_holds_prompt else past_key_values
+            )
 
         if position_ids is None:
             position_ids = positions.unsqueeze(0)
@@ -780,7 +788,7 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
             past_length,
             self_length,
             prompt_length,
-            may_skip_mask,
+            may_skip_mask=not is_static,  # which hands out slots that are not filled yet; only the mask hides them
         )
         if encoder_hidden_states is None:
             encoder_states = [None] * len(self.layers)
@@ -811,6 +819,24 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
             attentions=tuple(self_attentions) if output_attentions else None,
             cross_attentions=tuple(cross_attentions) if output_attentions else None,
         )
+
+    def _check_prompt_length(self, length, mask, cache_to_fill):
+        if mask is not None and mask.shape[-1] != length:
+            size, pooled, tokens = self.config.encoder_pooling, "", ""
+            if size > 1:
+                pooled, tokens = f", both pooled by {size}", f", {(length - 1) * size + 1} to {length * size} of them"
+            raise ValueError(
+                f"attention_mask of shape {tuple(mask.shape)} for prompts of shape {(mask.shape[0], length)}{pooled}: "
+                f"give one number for each token{tokens}."
+            )
+        if cache_to_fill is None:
+            return
+        keys = cache_key_length(cache_to_fill.cross_attention_cache, length)
+        if keys != length:
+            raise ValueError(
+                f"past_key_values.cross_attention_cache would have {keys} keys for a prompt of length {length}, and "
+                f"all of them are attended to. Give a StaticCache max_cache_len={length}, or an empty DynamicCache()."
+            )
 
     def _masks(
         self,
@@ -1066,10 +1092,16 @@ class RopeEncDecForConditionalGeneration(RopeEncDecPreTrainedModel, GenerationMi
             ) from error
         return from_decoder_only(teacher, model_class=cls, **kwargs)
 
-    def save_pretrained(self, save_directory, **kwargs):
-        if self.tokenizer is not None:  # first, so that `push_to_hub=True` finds it
+    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if self.tokenizer is not None and is_main_process:
             self.tokenizer.save_pretrained(save_directory)
-        return super().save_pretrained(save_directory, **kwargs)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # `save_pretrained(push_to_hub=True)` comes here before it returns, and sends what it has seen change.
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
@@ -1092,6 +1124,15 @@ class RopeEncDecForConditionalGeneration(RopeEncDecPreTrainedModel, GenerationMi
     def tie_weights(self, *args, **kwargs):
         super().tie_weights(*args, **kwargs)
         self.model.tie_weights()
+
+    def _prepare_generation_config(self, *args, **kwargs):
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        if generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size}: transformers would cut the prompt's "
+                "attention_mask into the decoder's chunks. Leave it out: the encoder reads the prompt at once."
+            )
+        return generation_config, model_kwargs
 
     def prepare_inputs_for_generation(self, *args, position_ids=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
@@ -1187,15 +1228,24 @@ class RopeEncDecForConditionalGeneration(RopeEncDecPreTrainedModel, GenerationMi
 
 def _one_cache(past_key_values, cache):
     """The cache, by whichever name it was given."""
-    if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise ValueError(f"Two caches, past_key_values and cache: this transformers calls it {CACHE_FIELD}, give one.")
-    found = past_key_values if cache is None else cache
-    if found is not None and not hasattr(found, "is_updated"):
-        raise ValueError(
-            f"past_key_values of type {type(found).__name__}: an encoder-decoder takes an EncoderDecoderCache, such "
-            "as EncoderDecoderCache(DynamicCache(), DynamicCache())."
-        )
-    return found
+    given = [one for one in (past_key_values, cache) if one is not None]
+    for one in given:
+        if not hasattr(one, "is_updated"):
+            raise ValueError(
+                f"past_key_values of type {type(one).__name__}: an encoder-decoder takes an EncoderDecoderCache, such "
+                "as EncoderDecoderCache(DynamicCache(), DynamicCache())."
+            )
+    if len(given) == 2 and cache is not past_key_values:
+        # With transformers 5.24, PEFT 0.21 gives its prefix as `past_key_values` at each step of `generate`. The first
+        # begins with it, beside an empty `cache`; later ones go on with `cache`, which then has the prompt too.
+        held = [(bool(one.is_updated.get(0)), bool(one.get_seq_length())) for one in given]
+        if held[0] == held[1]:
+            raise ValueError(
+                "Two caches, past_key_values and cache, and neither holds more than the other: this transformers "
+                f"calls it {CACHE_FIELD}, give one."
+            )
+        return given[held.index(max(held))]
+    return given[0] if given else None
 
 
 def _given(first, second) -> str:
