@@ -192,7 +192,7 @@ def chunked_sum(
     if not len(hidden):
         raise ValueError("hidden has no rows; take the mean of no token with token_mean, which is 0.")
     if not torch.is_grad_enabled():  # a parameter would still say that it wants one
-        hidden, weight, bias = (None if tensor is None else tensor.detach() for tensor in (hidden, weight, bias))
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     return _ChunkedSum.apply(hidden, weight, bias, per_token, chunk_size, term_weights)
 
 
