@@ -1,11 +1,12 @@
 """`DistillationTrainer`: a `Seq2SeqTrainer` whose loss also follows a teacher."""
 
+import copy
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -714,9 +715,19 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is not None:
             state_dict = share_tied_weights(self.model, state_dict)
-        super()._save(output_dir, state_dict)
-        folder = output_dir or self.args.output_dir
-        tokenizer = tokenizer_of(self.processing_class)
+        with self._tokenizer_of_both_versions():
+            super()._save(output_dir, state_dict)
+        if self._is_decoder_only:
+            folder = output_dir or self.args.output_dir
+            add_fields_of_4_57(self.model.config, folder)  # type: ignore[arg-type]  # never None here
+
+    @contextmanager
+    def _tokenizer_of_both_versions(self) -> Iterator[None]:
+        """While the block runs, the tokenizer is saved in a class that either version of transformers knows.
+
+        `AutoTokenizer` of 5.x gives others.
+        """
+        given, tokenizer = self.processing_class, tokenizer_of(self.processing_class)
         ours = self._is_decoder_only or self.model.config.model_type in ("rope_encdec", "rope_encdec_vision")
         if ours and isinstance(tokenizer, PreTrainedTokenizerBase):
             # Of a class that the other version of transformers knows too, which `AutoTokenizer` of 5.x does not give.
@@ -746,7 +757,8 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         if self.is_world_process_zero():
             for file in Path(checkpoint_folder).glob("*.py"):
                 shutil.copy(file, self.args.output_dir)  # type: ignore[type-var]  # never None here
-        super()._push_from_checkpoint(checkpoint_folder)
+        with self._tokenizer_of_both_versions():
+            super()._push_from_checkpoint(checkpoint_folder)
 
     # --- training log ---
 
