@@ -53,7 +53,7 @@ from .checks.finite_training import FiniteTraining, explain_loss
 from .checks.lengths import row_sizes, with_lengths
 from .checks.limits import check_length, max_positions
 from .checks.packing import refuse_packed
-from .checks.trials import check_trial, own_fields
+from .checks.trials import check_trial, default_objective, own_fields
 from .collator import MESSAGES, DistillationCollator, tokenizer_of
 from .decoder_only_student import (
     answers_alone,
@@ -305,6 +305,10 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             self._divergence = select_divergence(args.divergence, args.jsd_beta, args.skew_alpha)
             name = args.divergence
         self.teacher.check(args.prompt_template, name, args.distill_temperature, self.prompt_date)
+
+    def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
+        """As the base class; without `compute_objective` the terms of our loss are no measures to be summed."""
+        return super().hyperparameter_search(hp_space, compute_objective or default_objective, *args, **kwargs)
 
     def _hp_search_setup(self, trial) -> None:
         """As the base class; refuses what a trial sets without effect."""
