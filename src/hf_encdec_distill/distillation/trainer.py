@@ -837,7 +837,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             raise ValueError(f"the data set to evaluate ({metric_key_prefix}) has no rows.")
         if not self.is_in_train:
             self.forget_encoder()
-        self._eval_sums = {}
+        outer, self._eval_sums = self._eval_sums, {}  # `compute_metrics` may evaluate other rows
         try:
             with torch.no_grad(), self.as_exported():
                 output = super().evaluation_loop(
@@ -862,7 +862,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
                     means["teacher_agreement"] /= means.pop("teacher_asked") or 1
                 output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         finally:
-            self._eval_sums = None
+            self._eval_sums = outer
         return output
 
     def prediction_step(
