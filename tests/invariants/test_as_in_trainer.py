@@ -95,6 +95,19 @@ def test_texts_are_grouped_by_their_length(tmp_path, tokenizer, kind):
     assert len({len(batch[0]) for batch in batches[0]}) > 3
 
 
+def test_a_column_of_lengths_counts_for_texts_too(tmp_path, tokenizer):
+    """The longest source is said to be the shortest: the batches are those of Seq2SeqTrainer with the same column."""
+    rows = [{**row, "size": 99 - len(row["source"])} for row in TEXTS]
+    ready = [{"input_ids": [5] * len(row["source"]), "labels": [7, 8], "size": row["size"]} for row in rows]
+    options = BY_LENGTH | {"length_column_name": "size", "remove_unused_columns": False}
+    orders = []
+    for cls, data in ((DistillationTrainer, rows), (Seq2SeqTrainer, ready)):
+        trainer = make_trainer(tmp_path, tokenizer, rows=Dataset.from_list(data), cls=cls, **options)
+        torch.manual_seed(5)
+        orders.append(list(trainer._get_train_sampler(trainer.train_dataset)))
+    assert orders[0] == orders[1]
+
+
 def test_packed_batches_are_refused(tmp_path, tokenizer):
     """Flattened by a collator, from ready rows or texts, or packed beforehand; padded positions are no packing."""
     for rows in (ROWS, TEXTS):
