@@ -61,6 +61,7 @@ from .decoder_only_student import (
     is_decoder_only,
     logits_of_labels,
     refuse_encoder_options,
+    refuse_prompt_learning,
     sequence_inputs,
 )
 from .images import let_processes_have_no_image, read_streams_in_each_process
@@ -228,10 +229,16 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
 
     # --- setting up ---
 
-    def _check_options(self, model: nn.Module) -> None:
+    def _check_options(self, model: "GenerativeModel") -> None:
+        if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
+            raise ValueError(
+                "the student's config has output_router_logits=True, for a load-balancing loss that the model adds to "
+                "its own loss, which distillation does not use: set it to False."
+            )
         self._is_decoder_only = is_decoder_only(model.config)
         if self._is_decoder_only:
             refuse_encoder_options(self.args, getattr(model.config, "model_type", type(model).__name__))
+            refuse_prompt_learning(model)
 
     def _set_up_teacher(self, teacher: "nn.Module | ServedTeacher | str | os.PathLike", tokenizer) -> None:
         """The teacher, its tokenizer, and the ids that it has in common with the student."""
@@ -735,10 +742,15 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
         given, tokenizer = self.processing_class, tokenizer_of(self.processing_class)
         ours = self._is_decoder_only or self.model.config.model_type in ("rope_encdec", "rope_encdec_vision")
         if ours and isinstance(tokenizer, PreTrainedTokenizerBase):
-            # Of a class that the other version of transformers knows too, which `AutoTokenizer` of 5.x does not give.
-            in_a_class_of_both_versions(tokenizer).save_pretrained(folder)
-        if self._is_decoder_only:
-            add_fields_of_4_57(self.model.config, folder)  # type: ignore[arg-type]  # never None here
+            saved: Any = in_a_class_of_both_versions(tokenizer)
+            if given is not tokenizer:
+                processor: Any = copy.copy(given)
+                processor.tokenizer, saved = saved, processor
+            self.processing_class = saved
+        try:
+            yield
+        finally:
+            self.processing_class = given
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
