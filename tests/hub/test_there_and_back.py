@@ -231,6 +231,9 @@ def test_each_way_to_the_hub_leads_back(run_script, student, tmp_path, make_bpe_
     weights = [files for files in by_trainer.commits.values() if "model.safetensors" in files]
     assert len(weights) >= 2  # pushed while it trained, and then already with the code that loads it
     assert all("modeling_rope_encdec.py" in files for files in weights)
+    # In a class that 4.57 knows, which `AutoTokenizer` of 5.x does not give.
+    classes = [json.loads(files["tokenizer_config.json"])["tokenizer_class"] for files in weights]
+    assert set(classes) == {"PreTrainedTokenizerFast"}
 
 
 @pytest.mark.process

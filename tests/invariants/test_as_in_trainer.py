@@ -20,7 +20,8 @@ from transformers import (
     Seq2SeqTrainingArguments,
     TrainerCallback,
 )
-from transformers.trainer_utils import HPSearchBackend
+from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
+from transformers.trainer_utils import BestRun, HPSearchBackend
 
 from hf_encdec_distill import DistillationTrainer, DistillationTrainingArguments
 from hf_encdec_distill.metrics import texts as metrics
@@ -94,6 +95,19 @@ def test_texts_are_grouped_by_their_length(tmp_path, tokenizer, kind):
             assert grouped["eval_loss"] == pytest.approx(in_order["eval_loss"], rel=1e-5)
     assert batches[0] == batches[1]
     assert len({len(batch[0]) for batch in batches[0]}) > 3
+
+
+def test_a_column_of_lengths_counts_for_texts_too(tmp_path, tokenizer):
+    """The longest source is said to be the shortest: the batches are those of Seq2SeqTrainer with the same column."""
+    rows = [{**row, "size": 99 - len(row["source"])} for row in TEXTS]
+    ready = [{"input_ids": [5] * len(row["source"]), "labels": [7, 8], "size": row["size"]} for row in rows]
+    options = BY_LENGTH | {"length_column_name": "size", "remove_unused_columns": False}
+    orders = []
+    for cls, data in ((DistillationTrainer, rows), (Seq2SeqTrainer, ready)):
+        trainer = make_trainer(tmp_path, tokenizer, rows=Dataset.from_list(data), cls=cls, **options)
+        torch.manual_seed(5)
+        orders.append(list(trainer._get_train_sampler(trainer.train_dataset)))
+    assert orders[0] == orders[1]
 
 
 def test_packed_batches_are_refused(tmp_path, tokenizer):
@@ -374,6 +388,61 @@ def test_a_trial_may_not_set_what_has_no_effect(tmp_path, tokenizer, trial, name
     trainer.hp_search_backend = HPSearchBackend.WANDB
     with pytest.raises(ValueError, match=f"a trial sets {name}=.*leave it out of the search"):
         trainer._hp_search_setup(trial)
+
+
+@pytest.mark.parametrize(
+    ("measures", "compute_objective", "objective"),
+    [
+        ({}, None, "loss"),
+        ({"score": 3.0, "other": 0.5}, None, 3.5),
+        ({"score": 3.0}, lambda metrics: metrics["eval_ce_loss"], "ce_loss"),
+    ],
+)
+def test_a_search_is_judged_by_the_loss_or_by_measures(
+    tmp_path, tokenizer, monkeypatch, measures, compute_objective, objective
+):
+    """Never by the sum of the terms of the loss, which `Trainer` would take for measures."""
+    found = {}
+
+    class OneTrial:
+        def ensure_available(self):
+            pass
+
+        def run(self, trainer, n_trials, direction):
+            found.update(trainer.evaluate())
+            return BestRun("0", trainer.compute_objective(found), {})
+
+    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.WANDB, OneTrial)
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        model_init=lambda trial=None: make_t5(),
+        hidden_state_weight=0.5,
+        compute_metrics=(lambda prediction: dict(measures)) if measures else None,
+    )
+    best = trainer.hyperparameter_search(lambda trial: {}, compute_objective, n_trials=1, backend="wandb")
+    assert best.objective == (found[f"eval_{objective}"] if isinstance(objective, str) else objective)
+    assert {"eval_ce_loss", "eval_distill_loss", "eval_hidden_state_loss", "eval_teacher_agreement"} <= found.keys()
+
+
+def test_measures_may_evaluate_other_rows(tmp_path, tokenizer):
+    """Each evaluation has the numbers that it has alone."""
+    alone = make_trainer(tmp_path, tokenizer)
+    whole, probe = alone.evaluate(), alone.evaluate(ROWS[:2], metric_key_prefix="probe")
+    inner = []
+
+    def look_at_a_probe(prediction):
+        if not inner:
+            inner.append({})  # the probe is measured too
+            inner[0].update(trainer.evaluate(ROWS[:2], metric_key_prefix="probe"))
+        return {}
+
+    trainer = make_trainer(tmp_path, tokenizer, compute_metrics=look_at_a_probe)
+    outer = trainer.evaluate()
+    for ours, expected, prefix in ((outer, whole, "eval"), (inner[0], probe, "probe")):
+        for name in ("loss", "ce_loss", "distill_loss", "teacher_agreement"):
+            assert ours[f"{prefix}_{name}"] == pytest.approx(expected[f"{prefix}_{name}"], rel=1e-6), name
+    assert abs(whole["eval_loss"] - probe["probe_loss"]) > 1e-3
 
 
 def test_the_students_own_tokenizer_is_found_where_it_is_made(tmp_path, tokenizer):

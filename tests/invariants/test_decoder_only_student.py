@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distillation_toys import EOS, InOrder, arguments, make_teacher, ragged_rows
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tokenizer_toys import renumbered, wordpiece
 from torch.utils.data import SequentialSampler
 from transformers import (
@@ -15,6 +15,8 @@ from transformers import (
     DataCollatorForSeq2Seq,
     GPT2Config,
     GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     Trainer,
     TrainingArguments,
 )
@@ -354,6 +356,25 @@ def test_an_adapter_on_the_student(tmp_path, tokenizer, checkpointing):
         assert torch.equal(value, before[name]) == ("lora_" not in name), name
 
 
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_a_learned_prompt_is_refused(tmp_path, tokenizer, kind):
+    student = get_peft_model(make_student(), kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="adapter 'default' of the student is a learned prompt .*use one of weights"):
+        make_trainer(tmp_path, tokenizer, student)
+
+
+def test_a_load_balancing_loss_is_refused(tmp_path, tokenizer):
+    """Not trained without it. Without being asked for it, a mixture of experts has the loss by hand."""
+    sizes = {"vocab_size": 280, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    student = MixtralForCausalLM(config).eval()
+    loss = make_trainer(tmp_path, tokenizer, student, distill_weight=0.0).evaluate()["eval_loss"]
+    assert loss == pytest.approx(dense_terms(student, make_teacher(), ROWS)[0].mean().item(), rel=1e-5)
+    student.config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits=True.*set it to False"):
+        make_trainer(tmp_path, tokenizer, student)
+
+
 # Rows ----------------------------------------------------------------------------------------------------------------
 
 
@@ -552,3 +573,25 @@ def test_resumed_equals_never_stopped_and_loads_without_the_package_in_its_way(t
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, whole.model.eval()(ids).logits)
     assert encode_prompt(own, "a") == encode_prompt(tokenizer, "a", "Shorten: {source}\n")
+
+
+def test_an_adapter_is_saved_and_resumed(tmp_path, tokenizer):
+    def make():
+        torch.manual_seed(4)
+        config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=4, lora_dropout=0.2)
+        student = get_peft_model(make_student(), config)
+        settings = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
+        return make_trainer(tmp_path, tokenizer, student, num_train_epochs=2, **settings)
+
+    whole, resumed = make(), make()
+    whole.train()
+    folder = tmp_path / "checkpoint-2"
+    assert (folder / "adapter_model.safetensors").is_file() and not (folder / "config.json").exists()
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert whole.state.global_step == resumed.state.global_step == 4
+    assert_same_weights(whole.model, resumed.model, rtol=0, atol=0)
+    loaded = PeftModel.from_pretrained(make_student(), tmp_path / "checkpoint-4").eval()
+    ids = torch.tensor([ROWS[0]["input_ids"]])
+    with torch.no_grad():
+        logits = whole.model.eval()(ids).logits
+        assert torch.equal(loaded(ids).logits, logits) and not torch.equal(make_student()(ids).logits, logits)

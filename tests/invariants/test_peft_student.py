@@ -3,6 +3,7 @@
 import pytest
 import torch
 from distillation_toys import STUDENTS, arguments, make_teacher, ragged_rows, token_terms
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from toys import KINDS, make_model, ragged
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
@@ -180,3 +181,22 @@ def test_a_tuned_prefix_generates_what_a_whole_pass_says(kind):
     assert torch.equal(logits.argmax(-1), written[:, 1:])
     for row, tokens in zip(rows, written):
         assert torch.equal(student.generate(input_ids=row, **settings)[0], tokens)
+
+
+def test_the_empty_card_of_peft_gives_way_to_the_draft(tmp_path, tokenizer):
+    """As in `Seq2SeqTrainer`, at each push; a card that somebody has written something into stays."""
+    trainer = make_trainer(tmp_path, tokenizer, with_lora(STUDENTS["t5"]()), max_steps=1)
+    trainer.train()
+    card = tmp_path / "README.md"
+    for license in ("mit", "apache-2.0"):  # what `push_to_hub` does before it uploads
+        trainer.save_model()
+        trainer.create_model_card(license=license)
+        draft = ModelCard.load(card)
+        assert draft.data.license == license and draft.data.library_name == "peft"
+        assert "learning_rate: 0.01" in draft.text and "[More Information Needed]" not in draft.text
+    card.unlink()
+    trainer.save_model()
+    for mine in (card.read_text().replace("# Model Card for Model ID", "# Mine"), "---\nlicense: mit\n---\n# Mine\n"):
+        card.write_text(mine)
+        trainer.create_model_card(license="mit")
+        assert card.read_text() == mine

@@ -48,6 +48,20 @@ def refuse_encoder_options(args: "DistillationTrainingArguments", model_type: st
             )
 
 
+def refuse_prompt_learning(model: "GenerativeModel") -> None:
+    """Raises ValueError for a PEFT adapter that is a learned prompt.
+
+    PEFT puts it before the row and drops `position_ids` (0.17 always, later versions for most kinds), so that the loss
+    would depend on the row's padding.
+    """
+    for name, config in getattr(model, "peft_config", {}).items():
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"the adapter {name!r} of the student is a learned prompt ({config.peft_type}), and rows of a "
+                "decoder-only student are padded between that and their text: use one of weights, such as LoRA."
+            )
+
+
 def sequence_inputs(batch: Mapping[str, Any], accepted: Collection[str]) -> dict[str, Any]:
     """What the student's forward gets of a batch: prompt and target in one, `[B, L]`, and all that is not about these.
 

@@ -1,12 +1,14 @@
 """`DistillationTrainer`: a `Seq2SeqTrainer` whose loss also follows a teacher."""
 
+import copy
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,7 +54,7 @@ from .checks.finite_training import FiniteTraining, explain_loss
 from .checks.lengths import row_sizes, with_lengths
 from .checks.limits import check_length, max_positions
 from .checks.packing import refuse_packed
-from .checks.trials import check_trial, own_fields
+from .checks.trials import check_trial, default_objective, own_fields
 from .collator import MESSAGES, DistillationCollator, tokenizer_of
 from .decoder_only_student import (
     answers_alone,
@@ -60,6 +62,7 @@ from .decoder_only_student import (
     is_decoder_only,
     logits_of_labels,
     refuse_encoder_options,
+    refuse_prompt_learning,
     sequence_inputs,
 )
 from .images import let_processes_have_no_image, read_streams_in_each_process
@@ -228,10 +231,16 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
 
     # --- setting up ---
 
-    def _check_options(self, model: nn.Module) -> None:
+    def _check_options(self, model: "GenerativeModel") -> None:
+        if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
+            raise ValueError(
+                "the student's config has output_router_logits=True, for a load-balancing loss that the model adds to "
+                "its own loss, which distillation does not use: set it to False."
+            )
         self._is_decoder_only = is_decoder_only(model.config)
         if self._is_decoder_only:
             refuse_encoder_options(self.args, getattr(model.config, "model_type", type(model).__name__))
+            refuse_prompt_learning(model)
 
     def _set_up_teacher(self, teacher: "nn.Module | ServedTeacher | str | os.PathLike", tokenizer) -> None:
         """The teacher, its tokenizer, and the ids that it has in common with the student."""
@@ -304,6 +313,10 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             self._divergence = select_divergence(args.divergence, args.jsd_beta, args.skew_alpha)
             name = args.divergence
         self.teacher.check(args.prompt_template, name, args.distill_temperature, self.prompt_date)
+
+    def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
+        """As the base class; without `compute_objective` the terms of our loss are no measures to be summed."""
+        return super().hyperparameter_search(hp_space, compute_objective or default_objective, *args, **kwargs)
 
     def _hp_search_setup(self, trial) -> None:
         """As the base class; refuses what a trial sets without effect."""
@@ -716,15 +729,30 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is not None:
             state_dict = share_tied_weights(self.model, state_dict)
-        super()._save(output_dir, state_dict)
-        folder = output_dir or self.args.output_dir
-        tokenizer = tokenizer_of(self.processing_class)
+        with self._tokenizer_of_both_versions():
+            super()._save(output_dir, state_dict)
+        if self._is_decoder_only:
+            folder = output_dir or self.args.output_dir
+            add_fields_of_4_57(self.model.config, folder)  # type: ignore[arg-type]  # never None here
+
+    @contextmanager
+    def _tokenizer_of_both_versions(self) -> Iterator[None]:
+        """While the block runs, the tokenizer is saved in a class that either version of transformers knows.
+
+        `AutoTokenizer` of 5.x gives others.
+        """
+        given, tokenizer = self.processing_class, tokenizer_of(self.processing_class)
         ours = self._is_decoder_only or self.model.config.model_type in STUDENTS
         if ours and isinstance(tokenizer, PreTrainedTokenizerBase):
-            # Of a class that the other version of transformers knows too, which `AutoTokenizer` of 5.x does not give.
-            in_a_class_of_both_versions(tokenizer).save_pretrained(folder)
-        if self._is_decoder_only:
-            add_fields_of_4_57(self.model.config, folder)  # type: ignore[arg-type]  # never None here
+            saved: Any = in_a_class_of_both_versions(tokenizer)
+            if given is not tokenizer:
+                processor: Any = copy.copy(given)
+                processor.tokenizer, saved = saved, processor
+            self.processing_class = saved
+        try:
+            yield
+        finally:
+            self.processing_class = given
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -740,15 +768,26 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
     def create_model_card(self, *args, **kwargs) -> None:
         """As the base class, whose draft does not take the place of a card that is no draft."""
         card = Path(self.args.output_dir) / "README.md"  # type: ignore[arg-type]  # never None here
-        if not card.is_file() or AUTOGENERATED_TRAINER_COMMENT in card.read_text(encoding="utf-8"):
+        text = card.read_text(encoding="utf-8") if card.is_file() else AUTOGENERATED_TRAINER_COMMENT
+        if AUTOGENERATED_TRAINER_COMMENT in text or text == self._empty_card_of_peft():
             super().create_model_card(*args, **kwargs)
+
+    def _empty_card_of_peft(self) -> str | None:
+        """What PEFT writes beside an adapter where there is no card; None for a student without one."""
+        write = getattr(self.accelerator.unwrap_model(self.model), "create_or_update_model_card", None)
+        if write is None:
+            return None
+        with TemporaryDirectory() as folder:
+            write(folder)
+            return Path(folder, "README.md").read_text(encoding="utf-8")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The base class takes weights and config along, not the model's own files, which the config names.
         if self.is_world_process_zero():
             for file in Path(checkpoint_folder).glob("*.py"):
                 shutil.copy(file, self.args.output_dir)  # type: ignore[type-var]  # never None here
-        super()._push_from_checkpoint(checkpoint_folder)
+        with self._tokenizer_of_both_versions():
+            super()._push_from_checkpoint(checkpoint_folder)
 
     # --- training log ---
 
@@ -805,7 +844,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
             raise ValueError(f"the data set to evaluate ({metric_key_prefix}) has no rows.")
         if not self.is_in_train:
             self.forget_encoder()
-        self._eval_sums = {}
+        outer, self._eval_sums = self._eval_sums, {}  # `compute_metrics` may evaluate other rows
         try:
             with torch.no_grad(), self.as_exported():
                 output = super().evaluation_loop(
@@ -830,7 +869,7 @@ class DistillationTrainer(HiddenStateTraining, FiniteTraining, Seq2SeqTrainer):
                     means["teacher_agreement"] /= means.pop("teacher_asked") or 1
                 output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         finally:
-            self._eval_sums = None
+            self._eval_sums = outer
         return output
 
     def prediction_step(

@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 
 import transformers
-from transformers import PreTrainedModel
 
 from ..files import read_json, write_text
 from . import SUPPORTED_FAMILIES
@@ -25,16 +24,15 @@ def save_teacher(model, tokenizer, folder: str | os.PathLike) -> None:
     """Save a causal language model (or its PEFT adapter) and its tokenizer so that 4.57 and 5.x load them alike."""
     model.save_pretrained(folder)
     in_a_class_of_both_versions(tokenizer).save_pretrained(folder)
-    if isinstance(model, PreTrainedModel):
-        add_fields_of_4_57(model.config, folder)
+    add_fields_of_4_57(model.config, folder)
 
 
 def add_fields_of_4_57(config, folder: str | os.PathLike) -> None:
-    """What 4.57 needs to know of `config`, in the config.json that 5.x has written to the folder."""
+    """What 4.57 needs to know of `config`, in the config.json that 5.x has written beside all but adapters."""
+    file = Path(folder, "config.json")
     parameters = getattr(config, "rope_parameters", None) if ROPE_LIVES_IN_ONE_DICT else None
     fields = fields_of_4_57(config.model_type, parameters)
-    if fields is not None:
-        file = Path(folder, "config.json")
+    if fields is not None and file.is_file():
         write_text(file, json.dumps(read_json(file) | fields, indent=2) + "\n")
 
 

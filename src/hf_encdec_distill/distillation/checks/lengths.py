@@ -25,10 +25,14 @@ class _EncodedRows(Dataset):
 
 
 def with_lengths(dataset: Any, args: TrainingArguments, collator: DistillationCollator):
-    """`dataset` for a sampler; one that groups by length finds `input_ids` in it also if `collator` makes them."""
+    """`dataset` for a sampler; one that groups by length finds `input_ids` in it also if `collator` makes them.
+
+    A column of lengths, `length_column_name`, is left to the sampler, which reads that of a `datasets.Dataset`.
+    """
     if not samples_by_length(args) or not has_length(dataset) or not len(dataset):
         return dataset
-    if "input_ids" in dataset[0]:  # type: ignore[index]  # has_length says Sized
+    has_lengths = args.length_column_name in (getattr(dataset, "column_names", None) or ())
+    if has_lengths or "input_ids" in dataset[0]:  # type: ignore[index]  # has_length says Sized
         return dataset
     return _EncodedRows(dataset, collator.encode)
 

@@ -1,4 +1,4 @@
-"""Hyperparameter search: which fields of a distillation a trial may set.
+"""Hyperparameter search: which fields of a distillation a trial may set, and what it is judged by.
 
 `Trainer.hyperparameter_search` writes a trial's values into the arguments of a trainer that was set up with others.
 """
@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from typing import Any
+
+from transformers.trainer_utils import default_compute_objective
 
 from ..arguments import OWN_FIELDS, DistillationTrainingArguments
 
@@ -16,6 +18,16 @@ _OF_A_TRIAL = {
     *("on_policy_fraction", "on_policy_warmup_steps", "sampling_temperature", "replay_fraction"),
     *("loss_chunk_size", "max_tokens_per_batch"),
 }
+# What an evaluation reports beside the loss and the measures of `compute_metrics`: parts of that loss, and a time.
+_NO_OBJECTIVE = (
+    *("_ce_loss", "_distill_loss", "_hidden_state_loss", "_teacher_agreement", "_teacher_asked"),
+    "_model_preparation_time",
+)
+
+
+def default_objective(metrics: dict[str, float]) -> float:
+    """As `Trainer`'s: the sum of what `compute_metrics` gives, and the loss if it gives nothing."""
+    return default_compute_objective({k: v for k, v in metrics.items() if not k.endswith(_NO_OBJECTIVE)})
 
 
 def own_fields(args: DistillationTrainingArguments) -> dict[str, Any]:

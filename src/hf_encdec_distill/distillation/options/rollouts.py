@@ -250,6 +250,7 @@ class ReplayBuffer:
             return
         if not file.is_file():
             raise ValueError(
-                f"{folder} has no {file.name}: it was written without replay_buffer_size, or by fewer processes."
+                f"{folder} has no {file.name}: it was written without replay_buffer_size, with save_only_model, or by "
+                "fewer processes. Continue from a checkpoint that has one, or without replay_buffer_size."
             )
         self._batches.extend(torch.load(file, weights_only=True))
