@@ -209,7 +209,9 @@ def choose_layers(kept, layer_selection, depth, merged, influence, greedy, gaps=
         elif layer_selection == "least_squares":
             kept[side], _ = encoder_path(gaps, count, kept["decoder"] if merged else None)
         elif layer_selection in ("influence", "induction"):
-            kept[side] = _most_influential(influence[side], candidates, count)
+            # What leaves the last layer of a merged encoder is read by the decoder's last alone.
+            is_read_once = layer_selection == "induction" and side == "encoder" and merged
+            kept[side] = _most_influential(influence[side], candidates, count, with_last=not is_read_once)
         elif layer_selection == "greedy":
             kept[side] = greedy.select(side, candidates, count, kept)
         elif layer_selection == "even":
@@ -218,9 +220,10 @@ def choose_layers(kept, layer_selection, depth, merged, influence, greedy, gaps=
             kept[side] = [*candidates[: count - 1], candidates[-1]]
 
 
-def _most_influential(influence, candidates, count):
+def _most_influential(influence, candidates, count, with_last=True):
     """`count` of `candidates`: the first two and the last, then those of most influence."""
-    always = list(dict.fromkeys([candidates[0], candidates[-1], *candidates[1:2]]))[:count]
+    last = candidates[-1:] if with_last else []
+    always = list(dict.fromkeys([candidates[0], *last, *candidates[1:2]]))[:count]
     others = sorted((layer for layer in candidates if layer not in always), key=lambda i: (-influence[i], i))
     return sorted([*always, *others[: count - len(always)]])
 
