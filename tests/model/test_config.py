@@ -166,9 +166,11 @@ def test_rope_that_is_given_when_loading_keeps_theta_and_width(name, tmp_path):
     assert config.rope_parameters["rope_theta"] == 70.0
 
 
-@pytest.mark.skipif(ROPE_LIVES_IN_ONE_DICT, reason="transformers 5 has no such fields")
 def test_older_rope_fields_can_be_set(tmp_path):
     make_config().save_pretrained(tmp_path)
+    if ROPE_LIVES_IN_ONE_DICT:  # transformers 5 has no such fields
+        assert not hasattr(AutoConfig.from_pretrained(tmp_path), "rope_theta")
+        return
     config = AutoConfig.from_pretrained(tmp_path, rope_theta=500.0, rope_scaling={"type": "linear", "factor": 4.0})
     config.partial_rotary_factor = 0.5
     expected = {"rope_theta": 500.0, "rope_type": "linear", "factor": 4.0, "partial_rotary_factor": 0.5}

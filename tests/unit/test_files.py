@@ -18,12 +18,12 @@ NO_JSON = {
     "blank": (b" \n", "it is empty"),
     "pointer": (POINTER, "Git LFS pointer"),
     "page": (PAGE, "it is a web page"),
-    "cut": (b'{"a": [1, 2', "no JSON"),
-    "binary": (b"\x00\xff\xfe\x80", "no JSON"),
-    "deep": (b"[" * 100_000, "no JSON"),
+    "cut": (b'{"a": [1, 2', "not JSON"),
+    "binary": (b"\x00\xff\xfe\x80", "not JSON"),
+    "deep": (b"[" * 100_000, "not JSON"),
     "list": (b"[1]", r"holds the list \[1\], expected a JSON object"),
     "null": (b"null", "holds the NoneType None, expected a JSON object"),
-    "long number": (b"1" * 5000, "no JSON"),
+    "long number": (b"1" * 5000, "not JSON"),
 }
 
 
