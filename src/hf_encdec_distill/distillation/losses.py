@@ -231,10 +231,7 @@ class _ChunkedSum(torch.autograd.Function):
                     of_weight += of_logits.T @ hidden[chunk]
                 if of_bias is not None:
                     of_bias += of_logits.sum(dim=0)
-        for gradient in (of_hidden, of_weight, of_bias):
-            if gradient is not None:
-                gradient /= lifted
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
+        ctx.lifted, ctx.dtypes = lifted, [None if tensor is None else tensor.dtype for tensor in inputs]
         ctx.save_for_backward(
             *(
                 gradient if gradient is None or dtype == torch.float16 else gradient.to(dtype)
@@ -247,8 +244,9 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, of_sum, _of_terms):
+        factor = of_sum / ctx.lifted
         gradients = (
-            None if gradient is None else (gradient * of_sum).to(dtype)
+            None if gradient is None else (gradient * factor).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *gradients, None, None, None
