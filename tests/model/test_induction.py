@@ -81,6 +81,13 @@ def test_a_student_keeps_them(kind, monkeypatch):
         assert layers[:2] == [0, 1] and (side == "encoder" or layers[-1] == 5)
 
 
+def test_without_rows_there_is_nothing_to_choose_the_others_by():
+    with pytest.raises(ValueError, match="layer_selection='induction' measures on rows"):
+        RopeEncDecForConditionalGeneration.from_decoder_only(
+            make_teacher(), decoder_num_hidden_layers=2, layer_selection="induction"
+        )
+
+
 def test_a_teacher_that_does_not_copy(caplog):
     """A random one: its layers are chosen by influence."""
     teacher = make_teacher(initializer_range=0.02)

@@ -13,7 +13,8 @@ from .layer_paths import decoder_path, encoder_path
 
 logger = logging.get_logger(__name__)
 
-LAYER_SELECTIONS = ("influence", "induction", "least_squares", "greedy", "even", "first")
+_MEASURED = ("influence", "induction", "least_squares", "greedy")  # on calibration rows
+LAYER_SELECTIONS = (*_MEASURED, "even", "first")
 
 _CALIBRATION_ROWS = 32
 _CALIBRATION_PROMPT, _CALIBRATION_TARGET = 128, 32  # tokens
@@ -86,7 +87,7 @@ def _says_of_a_foreign(token: int, vocab_size: int, tokenizer) -> str:
 
 def check_rows_to_measure_on(rows, layer_selection) -> None:
     """Raises ValueError where a selection measures and there is nothing to measure on."""
-    if layer_selection in ("influence", "least_squares", "greedy") and not rows:
+    if layer_selection in _MEASURED and not rows:
         raise ValueError(
             f"layer_selection={layer_selection!r} measures on rows, and there is no tokenizer to make them with: "
             "pass tokenizer=, or calibration= with (prompt ids, target ids) pairs, or choose "
