@@ -21,9 +21,12 @@ SLIDING = {  # of the encoder's three layers
 
 
 def make_config(kind="separate", **fields):
-    """`kind` is one of `KINDS`, or `pooled` for `merged` with an encoder that pools, by what divides no prompt."""
+    """`kind` is one of `KINDS`, or `pooled` for `merged` with an encoder that pools, by what divides no prompt, or
+    `shared` for `separate` with decoder layers that share keys and values of the prompt, in groups of two and one."""
     if kind == "pooled":
         kind, fields = "merged", {"encoder_pooling": 3, **fields}
+    elif kind == "shared":
+        kind, fields = "separate", {"cross_attention_sharing": 2, "decoder_num_hidden_layers": 3, **fields}
     defaults = {
         "vocab_size": VOCAB,
         "hidden_size": 32,

@@ -46,6 +46,12 @@ OPTIONS = {
     "linear RoPE": {"kind": "separate", "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
     "YaRN": {"kind": "merged", "rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
     "Llama 3's RoPE": {"kind": "merged", "rope_parameters": LLAMA_3},
+    "shared keys and values of the prompt": {"kind": "separate", "cross_attention_sharing": 2},
+    "shared in groups of two and one": {
+        "kind": "merged",
+        "decoder_num_hidden_layers": 3,
+        "cross_attention_sharing": 2,
+    },
     "pooled half way up": {"kind": "merged", "encoder_pooling": 2},
     "pooled as it leaves": {"kind": "separate", "encoder_pooling": 3, "encoder_pooling_layer": 3},
 }
@@ -60,6 +66,7 @@ TOGETHER = {
         "rope_parameters": {"rope_type": "linear", "factor": 4.0},
         "encoder_pooling": 3,
         "encoder_pooling_layer": 3,
+        "cross_attention_sharing": 2,
     },
     "separate, any encoder layer": {
         "kind": "separate",
@@ -79,6 +86,8 @@ TOGETHER = {
         "attention_bias": True,
         "mlp_bias": True,
         "decoder_intermediate_size": 40,
+        "decoder_num_hidden_layers": 3,
+        "cross_attention_sharing": 2,
         "rope_parameters": {"rope_type": "yarn", "factor": 4.0},
     },
     "merged, any encoder layer": {

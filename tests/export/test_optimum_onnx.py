@@ -40,6 +40,8 @@ ONNX_CASES = {
         {},
     ),
     "pooled half way up": ({"kind": "merged", "encoder_pooling": 2}, {"use_merged": True}),
+    "shared keys and values of the prompt": ({"kind": "shared"}, {"use_merged": True}),
+    "shared, one softmax": ({"kind": "merged", "cross_attention_sharing": 2, "decoder_num_hidden_layers": 3}, {}),
     "pooled as it leaves": ({"kind": "separate", "encoder_pooling": 3, "encoder_pooling_layer": 3}, {}),
     "RoPE that grows with the prompt": (
         {"kind": "merged", "max_position_embeddings": 6, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},

@@ -18,7 +18,7 @@ from hf_encdec_distill.models.rope_encdec.modeling_rope_encdec import pooled_att
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
 
 
-@pytest.fixture(params=[*KINDS, "pooled"])
+@pytest.fixture(params=[*KINDS, "pooled", "shared"])
 def model(request):
     return make_model(request.param)
 

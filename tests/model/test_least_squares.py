@@ -93,17 +93,20 @@ def means(states, pooling):
 
 
 @pytest.mark.parametrize(
-    ("family", "kind", "with_alone", "pooling"),
+    ("family", "kind", "with_alone", "pooling", "sharing"),
     [
-        *((family, "merged", with_alone, 1) for family in ("llama", "phi3") for with_alone in (True, False)),
-        *((family, "separate", False, 1) for family in ("llama", "phi3")),
-        ("llama", "merged", True, 2),
-        ("llama", "separate", False, 3),
+        *((family, "merged", with_alone, 1, 1) for family in ("llama", "phi3") for with_alone in (True, False)),
+        *((family, "separate", False, 1, 1) for family in ("llama", "phi3")),
+        ("llama", "merged", True, 2, 1),
+        ("llama", "separate", False, 3, 1),
+        ("llama", "merged", True, 1, 2),
+        ("llama", "separate", False, 1, 3),
     ],
 )
-def test_weights_are_those_of_numpy(family, kind, with_alone, pooling):
+def test_weights_are_those_of_numpy(family, kind, with_alone, pooling, sharing):
     teacher, fitted = make_teacher(family, num_hidden_layers=DEPTH), make_rows(30)
-    student = make_student(teacher, None, cross_attention=kind, encoder_pooling=pooling, heal=None)
+    options = {"cross_attention": kind, "encoder_pooling": pooling, "cross_attention_sharing": sharing}
+    student = make_student(teacher, None, **options, heal=None)
     expected = copy.deepcopy(student)
     found = initialization.fit_encoder_decoder(
         student,

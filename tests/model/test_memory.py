@@ -29,7 +29,14 @@ STUDENTS = {
     "merged, plain MLP": {"cross_attention": "merged", "gated_mlp": False},
     "merged, norms over heads": {"cross_attention": "merged", "qk_norm": True},
     "merged, pooled": {"cross_attention": "merged", "encoder_pooling": 2},
+    "merged, shared": {
+        "cross_attention": "merged",
+        "decoder_num_hidden_layers": 6,
+        "cross_attention_sharing": 3,
+        "qk_norm": True,
+    },
     "separate": {"cross_attention": "separate"},
+    "separate, shared": {"cross_attention": "separate", "decoder_num_hidden_layers": 6, "cross_attention_sharing": 6},
     "separate, norms over heads": {"cross_attention": "separate", "qk_norm": True},
 }
 

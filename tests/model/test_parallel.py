@@ -17,6 +17,7 @@ from hf_encdec_distill import RopeEncDecEncoderModel, RopeEncDecForConditionalGe
 
 pytestmark = pytest.mark.process
 
+SPREAD = (*KINDS, "shared")  # over processes
 BIG_ENCODER = {"encoder_num_hidden_layers": 4}  # a merged decoder of two layers leaves the last one unread
 
 
@@ -43,11 +44,11 @@ def on_two_processes(rank, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     results = {}
-    for kind in KINDS:
+    for kind in SPREAD:
         model = RopeEncDecForConditionalGeneration.from_pretrained(folder / kind).train()
         wrapped = DistributedDataParallel(model)  # no find_unused_parameters: every trainable one is used
         results[f"data parallel {kind}"] = train(model, wrapped, slice(0, 1) if rank == 0 else slice(1, 3), ranks=2)
-    for kind in KINDS:
+    for kind in SPREAD:
         model = RopeEncDecForConditionalGeneration.from_pretrained(folder / kind, tp_plan="auto")
         query = model.model.decoder.layers[0].self_attn.q_proj.weight
         local = query.to_local() if hasattr(query, "to_local") else query
@@ -66,14 +67,14 @@ def on_two_processes(rank, folder):
 def two_processes(tmp_path_factory):
     """What two gloo processes made of one saved model of each kind, and those models."""
     folder = tmp_path_factory.mktemp("two_processes")
-    models = {kind: make_model(kind, num_key_value_heads=2, **BIG_ENCODER) for kind in KINDS}
+    models = {kind: make_model(kind, num_key_value_heads=2, **BIG_ENCODER) for kind in SPREAD}
     for kind, model in models.items():
         model.save_pretrained(folder / kind)
     mp.spawn(on_two_processes, args=(folder,), nprocs=2)
     return models, torch.load(folder / "results.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SPREAD)
 def test_tensor_parallel_gives_the_same_logits(kind, two_processes):
     models, results = two_processes
     result, inputs = results[f"tensor parallel {kind}"], batch()
@@ -84,7 +85,7 @@ def test_tensor_parallel_gives_the_same_logits(kind, two_processes):
     assert torch.equal(result["tokens"], tokens)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SPREAD)
 def test_two_processes_train_what_one_trains(kind, two_processes):
     models, results = two_processes
     model = models[kind].train()
@@ -92,7 +93,7 @@ def test_two_processes_train_what_one_trains(kind, two_processes):
 
 
 @pytest.mark.parametrize("cls", [RopeEncDecModel, RopeEncDecForConditionalGeneration, RopeEncDecEncoderModel])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SPREAD)
 @pytest.mark.parametrize("gated", [True, False])
 def test_the_tensor_parallel_plan_names_every_projection_and_nothing_else(cls, kind, gated):
     model = make_model(kind, cls=cls, gated_mlp=gated)
@@ -130,7 +131,7 @@ def test_offloaded_weights_give_the_same(kind, offload, tmp_path):
         assert torch.equal(model.generate(inputs["input_ids"], **settings), tokens)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "pooled"])
+@pytest.mark.parametrize("kind", [*KINDS, "pooled", "shared"])
 def test_layers_on_two_devices(kind):
     """As a device_map puts them on two GPUs; `meta` stands for the second, where shapes are computed."""
     model = make_model(kind)

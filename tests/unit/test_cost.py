@@ -55,6 +55,7 @@ ENCODER_DECODER = {
         "decoder_intermediate_size": 24,
     },
     "merged, pooled": {"cross_attention": "merged", "encoder_pooling": 5, "encoder_pooling_layer": 1},
+    "merged, shared": {"cross_attention": "merged", "cross_attention_sharing": 2, "cross_attention_layers": [3, 3]},
     "separate": {"cross_attention": "separate"},
     "separate, pooled as it leaves": {
         "cross_attention": "separate",
@@ -68,6 +69,13 @@ ENCODER_DECODER = {
         "qk_norm": True,
         "tie_word_embeddings": False,
         "decoder_intermediate_size": 24,
+    },
+    "separate, shared, norms over heads": {
+        "cross_attention": "separate",
+        "decoder_num_hidden_layers": 3,
+        "cross_attention_sharing": 2,
+        "attention_bias": "qkv",
+        "qk_norm": True,
     },
     "separate, biases, plain MLP": {"cross_attention": "separate", "attention_bias": True, "gated_mlp": False},
 }
@@ -110,12 +118,8 @@ def check_flops(model, length):
 
 
 def cache_bytes(caches):
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for cache in caches
-        for layer in cache.layers
-        for tensor in (layer.keys, layer.values)
-    )
+    tensors = [tensor for cache in caches for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
 @torch.inference_mode()
@@ -170,11 +174,11 @@ def test_encoder_decoder_flops_and_parameters(name):
     assert cost.weight_bytes_per_token == 2 * (numel([*touched, head]) + SIZES["hidden_size"])
 
 
-@pytest.mark.parametrize("name", ["merged", "separate"])
+@pytest.mark.parametrize("name", ["merged", "merged, shared", "separate", "separate, shared, norms over heads"])
 @torch.inference_mode()
 def test_encoder_decoder_cache_bytes(name):
     model = encoder_decoder(name)
-    ids = torch.ones(1, PROMPT - (name == "merged"), dtype=torch.long)
+    ids = torch.ones(1, PROMPT - (model.config.cross_attention == "merged"), dtype=torch.long)
     cache = model(
         input_ids=ids, decoder_input_ids=torch.ones(1, NEW, dtype=torch.long), use_cache=True
     ).past_key_values
@@ -192,6 +196,8 @@ def test_the_quadratic_term_and_the_cache_read_by_hand():
     merged = model_cost(encoder_decoder("merged").config, prompt_length=100, new_tokens=3)
     assert merged.first_token_attention_flops == 3 * 4 * 99 * 99 * 4 * 12
     assert merged.cache_bytes_per_token == 2 * 2 * 2 * 12 * 2 * (101 + 102) / 2
+    shared = model_cost(encoder_decoder("merged, shared").config, prompt_length=100, new_tokens=3)
+    assert shared.cache_bytes_per_token == merged.cache_bytes_per_token - 99 * 2 * 2 * 12 * 2
     separate = model_cost(encoder_decoder("separate").config, prompt_length=100, new_tokens=3)
     assert separate.first_token_attention_flops == 3 * 4 * 100 * 100 * 4 * 12
     assert separate.cache_bytes_per_token == 2 * 2 * 2 * 12 * 2 * (102 + 103) / 2

@@ -40,6 +40,7 @@ class Shape:
     decoder_layers: int | None = None
     decoder_intermediate_size: int | None = None
     cross_attention: Literal["merged", "separate"] = "merged"
+    cross_attention_sharing: int = 1
     encoder_attention: Literal["causal", "bidirectional"] = "causal"
     encoder_pooling: int = 1
     encoder_pooling_layer: int | None = None
@@ -72,6 +73,8 @@ _HELP = {
     "decoder_layers": "decoder layers to keep (default: all)",
     "decoder_intermediate_size": "neurons to keep in each MLP of the decoder (default: all)",
     "cross_attention": "how the decoder reads the encoder: merged (the default) or separate",
+    "cross_attention_sharing": "neighbouring decoder layers that read the same keys and values of the prompt (default: "
+    f"{Shape.cross_attention_sharing}, each its own)",
     "encoder_attention": "what an encoder token attends to: causal (the default) or bidirectional",
     "encoder_pooling": "neighbouring prompt tokens that become one position half way up the encoder (default: "
     f"{Shape.encoder_pooling}, no pooling)",
@@ -224,6 +227,7 @@ def make_student(
         decoder_num_hidden_layers=shape.decoder_layers,
         decoder_intermediate_size=shape.decoder_intermediate_size,
         cross_attention=shape.cross_attention,
+        cross_attention_sharing=shape.cross_attention_sharing,
         encoder_attention=shape.encoder_attention,
         encoder_pooling=shape.encoder_pooling,
         encoder_pooling_layer=shape.encoder_pooling_layer,

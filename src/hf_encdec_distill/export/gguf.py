@@ -123,8 +123,9 @@ def encoder_rows(model) -> tuple[list[_Row], list[int]]:
     rows: list[_Row] = []
     sources = [-1] * len(decoder)
     last = max(config.encoder_state_of_decoder_layer)
+    projecting = dict.fromkeys(config.prompt_keys_of_decoder_layer)
     for state in range(last + 1):
-        readers = [i for i, read in enumerate(config.encoder_state_of_decoder_layer) if read == state]
+        readers = [i for i in projecting if config.encoder_state_of_decoder_layer[i] == state]
         shared = [index for index in readers if id(decoder[index]) in with_encoder]
         for index in readers:
             if index not in shared:
@@ -134,7 +135,7 @@ def encoder_rows(model) -> tuple[list[_Row], list[int]]:
             for index in shared:
                 sources[index] = len(rows)
             rows.append(_Row(encoder[state], encoder[state]))
-    return rows, sources
+    return rows, [sources[first] for first in config.prompt_keys_of_decoder_layer]
 
 
 def _lacking(config) -> str:

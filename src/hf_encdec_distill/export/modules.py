@@ -139,14 +139,16 @@ class ExportedEncoder(nn.Module):
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
         outputs = []
-        for layer, state in zip(self.decoder.layers, self.config.encoder_state_of_decoder_layer, strict=True):
-            if merged:
-                key, value = layer.self_attn.project_prompt(
+        first, states = self.config.prompt_keys_of_decoder_layer, self.config.encoder_state_of_decoder_layer
+        for index, (layer, state) in enumerate(zip(self.decoder.layers, states, strict=True)):
+            if first[index] != index:
+                outputs += outputs[-2:]  # shared
+            elif merged:
+                outputs += layer.self_attn.project_prompt(
                     layer.input_layernorm(entering[state]), rotary["rotary_emb"] if layer.uses_rope else None
                 )
             else:
-                key, value = layer.cross_attn.project_key_value(self.encoder.norm(entering[state]))
-            outputs += [key, value]
+                outputs += layer.cross_attn.project_key_value(self.encoder.norm(entering[state]))
         return tuple(outputs)
 
     def _of_each_type(self, hidden: Tensor, positions: Tensor, real: Tensor) -> tuple[dict, dict]:

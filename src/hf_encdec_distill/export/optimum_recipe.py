@@ -88,6 +88,7 @@ def _merged_attention(
     position_embeddings,
     encoder_position_embeddings,
     attention_mask,
+    shared=None,
     cache=None,
     positions=None,
     **kwargs,
@@ -97,7 +98,7 @@ def _merged_attention(
     is concatenated ("Invalid graph status")."""
     query, key, value = module.project_own(hidden_states, position_embeddings, cache, positions)
     prompt_key, prompt_value = _once_per_prompt(
-        cache, module.layer_idx, lambda: module.project_prompt(encoder_states, encoder_position_embeddings)
+        cache, module.layer_idx, lambda: module.project_prompt(encoder_states, encoder_position_embeddings), shared
     )
     query, attention_mask = _fold_groups(module, query * module.scaling, attention_mask)
     scores = torch.cat(
@@ -107,7 +108,8 @@ def _merged_attention(
     prompt_length = prompt_key.shape[2]
     output = torch.matmul(weights[..., :prompt_length], prompt_value)
     output = output + torch.matmul(weights[..., prompt_length:], value)
-    return module.o_proj(_unfold_groups(module, output, attention_mask).flatten(-2)), None, None
+    output = module.o_proj(_unfold_groups(module, output, attention_mask).flatten(-2))
+    return output, None, None, (prompt_key, prompt_value)
 
 
 def additive_mask(sdpa_mask_without_vmap):

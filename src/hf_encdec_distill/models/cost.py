@@ -152,7 +152,8 @@ def model_cost(
 
     Encoder-decoder, A encoder and B decoder layers, without windows; the decoder begins with its start token, so that
     step i has i + 1 keys of its own; keys and values of the prompt are made once per request, B * 2*E*kv. Where the
-    encoder pools by n, ceil(E / n) takes the place of E in the layers above and in all that the decoder reads:
+    encoder pools by n, ceil(E / n) takes the place of E in the layers above and in all that the decoder reads. Where
+    s decoder layers share keys and values of the prompt, ceil(B / s) layers make and cache them:
 
         merged        one softmax over [prompt, own keys]
             first token   A * (2*E*(q+kv+o+f) + a(E, E)) + B * (2*E*kv + 2*(q+kv+o+f) + a(1, E + 1)) + 2*V*h
@@ -160,7 +161,7 @@ def model_cost(
         separate      a cross-attention block beside the decoder's self-attention; its k and v run over the prompt only
             first token   A * (2*E*(q+kv+o+f) + a(E, E)) + B * (2*E*kv + 2*(2*q+kv+2*o+f) + a(1, 1) + a(1, E)) + 2*V*h
             step          B * (2*(2*q+kv+2*o+f) + a(1, i + 1) + a(1, E)) + 2*V*h
-        cache         B * 2*K*d * (E + N) elements, either kind
+        cache         B * 2*K*d * (E + N) elements, either kind; with s, 2*K*d * (ceil(B / s) * E + B * N)
 
     A decode step reads each weight of the decoder once (not the cross k and v of `separate`), the head (V*h), one row
     of the embedding (h), and every key and value that it attends to.
@@ -189,6 +190,7 @@ def model_cost(
         entering = prompt_length - merged
         encoder_length = -(-entering // config.encoder_pooling)  # that leaves the encoder
         layers = config.decoder_num_hidden_layers
+        borrowing = layers - -(-layers // config.cross_attention_sharing)  # layers that read what another one makes
         encoder_layers = config.encoder_num_hidden_layers
         below = encoder_layers if config.first_pooled_layer is None else config.first_pooled_layer
         lengths = [entering] * below + [encoder_length] * (encoder_layers - below)
@@ -208,17 +210,17 @@ def model_cost(
             block.attention(length, min(window, length) if kind == "sliding_attention" else length)
             for length, kind in zip(lengths, config.attention_of_encoder_layer, strict=True)
         )
-        prompt_flops = 2 * (sum(lengths) * encoder_block.matrices + layers * encoder_length * block.kv)
+        prompt_flops = 2 * (sum(lengths) * encoder_block.matrices + (layers - borrowing) * encoder_length * block.kv)
         first_step = layers * (2 * (block.matrices + cross_step) + block.attention(1, first_keys))
         cache_length = encoder_length + new_tokens
         parameters = {
             "embedding": embedding,
             "encoder": encoder_layers * encoder_block.parameters + block.h,
-            "decoder": layers * (block.parameters + cross_parameters) + block.h,
+            "decoder": layers * (block.parameters + cross_parameters) - borrowing * cross_idle + block.h,
             "head": head,
         }
     else:
-        layers, cross_step, cross_idle = config.num_hidden_layers, 0, 0
+        layers, cross_step, cross_idle, borrowing, encoder_length = config.num_hidden_layers, 0, 0, 0, 0
         keys = prompt_length + mean_step
         quadratic = layers * block.attention(prompt_length, prompt_length)
         prompt_flops = layers * 2 * prompt_length * block.matrices
@@ -231,8 +233,8 @@ def model_cost(
             "head": head,
         }
 
-    step_weights = parameters["decoder"] - layers * cross_idle + embedding + block.h
-    cache_read = layers * cache_row * keys * dtype.itemsize
+    step_weights = parameters["decoder"] - (layers - borrowing) * cross_idle + embedding + block.h
+    cache_read = cache_row * (layers * keys - borrowing * encoder_length) * dtype.itemsize
     return ModelCost(
         kind="encoder-decoder" if config.is_encoder_decoder else "decoder-only",
         parameters={**parameters, "total": sum(parameters.values())},
@@ -242,7 +244,7 @@ def model_cost(
         bytes_per_token=step_weights * dtype.itemsize + cache_read,
         weight_bytes_per_token=step_weights * dtype.itemsize,
         cache_bytes_per_token=cache_read,
-        kv_cache_bytes=int(layers * cache_row * cache_length * dtype.itemsize),
+        kv_cache_bytes=int(cache_row * (layers * cache_length - borrowing * encoder_length) * dtype.itemsize),
     )
 
 

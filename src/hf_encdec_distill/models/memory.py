@@ -14,6 +14,8 @@ residual stream and the norms are float32 in either case. What a block keeps of 
     `separate`        2*e*h (0 for e = 4) + 2*e*H*d + e*N a prompt token and decoder layer; in place of the block's
                       4*e*H*d a target token has 4*e*H*d + 2*e*K*d, and 10*h (e = 4: 12*h) for another norm
     handed over       4*h a prompt token, for each distinct encoder state that a `merged` decoder reads
+    shared            a decoder layer that reads another one's keys and values of the prompt does without the 8*h or
+                      2*e*h, and without the norms over heads of these keys
 
 These are what autograd saves with transformers' `sdpa` attention, as `torch.autograd.graph.saved_tensors_hooks` counts
 it (tests/model/test_memory.py). The pattern is that of arXiv 2205.05198, section 4.1, without what flash attention and
@@ -141,19 +143,22 @@ def row_activations(config, prompt_length: int, target_length: int, autocast: bo
     below = encoder_layers if below is None else below
     encoder = [of_block(config.intermediate_size, entering, entering)] * below
     encoder += [of_block(config.intermediate_size, leaving, leaving)] * (encoder_layers - below)
-    prompt = 2 * e * block.H * block.d + of_norms * block.K + e * target_length
+    prompt = 2 * e * block.H * block.d + e * target_length
     decoder = of_block(config.decoder_intermediate_size, target_length, target_length)
+    projected = of_norms * block.K
     if merged:
-        prompt += 8 * h
+        projected += 8 * h
     else:
-        prompt += 2 * e * h if autocast else 0
+        projected += 2 * e * h if autocast else 0
         decoder += target_length * ((10 if autocast else 12) * h + 2 * e * block.K * block.d + of_norms * block.H)
     decoder += leaving * prompt
+    projected *= leaving
     handed_over = 4 * h * leaving * len(config.encoder_states_read) if merged else 0
     if checkpointing:
         inputs = 4 * h * (below * entering + (encoder_layers - below) * leaving + decoder_layers * target_length)
-        return inputs + handed_over + max(*encoder, decoder)
-    return sum(encoder) + decoder_layers * decoder + handed_over
+        return inputs + handed_over + max(*encoder, decoder + projected)
+    groups = -(-decoder_layers // config.cross_attention_sharing)
+    return sum(encoder) + decoder_layers * decoder + groups * projected + handed_over
 
 
 def weight_bytes(config, dtype: str) -> int:

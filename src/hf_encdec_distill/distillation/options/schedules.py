@@ -59,6 +59,8 @@ class ProgressiveDepth(TrainerCallback):
                     f"final_{side}_layers={final}, but the student's {side} has {self._count(side)} layers; give a "
                     "deeper student or a smaller number."
                 )
+            if self._surplus(side) > 0:
+                config_without_layer(student.config, side, 0)  # refuses now what would end the run later
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Raises ValueError where training would end before the student has its final depth."""

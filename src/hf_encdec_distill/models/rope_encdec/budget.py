@@ -115,8 +115,9 @@ def layers_within(
     for encoder, decoder in budget.splits(teacher_config, student_config):
         writing, cost_of_writing = decoder_path(gaps, decoder, merged)
         if merged:  # nothing reads what an encoder layer above the last decoder layer's depth gives
-            encoder = min(encoder, max(writing[-1], 1))
-        reading, cost_of_reading = encoder_path(gaps, encoder, writing if merged else None)
+            readers = writing[:: student_config.cross_attention_sharing]
+            encoder = min(encoder, max(readers[-1], 1))
+        reading, cost_of_reading = encoder_path(gaps, encoder, readers if merged else None)
         candidates.append((cost_of_writing + cost_of_reading, {"encoder": reading, "decoder": writing}))
     trials: list[dict[str, list[int]]] = []
     for _, kept in sorted(candidates, key=lambda candidate: candidate[0])[:_TRIALS]:

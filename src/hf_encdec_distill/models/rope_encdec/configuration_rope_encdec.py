@@ -68,6 +68,10 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
             index into the encoder's `hidden_states`: `i` is the state that enters encoder layer `i`, and
             `encoder_num_hidden_layers` the one that leaves the last. `None` means the last for `separate`; for
             `merged`, the state that enters the matching layer.
+        cross_attention_sharing (`int`, defaults to 1): How many neighbouring decoder layers read the same keys and
+            values of the prompt, those that the first of them makes (Cross-Layer Attention, arXiv 2405.12981, section
+            3, of the prompt alone); the last group may be smaller. In `separate` the others have no projections for
+            keys and values; in `merged` they have them for the target's tokens.
         encoder_attention (`"bidirectional"` or `"causal"`, defaults to `"bidirectional"`): Mask of the encoder.
         encoder_pooling (`int`, defaults to 1): How many neighbouring positions of the prompt become one, their mean,
             on the way through the encoder. The layers above compute, and the decoder reads and caches, that much less.
@@ -121,6 +125,7 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
         tie_word_embeddings=True,
         cross_attention="separate",
         cross_attention_layers=None,
+        cross_attention_sharing=1,
         encoder_attention="bidirectional",
         encoder_pooling=1,
         encoder_pooling_layer=None,
@@ -161,6 +166,7 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
         self.use_cache = use_cache
         self.cross_attention = cross_attention
         self.cross_attention_layers = None if cross_attention_layers is None else list(cross_attention_layers)
+        self.cross_attention_sharing = cross_attention_sharing
         self.encoder_attention = encoder_attention
         self.encoder_pooling = encoder_pooling
         self.encoder_pooling_layer = encoder_pooling_layer
@@ -242,7 +248,12 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
         encoder, decoder = self.encoder_num_hidden_layers, self.decoder_num_hidden_layers
         if self.cross_attention == "separate":
             return [encoder] * decoder
-        return [-(-(layer + 1) * encoder // decoder) - 1 for layer in range(decoder)]
+        return [-(-(layer + 1) * encoder // decoder) - 1 for layer in self.prompt_keys_of_decoder_layer]
+
+    @property
+    def prompt_keys_of_decoder_layer(self) -> list[int]:
+        """For each decoder layer the one whose keys and values of the prompt it reads: the first of its group."""
+        return [layer - layer % self.cross_attention_sharing for layer in range(self.decoder_num_hidden_layers)]
 
     @property
     def attention_of_encoder_layer(self) -> list[str]:
@@ -263,6 +274,7 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
             "num_attention_heads",
             "num_key_value_heads",
             "max_position_embeddings",
+            "cross_attention_sharing",
             "encoder_pooling",
         ):
             _check(_is_positive_int(getattr(self, name)), name, getattr(self, name), "a whole number of at least 1")
@@ -309,6 +321,14 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
                 layers,
                 f"one index from 0 to encoder_num_hidden_layers={encoder} for each of the {decoder} decoder layers",
             )
+            shared = [layers[first] for first in self.prompt_keys_of_decoder_layer]
+            _check(
+                layers == shared,
+                "cross_attention_layers",
+                layers,
+                f"one state for all layers of a group of cross_attention_sharing={self.cross_attention_sharing}, such "
+                f"as {shared}",
+            )
         layer = self.encoder_pooling_layer
         _check(
             layer is None or (isinstance(layer, int) and 0 <= layer <= encoder),
@@ -324,6 +344,15 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
                 layers,
                 f"layer indices from 0 to {count - 1}",
             )
+        layers = self.decoder_no_rope_layers
+        shared = [layer for layer, first in enumerate(self.prompt_keys_of_decoder_layer) if first in layers]
+        _check(
+            self.cross_attention == "separate" or sorted(set(layers)) == shared,
+            "decoder_no_rope_layers",
+            layers,
+            f"all layers of a group of cross_attention_sharing={self.cross_attention_sharing} or none, since keys are "
+            f"turned once for all of them, such as {shared}",
+        )
         types, window, theta = self.encoder_layer_types, self.encoder_sliding_window, self.encoder_sliding_rope_theta
         _check(
             types is None or (len(types) == encoder and all(kind in _LAYER_TYPES for kind in types)),

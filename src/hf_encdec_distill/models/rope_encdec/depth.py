@@ -22,7 +22,16 @@ def config_without_layer(config, side, index):
 
     Every decoder layer that stays reads what it read before: the encoder states above a removed encoder layer move
     down by one, and the state that entered it now enters the layer that followed.
+
+    Raises:
+        ValueError: for a decoder layer where these share the prompt's keys and values, since the groups would move.
     """
+    if side == "decoder" and config.cross_attention_sharing > 1:
+        raise ValueError(
+            f"cross_attention_sharing={config.cross_attention_sharing}: decoder layers of a student that share the "
+            "prompt's keys and values cannot be taken out one by one. Take out encoder layers alone, or make a "
+            "shallower student."
+        )
     smaller = copy.deepcopy(config)
     states = config.encoder_state_of_decoder_layer
     if side == "encoder":

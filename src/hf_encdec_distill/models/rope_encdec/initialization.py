@@ -60,6 +60,7 @@ def from_decoder_only(
     decoder_layers=None,
     decoder_intermediate_size=None,
     cross_attention="merged",
+    cross_attention_sharing=1,
     encoder_attention="causal",
     encoder_pooling=1,
     encoder_pooling_layer=None,
@@ -101,6 +102,8 @@ def from_decoder_only(
             calibration rows, and without rows by their weights
             ([`~hf_encdec_distill.models.rope_encdec.narrowing`]).
         cross_attention (`str`), encoder_attention (`str`): As in [`RopeEncDecConfig`].
+        cross_attention_sharing (`int`): Likewise. Layers are chosen as if each made its own keys and values of the
+            prompt, and fitted as they are.
         encoder_pooling (`int`), encoder_pooling_layer (`int`, *optional*), encoder_layer_types (`list[str]`,
             *optional*), encoder_sliding_window (`int`, *optional*): Likewise. Layers are chosen as if nothing was
             pooled and all attended in full, and fitted as they are. A teacher's own windows are not taken over.
@@ -177,7 +180,10 @@ def from_decoder_only(
     special_tokens = _special_tokens(teacher, tokenizer, prompt_template, config_overrides)
     prompt_date = frozen_prompt_date(tokenizer, prompt_template, prompt_date)
 
+    merged = cross_attention == "merged"
+    RopeEncDecConfig(cross_attention_sharing=cross_attention_sharing)  # refused before layers are chosen by it
     savings = {
+        "cross_attention_sharing": cross_attention_sharing,
         "encoder_pooling": encoder_pooling,
         "encoder_pooling_layer": encoder_pooling_layer,
         "encoder_layer_types": encoder_layer_types,
@@ -204,7 +210,10 @@ def from_decoder_only(
     with evaluating(teacher):
         batches = []
         is_smaller = (
-            encoder_pooling != 1 or width < neurons or any(layers != list(range(depth)) for layers in kept.values())
+            encoder_pooling != 1
+            or cross_attention_sharing != 1
+            or width < neurons
+            or any(layers != list(range(depth)) for layers in kept.values())
         )
         if budget is not None or is_smaller:
             rows = calibration_rows(
@@ -235,7 +244,9 @@ def from_decoder_only(
             if budget is not None or (open_sides and layer_selection == "least_squares"):
                 gaps = measure_gaps(teacher, calibration_batches(rows, device))
             if budget is None:
-                choose_layers(kept, layer_selection, depth, cross_attention == "merged", influence, greedy, gaps)
+                choose_layers(
+                    kept, layer_selection, depth, merged, influence, greedy, gaps, sharing=cross_attention_sharing
+                )
             else:
                 every = list(range(depth))
                 shape = {"encoder_attention": encoder_attention, **savings, **config_overrides}
@@ -246,7 +257,9 @@ def from_decoder_only(
 
                 def by_influence(encoder, decoder):
                     kept = {"decoder": decoder, "encoder": encoder}
-                    choose_layers(kept, "influence", depth, cross_attention == "merged", influence, None)
+                    choose_layers(
+                        kept, "influence", depth, merged, influence, None, sharing=cross_attention_sharing
+                    )
                     return kept
 
                 def divergence(kept):
@@ -258,7 +271,7 @@ def from_decoder_only(
                 kept = layers_within(budget, teacher.config, config, gaps, by_influence, divergence)
         student = plain(kept)
         length = rope_limit(student.config)
-        if cross_attention == "merged" and length is not None:
+        if merged and length is not None:
             logger.warning(
                 f"rope_type={student.config.rope_parameters['rope_type']!r} turns by the length of a call, of which "
                 "encoder and decoder see a part each: prompt and target together should stay within "
@@ -432,8 +445,7 @@ def student_config(config, encoder_layers, decoder_layers, cross_attention, **fi
         side: [position for position, layer in enumerate(layers) if layer in no_rope]
         for side, layers in (("encoder", encoder_layers), ("decoder", decoder_layers))
     }
-    merged = cross_attention == "merged"
-    return RopeEncDecConfig(
+    made = RopeEncDecConfig(
         **{
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
@@ -456,13 +468,16 @@ def student_config(config, encoder_layers, decoder_layers, cross_attention, **fi
             "initializer_range": config.initializer_range,
             "tie_word_embeddings": config.tie_word_embeddings,
             "cross_attention": cross_attention,
-            # The state that enters teacher layer d has passed every kept encoder layer below d.
-            "cross_attention_layers": [sum(e < d for e in encoder_layers) for d in decoder_layers] if merged else None,
             "teacher_num_hidden_layers": config.num_hidden_layers,
             "attn_implementation": config._attn_implementation,
             **fields,
         }
     )
+    if cross_attention == "merged" and made.cross_attention_layers is None:
+        # The state that enters teacher layer d has passed every kept encoder layer below d.
+        states = [sum(e < d for e in encoder_layers) for d in decoder_layers]
+        made.cross_attention_layers = [states[first] for first in made.prompt_keys_of_decoder_layer]
+    return made
 
 
 def _max_positions(config) -> int:
@@ -530,7 +545,10 @@ def _student_state(teacher, config, encoder_layers, decoder_layers) -> dict:
         for position, layer in enumerate(layers):
             block = dict(blocks[layer])
             if side == "decoder" and config.cross_attention == "separate":
+                shares = config.prompt_keys_of_decoder_layer[position] != position
                 for rest, tensor in blocks[layer].items():
+                    if shares and rest.startswith(("self_attn.k_", "self_attn.v_")):
+                        continue
                     if rest.startswith("self_attn.o_proj"):
                         block[rest.replace("self_attn", "cross_attn")] = torch.zeros_like(tensor)
                     elif rest.startswith("self_attn."):

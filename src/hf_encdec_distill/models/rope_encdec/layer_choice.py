@@ -186,7 +186,7 @@ def measure_teacher(teacher, batches):
     return logprobs, {side: (sums[side] / max(counts[side], 1)).tolist() for side in sums}
 
 
-def choose_layers(kept, layer_selection, depth, merged, influence, greedy, gaps=None):
+def choose_layers(kept, layer_selection, depth, merged, influence, greedy, gaps=None, sharing=1):
     """Layers for each side that has only a number of them, in place.
 
     Args:
@@ -197,18 +197,20 @@ def choose_layers(kept, layer_selection, depth, merged, influence, greedy, gaps=
         influence (`dict`): From `measure_teacher`; for `"induction"` from `copying_first`.
         greedy ([`GreedyRemoval`], *optional*): Needed for `"greedy"`.
         gaps (`dict`, *optional*): From `measure_gaps`, needed for `"least_squares"`.
+        sharing (`int`): How many decoder layers read what the first of them makes of the prompt.
     """
     for side in [side for side, layers in kept.items() if isinstance(layers, int)]:
         count, candidates = kept[side], list(range(depth))
         if side == "encoder" and merged:
-            # No decoder layer reads what leaves the encoder above the last one's own depth.
-            candidates = candidates[: max(kept["decoder"][-1], count)]
+            # No decoder layer reads what leaves the encoder above the depth of the last one that reads a state.
+            readers = kept["decoder"][::sharing]
+            candidates = candidates[: max(readers[-1], count)]
         elif merged and count == 1:
             candidates = candidates[-1:]  # layer 0 would read the prompt's embeddings, and no encoder layer
         if layer_selection == "least_squares" and side == "decoder":
             kept[side], _ = decoder_path(gaps, count, merged)
         elif layer_selection == "least_squares":
-            kept[side], _ = encoder_path(gaps, count, kept["decoder"] if merged else None)
+            kept[side], _ = encoder_path(gaps, count, readers if merged else None)
         elif layer_selection in ("influence", "induction"):
             # What leaves the last layer of a merged encoder is read by the decoder's last alone.
             is_read_once = layer_selection == "induction" and side == "encoder" and merged

@@ -157,8 +157,8 @@ def encoder_path(gaps: dict[str, Tensor], count: int, decoder: Sequence[int] | N
     """`count` layers for the encoder of a decoder that is known, and the cost of their path.
 
     Args:
-        decoder (`Sequence[int]`, *optional*): The decoder's layers, where each reads the state at its own depth;
-            `None` where they read the last one.
+        decoder (`Sequence[int]`, *optional*): The decoder's layers that read the state at their own depth; `None`
+            where they read the last one.
     """
     top = len(gaps["encoder"]) if decoder is None else max(decoder[-1], count)
     return shortest_path(step_costs(gaps["encoder"]), count, top)

@@ -240,8 +240,8 @@ def _goals(config, kept: dict, depth: int) -> dict[str, list[int]]:
     top = config.encoder_states_read[-1]
     if config.cross_attention == "merged" and top > 0:
         # Nothing but decoder layers reads the topmost state that is read; of several the last.
-        readers = zip(kept["decoder"], config.encoder_state_of_decoder_layer)
-        last = max(layer for layer, state in readers if state == top)
+        states = config.encoder_state_of_decoder_layer
+        last = max(kept["decoder"][i] for i in config.prompt_keys_of_decoder_layer if states[i] == top)
         goals["encoder"][top - 1] = max(last, kept["encoder"][top - 1] + 1)
     return goals
 
@@ -326,13 +326,18 @@ class _Column:
             handles.append(within.register_forward_pre_hook(lambda _m, args: caught.update(entering=args[0])))
         states_read = getattr(module, "states_read", None)
         try:
+            hidden_states = self.states[batch].to(next(layer.parameters()).device)
             module.layers = nn.ModuleList([layer])
             if self.slots is not None:
                 module.state_slots = [self.slots[index]]
+                if self.slots[index] is None:  # the first of its group makes the prompt's keys and values
+                    first = module.config.prompt_keys_of_decoder_layer[index]
+                    module.layers.insert(0, self.layers[first])
+                    module.state_slots.insert(0, self.slots[first])
+                    handles.append(layer.register_forward_pre_hook(lambda _m, args: (hidden_states, *args[1:])))
             else:
                 module.states_read = ()
                 module.pooling_layer = 0 if index == self.pooling_layer else None
-            hidden_states = self.states[batch].to(next(layer.parameters()).device)
             inputs = {name: _to(value, hidden_states.device) for name, value in self.inputs[batch].items()}
             module(inputs_embeds=hidden_states, **inputs)
         finally:

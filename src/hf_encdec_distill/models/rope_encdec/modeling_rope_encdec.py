@@ -240,12 +240,20 @@ class RopeEncDecSelfAttention(RopeEncDecAttention):
 class RopeEncDecCrossAttention(RopeEncDecAttention):
     """Attention of the decoder to the encoder's output: no positions anywhere, so there is no RoPE to apply."""
 
-    def forward(self, hidden_states, encoder_states, attention_mask, cache=None, **kwargs):
+    def __init__(self, config: RopeEncDecConfig, layer_idx: int, is_causal: bool):
+        super().__init__(config, layer_idx, is_causal)
+        if config.prompt_keys_of_decoder_layer[layer_idx] != layer_idx:
+            del self.k_proj, self.v_proj
+            if config.qk_norm:
+                del self.k_norm
+
+    def forward(self, hidden_states, encoder_states, attention_mask, shared=None, cache=None, **kwargs):
         query = self.project_query(hidden_states)
-        key, value = _once_per_prompt(cache, self.layer_idx, lambda: self.project_key_value(encoder_states))
+        key, value = _once_per_prompt(cache, self.layer_idx, lambda: self.project_key_value(encoder_states), shared)
+        attend = self.attend
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            return self.attend_packed(query, key, value, attention_mask, **kwargs)
-        return self.attend(query, key, value, attention_mask, **kwargs)
+            attend = self.attend_packed
+        return *attend(query, key, value, attention_mask, **kwargs), (key, value)
 
     def attend_packed(self, query, key, value, padding_mask, **kwargs):
         """Flash attention on ragged prompts, all rows in one `(1, ...)` batch with its boundaries beside it.
@@ -291,31 +299,35 @@ class RopeEncDecMergedAttention(RopeEncDecSelfAttention):
         position_embeddings,
         encoder_position_embeddings,
         attention_mask,
+        shared=None,
         cache=None,
         positions=None,
         **kwargs,
     ):
         query, key, value = self.project_own(hidden_states, position_embeddings, cache, positions)
         prompt_key, prompt_value = _once_per_prompt(
-            cache, self.layer_idx, lambda: self.project_prompt(encoder_states, encoder_position_embeddings)
+            cache, self.layer_idx, lambda: self.project_prompt(encoder_states, encoder_position_embeddings), shared
         )
         key, value = torch.cat((prompt_key, key), dim=2), torch.cat((prompt_value, value), dim=2)
         output, weights = self.attend(query, key, value, attention_mask, prompt_length=prompt_key.shape[2], **kwargs)
         cross_weights, self_weights = weights if isinstance(weights, tuple) else (None, None)
-        return output, self_weights, cross_weights
+        return output, self_weights, cross_weights, (prompt_key, prompt_value)
 
 
-def _once_per_prompt(cache, layer_idx, project):
-    """Keys and values of the prompt: out of the cache if it has them, else projected and put there."""
+def _once_per_prompt(cache, layer_idx, project, shared):
+    """Keys and values of the prompt: out of the cache if it has them, else projected and put there; `shared` are those
+    of the first layer of a group, for the others."""
     if cache is None:
-        return project()
+        return shared or project()
+    layers = cache.cross_attention_cache.layers
     if not cache.is_updated.get(layer_idx):
-        key, value = project()
+        key, value = shared or project()
         positions = torch.arange(key.shape[2], device=key.device)
         update_cache(cache.cross_attention_cache, key, value, layer_idx, positions)
         cache.is_updated[layer_idx] = True
-    layer = cache.cross_attention_cache.layers[layer_idx]
-    return layer.keys, layer.values
+        if shared and not cache.is_compileable:  # which has slots of its own; a dynamic one needs no copy
+            layers[layer_idx].keys, layers[layer_idx].values = shared
+    return layers[layer_idx].keys, layers[layer_idx].values
 
 
 class RopeEncDecMLP(nn.Module):
@@ -378,9 +390,11 @@ class RopeEncDecDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RopeEncDecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = RopeEncDecMLP(config, config.decoder_intermediate_size)
         self.uses_rope = layer_idx not in config.decoder_no_rope_layers
+        self.begins_group = config.cross_attention_sharing > 1 and layer_idx % config.cross_attention_sharing == 0
 
-    # The two differentiable inputs come first: reentrant checkpointing sees only positional arguments. Before 5.24
-    # upstream's layer takes away what is called `past_key_values` in train mode, also where there is no gradient.
+    # Differentiable inputs are tensors and positional, outputs are tensors: reentrant checkpointing sees no others.
+    # Before 5.24 upstream's layer takes away what is called `past_key_values` in train mode, also where there is no
+    # gradient.
     def forward(
         self,
         hidden_states,
@@ -389,20 +403,24 @@ class RopeEncDecDecoderLayer(GradientCheckpointingLayer):
         encoder_position_embeddings,
         self_attention_mask,
         cross_attention_mask,
+        prompt_key=None,
+        prompt_value=None,
         cache=None,
         positions=None,
         **kwargs,
     ):
         if not self.uses_rope:
             position_embeddings = encoder_position_embeddings = None
+        shared = None if prompt_key is None else (prompt_key, prompt_value)
         if self.merged:
             # As in a decoder-only block, one norm serves prompt and target.
-            attended, self_weights, cross_weights = self.self_attn(
+            attended, self_weights, cross_weights, prompt = self.self_attn(
                 self.input_layernorm(hidden_states),
                 None if encoder_states is None else self.input_layernorm(encoder_states),
                 position_embeddings,
                 encoder_position_embeddings,
                 self_attention_mask,
+                shared,
                 cache=cache,
                 positions=positions,
                 **kwargs,
@@ -418,16 +436,18 @@ class RopeEncDecDecoderLayer(GradientCheckpointingLayer):
                 **kwargs,
             )
             hidden_states = hidden_states + attended
-            attended, cross_weights = self.cross_attn(
+            attended, cross_weights, prompt = self.cross_attn(
                 self.cross_attn_layernorm(hidden_states),
                 encoder_states,
                 cross_attention_mask,
+                shared,
                 cache=cache,
                 **kwargs,
             )
             hidden_states = hidden_states + attended
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states, self_weights, cross_weights
+        outputs = hidden_states, self_weights, cross_weights
+        return (*outputs, *prompt) if self.begins_group else outputs
 
 
 # Column then row, so that each pair of projections needs one reduction (Megatron-LM, arXiv 1909.08053, section 3).
@@ -536,8 +556,12 @@ def states_handed_over(config):
 
 
 def slots_of_states(config):
-    """Where each decoder layer finds its state in what the encoder hands over."""
-    return [config.encoder_states_read.index(state) for state in config.encoder_state_of_decoder_layer]
+    """Where each decoder layer finds its state in what the encoder hands over; `None` for a layer that shares keys and
+    values with the one before."""
+    read = zip(config.encoder_state_of_decoder_layer, config.prompt_keys_of_decoder_layer)
+    return [
+        config.encoder_states_read.index(state) if first == layer else None for layer, (state, first) in enumerate(read)
+    ]
 
 
 class RopeEncDecEncoder(RopeEncDecPreTrainedModel):
@@ -790,25 +814,25 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
             prompt_length,
             may_skip_mask=not is_static,  # which hands out slots that are not filled yet; only the mask hides them
         )
-        if encoder_hidden_states is None:
-            encoder_states = [None] * len(self.layers)
-        else:
+        states = None
+        if encoder_hidden_states is not None:
             states = encoder_hidden_states.split(self.config.hidden_size, dim=-1)
-            encoder_states = [states[slot] for slot in self.state_slots]
 
-        entering, self_attentions, cross_attentions = [], [], []
-        for layer, states in zip(self.layers, encoder_states):
+        entering, self_attentions, cross_attentions, shared = [], [], [], ()
+        for layer, slot in zip(self.layers, self.state_slots):
             entering.append(hidden_states)
-            hidden_states, self_weights, cross_weights = layer(
+            hidden_states, self_weights, cross_weights, *made = layer(
                 hidden_states,
-                states,
+                None if states is None or slot is None else states[slot],
                 position_embeddings,
                 encoder_position_embeddings,
                 *masks,
+                *(shared if slot is None else ()),
                 cache=past_key_values,
                 positions=positions,
                 **kwargs,
             )
+            shared = made or shared
             self_attentions.append(self_weights)
             cross_attentions.append(cross_weights)
         hidden_states = self.norm(hidden_states)

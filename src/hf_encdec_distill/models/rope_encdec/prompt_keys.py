@@ -30,7 +30,12 @@ def same_keys_and_values(one: nn.Module, other: nn.Module) -> bool:
 def shared_prompt_keys(model) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Each decoder layer of a `merged` student whose keys and values of the prompt are those of an encoder layer, and
     that layer, the one that begins at the state which the decoder layer reads."""
-    encoder = model.get_encoder().layers
-    for layer, state in zip(model.get_decoder().layers, model.config.encoder_state_of_decoder_layer, strict=True):
-        if state < len(encoder) and same_keys_and_values(layer, encoder[state]):
-            yield layer, encoder[state]
+    encoder, decoder, states = (
+        model.get_encoder().layers,
+        model.get_decoder().layers,
+        model.config.encoder_state_of_decoder_layer,
+    )
+    for index in dict.fromkeys(model.config.prompt_keys_of_decoder_layer):
+        state = states[index]
+        if state < len(encoder) and same_keys_and_values(decoder[index], encoder[state]):
+            yield decoder[index], encoder[state]
