@@ -88,6 +88,7 @@ SIX, EIGHT = (0, 1, 20, 23, 24, 29), (0, 1, 8, 20, 23, 24, 28, 29)
 FOUR = (0, 1, 24, 29)
 FROZEN = {"freeze_encoder": True}  # on states that are kept
 POOLED = {"encoder_pooling": 2, "encoder_pooling_layer": 2}
+SHARED = {"cross_attention_sharing": 2}
 NARROW = {"decoder_intermediate_size": 768}
 ALL = 30
 ARMS = {
@@ -125,6 +126,13 @@ ARMS = {
         "5 + 6, frozen encoder, the teacher's likelier answers", SIX, SIX[:-1], training=FROZEN, targets="likely"
     ),
     "pooled_5_6": Arm("5 + 6, frozen encoder, prompt pooled by 2", SIX, SIX[:-1], training=FROZEN, options=POOLED),
+    "shared_5_6": Arm(
+        "5 + 6, frozen encoder, prompt keys shared by 2", SIX, SIX[:-1], training=FROZEN, options=SHARED
+    ),
+    # The same without the encoder's last layer, whose state the first of no group reads.
+    "shared_4_6": Arm(
+        "4 + 6, frozen encoder, prompt keys shared by 2", SIX, SIX[:-2], training=FROZEN, options=SHARED
+    ),
     "narrow_5_6": Arm("5 + 6, frozen encoder, decoder half as wide", SIX, SIX[:-1], training=FROZEN, options=NARROW),
     "muon_5_6": Arm("5 + 6, frozen encoder, Muon", SIX, SIX[:-1], training=FROZEN | {"optim": "muon"}),
     "qat_5_6": Arm(
@@ -429,6 +437,8 @@ def _untrained(arm: Arm):
     if encoder:
         fields = RopeEncDecForConditionalGeneration.from_decoder_only(model).config.to_dict()
         fields |= {"encoder_num_hidden_layers": encoder, **arm.options}
+        states, sharing = fields["cross_attention_layers"], arm.options.get("cross_attention_sharing", 1)
+        fields["cross_attention_layers"] = [states[layer - layer % sharing] for layer in range(decoder)]
         model = RopeEncDecForConditionalGeneration(RopeEncDecConfig.from_dict(fields)).eval()
     return model
 

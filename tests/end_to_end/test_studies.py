@@ -92,6 +92,7 @@ def test_heal(studies, toy_task, tmp_path, monkeypatch):
     arms = {"only": heal.Arm("decoder-only 2", 2), "split": heal.Arm("2 + 1", 1, 2)}
     arms["likely"] = heal.Arm("2 + 1, likely answers", 1, 2, targets="likely")
     arms["pooled"] = heal.Arm("2 + 1, pooled", 1, 2, options={"encoder_pooling": 2})
+    arms["shared"] = heal.Arm("2 + 2, shared", 2, 2, options={"cross_attention_sharing": 2})
     monkeypatch.setattr(heal, "ARMS", arms)
     monkeypatch.setattr(heal, "HEAL_ROWS", 40)
     monkeypatch.setattr(heal, "SHAPES", {"8/3": (8, 3), "4/2": (4, 2)})
@@ -116,7 +117,8 @@ def test_heal(studies, toy_task, tmp_path, monkeypatch):
     main("--minutes", "0.02", "--seeds", "0", "1", "--arms", *arms)
     main("--latency", "--rounds", "2")
     latency = json.loads((out / "latency.json").read_text())
-    assert set(latency["rounds"]["8/3"]) == {"2", latency["teacher"], "2 + 1", "2 + 1, encoder_pooling=2"}
+    splits = {"2 + 1", "2 + 1, encoder_pooling=2", "2 + 2, cross_attention_sharing=2"}
+    assert set(latency["rounds"]["8/3"]) == {"2", latency["teacher"], *splits}
     assert all(len(rounds) == 2 for rounds in latency["rounds"]["4/2"].values())
     main("--table")
     table = file.with_suffix(".md").read_text()

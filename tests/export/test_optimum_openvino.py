@@ -44,9 +44,17 @@ def test_openvino_stateful(stateful):
 
 
 def test_openvino_stateless(tmp_path):
-    model = make_model("merged", encoder_attention="causal", encoder_pooling=2, **SLIDING)
+    shared = {"decoder_num_hidden_layers": 4, "cross_attention_sharing": 3}
+    model = make_model("merged", encoder_attention="causal", encoder_pooling=2, **SLIDING, **shared)
     exported = exported_to_openvino(tmp_path, model, stateful=False)
     assert not exported.decoder.stateful
+    assert_same(exported, model)
+
+
+def test_openvino_stateful_with_shared_keys_and_values(tmp_path):
+    model = make_model("shared")
+    exported = exported_to_openvino(tmp_path, model)
+    assert exported.decoder.stateful
     assert_same(exported, model)
 
 

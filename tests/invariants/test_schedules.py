@@ -368,6 +368,10 @@ def test_a_student_whose_training_ends_amid_the_warm_up_is_what_is_saved(tmp_pat
         ({"bidirectional_warmup_steps": 4, "max_steps": 3}, "ends at step 3"),
         ({"bidirectional_warmup_steps": 2, "attention": "flex_attention"}, "attn_implementation='flex_attention'"),
         ({"bidirectional_warmup_steps": 2, "encoder": "bidirectional"}, "nothing to change"),
+        (
+            {"progressive_depth_steps": 2, "final_decoder_layers": 2, "sharing": 2},
+            "cross_attention_sharing=2: .* cannot be taken out one by one",
+        ),
         ({"bidirectional_warmup_steps": 2, "student": "t5"}, "got T5ForConditionalGeneration"),
         ({"progressive_depth_steps": 2, "final_encoder_layers": 2, "best": True}, "load_best_model_at_end"),
         ({"progressive_depth_steps": 2, "final_encoder_layers": 2, "auto_find_batch_size": True}, "begins again"),
@@ -379,7 +383,8 @@ def test_what_does_not_go(tmp_path, settings, message):
     attention, encoder = settings.pop("attention", "sdpa"), settings.pop("encoder", "causal")
     if settings.pop("best", False):
         settings |= {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
-    student = make_t5(VOCAB) if settings.pop("student", None) else make_student(encoder_attention=encoder)
+    student = make_student(encoder_attention=encoder, cross_attention_sharing=settings.pop("sharing", 1))
+    student = make_t5(VOCAB) if settings.pop("student", None) else student
     student.config._attn_implementation = attention
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, student, **settings).train()

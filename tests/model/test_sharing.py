@@ -3,14 +3,15 @@ functions."""
 
 import pytest
 import torch
-from toys import KINDS, make_llama, make_model, ragged, random_ids
 from torch.nn import functional as F
+from toys import KINDS, make_llama, make_model, ragged, random_ids
 from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
 from hf_encdec_distill.models.rope_encdec.depth import remove_layer, without_layer
 from hf_encdec_distill.models.rope_encdec.layer_choice import choose_layers
+from hf_encdec_distill.models.rope_encdec.prompt_keys import shared_prompt_keys
 
 
 LAYERS = 5
@@ -187,6 +188,17 @@ def test_what_is_no_number_of_layers_is_refused(sharing):
         RopeEncDecForConditionalGeneration.from_decoder_only(
             make_llama(4), decoder_num_hidden_layers=2, cross_attention_sharing=sharing, decoder_start_token_id=1
         )
+
+
+def test_a_layer_that_projects_no_prompt_shares_nothing_with_the_encoder():
+    """Although it has the projections of the encoder layer above the state that its group reads."""
+    teacher = make_llama(4)
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(
+        teacher, cross_attention_sharing=2, decoder_start_token_id=1, heal=None
+    )
+    encoder, decoder = student.model.encoder.layers, student.model.decoder.layers
+    decoder[1].load_state_dict(decoder[0].state_dict())
+    assert list(shared_prompt_keys(student)) == [(decoder[0], encoder[0]), (decoder[2], encoder[2])]
 
 
 @torch.no_grad()

@@ -188,7 +188,7 @@ def test_the_small_recipe_runs(folder, tmp_path):
 def test_the_whole_recipe_is_beside_the_student(folder, distilled):
     resolved = yaml.safe_load((distilled / "recipe.yaml").read_text())
     shape = {"cross_attention": "merged", "encoder_attention": "causal", "layer_selection": "influence"}
-    shape |= {"encoder_pooling": 1, "heal_rows": 200}
+    shape |= {"cross_attention_sharing": 1, "encoder_pooling": 1, "heal_rows": 200}
     assert resolved == {
         **contents(folder, learning_rate=0.01),
         "init": {"encoder_layers": 3, "decoder_layers": 2, **shape},

@@ -73,8 +73,8 @@ _HELP = {
     "decoder_layers": "decoder layers to keep (default: all)",
     "decoder_intermediate_size": "neurons to keep in each MLP of the decoder (default: all)",
     "cross_attention": "how the decoder reads the encoder: merged (the default) or separate",
-    "cross_attention_sharing": "neighbouring decoder layers that read the same keys and values of the prompt (default: "
-    f"{Shape.cross_attention_sharing}, each its own)",
+    "cross_attention_sharing": "neighbouring decoder layers that read the same keys and values of the prompt "
+    f"(default: {Shape.cross_attention_sharing}, each its own)",
     "encoder_attention": "what an encoder token attends to: causal (the default) or bidirectional",
     "encoder_pooling": "neighbouring prompt tokens that become one position half way up the encoder (default: "
     f"{Shape.encoder_pooling}, no pooling)",

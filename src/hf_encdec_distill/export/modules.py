@@ -14,6 +14,7 @@ each.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -138,17 +139,22 @@ class ExportedEncoder(nn.Module):
             hidden = hidden + attention.o_proj(grouped_attention(query, key, value, biases[layer.sliding_window]))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
-        outputs = []
-        first, states = self.config.prompt_keys_of_decoder_layer, self.config.encoder_state_of_decoder_layer
-        for index, (layer, state) in enumerate(zip(self.decoder.layers, states, strict=True)):
-            if first[index] != index:
-                outputs += outputs[-2:]  # shared
-            elif merged:
-                outputs += layer.self_attn.project_prompt(
-                    layer.input_layernorm(entering[state]), rotary["rotary_emb"] if layer.uses_rope else None
+        outputs: list[Tensor] = []
+        states = self.config.encoder_state_of_decoder_layer
+        for index, readers in Counter(self.config.prompt_keys_of_decoder_layer).items():
+            layer, state = self.decoder.layers[index], entering[states[index]]
+            if merged:
+                key, value = layer.self_attn.project_prompt(
+                    layer.input_layernorm(state), rotary["rotary_emb"] if layer.uses_rope else None
                 )
             else:
-                outputs += layer.cross_attn.project_key_value(self.encoder.norm(entering[state]))
+                key, value = layer.cross_attn.project_key_value(self.encoder.norm(state))
+            if readers == 1:
+                outputs += [key, value]
+                continue
+            # OpenVINO (v2026.4) converts no graph that has a tensor, or its clone, twice among the outputs.
+            keys, values = (torch.stack([part] * readers).unbind() for part in (key, value))
+            outputs += [part for pair in zip(keys, values, strict=True) for part in pair]
         return tuple(outputs)
 
     def _of_each_type(self, hidden: Tensor, positions: Tensor, real: Tensor) -> tuple[dict, dict]:

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..models.rope_encdec.modeling_rope_encdec import RopeEncDecDecoderLayer
 from .optimum_recipe import MODEL_TYPE, TASKS, RopeEncDecRecipe, TraceableModel, additive_mask, grouped_attention
 
 
@@ -66,6 +67,13 @@ def _project_prompt(module, twins, *args):
             del getattr(module, name).forward
 
 
+def _with_copies(place, size, layer, *args, **kwargs):
+    """A decoder layer that shares keys and values of the prompt, the last two of `args`, with its own copies: what is
+    twice among the outputs of a graph gets both names in OpenVINO (v2026.4), and Optimum reads one."""
+    copies = (torch.stack([part] * size)[place] for part in args[6:])
+    return type(layer).forward(layer, *args[:6], *copies, **kwargs)
+
+
 class RopeEncDecOVModelPatcher(TraceableModel, OVSeq2SeqModelPatcher):
     attention = "rope_encdec_openvino"
 
@@ -81,6 +89,11 @@ class RopeEncDecOVModelPatcher(TraceableModel, OVSeq2SeqModelPatcher):
                 weights = {key: weight.detach().clone() for key, weight in getattr(module, name).named_parameters()}
                 twins[name] = functools.partial(nn.functional.linear, **weights)
             module.project_prompt = functools.partial(_project_prompt, module, twins)
+        size = self._model.config.cross_attention_sharing
+        layers = [module for module in self._model.modules() if isinstance(module, RopeEncDecDecoderLayer)]
+        for index, layer in enumerate(layers):
+            if index % size:
+                self._patch(layer, functools.partial(_with_copies, index % size, size))
 
     def __exit__(self, *exception):
         for module in self._merged:

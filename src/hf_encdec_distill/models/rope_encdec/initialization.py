@@ -257,9 +257,7 @@ def from_decoder_only(
 
                 def by_influence(encoder, decoder):
                     kept = {"decoder": decoder, "encoder": encoder}
-                    choose_layers(
-                        kept, "influence", depth, merged, influence, None, sharing=cross_attention_sharing
-                    )
+                    choose_layers(kept, "influence", depth, merged, influence, None, sharing=cross_attention_sharing)
                     return kept
 
                 def divergence(kept):

@@ -560,7 +560,8 @@ def slots_of_states(config):
     values with the one before."""
     read = zip(config.encoder_state_of_decoder_layer, config.prompt_keys_of_decoder_layer)
     return [
-        config.encoder_states_read.index(state) if first == layer else None for layer, (state, first) in enumerate(read)
+        config.encoder_states_read.index(state) if first == layer else None
+        for layer, (state, first) in enumerate(read)
     ]
 
 
