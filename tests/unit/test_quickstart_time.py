@@ -202,8 +202,10 @@ def test_a_short_run_trains_the_decoder_alone_on_recorded_rows(finished):
         return
     assert frozen and all(frozen)
     recorded, steps = finished.results["start"]["recorded"], finished.results["distill"]["steps"]
-    assert sum(finished.rows_read) == recorded < 300 and len(finished.rows_read) > 2  # step by step, none again
-    assert recipe.PASSES - 0.1 < steps * recipe.BATCH_SIZE / recorded < recipe.PASSES + 0.2
+    assert sum(finished.rows_read) == recorded < 300 and len(finished.rows_read) > 1  # step by step, none again
+    # Fewer rows than `FIRST_RECORDED` more would have fitted.
+    rows = steps * recipe.BATCH_SIZE / recipe.PASSES
+    assert 0.95 * recorded < rows < recorded + recipe.FIRST_RECORDED
     assert len(CachedTeacher(finished.folder / "work" / "records")) == recorded
     (states,) = (finished.folder / "work" / "states").iterdir()
     assert sum(len(load_file(file)) for file in states.iterdir()) == recorded

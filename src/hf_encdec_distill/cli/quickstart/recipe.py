@@ -20,7 +20,9 @@ HEAL_ROWS = 100  # the layers are chosen and fitted on
 # In a shorter run the encoder stays as the fit left it. What it and the teacher say of some rows is recorded, and many
 # cheap steps are made on these; a longer run trains all weights, on rows that are mostly read once.
 FROZEN_BELOW_MINUTES = 30
-PASSES = 1.1  # over the recorded rows, as many of which are recorded as time allows: new ones teach more than old ones
+# Over the recorded rows, as many of which are recorded as time allows. New rows teach more than old ones, but to
+# record one takes as long as to train on it three times.
+PASSES = 3.0
 TIMED_STEPS = 8  # of the student, by which that is planned
 FIRST_RECORDED = 16  # rows on which those steps are made, and from whose cost the next ones are planned
 TOP_K = 32  # tokens that are recorded of the teacher
