@@ -548,6 +548,14 @@ MUTATIONS = [
     ),
     Mutation(
         13,
+        "the first cached step of a layer that shares the prompt's keys makes its own",
+        _MODELING,
+        "key, value = shared or project()",
+        "key, value = project()",
+        "model/test_sharing.py::test_answers_are_those_of_the_formula",
+    ),
+    Mutation(
+        13,
         "what travels to the Hub imports the package",
         _MODELING,
         "from .compat_rope_encdec import",
