@@ -37,6 +37,7 @@ class Machine:
     generate, score = 0.5, 0.3  # a row of the teacher
     of_student = 0.6  # against the teacher
     teach, distill, twin = 12.0, 10.0, 6.0  # a step
+    record = 0.0  # a row
 
     def __init__(self, factor=1.0):
         self.now, self.factor, self.rows_trained, self.interrupt_at = 5000.0, factor, [], None
@@ -87,6 +88,7 @@ def build(monkeypatch, machine):
 
     def capturing(teacher, rows, *args, **kwargs):
         machine.rows_read.append(len(rows))
+        machine.takes(machine.record * len(rows))
         return capture(teacher, rows, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "training_step", training_step)
@@ -202,14 +204,25 @@ def test_a_short_run_trains_the_decoder_alone_on_recorded_rows(finished):
         return
     assert frozen and all(frozen)
     recorded, steps = finished.results["start"]["recorded"], finished.results["distill"]["steps"]
-    assert sum(finished.rows_read) == recorded < 300 and len(finished.rows_read) > 1  # step by step, none again
-    # Fewer rows than `FIRST_RECORDED` more would have fitted.
-    rows = steps * recipe.BATCH_SIZE / recipe.PASSES
-    assert 0.95 * recorded < rows < recorded + recipe.FIRST_RECORDED
+    assert sum(finished.rows_read) == recorded < 300 and len(finished.rows_read) > 2  # step by step, none again
+    assert recipe.PASSES - 0.1 < steps * recipe.BATCH_SIZE / recorded < recipe.PASSES + 0.2
     assert len(CachedTeacher(finished.folder / "work" / "records")) == recorded
     (states,) = (finished.folder / "work" / "states").iterdir()
     assert sum(len(load_file(file)) for file in states.iterdir()) == recorded
     assert f"the decoder is trained on {recorded} rows" in finished.metrics["recipe"]["encoder"]
+
+
+def test_rows_that_are_dear_to_record_are_read_more_often(given, tmp_path, monkeypatch):
+    machine = build(monkeypatch, Machine())
+    machine.record = 4.0  # more than three passes over a row take
+    run(machine, tmp_path / "run", {**given, "minutes": 20.0})
+    recorded, distill = results(tmp_path / "run")["start"]["recorded"], results(tmp_path / "run")["distill"]
+    assert recorded == sum(machine.rows_read)
+    assert distill["steps"] * recipe.BATCH_SIZE > 2 * recorded
+    recording = machine.record * recorded
+    assert recording / (recording + distill["steps"] * machine.distill) == pytest.approx(
+        recipe.RECORDING_SHARE, abs=0.08
+    )
 
 
 def test_teacher_and_student_have_the_tokens_of_the_training_rows(finished, given):

@@ -393,7 +393,7 @@ class Pipeline:
             seconds = self._seconds_to_train() - 2 * self.plan.load  # the student is loaded and saved for its training
             places = self.work / "records", self.work / "states"
             recorded = record(
-                teacher, student, self._ready, self.tokenizer, *places, seconds, self._time_row, self.state.now
+                teacher, student, self._ready, self.tokenizer, *places, seconds, self._time_pass, self.state.now
             )
             note += f", {recorded} rows recorded"
         del teacher, student
@@ -414,10 +414,10 @@ class Pipeline:
         order = np.random.default_rng(self.settings.seed + 2).permutation(len(rows))
         return [{"input_ids": rows[index]["inputs"], "labels": rows[index]["labels"]} for index in order]
 
-    def _time_row(self, recorded: int) -> float:
-        """Seconds for which a recorded row is trained on."""
+    def _time_pass(self, recorded: int) -> float:
+        """Seconds that one pass takes for a recorded row."""
         step, _ = self._time_steps(recipe.TIMED_STEPS, recipe.DISTILL_WEIGHT, recorded)
-        return recipe.PASSES * step / recipe.BATCH_SIZE
+        return step / recipe.BATCH_SIZE
 
     def _time_steps(self, steps: int, distill_weight: float, recorded: int) -> tuple[float, float]:
         """Seconds of a step of a student's training, and of loading and saving around it."""

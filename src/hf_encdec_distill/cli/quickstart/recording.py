@@ -22,7 +22,7 @@ def record(
     records: Path,
     states: Path,
     seconds: float,
-    time_training: Callable[[int], float],
+    time_pass: Callable[[int], float],
     now: Callable[[], float] = time.monotonic,
 ) -> int:
     """Read the first of `rows`, once each: as many as can be recorded and trained on in about `seconds`.
@@ -33,7 +33,7 @@ def record(
         tokenizer: the teacher's.
         records, states: folders for what the teacher and what the encoder says.
         seconds: `FIRST_RECORDED` rows are read in any case; from their cost the next ones are planned.
-        time_training: the seconds for which a row is trained on, once so many are recorded.
+        time_pass: the seconds that one pass of the training takes for a row, once so many are recorded.
         now: the clock.
 
     Returns:
@@ -45,7 +45,7 @@ def record(
     collator = DistillationCollator(student.tokenizer, tokenizer, start_token_id=start)
     accelerator = Accelerator(mixed_precision="bf16" if precision_arguments()["bf16"] else "no")
     options: dict[str, Any] = {"kind": "top_k", "k": recipe.TOP_K, "start_token_id": start, "progress": False}
-    count, more, trained = 0, recipe.FIRST_RECORDED, 0.0
+    count, more, a_pass = 0, recipe.FIRST_RECORDED, 0.0
     while more >= recipe.FIRST_RECORDED and count < len(rows):
         begun = now()
         # Those of like length together: little padding.
@@ -54,7 +54,8 @@ def record(
         capture_encoder_states(student, chunk, states, collator, accelerator=accelerator, progress=False)
         count += len(chunk)
         a_row = (now() - begun) / len(chunk)
-        trained = trained or time_training(count)
+        a_pass = a_pass or time_pass(count)
+        trained = max(recipe.PASSES * a_pass, a_row * (1 / recipe.RECORDING_SHARE - 1))
         left = end - now() - count * trained
         more = int(min(left / max(a_row + trained, 1e-9), 3 * count))  # the first rows are slow: step by step
     return count
