@@ -20,8 +20,8 @@ HEAL_ROWS = 100  # the layers are chosen and fitted on
 # In a shorter run the encoder stays as the fit left it. What it and the teacher say of some rows is recorded, and many
 # cheap steps are made on these; a longer run trains all weights, on rows that are mostly read once.
 FROZEN_BELOW_MINUTES = 30
-# New rows teach more than old ones, but cost more: where a row takes as long to record as to train on it 3.4 times, the
-# best of the shares that were tried left time for three passes.
+# New rows teach more than old ones, but cost more: where to record a row took as long as to train on it 3.4 times, the
+# best of four shares left time for three passes.
 RECORDING_SHARE = 0.55  # of the time for records and for training on them, at most
 PASSES = 1.1  # over the recorded rows, at least: those that are never trained on are time wasted
 TIMED_STEPS = 8  # of the student, by which that is planned
