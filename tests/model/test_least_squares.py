@@ -12,7 +12,7 @@ from test_from_decoder_only import FAMILIES, VOCAB, make_teacher, mean_divergenc
 from toys import make_llama
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
-from hf_encdec_distill.models.rope_encdec import initialization, layer_choice, least_squares
+from hf_encdec_distill.models.rope_encdec import healing, initialization, layer_choice, least_squares, teacher_layers
 
 
 DEPTH = 6
@@ -108,12 +108,12 @@ def test_weights_are_those_of_numpy(family, kind, with_alone, pooling, sharing):
     options = {"cross_attention": kind, "encoder_pooling": pooling, "cross_attention_sharing": sharing}
     student = make_student(teacher, None, **options, heal=None)
     expected = copy.deepcopy(student)
-    found = initialization.fit_encoder_decoder(
+    found = least_squares.fit_encoder_decoder(
         student,
-        initialization._as_causal_encoder(teacher),
+        teacher_layers.as_causal_encoder(teacher),
         {"encoder": ENCODER, "decoder": DECODER},
         layer_choice.calibration_batches(fitted, "cpu"),
-        initialization._as_causal_encoder(teacher, DECODER, share_memory=False) if with_alone else None,
+        teacher_layers.as_causal_encoder(teacher, DECODER, share_memory=False) if with_alone else None,
     )
     states = teacher_states(teacher, fitted)
     if with_alone:
@@ -200,8 +200,8 @@ def test_nothing_is_mended_where_nothing_is_missing():
     plain = make_student(teacher, rows, [0, 2, 4, 5], [0, 2, 4, 5], heal=None)
     student = copy.deepcopy(plain)
     kept = {"encoder": [0, 2, 4, 5], "decoder": [0, 2, 4, 5]}
-    gaps = initialization.fit_encoder_decoder(
-        student, initialization._as_causal_encoder(teacher), kept, layer_choice.calibration_batches(rows, "cpu")
+    gaps = least_squares.fit_encoder_decoder(
+        student, teacher_layers.as_causal_encoder(teacher), kept, layer_choice.calibration_batches(rows, "cpu")
     )
     assert gaps and all(gap.before < 1e-10 and gap.after < 1e-10 for gap in gaps)
     for name, weight in student.named_parameters():
@@ -357,7 +357,7 @@ def test_memory_does_not_grow_with_the_rows(monkeypatch, tmp_path):
         batches = layer_choice.calibration_batches(rows, "cpu")
         student = make_student(teacher, None, heal=None)
         kept = {"encoder": ENCODER, "decoder": DECODER}
-        initialization.fit_encoder_decoder(student, initialization._as_causal_encoder(teacher), kept, batches)
+        least_squares.fit_encoder_decoder(student, teacher_layers.as_causal_encoder(teacher), kept, batches)
         most.append([max(numbers) for numbers in zip(*seen)])
         seen.clear()
     (few_in_memory, few_on_disk), (many_in_memory, many_on_disk) = most
@@ -385,7 +385,8 @@ def test_states_that_are_not_finite_are_an_error(monkeypatch):
     with pytest.raises(ValueError, match=r"'model.layers.3.mlp.down_proj.weight' is not finite"):
         make_student(teacher, rows)
     # Rows beyond those that the teacher is measured on are met by the fit alone.
-    monkeypatch.setattr(initialization, "measure_teacher", lambda teacher, batches: ([torch.zeros(1, 1)], {}))
+    for module in (initialization, healing):
+        monkeypatch.setattr(module, "measure_teacher", lambda teacher, batches: ([torch.zeros(1, 1)], {}))
     with pytest.raises(ValueError, match=r"states that are not finite.*dtype=torch.float32"):
         make_student(teacher, rows)
 
@@ -510,16 +511,16 @@ def test_decoder_only_students_come_nearer(family):
     teacher = make_teacher(family, num_hidden_layers=DEPTH)
     before, student, rows = copy.deepcopy(teacher.state_dict()), pruned(teacher, layers), make_rows(120)
     plain = copy.deepcopy(student)
-    healing = initialization.heal_decoder_only(student, teacher, layers, rows)
-    assert healing.taken and [gap.layer for gap in healing.gaps] == [1, 3, 5]
+    found = healing.heal_decoder_only(student, teacher, layers, rows)
+    assert found.taken and [gap.layer for gap in found.gaps] == [1, 3, 5]
     changed = {name for name, _ in student.named_parameters()} - set(unchanged(student, plain))
     fitted = {f"model.layers.{position}.mlp.down_proj.weight" for position in (1, 2, 3)}
     assert changed - {"model.norm.weight"} == fitted
     assert all(torch.equal(weight, before[name]) for name, weight in teacher.state_dict().items())
 
     # What it says is what the student has on the rows that are held out.
-    assert divergence_of_causal(teacher, student, rows[::5]) == pytest.approx(healing.kl_after, rel=1e-3)
-    assert healing.kl_after < healing.kl_before <= divergence_of_causal(teacher, plain, rows[::5])
+    assert divergence_of_causal(teacher, student, rows[::5]) == pytest.approx(found.kl_after, rel=1e-3)
+    assert found.kl_after < found.kl_before <= divergence_of_causal(teacher, plain, rows[::5])
 
     # The first layer that is fitted, by hand.
     fitted = [row for index, row in enumerate(rows) if index % 5]
@@ -533,4 +534,4 @@ def test_decoder_only_students_come_nearer(family):
     gap = fit_by_hand(layer, layer.mlp.down_proj, read, fitted, tokens, goals)
     weight = student.model.layers[1].mlp.down_proj.weight
     torch.testing.assert_close(weight, layer.mlp.down_proj.weight, atol=2e-4, rtol=1e-3)
-    np.testing.assert_allclose((healing.gaps[0].before, healing.gaps[0].after), gap, rtol=1e-3)
+    np.testing.assert_allclose((found.gaps[0].before, found.gaps[0].after), gap, rtol=1e-3)

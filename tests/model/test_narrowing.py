@@ -26,7 +26,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
 from hf_encdec_distill.models.cost import model_cost
-from hf_encdec_distill.models.rope_encdec import initialization, layer_choice, least_squares
+from hf_encdec_distill.models.rope_encdec import layer_choice, least_squares, teacher_layers
 from hf_encdec_distill.models.rope_encdec.narrowing import keep_neurons, neurons_to_keep
 
 
@@ -120,12 +120,12 @@ def test_neurons_and_weights_are_those_of_numpy(kind):
     teacher = make_teacher(num_hidden_layers=DEPTH, intermediate_size=NEURONS)
     rows, expected = make_rows(30), make_student(teacher, None, cross_attention=kind)
     student = make_student(teacher, None, cross_attention=kind, decoder_intermediate_size=WIDTH)
-    gaps = initialization.fit_encoder_decoder(
+    gaps = least_squares.fit_encoder_decoder(
         student,
-        initialization._as_causal_encoder(teacher),
+        teacher_layers.as_causal_encoder(teacher),
         {"encoder": ENCODER, "decoder": DECODER},
         layer_choice.calibration_batches(rows, "cpu"),
-        initialization._as_causal_encoder(teacher, DECODER, share_memory=False),
+        teacher_layers.as_causal_encoder(teacher, DECODER, share_memory=False),
     )
     assert [gap.layer for gap in gaps if gap.side == "decoder"] == DECODER  # layer 0 too, behind which nothing is cut
     states, goals = teacher_states(teacher, rows), [*DECODER[1:], DEPTH]

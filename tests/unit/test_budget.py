@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
-from hf_encdec_distill.models.rope_encdec import initialization
+from hf_encdec_distill.models.rope_encdec import healing, initialization
 from hf_encdec_distill.models.rope_encdec.budget import Budget, layers_within
 
 
@@ -119,7 +119,8 @@ def test_splits_are_compared_on_rows_that_they_were_not_fitted_on(monkeypatch):
         batches.append({(tuple(prompt), tuple(target)) for prompt, target in rows})
         return real(rows, device)
 
-    monkeypatch.setattr(initialization, "calibration_batches", noting)
+    for module in (initialization, healing):
+        monkeypatch.setattr(module, "calibration_batches", noting)
     RopeEncDecForConditionalGeneration.from_decoder_only(
         teacher, budget=Budget(30, 10, 1.5), calibration=[rows[0], *rows]
     )

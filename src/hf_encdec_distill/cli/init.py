@@ -249,7 +249,7 @@ def teacher_depth(teacher: str, **layers: int | None) -> int:
         ValueError: no student can be made of it, or not with so many or few layers.
     """
     from ..models.loading import base_of, check_decoder_only, load_config
-    from ..models.rope_encdec.initialization import check_family
+    from ..models.rope_encdec.teacher_layers import check_family
 
     config = load_config(base_of(teacher))
     check_decoder_only(teacher, config)

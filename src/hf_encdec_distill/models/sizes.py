@@ -8,8 +8,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from .cost import model_cost
 from .rope_encdec.configuration_rope_encdec import RopeEncDecConfig
-from .rope_encdec.initialization import check_family, student_config
 from .rope_encdec.layer_choice import choose_layers
+from .rope_encdec.teacher_layers import check_family, student_config
 
 
 _LLAMA_3 = {"vocab_size": 128_256, "max_position_embeddings": 131_072, "tie_word_embeddings": False}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...models.families import RULED_BY_LENGTH, is_merged
-from ...models.rope_encdec.initialization import encoder_is_first_layers_of
+from ...models.rope_encdec.teacher_layers import encoder_is_first_layers_of
 
 
 class SharedPrompt:
