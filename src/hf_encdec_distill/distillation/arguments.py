@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments, get_scheduler
@@ -25,6 +26,50 @@ logger = logging.get_logger(__name__)
 TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
 TEACHER_QUANTIZATIONS = ("8bit", "4bit")
 _CUT_BATCHES = ("split_batches", "dispatch_batches")  # of accelerate: one process makes them for all
+
+
+_SHARE = (lambda value: 0 <= value <= 1, "between 0 and 1")
+_NOT_NEGATIVE = (lambda value: 0 <= value < float("inf"), "a finite number, at least 0")
+_STEPS = (lambda value: value >= 0, "at least 0")
+_STEPS_OR_SHARE = (_NOT_NEGATIVE[0], "a number of steps, or a share of them below 1")
+_LAYERS = (lambda value: value is None or value >= 1, "at least 1, or None for all")
+# What holds for a number, and the same in words.
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "distill_weight": _SHARE,
+    "distill_temperature": (lambda value: 0 < value < float("inf"), "a finite number above 0"),
+    "jsd_beta": (
+        lambda value: 0 < value < 1,
+        "strictly between 0 and 1 (at the ends the divergence vanishes: use forward_kl in place of 0, reverse_kl in "
+        "place of 1)",
+    ),
+    "skew_alpha": (
+        lambda value: 0 <= value < 1,
+        "at least 0 and below 1 (at 1 the divergence is 0 for every student)",
+    ),
+    "hidden_state_weight": _NOT_NEGATIVE,
+    "on_policy_fraction": _SHARE,
+    "on_policy_warmup_steps": _NOT_NEGATIVE,
+    "replay_fraction": _SHARE,
+    "replay_buffer_size": _NOT_NEGATIVE,
+    "sampling_temperature": _NOT_NEGATIVE,
+    "unfreeze_encoder_after": _STEPS_OR_SHARE,
+    "train_projector_first": _STEPS_OR_SHARE,
+    "cross_attention_warmup_steps": _NOT_NEGATIVE,
+    "progressive_depth_steps": _STEPS,
+    "final_encoder_layers": _LAYERS,
+    "final_decoder_layers": _LAYERS,
+    "bidirectional_warmup_steps": _STEPS,
+    "loss_chunk_size": (lambda value: value >= 1, "at least 1"),
+    "max_source_length": (lambda value: value is None or value >= 2, "at least 2, or None for no cut"),
+    "max_target_length": (lambda value: value is None or value >= 1, "at least 1, or None for no cut"),
+}
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "divergence": tuple(DIVERGENCES),
+    "teacher_dtype": (*TEACHER_DTYPES, None),
+    "teacher_quantization": (*TEACHER_QUANTIZATIONS, None),
+    "hidden_state_loss": tuple(HIDDEN_STATE_LOSSES),
+    "qat": (*QAT, None),
+}
 
 
 @dataclass
@@ -284,72 +329,72 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
         if optim == MUON:
             self.optim = MUON
         check_training_arguments(self)
-        if self.max_tokens_per_batch is not None:
-            _check_token_batches(self)
-        _one_of("divergence", self.divergence, tuple(DIVERGENCES))
+        for name, allowed in _CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                choices = ", ".join(choice for choice in allowed if choice is not None)
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {choices}.")
+        for name, (holds, expected) in _RANGES.items():
+            _within(name, getattr(self, name), holds(getattr(self, name)), expected)
         check_vocab_policy(self.vocab_policy)
-        if self.teacher_dtype is not None:
-            _one_of("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
-        if self.teacher_quantization is not None:
-            _one_of("teacher_quantization", self.teacher_quantization, TEACHER_QUANTIZATIONS)
-        _within("distill_weight", self.distill_weight, 0 <= self.distill_weight <= 1, "between 0 and 1")
-        _within(
-            "distill_temperature",
-            self.distill_temperature,
-            0 < self.distill_temperature < float("inf"),
-            "a finite number above 0",
-        )
-        _one_of("hidden_state_loss", self.hidden_state_loss, tuple(HIDDEN_STATE_LOSSES))
         if self.hidden_state_layers is not None:
             self.hidden_state_layers = _layer_map(self.hidden_state_layers)
-        for name in ("on_policy_fraction", "replay_fraction"):
-            _within(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")
-        for name in (
-            "hidden_state_weight",
-            "on_policy_warmup_steps",
-            "replay_buffer_size",
-            "sampling_temperature",
-            "cross_attention_warmup_steps",
-        ):
-            _within(name, getattr(self, name), 0 <= getattr(self, name) < float("inf"), "a finite number, at least 0")
-        if self.qat is not None:
-            _one_of("qat", self.qat, tuple(QAT))
-            if self.fp16_full_eval or self.bf16_full_eval:
-                raise ValueError(
-                    f"qat={self.qat!r} with {'bf16' if self.bf16_full_eval else 'fp16'}_full_eval=True, which casts "
-                    "the weights while they are rounded: leave it out."
-                )
+        if self.encoder_states is not None:
+            self.encoder_states = os.path.expanduser(self.encoder_states)  # as the base class does with its folders
+        if self.prompt_template is not None:
+            check_template(self.prompt_template)
+        if self.max_tokens_per_batch is not None:
+            _check_token_batches(self)
+        self._check_teacher_and_policy()
+        self._check_schedules()
+        self._check_frozen_parts()
+        if self.source_column == self.target_column:
+            raise ValueError(
+                f"source_column and target_column are both {self.source_column!r}; name two different columns."
+            )
+
+    def _check_teacher_and_policy(self) -> None:
+        """Raises ValueError where what teaches does not go with what the student reads."""
+        if self.qat is not None and (self.fp16_full_eval or self.bf16_full_eval):
+            raise ValueError(
+                f"qat={self.qat!r} with {'bf16' if self.bf16_full_eval else 'fp16'}_full_eval=True, which casts "
+                "the weights while they are rounded: leave it out."
+            )
         if self.on_policy_fraction > 0 and self.distill_weight == 0:
             raise ValueError(
                 f"on_policy_fraction={self.on_policy_fraction} with distill_weight=0: the student's own targets teach "
                 "nothing without the teacher. Raise distill_weight."
             )
-        if self.vocab_policy == "universal" and self.divergence != "forward_kl":
+        if self.replay_fraction > 0 and not (self.replay_buffer_size and self.on_policy_fraction):
+            raise ValueError(
+                f"replay_fraction={self.replay_fraction} needs replay_buffer_size and on_policy_fraction above 0, got "
+                f"{self.replay_buffer_size} and {self.on_policy_fraction}."
+            )
+        if self.vocab_policy != "universal":
+            return
+        if self.divergence != "forward_kl":
             raise ValueError(
                 f"divergence={self.divergence!r} with vocab_policy='universal', which has a distance of its own "
                 "(sorted probabilities, L1): leave divergence out."
             )
-        if self.vocab_policy == "universal" and self.on_policy_fraction > 0:
+        if self.on_policy_fraction > 0:
             raise ValueError(
                 f"on_policy_fraction={self.on_policy_fraction} with vocab_policy='universal': where the teacher would "
                 "cut what the student is going to write is not known in a batch. Set it to 0."
             )
-        if self.vocab_policy == "universal" and self.hidden_state_weight > 0:
+        if self.hidden_state_weight > 0:
             raise ValueError(
                 f"hidden_state_weight={self.hidden_state_weight} with vocab_policy='universal': student and teacher "
                 "read other tokens, so that no state of the one stands where one of the other does. Set it to 0."
             )
-        for name in ("unfreeze_encoder_after", "train_projector_first"):
-            value = getattr(self, name)
-            _within(name, value, 0 <= value < float("inf"), "a number of steps, or a share of them below 1")
-        if self.encoder_states is not None:
-            self.encoder_states = os.path.expanduser(self.encoder_states)  # as the base class does with its folders
-        for name in ("unfreeze_encoder_after", "encoder_states"):
-            if getattr(self, name) and not self.freeze_encoder:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} without freeze_encoder: the encoder is trained from the first "
-                    "step. Set freeze_encoder=True, or leave it out."
-                )
+
+    def _check_schedules(self) -> None:
+        """Raises ValueError where a schedule lacks its goal, or two of them meet."""
+        final = (self.final_encoder_layers, self.final_decoder_layers)
+        if bool(self.progressive_depth_steps) == (final == (None, None)):
+            raise ValueError(
+                f"progressive_depth_steps={self.progressive_depth_steps} with final_encoder_layers={final[0]} and "
+                f"final_decoder_layers={final[1]}: set the steps and at least one of the others, or none of the three."
+            )
         for name in ("unfreeze_encoder_after", "train_projector_first"):
             if getattr(self, name) > 0 and self.progressive_depth_steps > 0:
                 raise ValueError(
@@ -362,6 +407,15 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
                 f"unfreeze_encoder_after={later} with train_projector_first={first}: the encoder would be trained "
                 "before the decoder. Give unfreeze_encoder_after more steps."
             )
+
+    def _check_frozen_parts(self) -> None:
+        """Raises ValueError where what is frozen would change; sets the checkpointing that gradients pass."""
+        for name in ("unfreeze_encoder_after", "encoder_states"):
+            if getattr(self, name) and not self.freeze_encoder:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} without freeze_encoder: the encoder is trained from the first "
+                    "step. Set freeze_encoder=True, or leave it out."
+                )
         for name in ("encoder_states", "cross_attention_warmup_steps"):
             if self.train_projector_first > 0 and getattr(self, name):
                 raise ValueError(
@@ -377,51 +431,14 @@ class DistillationTrainingArguments(Seq2SeqTrainingArguments):
                 )
         frozen = "freeze_encoder" if self.freeze_encoder else "train_projector_first"
         if getattr(self, frozen) and self.gradient_checkpointing:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
-            if self.gradient_checkpointing_kwargs["use_reentrant"]:
+            given = cast(dict, self.gradient_checkpointing_kwargs or {})  # the base class has parsed it
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False, **given}
+            if given.get("use_reentrant"):
                 raise ValueError(
                     f"use_reentrant=True in gradient_checkpointing_kwargs with {frozen}={getattr(self, frozen)}: the "
                     "first decoder layer reads a frozen embedding, and reentrant checkpointing would give it no "
                     "gradient. Set it to False, or leave it out."
                 )
-        if self.replay_fraction > 0 and not (self.replay_buffer_size and self.on_policy_fraction):
-            raise ValueError(
-                f"replay_fraction={self.replay_fraction} needs replay_buffer_size and on_policy_fraction above 0, got "
-                f"{self.replay_buffer_size} and {self.on_policy_fraction}."
-            )
-        for name in ("progressive_depth_steps", "bidirectional_warmup_steps"):
-            _within(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
-        final = (self.final_encoder_layers, self.final_decoder_layers)
-        for name, value in zip(("final_encoder_layers", "final_decoder_layers"), final, strict=True):
-            _within(name, value, value is None or value >= 1, "at least 1, or None for all")
-        if bool(self.progressive_depth_steps) == (final == (None, None)):
-            raise ValueError(
-                f"progressive_depth_steps={self.progressive_depth_steps} with final_encoder_layers={final[0]} and "
-                f"final_decoder_layers={final[1]}: set the steps and at least one of the others, or none of the three."
-            )
-        _within(
-            "jsd_beta",
-            self.jsd_beta,
-            0 < self.jsd_beta < 1,
-            "strictly between 0 and 1 (at the ends the "
-            "divergence vanishes: use forward_kl in place of 0, reverse_kl in place of 1)",
-        )
-        _within(
-            "skew_alpha",
-            self.skew_alpha,
-            0 <= self.skew_alpha < 1,
-            "at least 0 and below 1 (at 1 the divergence is 0 for every student)",
-        )
-        _within("loss_chunk_size", self.loss_chunk_size, self.loss_chunk_size >= 1, "at least 1")
-        for name, least in (("max_source_length", 2), ("max_target_length", 1)):
-            value = getattr(self, name)
-            _within(name, value, value is None or value >= least, f"at least {least}, or None for no cut")
-        if self.prompt_template is not None:
-            check_template(self.prompt_template)
-        if self.source_column == self.target_column:
-            raise ValueError(
-                f"source_column and target_column are both {self.source_column!r}; name two different columns."
-            )
 
     def __getstate__(self) -> dict:
         return _without_tokens(self)
@@ -515,11 +532,6 @@ def _check_token_batches(args: DistillationTrainingArguments) -> None:
                 f"max_tokens_per_batch={limit} with {name}={value!r}, which makes batches in another way: leave one "
                 "of them out."
             )
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}.")
 
 
 def _layer_map(layers) -> dict[int, int]:
