@@ -3,8 +3,8 @@
     python studies/onnx_fusions.py runs/quickstart/student --work runs/studies/onnx_fusions
 
 Each form is exported and loaded by ONNX Runtime with all of its own optimisations. One thread, batch 1, prompts
-without pads; processor time of that thread, so that other work on the machine counts little. Sessions are made anew in
-each round, since where one finds its memory moves a decoder step by up to 9 %; the order is drawn anew too. `again` is
+without pads; processor time of that thread, so that other work on the machine counts little. Sessions are new in
+each round, since where one finds its memory moves a decoder step by up to 9 %; so is the order. `again` is
 the first form a second time: what a ratio says when nothing has changed.
 """
 

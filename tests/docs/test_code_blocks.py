@@ -105,7 +105,7 @@ def world(tmp_path_factory, make_bpe_tokenizer):
 
 
 def run_shell(code):
-    """Our own commands in this process, since each would import torch anew; everything else as it is."""
+    """Our own commands in this process, since each would import torch again; everything else as it is."""
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:2] == ["hf-encdec-distill", "export"]:

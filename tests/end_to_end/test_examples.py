@@ -87,7 +87,7 @@ def test_a_script_runs_as_printed(script, teacher_folder, tmp_path):
 
 
 def run_script(script, monkeypatch, *arguments):
-    """In this process: another would have to import torch anew."""
+    """In this process: another would have to import torch again."""
     monkeypatch.setattr(sys, "argv", [str(EXAMPLES / script), *map(str, arguments)])
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
 

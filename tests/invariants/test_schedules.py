@@ -97,7 +97,7 @@ def loss_of(student, teacher):
 
 
 def built_without(student, side, layer):
-    """A model made anew of the config and the tensors of all other layers."""
+    """A new model of the config and the tensors of all other layers."""
     config, kept = copy.deepcopy(student.config), {name: list(range(LAYERS)) for name in SIDES}
     kept[side].remove(layer)
     config.encoder_num_hidden_layers, config.decoder_num_hidden_layers = (len(kept[name]) for name in SIDES)
@@ -258,7 +258,7 @@ def test_resumed_equals_never_stopped(tmp_path, schedule):
 
 @torch.no_grad()
 def first_probabilities(student, attention, ids, mask):
-    """Attention `(B, N, S, S)` of the first encoder layer of a model made anew of these weights."""
+    """Attention `(B, N, S, S)` of the first encoder layer of a new model of these weights."""
     config = copy.deepcopy(student.config)
     config.encoder_attention, config._attn_implementation = attention, "eager"
     model = RopeEncDecForConditionalGeneration(config).eval()

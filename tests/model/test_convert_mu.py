@@ -97,7 +97,7 @@ def test_greedy_equals_mus_argmax_loop(order, tmp_path):
     model = converted(f"{order}.factor4", tmp_path)
     expected = REFERENCE[f"{order}.factor4.greedy"].long()
     block_size = FIELDS["block_size"]
-    # Past block_size Mu turns old keys anew, which keys in a cache can't follow.
+    # Past block_size Mu turns old keys again, which keys in a cache can't follow.
     assert greedy(model, max_new_tokens=block_size, use_cache=True).equal(expected[:, : block_size + 1])
     assert greedy(model, max_new_tokens=expected.shape[1] - 1, use_cache=False).equal(expected)
 

@@ -406,7 +406,7 @@ def test_cache_is_keyed_by_what_is_installed(small_world, tmp_path):
     (small_world / "thing-1.0.dist-info").rename(small_world / "thing-1.1.dist-info")
     metadata = small_world / "thing-1.1.dist-info/METADATA"
     metadata.write_text(metadata.read_text().replace("1.0", "1.1"))
-    (small_world / "thing/__init__.py").write_text(FUNCTION.format(name="new", doc="Sum the things anew.", factor=5))
+    (small_world / "thing/__init__.py").write_text(FUNCTION.format(name="new", doc="Sum the things again.", factor=5))
     assert "thing:new" in load_python_docstrings(cache_dir=tmp_path / "cache", progress=False)["train"]["origin"]
 
 

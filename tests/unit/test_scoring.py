@@ -101,6 +101,17 @@ def test_scores_are_the_sums_of_each_row(teacher_folder, student_folder):
         assert sums["teacher"]["teacher_agreement"][index] == len(row["labels"])
 
 
+def test_a_teacher_among_the_models_is_run_once(teacher_folder, monkeypatch):
+    teacher, rows, runs = AutoModelForCausalLM.from_pretrained(teacher_folder).eval(), toy_rows(5), []
+    alone = scoring.score({"teacher": teacher}, rows)["teacher"]["ce"]
+    target_logits = scoring.target_logits
+    monkeypatch.setattr(scoring, "target_logits", lambda *args: runs.append(args) or target_logits(*args))
+    sums = scoring.score({"teacher": teacher}, rows, teacher)["teacher"]
+    assert len(runs) == 1
+    assert sums["ce"].tolist() == alone.tolist() and sums["kl"] == pytest.approx(0, abs=1e-6)
+    assert sums["teacher_agreement"].tolist() == [len(row["labels"]) for row in rows]
+
+
 def test_an_answer_ends_at_any_end_of_the_generation_config(student_folder, make_bpe_tokenizer):
     """Of which chat models have several, and the tokenizer knows one."""
     tokenizer = make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>")

@@ -166,7 +166,11 @@ def said_training_arguments(
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     said = {name: value for name, value in vars(parsed).items() if value is not None}
     if "resume_from_checkpoint" in said:  # of which only example scripts of transformers know
-        instead = "go on with --resume" if hasattr(args, "resume") else "leave it out, this command starts anew"
+        instead = (
+            "go on with --resume"
+            if hasattr(args, "resume")
+            else "leave it out, this command starts from the beginning"
+        )
         args.parser.error(f"--resume_from_checkpoint {said['resume_from_checkpoint']}: {instead}")
     return said
 

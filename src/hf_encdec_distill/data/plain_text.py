@@ -179,7 +179,7 @@ def load_plain_text(
 def _text_backend(tokenizer) -> Tokenizer:
     """The tokenizer without its special tokens: what looks like one is text, perhaps of a page about tokenizers.
 
-    A copy, since `datasets` reads shards in threads, where a tokenizer that each call sets up anew fails.
+    A copy, since `datasets` reads shards in threads, where a tokenizer that each call sets up again fails.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; load it with use_fast=True")

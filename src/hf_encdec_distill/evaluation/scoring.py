@@ -158,7 +158,7 @@ def score(
 
     Args:
         models: encoder-decoders or decoder-only models, in evaluation mode.
-        teacher: decoder-only model to compare with; its logits are computed once for all models.
+        teacher: decoder-only model to compare with; its logits are computed once for all models, itself among them.
         measures: of `ce` (nats), `ece` and those that need a teacher, which are left out without one: `kl` (teacher to
             model, nats), `teacher_agreement` (tokens where both put the same id first) and `entropy_gap` (nats).
 
@@ -174,9 +174,10 @@ def score(
     sums: dict[str, dict[str, np.ndarray]] = {name: {} for name in models}
     for indices, batch in batches(rows, update, "scoring"):
         owner = torch.repeat_interleave(torch.tensor([len(row["labels"]) for row in batch]))
-        theirs = None if teacher is None else target_logits(teacher, batch)[0].float()
+        of_teacher = None if teacher is None else target_logits(teacher, batch)
+        theirs = None if of_teacher is None else of_teacher[0].float()
         for name, model in models.items():
-            ours, labels = target_logits(model, batch)
+            ours, labels = of_teacher if of_teacher and model is teacher else target_logits(model, batch)
             per_token = {"ce": cross_entropy(ours, labels)}
             if "ece" in measures:
                 calibration = token_calibration(ours, labels)

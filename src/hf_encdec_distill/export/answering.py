@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _SIZES = ("num_key_value_heads", "head_dim", "decoder_num_hidden_layers", "vocab_size")
 _SIZES_OF_IMAGES = ("hidden_size", "image_token_id", "projector_pixel_shuffle")
 _SIZES_OF_TOWER = ("image_size", "patch_size")
-# Of generation_config.json: what is heeded here, and what greedy search for one prompt does not depend on.
+# Of generation_config.json: what is read here, and what greedy search for one prompt does not depend on.
 _READ = ("decoder_start_token_id", "eos_token_id")
 _WITHOUT_EFFECT = (
     "bos_token_id",

@@ -342,7 +342,7 @@ def check_exportable(
     if config.model_type not in STUDENTS or not hasattr(model, "lm_head"):
         raise ValueError(
             f"{type(model).__name__} of model type {config.model_type!r} cannot be exported: it has to be a "
-            "RopeEncDecForConditionalGeneration (hf-encdec-distill init makes one out of a decoder-only model)"
+            "RopeEncDecForConditionalGeneration (hf-encdec-distill init makes one from a decoder-only model)"
         )
     image_size = image_size or size_of_images(config)
     if image_size is not None:

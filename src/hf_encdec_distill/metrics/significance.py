@@ -1,7 +1,7 @@
 """How far a number measured on rows can be trusted: intervals and paired tests for whatever is a function of sums.
 
 A mean over tokens, BLEU and the calibration error have that in common: each row adds to a few sums, and the number is
-made of these. So rows can be drawn anew, or swapped between two models, and the number be taken again as it was.
+made of these. So rows can be resampled, or swapped between two models, and the number computed again from them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Sums(NamedTuple):
 
 
 def mean(sums: np.ndarray, weights: np.ndarray) -> Sums:
-    """`sum(sums) / sum(weights)`, of `[rows]` each: a mean over tokens out of their sum and number in each row."""
+    """`sum(sums) / sum(weights)`, of `[rows]` each: a mean over tokens, from their sum and number in each row."""
     return Sums(np.column_stack([sums, weights]), lambda totals: totals[..., 0] / totals[..., 1])
 
 

@@ -261,7 +261,7 @@ def reads_bare_source(tokenizer) -> bool:
 def in_a_class_of_both_versions(tokenizer):
     """`tokenizer`, which either major version of transformers loads where this one has saved it; a slow one as it is.
 
-    Others are saved under the name of their class, and 5.x has classes that 4.57 lacks, and builds some anew from
+    Others are saved under the name of their class, and 5.x has classes that 4.57 lacks, and builds some again from
     vocabulary and merges where 4.57 takes tokenizer.json. Of this class both take it as it is.
     """
     if not getattr(tokenizer, "is_fast", False):

@@ -46,13 +46,12 @@ class Plan:
 
         rows = max(fit(recipe.EVALUATION_SHARE), min(recipe.ENOUGH_ROWS, fit(recipe.LARGEST_EVALUATION_SHARE)))
         rows = max(done, min(rows, available, recipe.MOST_ROWS))
-        rounds = int(recipe.LATENCY_SHARE * seconds / max(2 * self.request, 1e-9)) - 1
+        rounds = int(recipe.LATENCY_SHARE * seconds / max((1 + self.student_size) * self.request, 1e-9)) - 1
         return dataclasses.replace(self, held_out=rows, rounds=min(max(rounds, 2), recipe.LATENCY_ROUNDS, rows))
 
     def evaluation(self, rows: int) -> float:
-        """The teacher twice, as a model and as what others are compared with; the student before and after training,
-        and its twin. What is not trained does not write."""
-        score, generate = 2 + (1 + self.trained) * self.student_size, 1 + self.trained * self.student_size
+        """The teacher; the student before and after training, and its twin. What is not trained does not write."""
+        score, generate = 1 + (1 + self.trained) * self.student_size, 1 + self.trained * self.student_size
         return (2 + self.trained) * self.load + rows * (score * self.score + generate * self.generate)
 
     def smallest_training(self) -> float:
@@ -60,8 +59,8 @@ class Plan:
         return 2 * self.load + 4 * recipe.BATCH_SIZE * self.score
 
     def latency(self) -> float:
-        """A round is a request to each; the student is taken to be as slow as the teacher. The first only warms up."""
-        return 2 * self.load + 2 * (self.rounds + 1) * self.request
+        """A round is a request to each; the first only warms up."""
+        return 2 * self.load + (1 + self.student_size) * (self.rounds + 1) * self.request
 
 
 def groups_of_like_length(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:

@@ -188,7 +188,7 @@ class EncoderAnnealing(TrainerCallback):
             )
         if trainer.args.torch_compile:
             raise ValueError(
-                f"{what} changes the encoder at each step, and torch_compile would trace it anew: leave it out."
+                f"{what} changes the encoder at each step, and torch_compile would trace it again: leave it out."
             )
         if trainer.args.load_best_model_at_end:
             raise ValueError(

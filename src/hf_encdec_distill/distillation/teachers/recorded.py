@@ -121,7 +121,7 @@ class CachedTeacher(TeacherSignal):
         if prompt_template != recorded:
             raise ValueError(
                 f"prompt_template={prompt_template!r}, but the cache {self.folder} was captured with {recorded!r}: "
-                "train with that one, or capture anew."
+                "train with that one, or capture again."
             )
         if self.prompt_date not in (None, prompt_date):
             raise ValueError(
@@ -141,7 +141,7 @@ class CachedTeacher(TeacherSignal):
         if self.manifest["kind"] != "dense" and temperature != self.manifest["temperature"]:
             raise ValueError(
                 f"distill_temperature={temperature}, but the cache {self.folder} was captured at "
-                f"{self.manifest['temperature']}: train at that temperature, or capture anew."
+                f"{self.manifest['temperature']}: train at that temperature, or capture again."
             )
 
     def scores(

@@ -115,7 +115,7 @@ def check_shards(folder: Path, prefix: str = "*") -> list[Path]:
             if not shard.stem.endswith(f"-{digest}"):
                 raise ValueError(
                     f"{shard} is not what was written, it was cut or altered: delete it and capture again; only its "
-                    "rows are captured anew."
+                    "rows are captured again."
                 )
     return shards
 

@@ -10,7 +10,7 @@ Written against github.com/microsoft/encoder-decoder-slm at b306bae: `src/mu/mod
 - Mu's encoder counts positions from the middle. RoPE sees only distances, so ours counts from 0.
 - With `rope_factor > 1` Mu scales RoPE once a sequence is longer than `block_size`; up to there the factor changes
   nothing. The length is that of the padded batch, each side by itself: transformers' "dynamic" type. Mu keeps no
-  cache and turns all keys anew at each step; to match it past `block_size`, generate with `use_cache=False`.
+  cache and turns all keys again at each step; to match it past `block_size`, generate with `use_cache=False`.
 - In training Mu drops out attention probabilities and the output of each MLP. Ours keeps the first,
   `attention_dropout`, and has no second.
 - The tokenizer isn't in the checkpoint: it is Phi-3.5-mini's, with `<s>` (1) to start, `<|endoftext|>` (32000) to end

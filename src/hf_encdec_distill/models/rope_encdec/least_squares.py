@@ -103,7 +103,7 @@ def fit_encoder_decoder(student, teacher, kept, batches, decoder_alone=None) -> 
 
     Args:
         student ([`RopeEncDecForConditionalGeneration`]): With weights of its own. Where its config says that the
-            decoder's MLPs are narrower than the teacher's, their neurons are chosen anew.
+            decoder's MLPs are narrower than the teacher's, their neurons are chosen again.
         teacher ([`RopeEncDecEncoder`]): All layers of the teacher, as a causal encoder.
         kept (`dict`): `{"encoder": layers, "decoder": layers}`, by the teacher's indices.
         batches (`list[dict]`): From `calibration_batches`.

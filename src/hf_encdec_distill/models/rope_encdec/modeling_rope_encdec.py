@@ -1107,7 +1107,7 @@ class RopeEncDecForConditionalGeneration(RopeEncDecPreTrainedModel, GenerationMi
 
     @classmethod
     def from_decoder_only(cls, teacher, **kwargs):
-        """Build a student out of a decoder-only model; see
+        """Build a student from a decoder-only model; see
         [`hf_encdec_distill.models.rope_encdec.initialization.from_decoder_only`] for the arguments."""
         try:
             from hf_encdec_distill.models.rope_encdec.initialization import from_decoder_only

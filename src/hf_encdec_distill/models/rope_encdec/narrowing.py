@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 
-_ROUNDS = 24  # in which neurons go, chosen anew in each
+_ROUNDS = 24  # in which neurons go, chosen again in each
 
 
 @torch.no_grad()
