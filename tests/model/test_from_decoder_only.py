@@ -1,4 +1,4 @@
-"""Students out of decoder-only models, compared with the transformers models that they come from."""
+"""Students from decoder-only models, compared with the transformers models that they come from."""
 
 import copy
 import inspect
@@ -518,6 +518,11 @@ def test_other_families_are_refused_by_name():
         ({"decoder_num_hidden_layers": 2}, "tokenizer="),
         ({"decoder_num_hidden_layers": 2, "calibration": [("text", "target")]}, "tokenizer="),
         ({"decoder_num_hidden_layers": 2, "calibration": [([1], [])]}, "calibration"),
+        # Refused before anything is measured.
+        (
+            {"decoder_num_hidden_layers": 2, "calibration": [([1], [])], "trimmed_tokenizer": object()},
+            "needs the teacher's",
+        ),
         ({"decoder_num_hidden_layers": 2, "calibration": [{"source": [4, 5], "target": [6]}]}, "expected pairs"),
         ({"decoder_num_hidden_layers": 2, "calibration": [([4] * 99, [6])], "positions": 90}, "fits .* 90 positions"),
     ],
