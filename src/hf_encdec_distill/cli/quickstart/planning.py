@@ -46,7 +46,7 @@ class Plan:
 
         rows = max(fit(recipe.EVALUATION_SHARE), min(recipe.ENOUGH_ROWS, fit(recipe.LARGEST_EVALUATION_SHARE)))
         rows = max(done, min(rows, available, recipe.MOST_ROWS))
-        rounds = int(recipe.LATENCY_SHARE * seconds / max((1 + self.student_size) * self.request, 1e-9)) - 1
+        rounds = int(recipe.LATENCY_SHARE * seconds / max(self._round(), 1e-9)) - 1
         return dataclasses.replace(self, held_out=rows, rounds=min(max(rounds, 2), recipe.LATENCY_ROUNDS, rows))
 
     def evaluation(self, rows: int) -> float:
@@ -59,8 +59,12 @@ class Plan:
         return 2 * self.load + 4 * recipe.BATCH_SIZE * self.score
 
     def latency(self) -> float:
-        """A round is a request to each; the first only warms up."""
-        return 2 * self.load + (1 + self.student_size) * (self.rounds + 1) * self.request
+        """The first round only warms up."""
+        return 2 * self.load + (self.rounds + 1) * self._round()
+
+    def _round(self) -> float:
+        """A request to the teacher and one to the student."""
+        return (1 + self.student_size) * self.request
 
 
 def groups_of_like_length(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
