@@ -73,8 +73,10 @@ def test_activations_are_what_autograd_saves(name, autocast):
     decoder = torch.ones(ROWS, TARGET, dtype=torch.long)
     merged = config.cross_attention == "merged"
     saved = saved_bytes(model, autocast, **padded(PROMPT - merged), decoder_input_ids=decoder)
-    # torch 2.6 keeps the most.
-    assert ROWS * row_activations(config, PROMPT, TARGET, autocast, False) == pytest.approx(saved, rel=0.09)
+    # Without a mask, `separate` decoders hand grouped heads to SDPA. On a CPU, torch 2.6 does these without its fused
+    # kernel and keeps the probabilities: up to 11 % more here.
+    rel = 0.08 if merged else 0.12
+    assert ROWS * row_activations(config, PROMPT, TARGET, autocast, False) == pytest.approx(saved, rel=rel)
 
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["bf16", "fp32"])
