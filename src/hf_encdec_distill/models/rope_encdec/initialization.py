@@ -195,14 +195,56 @@ def from_decoder_only(
             narrow_decoder(student, width, batches)
         return student
 
+    def chosen(rows, influence):
+        """`kept` with the layers of the sides that have only a number of them."""
+        check_rows_to_measure_on(rows, layer_selection)
+        every, greedy, gaps = list(range(depth)), None, None
+        if layer_selection == "induction":
+            influence = copying_first(teacher, influence)
+        if layer_selection == "greedy":
+            # A `separate` one reads nothing of its encoder before it is trained, and could not tell layers apart.
+            full = build(
+                encoder_layers=every, decoder_layers=every, share_memory=True, savings={}, cross_attention="merged"
+            )
+            greedy = GreedyRemoval(full, batches, teacher_logprobs)
+        if layer_selection == "least_squares":
+            gaps = measure_gaps(teacher, calibration_batches(rows, device))
+        choose_layers(kept, layer_selection, depth, merged, influence, greedy, gaps, sharing=cross_attention_sharing)
+        return kept
+
+    def within_budget(rows, influence):
+        """The layers that the budget leaves: of the splits that it allows, those nearest to the teacher."""
+        check_rows_to_measure_on(rows, "least_squares")
+        gaps = measure_gaps(teacher, calibration_batches(rows, device))
+        every = list(range(depth))
+        shape = {"encoder_attention": encoder_attention, **savings, **config_overrides}
+        shape["decoder_intermediate_size"] = width
+        config = student_config(teacher.config, every, every, cross_attention, **shape)
+        held_out = calibration_batches(parted(rows)[0], device)
+        held_out_logprobs, _ = measure_teacher(teacher, held_out)
+
+        def by_influence(encoder, decoder):
+            kept = {"decoder": decoder, "encoder": encoder}
+            choose_layers(kept, "influence", depth, merged, influence, None, sharing=cross_attention_sharing)
+            return kept
+
+        def divergence(kept):
+            student = plain(kept)
+            if heal == "least_squares":
+                heal_encoder_decoder(student, teacher, kept, rows, quiet=True)
+            return best_scale(target_logits(student, held_out), held_out_logprobs)[1]
+
+        return layers_within(budget, teacher.config, config, gaps, by_influence, divergence)
+
+    is_smaller = (
+        encoder_pooling != 1
+        or cross_attention_sharing != 1
+        or width < neurons
+        or any(layers != list(range(depth)) for layers in kept.values())
+    )
+    device = next(teacher.parameters()).device
+    batches = []
     with evaluating(teacher):
-        batches = []
-        is_smaller = (
-            encoder_pooling != 1
-            or cross_attention_sharing != 1
-            or width < neurons
-            or any(layers != list(range(depth)) for layers in kept.values())
-        )
         if budget is not None or is_smaller:
             rows = calibration_rows(
                 calibration,
@@ -212,49 +254,12 @@ def from_decoder_only(
                 special_tokens["decoder_start_token_id"],
                 teacher.config,
             )
-            open_sides = [side for side, layers in kept.items() if isinstance(layers, int)]
-            if budget is not None or open_sides:
-                check_rows_to_measure_on(rows, layer_selection if budget is None else "least_squares")
-            device = next(teacher.parameters()).device
             batches = calibration_batches(rows[:MEASURED_ROWS], device)
             teacher_logprobs, influence = measure_teacher(teacher, batches)
-            if open_sides and layer_selection == "induction":
-                influence = copying_first(teacher, influence)
-            greedy = None
-            if open_sides and layer_selection == "greedy":
-                every = list(range(depth))
-                # A `separate` one reads nothing of its encoder before it is trained, and could not tell layers apart.
-                full = build(
-                    encoder_layers=every, decoder_layers=every, share_memory=True, savings={}, cross_attention="merged"
-                )
-                greedy = GreedyRemoval(full, batches, teacher_logprobs)
-            gaps = None
-            if budget is not None or (open_sides and layer_selection == "least_squares"):
-                gaps = measure_gaps(teacher, calibration_batches(rows, device))
-            if budget is None:
-                choose_layers(
-                    kept, layer_selection, depth, merged, influence, greedy, gaps, sharing=cross_attention_sharing
-                )
-            else:
-                every = list(range(depth))
-                shape = {"encoder_attention": encoder_attention, **savings, **config_overrides}
-                shape["decoder_intermediate_size"] = width
-                config = student_config(teacher.config, every, every, cross_attention, **shape)
-                held_out = calibration_batches(parted(rows)[0], device)
-                held_out_logprobs, _ = measure_teacher(teacher, held_out)
-
-                def by_influence(encoder, decoder):
-                    kept = {"decoder": decoder, "encoder": encoder}
-                    choose_layers(kept, "influence", depth, merged, influence, None, sharing=cross_attention_sharing)
-                    return kept
-
-                def divergence(kept):
-                    student = plain(kept)
-                    if heal == "least_squares":
-                        heal_encoder_decoder(student, teacher, kept, rows, quiet=True)
-                    return best_scale(target_logits(student, held_out), held_out_logprobs)[1]
-
-                kept = layers_within(budget, teacher.config, config, gaps, by_influence, divergence)
+            if budget is not None:
+                kept = within_budget(rows, influence)
+            elif any(isinstance(layers, int) for layers in kept.values()):
+                kept = chosen(rows, influence)
         student = plain(kept)
         length = rope_limit(student.config)
         if merged and length is not None:
