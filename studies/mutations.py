@@ -60,7 +60,7 @@ _CHUNKED = "distillation/options/chunked_logits.py"
 _TRAINER, _LOSSES = "distillation/trainer.py", "distillation/losses.py"
 _POSITIONS, _VOCABULARIES = "distillation/alignment/positions.py", "distillation/alignment/vocabularies.py"
 _CAPTURE, _RECORDED = "distillation/teachers/capture.py", "distillation/teachers/recorded.py"
-_INITIALIZATION = "models/rope_encdec/initialization.py"
+_EVALUATING = "models/evaluating.py"
 _FINGERPRINTS, _ROLLOUTS = "distillation/teachers/fingerprints.py", "distillation/options/rollouts.py"
 _STATES = "distillation/options/encoder_states.py"
 _MODELING = "models/rope_encdec/modeling_rope_encdec.py"
@@ -405,7 +405,7 @@ MUTATIONS = [
     Mutation(
         9,
         "the student writes with dropout",
-        _INITIALIZATION,
+        _EVALUATING,
         "    model.eval()\n",
         "",
         "invariants/test_on_policy.py::test_a_rollout_is_what_generate_gives",
@@ -413,7 +413,7 @@ MUTATIONS = [
     Mutation(
         9,
         "the student stays in eval mode",
-        _INITIALIZATION,
+        _EVALUATING,
         "module.training = True",
         "module.training = False",
         "invariants/test_on_policy.py::test_a_rollout_is_what_generate_gives",

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from ..models.evaluating import evaluating
 from ..models.families import rope_limit
 from ..models.rope_encdec import RopeEncDecForConditionalGeneration, RopeEncDecForImageTextToText
-from ..models.rope_encdec.initialization import evaluating
 from ..models.rope_encdec.modeling_rope_encdec import (
     RopeEncDecRMSNorm,
     RopeEncDecRotaryEmbedding,

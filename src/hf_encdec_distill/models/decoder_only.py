@@ -9,10 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from .cost import model_cost
+from .evaluating import evaluating
 from .prompts import frozen_prompt_date, with_prompt_as_chat_template
 from .rope_encdec.healing import MEASURED_ROWS, heal_decoder_only, predicting_logits, rescale_norm
 from .rope_encdec.induction import copying_first
-from .rope_encdec.initialization import check_teacher, evaluating, load_with_tokenizer, requested_layers
+from .rope_encdec.initialization import check_teacher, load_with_tokenizer, requested_layers
 from .rope_encdec.layer_choice import (
     calibration_batches,
     calibration_rows,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from ...models.rope_encdec.initialization import evaluating
+from ...models.evaluating import evaluating
 from .._compat import let_fsdp2_generate
 from ..alignment.positions import IGNORED, OF_TEACHER, teacher_images, teacher_inputs
 from ..alignment.vocabularies import SharedVocabulary, vocab_size

@@ -2,12 +2,11 @@
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..evaluating import evaluating
 from ..families import rope_limit
 from ..loading import load_merged_teacher, load_tokenizer
 from ..prompts import (
@@ -318,18 +317,6 @@ def load_with_tokenizer(teacher, tokenizer):
         except (OSError, ValueError):
             logger.info("There is no tokenizer at %s; pass tokenizer= to carry one along.", teacher.name_or_path)
     return teacher, tokenizer
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; module by module as before outside."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def check_teacher(teacher, layer_selection, heal) -> None:
