@@ -356,6 +356,8 @@ def test_a_baseline_that_cannot_be_held_against_is_refused_at_once(folder, error
     report = {"version": VERSION, "headlines": [], "rows": []}
     file.write_text(json.dumps({**report, "rounds": 7}))
     assert "give another --output" in error(student, "--against", file, "--output", tmp_path)
+    assert "leave the student and --against out" in error("--compare", file, file, "--against", file)
+    assert "leave the student and --against out" in error(student, "--compare", file, file)
     assert "this bench has 2 rounds" in error(student, "--against", file, "--rounds", "2")
     file.write_text(json.dumps({**report, "rounds": 1}))
     assert "bench.json has 1 rounds, and a spread takes 3" in error(student, "--against", file)

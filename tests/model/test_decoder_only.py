@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2
 
 from hf_encdec_distill.models.decoder_only import prune_decoder_only
 from hf_encdec_distill.models.prompts import encode_prompt, with_prompt_as_chat_template
+from hf_encdec_distill.models.rope_encdec.teacher_layers import as_causal_encoder
 
 
 LAYERS = [0, 2, 3]
@@ -58,6 +59,23 @@ def test_it_computes_what_the_teacher_does_without_the_other_layers(family, fiel
     assert type(loaded) is type(teacher)
     assert torch.equal(logits(loaded, ids), logits(student, ids))
     assert loaded.config.tie_word_embeddings == tied == (loaded.lm_head.weight is loaded.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("family, fields", [("mistral", {"sliding_window": 4}), *WINDOWS.items()])
+def test_it_is_fitted_to_states_within_the_teachers_windows(family, fields, caplog):
+    teacher, ids = make_teacher(family, **fields), torch.randint(4, VOCAB, (2, 11))
+    encoder = as_causal_encoder(teacher, windows=True)
+    entering = []
+    for layer in encoder.layers:
+        layer.register_forward_pre_hook(lambda layer, args: entering.append(args[0]))
+    with torch.no_grad():
+        encoder(ids)
+        expected = teacher.model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    torch.testing.assert_close(torch.stack(entering), torch.stack(expected[:-1]), atol=1e-5, rtol=1e-5)
+
+    rows = [(prompt * 3, target) for prompt, target in pairs(40)]
+    student = prune_decoder_only(teacher, layers=LAYERS, calibration=rows)
+    assert student.healing.gaps and "sliding window" not in caplog.text  # it slides as its teacher does
 
 
 @pytest.mark.parametrize("family, fields", [*((family, {}) for family in FAMILIES), *WINDOWS.items()])

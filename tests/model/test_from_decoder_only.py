@@ -466,6 +466,18 @@ def test_an_adapter_is_merged_or_refused(make_bpe_tokenizer, tmp_path):
     assert smaller("decoder-only", merged, calibration=calibration_rows(), tokenizer=tokenizer).num_parameters()
 
 
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+def test_a_teacher_with_weights_on_disk_is_refused(kind, tmp_path):
+    make_teacher().save_pretrained(tmp_path / "teacher")
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places["lm_head"] = "cpu"
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "teacher", device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    with pytest.raises(ValueError, match="weights that are not in memory.*load it without device_map"):
+        smaller(kind, offloaded, calibration=calibration_rows())
+
+
 @pytest.mark.parametrize("selection", ["influence", "greedy"])
 def test_an_encoder_that_slides(selection):
     """Its layers are those that would be chosen otherwise; within the window nothing changes."""

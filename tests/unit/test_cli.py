@@ -404,6 +404,34 @@ def test_teach_trains_on_targets_alone(teacher_folder, data_arguments, tmp_path,
     torch.testing.assert_close(student(**inputs).logits, after(ids).logits[:, len(prompt) - 1 :], atol=1e-4, rtol=1e-4)
 
 
+def test_teach_goes_on_from_an_adapter(teacher_folder, data_arguments, tmp_path, capsys):
+    """And the other commands take one where a teacher is asked for."""
+    options = [*data_arguments, "--prompt-template", TEMPLATE, "--rank", "2", "--use-cpu", "--report-to", "none"]
+    words = ["teach", str(teacher_folder), *options, "--output", str(tmp_path / "first"), "--adapter"]
+    assert main([*words, "--max-steps", "10", "--learning-rate", "5e-2"]) == 0
+    words = ["teach", str(tmp_path / "first"), *options, "--output", str(tmp_path / "second"), "--max-steps", "1"]
+    assert "is an adapter itself" in one_line_error(capsys, *words, "--adapter")
+    assert main([*words, "--learning-rate", "1e-12"]) == 0
+    ids = torch.arange(4, 40).unsqueeze(0)
+    base, first, second = (
+        LiveTeacher.load(folder, "float32").model(ids).logits
+        for folder in (teacher_folder, tmp_path / "first", tmp_path / "second")
+    )
+    torch.testing.assert_close(second, first, atol=1e-4, rtol=1e-4)
+    assert (first - base).abs().max() > 0.1
+
+    made = ["init", str(teacher_folder), *data_arguments, "--output", str(tmp_path / "made"), "--decoder-layers", "2"]
+    assert main([*made, "--prompt-template", TEMPLATE]) == 0
+    adapter = ["--teacher", str(tmp_path / "first"), "--json"]
+    capsys.readouterr()
+    for command in (["info", str(tmp_path / "made")], ["plan", "--student", str(tmp_path / "made"), "--tokens", "1M"]):
+        assert main([*command, *adapter]) == 0
+        json.loads(capsys.readouterr().out)
+    assert "is an adapter, and a whole model is needed" in one_line_error(
+        capsys, "generate", str(tmp_path / "first"), "a"
+    )
+
+
 def test_init_by_a_budget(teacher_folder, data_arguments, tmp_path, capsys):
     request = ["--prompt-tokens", "100", "--answer-tokens", "10"]
     init = ["init", str(teacher_folder), *data_arguments, "--output", str(tmp_path / "fast"), *request]

@@ -192,6 +192,23 @@ def test_a_limit_that_leaves_no_room_for_the_source(student_folder, data_argumen
     assert "max_source_length=2 leaves no token for the source" in capsys.readouterr().err
 
 
+def test_an_export_is_not_evaluated(student_folder, data_arguments, tmp_path, capsys):
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "exported.json").write_text("{}")
+    assert "name the student that it was made from" in one_line_error(
+        capsys, "evaluate", str(tmp_path / "onnx"), *data_arguments
+    )
+
+
+def test_data_in_the_home_folder_are_no_data_of_the_hub(student_folder, pairs_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(pairs_file.parent))
+    data = [f"--dataset=~/{pairs_file.name}", "--source-column", "text", "--target-column", "short"]
+    options = ["--rows", "2", "--metrics", "exact_match", "--output", str(tmp_path / "measured")]
+    assert main(["evaluate", str(student_folder), *data, *options]) == 0
+    data = json.loads((tmp_path / "measured" / "metrics.json").read_text())["data"]
+    assert data["name"] == pairs_file.name and "hub_id" not in data
+
+
 def test_evaluate_refuses_before_it_measures(student_folder, data_arguments, capsys):
     command = ["evaluate", str(student_folder), *data_arguments]
     assert "name one with --teacher" in one_line_error(capsys, *command, "--metrics", "f1", "kl")

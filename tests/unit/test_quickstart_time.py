@@ -11,9 +11,11 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import peft
 import pytest
+import sacrebleu
 import torch
 from distillation_toys import write_pairs, write_teacher
 from safetensors.torch import load_file
@@ -28,6 +30,7 @@ from hf_encdec_distill.cli.quickstart.trimming import trim_teacher
 from hf_encdec_distill.distillation import CachedTeacher
 from hf_encdec_distill.files import write_json
 from hf_encdec_distill.models.loading import load_tokenizer
+from hf_encdec_distill.models.prompts import encode_prompt
 
 
 class Machine:
@@ -38,6 +41,7 @@ class Machine:
     of_student = 0.6  # against the teacher
     teach, distill, twin = 12.0, 10.0, 6.0  # a step
     record = 0.0  # a row
+    interrupt_capture = None  # after so many calls
 
     def __init__(self, factor=1.0):
         self.now, self.factor, self.rows_trained, self.interrupt_at = 5000.0, factor, [], None
@@ -88,8 +92,11 @@ def build(monkeypatch, machine):
 
     def capturing(teacher, rows, *args, **kwargs):
         machine.rows_read.append(len(rows))
-        machine.takes(machine.record * len(rows))
-        return capture(teacher, rows, *args, **kwargs)
+        new = capture(teacher, rows, *args, **kwargs)
+        machine.takes(machine.record * new)
+        if len(machine.rows_read) == machine.interrupt_capture:
+            raise KeyboardInterrupt
+        return new
 
     monkeypatch.setattr(Trainer, "training_step", training_step)
     monkeypatch.setattr(recording, "capture", capturing)
@@ -282,6 +289,70 @@ def test_targets_that_are_cut_are_counted_and_have_no_eos(given, tmp_path, monke
     assert resumed.rows == run.rows
 
 
+@pytest.mark.parametrize(
+    ("fields", "longest"),
+    [
+        ({"max_position_embeddings": 80}, 48),
+        ({"model_type": "mistral", "sliding_window": 64}, 32),
+        ({"model_type": "mistral", "sliding_window": 40}, None),
+        ({"max_position_embeddings": 4096}, 256),
+    ],
+)
+def test_prompts_leave_the_student_room_for_its_answer(given, tmp_path, fields, longest):
+    teacher = shutil.copytree(given["teacher"], tmp_path / "teacher")
+    write_json(teacher / "config.json", json.loads((teacher / "config.json").read_text()) | fields)
+    rows = [{"text": "x y " * (3 * row), "short": "z"} for row in range(1, 61)]
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "long.csv")
+    asked = given | {"teacher": str(teacher), "dataset": str(tmp_path / "long.csv"), "vocabulary": 0}
+    if longest is None:
+        with pytest.raises(ValueError, match="reads 40 tokens at once, expected at least 64.*choose another teacher"):
+            first_stages(tmp_path / "run", **asked)
+        return
+    found, run = first_stages(tmp_path / "run", **asked)
+    whole = [len(encode_prompt(run.tokenizer, row["text"], run.template)) for row in rows]
+    assert max(len(row["prompt"]) for split in run.rows.values() for row in split) == longest < max(whole)
+    cut = sum(length > longest for length in whole)
+    told = f"{cut} of 60 prompts have more than {longest} tokens and their sources are cut"
+    assert found["data"]["note"].endswith(told)
+
+
+def test_answers_in_another_script_are_scored_by_chrf(given, tmp_path, monkeypatch):
+    rows = [{"text": f"{row} 木地", "short": "木地金土"[row % 4 :] + "水" * (row % 3)} for row in range(120)]
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "pairs.csv")
+    asked = {**given, "dataset": str(tmp_path / "pairs.csv"), "vocabulary": 0}
+    metrics, _ = run(build(monkeypatch, Machine()), tmp_path / "run", asked)
+    held_out = Pipeline(open_run(tmp_path / "run", {}, True)).held_out
+    answers, references = [f"It is {row['source']}." for row in held_out], [[row["target"] for row in held_out]]
+    for name in ("teacher", "student_kd"):
+        assert "rouge_l" not in metrics["models"][name]
+        value = metrics["models"][name]["chrf"]["value"]
+        assert value == pytest.approx(sacrebleu.corpus_chrf(answers, references).score) and value > 1
+    assert metrics["task"] == {"prompt_template": recipe.OTHER_TEMPLATE, "built_in": True, "name": "pairs.csv"}
+    settings = json.loads((tmp_path / "run" / "student" / "recipe.json").read_text())["settings"]
+    assert (settings["teacher"], settings["dataset"]) == (
+        "teacher",
+        "pairs.csv",
+    )  # where they lie is nobody's business
+
+
+@pytest.mark.parametrize("after", [2, 3])
+def test_interrupted_while_recording_it_plans_as_if_it_had_not_been(given, tmp_path, monkeypatch, after):
+    found = {}
+    for name in ("whole", "interrupted"):
+        machine = build(monkeypatch, Machine())
+        machine.record, machine.distill, machine.teach = 1.0, 3.0, 3.0
+        if name == "interrupted":
+            machine.interrupt_capture = after
+            with pytest.raises(KeyboardInterrupt):
+                run(machine, tmp_path / name, given)
+        run(machine, tmp_path / name, given, resume=name == "interrupted")
+        stages = results(tmp_path / name)
+        recorded, steps = stages["start"]["recorded"], stages["distill"]["steps"]
+        assert steps * recipe.BATCH_SIZE > (recipe.PASSES - 0.15) * recorded
+        found[name] = recorded
+    assert found["interrupted"] == pytest.approx(found["whole"], rel=0.15)
+
+
 def test_fewer_rows_than_a_batch_are_refused_before_anything_is_trained(given, tmp_path):
     write_pairs(tmp_path / "few.csv", 9)
     with pytest.raises(ValueError, match=r"few.csv has 7 rows to train on, expected at least 8.*--dataset"):
@@ -400,7 +471,7 @@ def test_a_run_that_cannot_end_in_time_says_by_how_much(given, tmp_path, capsys,
     assert late[0] + 1 > (minutes - 2) / 2
     assert late[-1] == pytest.approx(minutes - 2, abs=1)
     assert "8 held-out rows, since 2 minutes do not allow 64" in said
-    assert any("only 8" in sentence for sentence in metrics["verdict"]["sentences"])
+    assert any("did not allow more than 8 held-out rows" in sentence for sentence in metrics["verdict"]["sentences"])
 
 
 def test_a_training_that_begins_slowly_is_not_said_to_be_late(given, tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -337,6 +338,8 @@ def test_numbers_within_the_tolerance_are_called_near():
     ):
         with pytest.raises(ValueError, match="was not reproduced, to a relative 0.001"):
             _provenance.compare_results(recorded, other, Path("run"))
+    with pytest.raises(ValueError, match="steps was 3, is 4"):
+        _provenance.compare_results(recorded, {**near, "steps": 4}, Path("run"))
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -408,6 +411,22 @@ def test_what_is_lacking_is_asked_for(folder, tmp_path, capsys):
     (cache / "manifest.json").write_text("{}")
     recipe = write(tmp_path / "c.yaml", contents(folder, teacher=str(cache)))
     assert "name its teacher as init.teacher" in error_of(capsys, recipe, "--output", tmp_path / "o")
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_row_that_is_too_long_is_found_before_the_first_step(folder, tmp_path, capsys, split):
+    (tmp_path / "pairs").mkdir()
+    for name in ("train", "validation"):
+        rows = [{"text": f"red {row}", "short": "It is red."} for row in range(12)]
+        if name == split:
+            rows[7]["text"] = "red " * 4000
+        datasets.Dataset.from_list(rows).to_csv(tmp_path / "pairs" / f"{name}.csv")
+    recipe = contents(folder, dataset=str(tmp_path / "pairs"))
+    error = error_of(capsys, write(tmp_path / "r.yaml", recipe), "--output", tmp_path / "run")
+    assert re.search(
+        rf"{split}: row 7 has \d+ tokens .* the student has positions for 2048 .*max_source_length", error
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_passes_over_a_checkpoint_that_is_not_whole(folder, distilled, tmp_path, capsys, caplog):

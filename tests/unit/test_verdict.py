@@ -26,7 +26,7 @@ def test_the_student_of_twelve_minutes_that_nobody_was_told_about():
         "Below a trivial baseline. These weights score lower than the lead-sentence baseline, which needs no model: "
         "ROUGE-L 7.1 against 18.2.",
         "Still learning. The loss was still falling when the time was over: more training makes a better student.",
-        "Repeats itself. It writes the same text for most inputs: 10 % of its outputs are distinct.",
+        "Repeats itself. Of its outputs 10 % are distinct, of the references 100 %.",
     ]
 
 
@@ -34,6 +34,16 @@ def test_nothing_is_said_of_a_student_that_is_well():
     flat = [{"loss": 2 + 0.1 * np.sin(step)} for step in range(100)]
     assert verdict(models({"rouge_l": 0.3, "distinct": 0.9}), "student_kd", flat) == []
     assert verdict(models({"distinct": 0.9}), "student_kd") == []  # nothing to compare with
+
+
+def test_labels_that_repeat_are_no_fault():
+    """Two labels for 64 rows."""
+    perfect = models({"rouge_l": 1.0, "distinct": 2 / 64})
+    assert verdict(perfect, "student_kd", distinct_references=2 / 64) == []
+    stuck = models({"rouge_l": 0.5, "distinct": 1 / 64})
+    assert verdict(stuck, "student_kd", distinct_references=3 / 64) == [
+        "Repeats itself. Of its outputs 2 % are distinct, of the references 5 %."
+    ]
 
 
 @pytest.mark.parametrize(("slope", "falls"), [(0.0, 0.02), (-0.3, 0.0), (0.3, 1.0)])
@@ -53,7 +63,7 @@ def test_the_run_of_two_hours_was_still_learning():
 
 
 @pytest.mark.parametrize(
-    ("losses", "falls"), [([], False), ([3.0], False), ([3.0, 2.0], True), ([2.0, 3.0, 4.0], False)]
+    ("losses", "falls"), [([], False), ([3.0], True), ([3.0, 2.0], True), ([2.0, 3.0, 4.0], False)]
 )
 def test_a_training_of_a_few_steps(losses, falls):
     assert still_falling(losses) is falls

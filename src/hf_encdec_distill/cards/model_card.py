@@ -330,7 +330,7 @@ def _use(metrics: Mapping) -> str:
         else:
             whose = "The teacher's prompt"
         text += f"\n\n{whose}:\n\n"
-        text += _fence(task["prompt_template"])
+        text += fenced(task["prompt_template"])
     return text
 
 
@@ -480,7 +480,7 @@ def _samples(metrics: Mapping) -> str:
         lines += [
             f"- {model_label(key, models)}: {_code(sample[key])}" for key in outputs if isinstance(sample[key], str)
         ]
-        source = f"\n\n{_fence(sample['source'])}" if sample.get("source") is not None else ""
+        source = f"\n\n{fenced(sample['source'])}" if sample.get("source") is not None else ""
         parts.append(f"### Sample {index}{source}\n\n" + "\n".join(lines))
     return "\n\n".join([*parts, "</details>"])
 
@@ -606,10 +606,10 @@ def _longest_ticks(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
 
 
-def _fence(text: str) -> str:
+def fenced(text: str, language: str = "") -> str:
     """A code block that no backticks inside the text can end."""
     ticks = "`" * max(3, _longest_ticks(text) + 1)
-    return f"{ticks}\n{text}\n{ticks}"
+    return f"{ticks}{language}\n{text}\n{ticks}"
 
 
 def _code(text: str) -> str:

@@ -193,8 +193,9 @@ def check_trained(trainer: Trainer) -> None:
         if trainer.is_world_process_zero():  # `Trainer` saves at the end of an epoch, also of one without a step
             shutil.rmtree(Path(args.output_dir) / "checkpoint-0", ignore_errors=True)
         raise ValueError(
-            f"no step was made, with num_train_epochs={args.num_train_epochs:g}, {args.train_batch_size} rows in a "
-            f"batch and dataloader_drop_last={args.dataloader_drop_last}: give more epochs or rows, or smaller batches"
+            f"no step was made, with num_train_epochs={args.num_train_epochs:g}, max_steps={args.max_steps}, "
+            f"{args.train_batch_size} rows in a batch and dataloader_drop_last={args.dataloader_drop_last}: give more "
+            "steps, epochs or rows, or smaller batches"
         )
 
 

@@ -163,9 +163,11 @@ def warn_of_changes(folder: Path, now: Mapping[str, Any]) -> None:
 
 def compare_results(recorded: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> str:
     """One line on how near the numbers are; raises ValueError where they are farther apart than `TOLERANCE`."""
-    there, here = ({**_numbers(result["metrics"]), **_numbers(result["losses"])} for result in (recorded, now))
+    there, here = (
+        {**_numbers(result["metrics"]), **_numbers(result["losses"]), "steps": result["steps"]}
+        for result in (recorded, now)
+    )
     apart = {name: _apart(there.get(name), here.get(name)) for name in {**there, **here}}
-    apart["steps"] = _apart(recorded["steps"], now["steps"])
     far = {name: value for name, value in apart.items() if value > TOLERANCE}
     if far:
         pairs = "; ".join(f"{name} was {there.get(name)}, is {here.get(name)}" for name in sorted(far))

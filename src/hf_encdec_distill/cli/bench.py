@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> None:
     for file in filter(None, (*(args.compare or ()), args.against)):
         check_is_there(file, f"the {_REPORT} of an earlier bench")
     if args.compare:
+        if args.student is not None or args.against is not None:
+            raise ValueError("--compare reads two reports and times nothing: leave the student and --against out")
         rows = compare(*map(read_report, args.compare))
         say_result(args, {"rows": rows}, _comparison(rows))
         return

@@ -180,6 +180,7 @@ def run(args: argparse.Namespace) -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_recipe(output / RECIPE, {**recipe, **decided})
         write_json(output / PROVENANCE, {**provenance, "result": None})
+    _check_lengths(trainer, splits)
     try:
         train_and_save(trainer, checkpoint)
     except ValueError:  # a mistake that the first step finds, in a rate or a limit
@@ -304,6 +305,31 @@ def student_and_tokenizer(path: str) -> tuple[Any, Any]:
     if reads_images(student.config):
         return student, load_processor(path)
     return student, load_tokenizer(path, PreTrainedTokenizerFast)
+
+
+def _check_lengths(trainer: DistillationTrainer, splits: DatasetDict) -> None:
+    """Raises ValueError for a row that is too long for the student, which a step might meet after hours."""
+    from ..distillation.checks.limits import check_rows, max_positions
+    from ..models.loading import reads_images
+
+    args, config, encode = trainer.args, trainer.model.config, trainer.data_collator.encode
+    limit = max_positions(config)
+    if limit is None or reads_images(config):
+        return
+    if args.max_source_length and args.max_target_length and args.max_source_length + args.max_target_length <= limit:
+        return
+    for split in ("train", "validation"):
+        lengths = []
+        for row in splits[split]:
+            # A token has at least a byte, and what a template adds is short.
+            short = 2 * len(f"{row['source']}{row['target']}".encode()) < limit
+            ready = None if short else encode(row)
+            lengths.append((len(ready["input_ids"]), len(ready["labels"])) if ready else (0, 0))
+        sources, targets = zip(*lengths)
+        try:
+            check_rows("the student", config, sources, targets)
+        except ValueError as error:
+            raise ValueError(f"{split}: {error}") from None
 
 
 def train_and_save(trainer: DistillationTrainer, checkpoint: str | None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
     from ..models.loading import load_teacher, load_tokenizer
 
     check_at_least_one(args, "rows", "max_source_length", "max_target_length")
+    args.dataset = os.path.expanduser(args.dataset)
     if len(set(args.models)) < len(args.models):
         raise ValueError("a model is named twice: name each once")
     taken = [name for name in (_BASELINE, "source", "reference") if name in args.models]
@@ -166,11 +168,17 @@ def _measure(
 
     from ..devices import device, working_dtype
     from ..evaluation.scoring import encode_rows, generate, read_by_encoder, score
+    from ..export.manifest import MANIFEST
     from ..metrics.measures import OF_LOGITS, OF_TEACHER
     from ..metrics.significance import calibration_error, mean
     from ..models.loading import load_config, load_student, load_teacher, load_tokenizer
 
     path = teacher_path(name)
+    if (Path(path) / MANIFEST).is_file():
+        raise ValueError(
+            f"{name} is an export, whose parity.json compares it with the student: name the student that it was made "
+            "from"
+        )
     config = load_config(path)
     load = load_student if config.is_encoder_decoder else load_teacher
     model = load(path, dtype=working_dtype()).to(device())

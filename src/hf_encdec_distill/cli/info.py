@@ -49,13 +49,13 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..bench import compare_cost, decoder_only_config, model_cost
-    from ..models.loading import load_config
+    from ..models.loading import base_of, load_config
 
     config = load_config(teacher_path(args.model))
     request = (args.prompt_length, args.new_tokens, getattr(torch, args.dtype))
     teacher: PretrainedConfig | None
     if args.teacher is not None:
-        teacher = load_config(teacher_path(args.teacher))
+        teacher = load_config(base_of(teacher_path(args.teacher)))
     else:
         teacher = decoder_only_config(config) if config.model_type == "rope_encdec" else None
     if teacher is None:

@@ -146,12 +146,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _teacher(asked: str) -> tuple[PretrainedConfig, str]:
     """Its config and what to call it."""
-    from ..models.loading import load_config
+    from ..models.loading import base_of, load_config
     from ..models.sizes import count, typical_config
 
     size = None if Path(asked).exists() else count(asked)
     if size is None:
-        return load_config(teacher_path(asked)), public_name(asked)
+        return load_config(base_of(teacher_path(asked))), public_name(asked)
     shape, config = typical_config(size)
     return config, f"the shape of {shape}"
 

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     from ..distillation import DistillationCollator
     from ..evaluation.scoring import completion_batch
     from ..models.either_version import save_teacher
-    from ..models.loading import load_teacher, load_tokenizer
+    from ..models.loading import base_of, load_merged_teacher, load_tokenizer
     from .quickstart.tuning import CompletionTrainer
 
     check_at_least_one(args, "rank", "max_source_length", "max_target_length")
@@ -76,6 +76,11 @@ def run(args: argparse.Namespace) -> None:
     training.remove_unused_columns = False  # the collator reads the texts
     splits = load_splits(args.dataset, args.source_column, args.target_column)
     path = teacher_path(args.teacher)
+    if args.adapter and base_of(path) != path:
+        raise ValueError(
+            f"--adapter, and {args.teacher} is an adapter itself, which cannot be the base of another: leave --adapter "
+            "out, which writes one merged model"
+        )
     tokenizer = load_tokenizer(path)
     encode = DistillationCollator(
         tokenizer,
@@ -95,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
 
     set_seed(training.seed)  # the adapter's first weights are drawn
     adapter = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(load_teacher(path, dtype=torch.float32), adapter)
+    model = get_peft_model(load_merged_teacher(path, dtype=torch.float32), adapter)
     trainer = CompletionTrainer(
         model=model,
         args=training,

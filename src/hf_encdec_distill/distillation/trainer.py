@@ -603,6 +603,8 @@ class DistillationTrainer(SavesForBothVersions, HiddenStateTraining, FiniteTrain
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """As the base class; for an on-policy step the student's own targets, counted as those of any step."""
         self._on_own_targets = False
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end, the base class would make one more
+            return [], None
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._empty_targets.see(batches, self.state.epoch, self.accelerator)
         if self._depth is not None and batches and self._depth.is_due():

@@ -54,7 +54,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
 
 def warn_of_other_scripts(references: Sequence[str]) -> None:
     """ROUGE's words are of Latin letters and digits, so that it gives 0 for all texts in other scripts."""
-    without = sum(re.search("[a-z0-9]", text.lower()) is None for text in references if text.strip())
+    without = in_other_scripts(references)
     if 2 * without > len(references):
         logger.warning(
             "%d of %d references have no Latin letter and no digit, and ROUGE counts nothing else: it is 0 for them. "
@@ -62,6 +62,11 @@ def warn_of_other_scripts(references: Sequence[str]) -> None:
             without,
             len(references),
         )
+
+
+def in_other_scripts(references: Sequence[str]) -> int:
+    """How many of them ROUGE gives 0 whatever the answer: those without a Latin letter and without a digit."""
+    return sum(re.search("[a-z0-9]", text.lower()) is None for text in references if text.strip())
 
 
 def distinct_share(predictions: Sequence[str]) -> float:

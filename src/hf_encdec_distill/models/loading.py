@@ -364,6 +364,11 @@ def _said_afterwards(name: str) -> Iterator[None]:
 
 def _check_model(folder: Path, name: str | os.PathLike) -> None:
     if not (folder / _CONFIG).is_file():
+        if (folder / _ADAPTER).is_file():
+            raise ValueError(
+                f"{name} is an adapter, and a whole model is needed: merge it, model.merge_and_unload() of PEFT, and "
+                "save that with its tokenizer"
+            )
         raise FileNotFoundError(
             f"{name} holds no model, there is no {_CONFIG}: name a folder that save_pretrained wrote"
         )

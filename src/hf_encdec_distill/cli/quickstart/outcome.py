@@ -13,7 +13,7 @@ from ...devices import working_dtype
 from ...metrics.verdict import verdict
 from ...models.loading import load_config
 from ...models.prompts import PreTrainedTokenizerFast, encode_prompt
-from .._inputs import BUILT_IN, dataset_name
+from .._inputs import BUILT_IN, dataset_name, public_name
 from . import recipe
 from .report import continuation
 from .state import TITLES, State
@@ -81,8 +81,11 @@ def metrics(state: State, tokenizer: PreTrainedTokenizerFast, template: str) -> 
 
 def recipe_file(state: State) -> dict:
     """The content of `recipe.json`: settings, recipe, versions and machine."""
+    settings = state.settings
+    # It goes to the Hub with the student, where paths of this machine say nothing.
+    named = {name: public_name(getattr(settings, name)) for name in ("teacher", "dataset")}
     return {
-        "settings": dataclasses.asdict(state.settings) | {"minutes": state.minutes},
+        "settings": dataclasses.asdict(settings) | {"minutes": state.minutes} | named,
         "recipe": _recipe(state),
         "versions": versions(),
         "machine": machine_description(),
@@ -99,24 +102,25 @@ def _task(state: State, tokenizer: PreTrainedTokenizerFast, template: str) -> di
     read = PreTrainedTokenizerFast.from_pretrained(state.folder / "student")("a")["input_ids"]
     built_in = read == encode_prompt(tokenizer, "a", template)[:-1]
     task = {"prompt_template": template, "built_in": built_in}
-    task |= {"pipeline_tag": "summarization", "language": "en"}
     if state.settings.is_built_in_task:
         return task | {
+            "pipeline_tag": "summarization",
+            "language": "en",
             "name": "Python docstrings",
             "description": "Reads a Python function without its docstring and writes the first sentence of the "
             "docstring.",
         }
-    return task | {"name": state.settings.dataset}
+    return task | {"name": dataset_name(state.settings.dataset)}
 
 
 def _verdict(state: State, models: Mapping[str, Mapping]) -> dict:
     results = state.results
-    sentences = verdict(models, "student_kd", results["distill"]["curve"])
-    rows, enough = results["evaluate"]["rows"], min(recipe.ENOUGH_ROWS, results["data"]["sizes"]["test"])
-    if rows < enough:
-        sentences.append(
-            f"Few rows. The time did not allow {enough} held-out rows, only {rows}: take the scores as rough."
-        )
+    repeated = results["evaluate"].get("distinct_references", 1.0)
+    sentences = verdict(models, "student_kd", results["distill"]["curve"], repeated)
+    rows, available = results["evaluate"]["rows"], results["data"]["sizes"]["test"]
+    if rows < recipe.ENOUGH_ROWS:
+        why = "The time did not allow more" if rows < available else "The data have no more"
+        sentences.append(f"Few rows. {why} than {rows} held-out rows: take the scores as rough.")
     # An absolute path says more about the machine than the readers of a card should know.
     folder = state.folder.name if state.folder.is_absolute() else str(state.folder)
     return {"sentences": sentences, **({"command": continuation(folder)} if sentences else {})}
@@ -136,7 +140,7 @@ def _recipe(state: State) -> dict:
         "schedule": schedule + (f", {earlier['rounds'] + 1} times" if earlier["rounds"] else ""),
         "teacher_steps": results["teach"]["steps"],
         "teacher_learning_rate": _peak(results["teach"]["rates"]),
-        "max_prompt_tokens": recipe.MAX_PROMPT,
+        "max_prompt_tokens": state.max_prompt,
         "max_target_tokens": recipe.MAX_TARGET,
         "precision": str(working_dtype()).removeprefix("torch."),
         "seed": state.settings.seed,

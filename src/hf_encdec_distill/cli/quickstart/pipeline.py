@@ -30,15 +30,17 @@ from ...data import lead_sentence
 from ...data.loading import check_path
 from ...devices import autocast, device, precision_arguments, working_dtype
 from ...distillation import DistillationTrainer, DistillationTrainingArguments
+from ...distillation.checks.limits import max_positions
 from ...evaluation.scoring import BATCH_SIZE as EVALUATION_BATCH
 from ...evaluation.scoring import encode_rows, generate, score
 from ...files import write_json
-from ...metrics.measures import measure_texts
+from ...metrics.measures import METRICS, measure_texts
 from ...metrics.significance import interval, mean
-from ...metrics.texts import distinct_share
+from ...metrics.texts import distinct_share, in_other_scripts
 from ...models.either_version import save_teacher
-from ...models.loading import load_student, load_teacher, load_tokenizer
-from ...models.prompts import PreTrainedTokenizerFast, prompt_start_token_id
+from ...models.families import sliding_window_of
+from ...models.loading import base_of, load_config, load_student, load_teacher, load_tokenizer
+from ...models.prompts import PreTrainedTokenizerFast, encode_prompt, prompt_start_token_id
 from ...models.rope_encdec import RopeEncDecForConditionalGeneration
 from ...progress import Display, clock
 from .._inputs import load_splits, prompt_template, teacher_path
@@ -46,7 +48,7 @@ from ..init import teacher_depth
 from . import outcome, recipe
 from .planning import Plan, groups_of_like_length
 from .recording import record
-from .report import percent, samples_page
+from .report import samples_page
 from .state import TITLES, TRAININGS, State, open_run
 from .timed_training import InOrder, TimeShare, train, training_order
 from .trimming import trim_teacher
@@ -218,12 +220,18 @@ class Pipeline:
 
     def _encoded(self, splits: Mapping[str, datasets.Dataset]) -> dict[str, list[dict]]:
         rows = {
-            name: encode_rows(split, self.tokenizer, self.template, recipe.MAX_PROMPT, recipe.MAX_TARGET)
+            name: encode_rows(split, self.tokenizer, self.template, self.state.max_prompt, recipe.MAX_TARGET)
             for name, split in splits.items()
         }
         order = np.random.default_rng(self.settings.seed).permutation(len(rows["test"]))
         rows["test"] = [rows["test"][index] for index in order]
         return rows
+
+    @cached_property
+    def _measure(self) -> str:
+        """What answers are scored by: ROUGE-L, or chrF where the references have other letters than ROUGE counts."""
+        targets = [row["target"] for row in self.rows["test"]]
+        return "chrf" if 2 * in_other_scripts(targets) > len(targets) else "rouge_l"
 
     @property
     def held_out(self) -> list[dict]:
@@ -259,7 +267,7 @@ class Pipeline:
                 f"prompt_template={self.template!r} does not always end in the same token, from which the student "
                 "would start: end it in fixed text, as in '{source}\\n\\nAnswer:'"
             )
-        return {"path": path, "layers": depth}
+        return {"path": path, "layers": depth, "max_prompt": _longest_prompt(path)}
 
     def data(self, update) -> dict:
         settings = self.settings
@@ -287,6 +295,11 @@ class Pipeline:
         cut = sum(labels[-1] != self.tokenizer.eos_token_id for labels in targets)
         if cut:
             note += f"; {cut} of {len(targets)} targets have more than {recipe.MAX_TARGET} tokens with EOS and are cut"
+        longest = self.state.max_prompt
+        full = [row["source"] for split in self.rows.values() for row in split if len(row["prompt"]) >= longest]
+        cut = sum(len(encode_prompt(self.tokenizer, source, self.template)) > longest for source in full)
+        if cut:
+            note += f"; {cut} of {len(targets)} prompts have more than {longest} tokens and their sources are cut"
         return {"sizes": sizes, "teacher": given if teacher == given else "", "tokens": tokens, "note": note}
 
     def more(self, update) -> dict:
@@ -331,7 +344,9 @@ class Pipeline:
         note = f"{len(texts)} held-out rows"
         if len(texts) < min(recipe.ENOUGH_ROWS, len(rows)):
             note += f", since {self.settings.minutes:g} minutes do not allow {min(recipe.ENOUGH_ROWS, len(rows))}"
-        note += f": CE {entry['ce']['value']:.2f} nats per token, ROUGE-L {percent(entry['rouge_l'])}"
+        heading, factor, decimals, _ = METRICS[self._measure]
+        score_of = f"{heading.split(',')[0]} {factor * entry[self._measure]['value']:.{decimals}f}"
+        note += f": CE {entry['ce']['value']:.2f} nats per token, {score_of}"
         return {
             "ce": sums,
             "texts": texts,
@@ -552,6 +567,7 @@ class Pipeline:
             for index, row in enumerate(rows[: recipe.SAMPLES])
         ]
         result = {"rows": len(rows), "models": models, "differences": differences, "samples": samples}
+        result["distinct_references"] = distinct_share([row["target"] for row in rows])
         if len(rows) < len(held_out):
             result["note"] = f"{len(rows)} of {len(held_out)} rows, for all models: the time was over"
         return result
@@ -563,8 +579,9 @@ class Pipeline:
         for measure in sums[of]:
             first, second = (mean(sums[name][measure], tokens) for name in (of, minus))
             difference[measure] = interval(first, second)
-        first, second = (measure_texts(["rouge_l"], texts[name], rows)["rouge_l"] for name in (of, minus))
-        return difference | {"rouge_l": interval(first, second)}
+        name = self._measure
+        first, second = (measure_texts([name], texts[model], rows)[name] for model in (of, minus))
+        return difference | {name: interval(first, second)}
 
     def _entry(self, sums: Mapping[str, np.ndarray], texts: list[str] | None, rows: list[dict]) -> dict:
         """One model of metrics.json, see `hf_encdec_distill.cards.model_card`."""
@@ -572,7 +589,7 @@ class Pipeline:
         entry: dict[str, Any] = {"n": len(rows)}
         entry |= {measure: interval(mean(values, tokens)) for measure, values in sums.items()}
         if texts is not None:
-            entry["rouge_l"] = interval(measure_texts(["rouge_l"], texts, rows)["rouge_l"])
+            entry[self._measure] = interval(measure_texts([self._measure], texts, rows)[self._measure])
             entry["distinct"] = distinct_share(texts)
         return entry
 
@@ -598,6 +615,22 @@ class Pipeline:
         )
         write_model_card(self.folder / "student", metrics)
         return {"metrics": metrics}
+
+
+def _longest_prompt(teacher: str) -> int:
+    """Tokens of a prompt that leave room for an answer: a student attends in full, as far as its teacher's window.
+
+    Raises:
+        ValueError: there is hardly any.
+    """
+    config = load_config(base_of(teacher))
+    positions = sliding_window_of(config) or max_positions(config) or recipe.MAX_PROMPT + recipe.MAX_TARGET
+    if positions < 2 * recipe.MAX_TARGET:
+        raise ValueError(
+            f"{teacher} reads {positions} tokens at once, expected at least {2 * recipe.MAX_TARGET}, half of them for "
+            "the answer: choose another teacher"
+        )
+    return min(recipe.MAX_PROMPT, positions - recipe.MAX_TARGET)
 
 
 def _quiet(fraction: float, detail: str) -> None:

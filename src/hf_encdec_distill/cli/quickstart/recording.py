@@ -50,11 +50,13 @@ def record(
         begun = now()
         # Those of like length together: little padding.
         chunk = sorted(rows[count : count + more], key=lambda row: len(row["input_ids"]))
-        capture(live, chunk, records, tokenizer, **options)
+        new = capture(live, chunk, records, tokenizer, **options)
         capture_encoder_states(student, chunk, states, collator, accelerator=accelerator, progress=False)
-        count += len(chunk)
-        a_row = (now() - begun) / len(chunk)
+        count, seconds_taken = count + len(chunk), now() - begun
         a_pass = a_pass or time_pass(count)
+        if not new:  # an interrupted run had recorded them, so that they say nothing of the cost
+            continue
+        a_row = seconds_taken / new
         trained = max(recipe.PASSES * a_pass, a_row * (1 / recipe.RECORDING_SHARE - 1))
         left = end - now() - count * trained
         more = int(min(left / max(a_row + trained, 1e-9), 3 * count))  # the first rows are slow: step by step

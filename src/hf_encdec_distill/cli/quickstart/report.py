@@ -7,14 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...cards.model_card import fenced
 from ...metrics.measures import METRICS, model_label, model_order
 from .._display import table, wrap
 from .recipe import GO_ON_MINUTES
-
-
-def percent(estimate: Any) -> str:
-    """An Estimate of metrics.json, or a number, in percent."""
-    return f"{100 * (estimate['value'] if isinstance(estimate, Mapping) else estimate):.1f}"
 
 
 def continuation(folder: Path | str) -> str:
@@ -28,14 +24,19 @@ def samples_page(samples: list[dict], language: str) -> str:
     """Markdown: each source with its reference and what each model wrote."""
     parts = ["# Samples, held out\n"]
     for number, sample in enumerate(samples, 1):
-        lines = [f"## {number}\n", f"```{language}\n{sample['source']}\n```\n", "| | |", "|---|---|"]
+        lines = [f"## {number}\n", fenced(sample["source"], language) + "\n", "| | |", "|---|---|"]
         lines += [
-            f"| {model_label(name, {}) if name != 'reference' else name} | {text.replace('|', chr(92) + '|')} |"
+            f"| {model_label(name, {}) if name != 'reference' else name} | {_in_a_row(text)} |"
             for name, text in sample.items()
             if name != "source"
         ]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
+
+
+def _in_a_row(text: str) -> str:
+    """As a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def summary(metrics: Mapping, folder: Path) -> str:
@@ -95,8 +96,10 @@ Steps: teacher {recipe["teacher_steps"]}, student {recipe["steps"]}, batch size 
 
 
 def _of_teacher(models: Mapping) -> str:
-    student, teacher = (models[name]["rouge_l"]["value"] for name in ("student_kd", "teacher"))
-    return f"The student reaches {100 * student / teacher:.0f} % of the tuned teacher's ROUGE-L." if teacher else ""
+    measure = "rouge_l" if "rouge_l" in models["teacher"] else "chrf"
+    student, teacher = (models[name][measure]["value"] for name in ("student_kd", "teacher"))
+    name = METRICS[measure][0].split(",")[0]
+    return f"The student reaches {100 * student / teacher:.0f} % of the tuned teacher's {name}." if teacher else ""
 
 
 def _said(verdict: Mapping | None, folder: Path) -> str:

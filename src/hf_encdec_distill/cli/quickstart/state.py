@@ -19,6 +19,7 @@ from .recipe import (
     ENOUGH_ROWS,
     FIRST_ROWS,
     FROZEN_BELOW_MINUTES,
+    MAX_PROMPT,
     VOCABULARY,
 )
 
@@ -128,6 +129,11 @@ class State:
     def minutes(self) -> float:
         """That all rounds were given."""
         return self.earlier["minutes"] + self.settings.minutes
+
+    @property
+    def max_prompt(self) -> int:
+        """Tokens; those of runs before it was noted are the recipe's."""
+        return self.results["teacher"].get("max_prompt", MAX_PROMPT)
 
     @property
     def is_frozen(self) -> bool:

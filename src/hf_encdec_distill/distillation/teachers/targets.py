@@ -245,8 +245,8 @@ def collect_answers(
     if worker.num_shards == 1 and not shard_files(folder, kept_prefix):
         raise ValueError(
             f"none of the teacher's answers to the rows of {split} is worth keeping ({dict(counts)}): raise "
-            f"max_new_tokens={generation.max_new_tokens} where they are unfinished, and see that prompt_template is "
-            "the one that the teacher knows."
+            f"max_new_tokens={generation.max_new_tokens} (on the command line --max-target-length) where they are "
+            "unfinished, and see that prompt_template is the one that the teacher knows."
         )
     return asked
 

@@ -51,7 +51,8 @@ def heal_decoder_only(student, teacher, kept, rows) -> Healing | None:
     """As `heal_encoder_decoder`, of a decoder-only student with the layers `kept` (`list[int]`) of `teacher`."""
 
     def fit(batches):
-        return fit_decoder_only(as_causal_encoder(student), as_causal_encoder(teacher), kept, batches)
+        ours, theirs = (as_causal_encoder(model, windows=True) for model in (student, teacher))
+        return fit_decoder_only(ours, theirs, kept, batches)
 
     return _unless_it_harms(student, student.model.norm, teacher, fit, predicting_logits, rows)
 

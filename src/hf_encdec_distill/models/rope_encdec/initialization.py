@@ -322,6 +322,11 @@ def load_with_tokenizer(teacher, tokenizer):
 def check_teacher(teacher, layer_selection, heal) -> None:
     """Raises ValueError where no student can be made of this teacher, or not in this way."""
     check_family(teacher.config)
+    if any(parameter.is_meta for parameter in teacher.parameters()):
+        raise ValueError(
+            f"The teacher {teacher.name_or_path} has weights that are not in memory, as device_map offloads them: "
+            "load it without device_map."
+        )
     if layer_selection not in LAYER_SELECTIONS:
         raise ValueError(f"layer_selection={layer_selection!r} is not one of {', '.join(LAYER_SELECTIONS)}.")
     if heal not in HEALING:

@@ -61,7 +61,7 @@ def student_config(config, encoder_layers, decoder_layers, cross_attention, **fi
             "rope_parameters": rope_parameters(config),
             "encoder_no_rope_layers": kept_without_rope["encoder"],
             "decoder_no_rope_layers": kept_without_rope["decoder"],
-            "max_position_embeddings": _max_positions(config),
+            "max_position_embeddings": fields.get("max_position_embeddings") or _max_positions(config),
             "rms_norm_eps": config.rms_norm_eps,
             "attention_dropout": config.attention_dropout,
             "initializer_range": config.initializer_range,
@@ -209,11 +209,21 @@ def _same(one, other) -> bool:
     return torch.equal(one, other.to(one.device))
 
 
-def as_causal_encoder(model, layers=None, share_memory=True):
-    """Layers of a decoder-only model, all by default, as an encoder of ours."""
+def as_causal_encoder(model, layers=None, share_memory=True, windows=False):
+    """Layers of a decoder-only model, all by default, as an encoder of ours.
+
+    It attends in full, as students do, or with `windows` as the model itself.
+    """
+    of_model, fields = model.config, {"encoder_attention": "causal"}
     if layers is None:
-        layers = list(range(model.config.num_hidden_layers))
-    config = student_config(model.config, layers, layers[-1:], "merged", encoder_attention="causal")
+        layers = list(range(of_model.num_hidden_layers))
+    window = sliding_window_of(of_model)
+    if windows and window is not None:
+        types = getattr(of_model, "layer_types", None) or ["sliding_attention"] * of_model.num_hidden_layers
+        fields["encoder_layer_types"] = [types[layer] for layer in layers]
+        fields["encoder_sliding_window"] = window
+        fields["max_position_embeddings"] = of_model.max_position_embeddings
+    config = student_config(of_model, layers, layers[-1:], "merged", **fields)
     whole = load_layers(
         RopeEncDecForConditionalGeneration, config, model, layers, layers[-1:], share_memory=share_memory
     )
