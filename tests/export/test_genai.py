@@ -1,6 +1,7 @@
 """ONNX Runtime GenAI's own way to an answer, as an app goes it: tokenizer, generator, loop. Every option of the
 architecture is in `test_targets.py`, the proof in `test_parity.py`."""
 
+import hashlib
 import json
 import logging
 
@@ -51,6 +52,31 @@ def answer(genai, ids, tokens=TOKENS):
 
 def expected(model, ids, tokens=TOKENS):
     return model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False)[0, 1:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"session_options": {"custom_ops_library": "evil.so"}}, "session_options"),
+        ({"session_options": {"enable_profiling": "/tmp/written"}}, "session_options"),
+        ({"session_options": {"provider_options": [{"custom": {"library_path": "evil.so"}}]}}, "session_options"),
+        ({"extension_library": "evil.so"}, "extension_library"),
+        ({"pipeline": [{"prompt": {"filename": "../prompt_model.onnx"}}]}, "prompt"),
+        ({"pipeline": [{"decoder": {"filename": "decoder_model.onnx", "session_options": {}}}]}, "decoder"),
+    ],
+)
+def test_a_config_of_a_stranger_loads_and_writes_nothing(changed, message, tmp_path):
+    """GenAI does what its own config says, libraries of native code included."""
+    exported(tmp_path / "exported", **SMALLEST)
+    file = tmp_path / "exported" / "genai_config.json"
+    content = json.loads(file.read_text())
+    content["model"]["decoder"] |= changed
+    file.write_text(json.dumps(content))
+    manifest = json.loads((tmp_path / "exported" / "exported.json").read_text())
+    manifest["files"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (tmp_path / "exported" / "exported.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"has a {message} that no export writes"):
+        ExportedForConditionalGeneration.from_pretrained(tmp_path / "exported")
 
 
 @pytest.mark.parametrize("options", TOYS.values(), ids=TOYS)

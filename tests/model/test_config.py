@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 
 import pytest
@@ -28,6 +29,17 @@ from hf_encdec_distill.models.rope_encdec.modeling_rope_encdec import RopeEncDec
         ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type", "'spiral'", "'yarn'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters", "linear", "['factor']"),
         ({"rope_theta": -1.0}, "rope_theta", "-1.0", "positive"),
+        ({"rope_theta": math.inf}, "rope_theta", "inf", "positive"),
+        ({"rope_theta": 10**400}, "rope_theta", "1000", "positive"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor", "0", "positive"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": math.nan}}, "factor", "nan", "positive"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "factor", "'2'", "positive"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps", "nan", "above 0 and below 1"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps", "-1.0", "above 0 and below 1"),
+        ({"rms_norm_eps": None}, "rms_norm_eps", "None", "above 0 and below 1"),
+        ({"attention_dropout": 5}, "attention_dropout", "5", "from 0 to below 1"),
+        ({"gated_mlp": "false"}, "gated_mlp", "'false'", "True or False"),
+        ({"cross_attention_layers": [True, True]}, "cross_attention_layers", "[True, True]", "each of the 2 decoder"),
         ({"encoder_num_hidden_layers": 0}, "encoder_num_hidden_layers", "0", "at least 1"),
         ({"decoder_num_hidden_layers": 0}, "decoder_num_hidden_layers", "0", "at least 1"),
         ({"decoder_intermediate_size": 0}, "decoder_intermediate_size", "0", "at least 1"),

@@ -27,6 +27,7 @@ from hf_encdec_distill.distillation.teachers.capture import capture
 from hf_encdec_distill.distillation.teachers.live import LiveTeacher
 from hf_encdec_distill.distillation.teachers.recorded import CachedTeacher
 from hf_encdec_distill.distillation.teachers.recorded_losses import sampled_forward_kl, top_k_divergence
+from hf_encdec_distill.distillation.teachers.shards import _digest
 
 
 ROWS = ragged_rows(13)
@@ -412,6 +413,49 @@ def test_a_manifest_of_a_stranger_is_checked_field_by_field(tmp_path, tokenizer,
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         CachedTeacher(folder)
     assert str(folder / "manifest.json") in str(error.value)
+
+
+def rewrite(folder, name, change):
+    """A cache in which one column is another, in shards that have the names of their bytes."""
+    for shard in folder.glob("shard-*.parquet"):
+        table = pyarrow.parquet.read_table(shard)
+        kind, values = table.schema.field(name).type, [change(value) for value in table[name].to_pylist()]
+        same = isinstance(values[0][0], int if pyarrow.types.is_integer(kind.value_type) else float)
+        column = pyarrow.array(values, kind if same else None)
+        table = table.set_column(table.schema.get_field_index(name), name, column).replace_schema_metadata(None)
+        pyarrow.parquet.write_table(table, shard)
+        shard.rename(shard.with_name(f"{shard.stem.rpartition('-')[0]}-{_digest(shard)}.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "column", "change", "message"),
+    [
+        ("top_k", "ids", lambda ids: [10**6] * len(ids), "has ids that no teacher"),
+        ("top_k", "ids", lambda ids: [-1] * len(ids), "has ids that no teacher"),
+        ("top_k", "ids", lambda ids: [one + 0.5 for one in ids], "has ids as"),
+        ("top_k", "ids", lambda ids: ["a"] * len(ids), "has ids as"),
+        ("top_k", "log_probs", lambda values: [50.0] * len(values), "has log_probs that no teacher"),
+        ("top_k", "log_probs", lambda values: [math.nan] * len(values), "has log_probs that no teacher"),
+        ("top_k", "log_probs", lambda values: values[:-1], "has log_probs that no teacher"),
+        ("top_k", "tail", lambda values: values[:-1], "its first record"),
+        ("sampled", "weights", lambda values: [-5.0] * len(values), "has weights that no teacher"),
+        ("sampled", "distinct", lambda values: [0] * len(values), "has distinct that no teacher"),
+        ("sampled", "distinct", lambda values: [2**31 - 1] * len(values), "has distinct that no teacher"),
+        ("dense", "log_probs", lambda values: values[:-1], "has log_probs"),
+    ],
+)
+def test_a_record_that_no_teacher_gives_is_refused(tmp_path, tokenizer, kind, column, change, message):
+    make_cache(tmp_path / "cache", tokenizer, kind=kind)
+    rewrite(tmp_path / "cache", column, change)
+    with pytest.raises(ValueError, match=message):
+        trainer = DistillationTrainer(
+            make_t5(),
+            arguments(tmp_path),
+            teacher=tmp_path / "cache",
+            processing_class=tokenizer,
+            train_dataset=ROWS,
+        )
+        trainer.compute_loss(make_t5(), trainer.data_collator(ROWS[:2]))
 
 
 def test_what_a_cache_cannot_give_is_said_before_training(tmp_path, tokenizer):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import datasets
 import pytest
 from distillation_toys import TEMPLATE, write_pairs, write_teacher
 
@@ -98,3 +99,74 @@ def test_an_index_does_not_reach_out_of_its_folder(folder, capsys, command, shar
         (folder / model / "model.safetensors.index.json").write_text(json.dumps(index))
     assert run(*COMMANDS[command](folder)) == 2
     assert repr(shard) in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_nobody_is_asked_whether_code_may_run(folder, tmp_path, capsys, monkeypatch, file):
+    """Nor is a "y" taken that stands on the input for something else."""
+    mark = tmp_path / "ran"
+    (folder / "student" / "evil.py").write_text(f"open({str(mark)!r}, 'w')\n\n\nclass Evil:\n    pass\n")
+    content = json.loads((folder / "student" / file).read_text())
+    if file == "config.json":
+        content |= {"model_type": "unheard_of", "auto_map": {"AutoConfig": "evil.Evil"}}
+    else:
+        content |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
+    (folder / "student" / file).write_text(json.dumps(content))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
+    run(*COMMANDS["generate"](folder))
+    assert not mark.exists() and not asked
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", ["vocab_file", "merges_file", "tokenizer_file"])
+@pytest.mark.parametrize("command", ["generate", "init"])
+def test_a_tokenizer_reads_no_file_elsewhere(folder, tmp_path, capsys, command, field):
+    secret = tmp_path / "key"
+    secret.write_text(SECRET)
+    for model in ("teacher", "student"):
+        file = folder / model / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), field: str(secret)}))
+    assert run(*COMMANDS[command](folder)) == 2
+    assert f"has {field}={str(secret)!r}, expected a file of that folder" in capsys.readouterr().err.splitlines()[-1]
+    for model in ("teacher", "student"):  # one that is not there is a place of whoever saved it
+        file = folder / model / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), field: "/home/somebody/tokenizer.model"}))
+    if field != "tokenizer_file":
+        assert run(*COMMANDS[command](folder)) == 0
+
+
+@pytest.mark.parametrize("kind", ["card", "saved"])
+def test_data_do_not_reach_out_of_their_folder(folder, tmp_path, capsys, kind):
+    rows = datasets.Dataset.from_list([{"text": f"red {row}", "short": SECRET} for row in range(20)])
+    rows.to_csv(tmp_path / "private.csv")
+    rows.save_to_disk(tmp_path / "private")
+    data = tmp_path / "data"
+    if kind == "card":
+        data.mkdir()
+        files = [{"split": "train", "path": "../private.csv"}]
+        (data / "README.md").write_text(
+            f"---\nconfigs: {json.dumps([{'config_name': 'default', 'data_files': files}])}\n---\n"
+        )
+    else:
+        rows.save_to_disk(data)
+        (outside,) = (file.name for file in (tmp_path / "private").glob("*.arrow"))
+        state = json.loads((data / "state.json").read_text())
+        state["_data_files"] = [{"filename": f"../private/{outside}"}]
+        (data / "state.json").write_text(json.dumps(state))
+    words = ["evaluate", folder / "student", "--rows", 2, "--dataset", data, "--source-column", "text"]
+    assert run(*words, "--target-column", "short") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "private" in error and "that folder" in error
+
+
+def test_a_generation_config_that_asks_for_more_than_tokens(folder, capsys):
+    file = folder / "student" / "generation_config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "return_dict_in_generate": True}))
+    assert run(*COMMANDS["generate"](folder)) == 0
+    assert run(*COMMANDS["evaluate"](folder)) == 0
+    for field, value in (("decoder_start_token_id", -1), ("decoder_start_token_id", 5000), ("eos_token_id", "x")):
+        file.write_text(json.dumps({**content, field: value}))
+        assert run(*COMMANDS["generate"](folder)) == 2
+        assert repr(value) in capsys.readouterr().err.splitlines()[-1]

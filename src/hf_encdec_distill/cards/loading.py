@@ -15,7 +15,11 @@ Reads = Literal["source", "prompt", "chat"]
 PARITY = "parity.json"
 _BEGIN = "<!-- How to load {name}: export and push rewrite this section; delete this line to keep yours. -->"
 _END = "<!-- End of how to load. -->"
-_SECTION = re.compile(re.escape(_BEGIN).replace(r"\{name\}", "(?P<name>.+?)") + ".*?" + re.escape(_END), re.DOTALL)
+# Of one line, and without the beginning of another inside: text that anybody may have written is searched for it.
+_SECTION = re.compile(
+    re.escape(_BEGIN).replace(r"\{name\}", "(?P<name>[^\n]+?)") + "(?:(?!<!-- How to load ).)*?" + re.escape(_END),
+    re.DOTALL,
+)
 _SOURCE = re.compile("^source = (.+)$", re.MULTILINE)
 _PLACEHOLDER = "The text that the model is to read."
 _INSTALL = """```bash

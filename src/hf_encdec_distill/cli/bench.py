@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher",
         metavar="MODEL",
-        help=f"its decoder-only teacher, or {BUILT_IN!r} (default: a model of the teacher's size with random weights, "
-        "which are as fast)",
+        help=f"its decoder-only teacher, or {BUILT_IN!r} (default: a model of its layers with random weights, which "
+        "are as fast, and with the student's vocabulary, which may be smaller)",
     )
     parser.add_argument(
         "--decoder-only",

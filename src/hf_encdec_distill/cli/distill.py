@@ -164,6 +164,7 @@ def run(args: argparse.Namespace) -> None:
         teacher=teacher_path(recipe["teacher"]),
         teacher_processing_class=_teacher_tokenizer(recipe),
     )
+    _check_lengths(trainer, splits)
     card = ModelCardCallback(trainer, **_known(recipe, student))
     trainer.add_callback(card)
     provenance = describe(trainer)
@@ -180,7 +181,6 @@ def run(args: argparse.Namespace) -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_recipe(output / RECIPE, {**recipe, **decided})
         write_json(output / PROVENANCE, {**provenance, "result": None})
-    _check_lengths(trainer, splits)
     try:
         train_and_save(trainer, checkpoint)
     except ValueError:  # a mistake that the first step finds, in a rate or a limit

@@ -138,6 +138,7 @@ def _check(target: str, model, processor, args: argparse.Namespace, shapes) -> N
 def _export(target: str, folder: Path, model, processor, args: argparse.Namespace, shapes) -> dict[str, Any]:
     """Write, prove, and only then give the folder its name."""
     import shutil
+    import uuid
 
     from ..cards.loading import PARITY, note_exports
     from ..cards.model_card import license_of
@@ -150,8 +151,7 @@ def _export(target: str, folder: Path, model, processor, args: argparse.Namespac
     if args.calibration_rows is not None:
         pairs = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")["train"]
         calibration = _rows(pairs, args.calibration_rows, model, processor, shapes)
-    unproven = folder.with_name(f"{folder.name}.unproven")
-    shutil.rmtree(unproven, ignore_errors=True)
+    unproven = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.unproven")  # nobody else's
     begun, share = time.monotonic(), _SHARE_OF_EXPORT
 
     def seconds_left() -> float:

@@ -113,6 +113,7 @@ def _with_transformers(args: argparse.Namespace) -> Answering:
             num_beams=args.num_beams,
             num_return_sequences=1,
             do_sample=False,
+            return_dict_in_generate=False,
             tokenizer=tokenizer,  # for stop_strings of the generation config
         )
         # Behind the prompt, or the token from which an encoder-decoder starts: the prompt's last, if it is merged.

@@ -58,7 +58,7 @@ _NAMED = re.compile(_TEXT + r"(?:\[([^\[\]]*)\])?(?!\()")
 _NAME = re.compile(r"^ {0,3}\[([^\[\]]+)\]:\s*(?:<([^>\n]*)>|(\S+))", re.MULTILINE)
 _TAG = re.compile(r"<(?:img|source)(\s(?:[^>\"']|\"[^\"]*\"|'[^']*')*)", re.IGNORECASE)
 _SOURCE = re.compile(r"\s(src|srcset)\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s\"'>]+))", re.IGNORECASE)
-_HIDDEN = re.compile(r"^ *(`{3,}|~{3,}).*?^ *\1|(`+)[^\n]+?\2|<!--.*?-->", re.DOTALL | re.MULTILINE)
+_HIDDEN = re.compile(r"^ *(`{3,}|~{3,}).*?^ *\1|(`+)[^\n]+?\2|<!--(?:(?!<!--).)*?-->", re.DOTALL | re.MULTILINE)
 _ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]+:|//", re.IGNORECASE)
 
 

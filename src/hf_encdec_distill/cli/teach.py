@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> None:
     path = teacher_path(args.teacher)
     if args.adapter and base_of(path) != path:
         raise ValueError(
-            f"--adapter, and {args.teacher} is an adapter itself, which cannot be the base of another: leave --adapter "
-            "out, which writes one merged model"
+            f"--adapter, and {args.teacher} is an adapter itself, which cannot be the base of another: leave "
+            "--adapter out, which writes one merged model"
         )
     tokenizer = load_tokenizer(path)
     encode = DistillationCollator(

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..files import replacing
+from ..files import named_inside, read_json, replacing
 
 
 if TYPE_CHECKING:
@@ -152,6 +152,9 @@ def _tables(
             options = {"sep": separator, **_csv_options([path], columns, CsvConfig(sep=separator))}
         return load_dataset(BUILDERS[suffix], data_files={"train": str(path)}, streaming=streaming, **options)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        for state in path.rglob("state.json"):
+            for entry in read_json(state, fields={"_data_files": list})["_data_files"]:
+                named_inside(state.parent, entry.get("filename") if isinstance(entry, dict) else entry)
         loaded = load_from_disk(str(path))
         loaded = DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded
         return {name: split.to_iterable_dataset() for name, split in loaded.items()} if streaming else loaded
@@ -159,6 +162,9 @@ def _tables(
     found = load_dataset_builder(name, config).config
     files = {str(split): [Path(file) for file in some] for split, some in (found.data_files or {}).items()}
     every = [file for some in files.values() for file in some]
+    for file in every if path.is_dir() else ():
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise BadFile(f"{path} names {file}, expected files of that folder: put a copy there")
     read_here = all(BUILDERS.get(file.suffix.lower()) == "json" and file.is_file() for file in every)
     if isinstance(found, JsonConfig) and found.field is None and read_here:
         return _json_tables(files, columns, streaming)

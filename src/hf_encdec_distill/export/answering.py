@@ -170,6 +170,8 @@ def _read_search(folder: Path) -> tuple[SimpleNamespace, int, frozenset[int]]:
     ends = [] if end is None else end if isinstance(end, list) else [end]
     if start is None or not all(map(_is_count, [start, *ends])):
         raise NeedsTransformers(f"{folder / 'generation_config.json'} does not say where an answer begins and ends")
+    if start >= config["vocab_size"]:
+        raise ValueError(f"{folder / 'generation_config.json'} begins answers with {start}, which is no token")
     return SimpleNamespace(**config), start, frozenset(ends)
 
 

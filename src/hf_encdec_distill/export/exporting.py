@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -77,8 +78,7 @@ def export_model(
     folder = Path(folder).resolve()  # "." has no name
     check_new(folder)
     check_installed(target)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f"{folder.name}.{uuid4().hex[:8]}.partial")  # nobody else's
     partial.mkdir(parents=True)
     own_tokenizer = model.tokenizer
     try:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import read_json, write_json
+from ..files import check_fields, read_json, write_json
 from .backends import Backend, child_environment, register_backend
 from .graphs import GraphCache, Graphs, threads
 from .onnx import write_graphs
@@ -35,6 +35,17 @@ logger = logging.getLogger(__name__)
 CONFIG = "genai_config.json"
 TOKENIZER = "genai_tokenizer"
 _FILES = {"prompt": "prompt_model.onnx", "decoder": "decoder_model.onnx"}
+# All that `_config` writes; a folder that anybody may have written has no more.
+_SESSION = {"log_id": "onnxruntime-genai", "provider_options": []}
+_OF_MODEL = {
+    *("type", "bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "context_length", "decoder"),
+    "tokenizer_dir",
+}
+_OF_DECODER = {
+    *("session_options", "hidden_size", "head_size", "num_attention_heads", "num_key_value_heads"),
+    *("num_hidden_layers", "inputs", "outputs", "pipeline"),
+}
+_OF_STAGE = {"filename", "inputs", "outputs", "run_on_prompt", "run_on_token_gen"}
 _SLOTS = 2048  # for tokens of prompt and answer, in an app that does not say how many
 _ANSWER = 1024  # target tokens that `GenAiGraphs` has slots for; GenAI writes to all of them before the first token
 # On these GenAI's tokenizer has to agree with the student's.
@@ -200,7 +211,7 @@ def _config(model, stages: Mapping[str, Graph]) -> dict[str, Any]:
             "vocab_size": config.vocab_size,
             "context_length": config.max_position_embeddings,
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": _SESSION,
                 "hidden_size": config.hidden_size,
                 "head_size": config.head_dim,
                 "num_attention_heads": config.num_attention_heads,
@@ -227,6 +238,27 @@ def _config(model, stages: Mapping[str, Graph]) -> dict[str, Any]:
             "past_present_share_buffer": True,
         },
     }
+
+
+def _check_config(folder: Path) -> None:
+    """Raises ValueError where `genai_config.json` has what `_config` does not write: GenAI would load libraries and
+    write files that it names."""
+    file = folder / CONFIG
+    model = read_json(file, fields={"model": dict})["model"]
+    check_fields(model, {"decoder": dict, "context_length": int}, f"{file}, model")
+    decoder = model["decoder"]
+    check_fields(decoder, {"pipeline": list}, f"{file}, decoder")
+    surplus = [*(model.keys() - _OF_MODEL), *(decoder.keys() - _OF_DECODER)]
+    for entry in decoder["pipeline"]:
+        for name, stage in entry.items() if isinstance(entry, dict) else [(str(entry), {})]:
+            right = isinstance(stage, dict) and stage.keys() <= _OF_STAGE and stage.get("filename") == _FILES.get(name)
+            surplus += [] if right else [name]
+    if model.get("tokenizer_dir", TOKENIZER) != TOKENIZER:
+        surplus.append("tokenizer_dir")
+    if decoder.get("session_options") != _SESSION:
+        surplus.append("session_options")
+    if surplus:
+        raise ValueError(f"{file} has a {sorted(surplus)[0]} that no export writes: export the model again")
 
 
 def _chat_template(tokenizer, start: int) -> str:
@@ -302,8 +334,10 @@ class GenAiGraphs(Graphs):
         super().__init__(graphs, shapes, dtype)
         import onnxruntime_genai
 
+        _check_config(folder)
         config = onnxruntime_genai.Config(str(folder))
-        session = {"session_options": {"intra_op_num_threads": threads()}}
+        # Threads that spin when their work is done take the time of other pools.
+        session = {"session_options": {"intra_op_num_threads": threads(), "session.intra_op.allow_spinning": "0"}}
         config.overlay(json.dumps({"model": {"decoder": session}}))
         self.model = onnxruntime_genai.Model(config)
         self.longest = read_json(folder / CONFIG)["model"]["context_length"]

@@ -391,9 +391,10 @@ def _add_tokenizer(writer, model) -> None:
     merges = content["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     eos = model.generation_config.eos_token_id
-    eos = eos[0] if isinstance(eos, list) else eos
-    if eos is not None:
-        writer.add_eos_token_id(eos)
+    ends = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    # Each of the three ends an answer for llama.cpp; there is no place for a fourth.
+    for add, end in zip((writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), ends):
+        add(end)
     writer.add_add_bos_token(False)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..files import inside, read_json
+from ..files import inside, one_line, read_json
 from .backends import backend_of, check_installed, targets
 from .graphs import Graphs
 from .recipe import Shapes, graphs
@@ -110,12 +110,20 @@ def load_graphs(folder: Path, manifest: Mapping[str, Any], config) -> Graphs:
 
     Raises:
         ImportError: the runtime is missing; the message has the line that installs it.
-        ValueError: the manifest's shapes are none.
+        ValueError: the manifest's shapes are none, or the graphs are not those of the config.
     """
     shapes, dtype = Shapes.parse(manifest["shapes"]), np.dtype(manifest["cache_dtype"])  # whatever is installed
     check_installed(manifest["target"], to_run=True)
     recipe = graphs(config, shapes, manifest.get("image_size"))
-    return backend_of(manifest["target"]).load(folder, recipe, shapes, dtype, manifest["stateful"])
+    backend = backend_of(manifest["target"])
+    try:
+        return backend.load(folder, recipe, shapes, dtype, manifest["stateful"])
+    except ValueError:
+        raise
+    except Exception as error:  # each runtime has its own
+        raise ValueError(
+            f"{folder} does not load in {backend.runtime}: {one_line(error)}. Export the model again"
+        ) from error
 
 
 def sha256(file: Path) -> str:

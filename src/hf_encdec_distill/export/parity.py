@@ -250,6 +250,7 @@ def compare_answers(
 ) -> tuple[dict[str, float], dict[str, float] | None]:
     """Shares of rows whose greedy and beam answers are equal to the last token, and ROUGE-L of the greedy ones."""
     options = {"max_new_tokens": min(max_new_tokens, shapes.targets or max_new_tokens), "do_sample": False}
+    options["return_dict_in_generate"] = False
     equal: dict[str, list[bool]] = {"greedy": [], "beam": []}
     texts: dict[str, list[str]] = {"pytorch": [], "exported": []}
     for row in rows:

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.modeling_utils import PreTrainedModel
 
-from ..models.loading import load_config, load_generation_config
+from ..models.loading import check_generation, load_config, load_generation_config
 from ..models.rope_encdec import RopeEncDecConfig, RopeEncDecForConditionalGeneration
 from ..models.rope_encdec.compat_rope_encdec import CACHE_FIELD
 from .graphs import Graphs
@@ -52,6 +52,7 @@ class ExportedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         config = load_config(folder)
         model = cls(config, load_graphs(folder, manifest, config))
         model.generation_config = load_generation_config(folder)
+        check_generation(folder, model.generation_config, config.vocab_size)
         model.manifest = manifest
         return model.eval()
 

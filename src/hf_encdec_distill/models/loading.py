@@ -37,6 +37,7 @@ from .either_version import check_rope_is_read, tokenizer_mend
 _CONFIG, _ADAPTER, _TOKENIZER_CONFIG = "config.json", "adapter_config.json", "tokenizer_config.json"
 _PROCESSOR = "processor_config.json"
 _INDEX, _FAST_TOKENIZER = "model.safetensors.index.json", "tokenizer.json"
+_NAMED_BY_TOKENIZER = ("vocab_file", "merges_file", "tokenizer_file")
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 # One of these is in every folder with a tokenizer.
 _TOKENIZERS = (_TOKENIZER_CONFIG, _FAST_TOKENIZER, "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -52,7 +53,7 @@ def load_config(name: str | os.PathLike) -> transformers.PretrainedConfig:
     """
     with _reading(name, "a config"):
         _check_model(find(name), name)
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def load_tokenizer(
@@ -68,13 +69,25 @@ def load_tokenizer(
     """
     _check_saved(name, "tokenizer", _TOKENIZERS)
     with _reading(name, "a tokenizer", _check_tokenizer):
-        return cls.from_pretrained(name)
+        return cls.from_pretrained(name, trust_remote_code=False)
 
 
 def load_generation_config(name: str | os.PathLike) -> GenerationConfig:
     """Raises as `load_config` does."""
     with _reading(name, "a generation config"):
         return GenerationConfig.from_pretrained(name)
+
+
+def check_generation(name: str | os.PathLike, generation: GenerationConfig, vocab_size: int) -> None:
+    """Raises ValueError where an answer begins or ends with what is no token of the model `name`."""
+    ends = generation.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    for token in (generation.decoder_start_token_id, *ends):
+        if token is not None and not (type(token) is int and 0 <= token < vocab_size):
+            raise ValueError(
+                f"the generation config of {name} has the token {token!r}, expected one of 0 to {vocab_size - 1}: "
+                "mend its decoder_start_token_id or eos_token_id"
+            )
 
 
 def check_decoder_only(name, config) -> None:
@@ -151,7 +164,9 @@ def load_student(name: str | os.PathLike, **options: Any):
             "hf-encdec-distill init, or RopeEncDecForConditionalGeneration.from_decoder_only"
         )
     cls = AutoModelForImageTextToText if reads_images(config) else AutoModelForSeq2SeqLM
-    return _load(cls, name, "a student", options)
+    student = _load(cls, name, "a student", options)
+    check_generation(name, student.generation_config, student.get_input_embeddings().num_embeddings)
+    return student
 
 
 def reads_images(config: transformers.PretrainedConfig) -> bool:
@@ -169,7 +184,7 @@ def load_processor(name: str | os.PathLike):
     _check_saved(name, "tokenizer", _TOKENIZERS)
     _check_saved(name, "processor", [_PROCESSOR])
     with _reading(name, "a processor", _check_tokenizer):
-        return AutoProcessor.from_pretrained(name)
+        return AutoProcessor.from_pretrained(name, trust_remote_code=False)
 
 
 def load_student_of_any_kind(name: str | os.PathLike, **options: Any):
@@ -194,6 +209,14 @@ def check_folder(folder: Path) -> None:
             auto_map = content.get("auto_map") or {}
             if not isinstance(auto_map, dict) or not all(isinstance(to, str | list) for to in auto_map.values()):
                 raise ValueError(f"{folder / name} has the auto_map {auto_map!r}, expected an object of class names")
+    if (folder / _TOKENIZER_CONFIG).is_file():
+        for name in _NAMED_BY_TOKENIZER:
+            # transformers 4.57 reads such a file in place of the folder's own.
+            value = read_json(folder / _TOKENIZER_CONFIG).get(name)
+            if isinstance(value, str) and os.path.isfile(value) and Path(value).absolute().parent != folder.absolute():
+                raise ValueError(
+                    f"{folder / _TOKENIZER_CONFIG} has {name}={value!r}, expected a file of that folder: remove it"
+                )
     if (folder / _INDEX).is_file():
         weight_map = read_json(folder / _INDEX, fields={"weight_map": dict})["weight_map"]
         for shard in weight_map.values():
@@ -255,7 +278,8 @@ def _load(
 ):
     # With ZeRO-3 no parameter has its shape yet. Elsewhere all tensors that do not fit are wanted, not an error that
     # says of the first, or in transformers 5 of none, which it is.
-    options = {"ignore_mismatched_sizes": not is_deepspeed_zero3_enabled(), **options}
+    # Left open, transformers asks on the terminal whether to run a stranger's code.
+    options = {"ignore_mismatched_sizes": not is_deepspeed_zero3_enabled(), "trust_remote_code": False, **options}
     with _said_afterwards("transformers.modeling_utils"):
         with _reading(name, what, _check_weights), _without_code_of_strangers():
             pair = cls.from_pretrained(name, output_loading_info=True, **options)

@@ -15,7 +15,9 @@ class Exported(Contender):
     """Of the target that its backend is named after."""
 
     def missing(self) -> str | None:
-        from ...export.backends import check_installed
+        from ...export.backends import backend_of, check_installed
+        from ...export.recipe import Shapes
+        from ...models.loading import load_config
 
         try:
             check_installed(self.backend)
@@ -23,6 +25,10 @@ class Exported(Contender):
             return str(error)
         if self.backend == "coreml" and platform.system() != "Darwin":
             return "Core ML runs on macOS alone"  # elsewhere its programs are interpreted, for the proof
+        try:
+            backend_of(self.backend).settle(load_config(self.source), self.precision, Shapes(), None, {})
+        except ValueError as error:
+            return str(error)
         return None
 
     def import_packages(self) -> None:

@@ -238,11 +238,12 @@ class EncoderStates(TrainerCallback):
             return new
         name = self._file_of_key[key]
         state = self._files[name].get_tensor(key)
-        if not state.is_floating_point() or state.shape != (length, width):
+        if not state.is_floating_point() or state.shape != (length, width) or not state.isfinite().all():
             assert self._place is not None
             raise ValueError(
-                f"{self._place / name} is not what was written, it has {state.dtype} of shape {tuple(state.shape)} "
-                f"for a row of {length} positions and {width} numbers: delete it; its rows are computed again."
+                f"{self._place / name} is not what was written, it has {state.dtype} of shape {tuple(state.shape)}, "
+                f"perhaps not finite, for a row of {length} positions and {width} numbers: delete it; its rows are "
+                "computed again."
             )
         return state
 

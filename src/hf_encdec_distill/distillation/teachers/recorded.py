@@ -94,6 +94,11 @@ class CachedTeacher(TeacherSignal):
                 f"the cache {self.folder} holds no shard: the capture was stopped before it wrote one; go on with it."
             )
         self.records = read_shards(self.folder, SHARD).with_format("numpy")
+        columns = {name: getattr(of, "feature", of) for name, of in self.records.features.items()}
+        for name, dtype in {"key": "binary", **COLUMNS[self.manifest["kind"]]}.items():
+            found = getattr(columns.get(name), "dtype", None)
+            if found != dtype:
+                raise ValueError(f"{self.folder} has {name} as {found}, expected {dtype}: capture it again")
         if self.manifest["kind"] == "top_k":
             k, first = self.manifest["k"], self.records[0]
             if len(first["ids"]) != k * len(first["tail"]):
@@ -183,6 +188,7 @@ class CachedTeacher(TeacherSignal):
             name: torch.from_numpy(np.concatenate([np.empty(0, dtype), *found[name]])).to(input_ids.device)
             for name, dtype in COLUMNS[self.manifest["kind"]].items()
         }
+        self._check_record(record, len(rows))
         if self.manifest["kind"] == "dense":
             log_probs = record["log_probs"].view(-1, self.vocab_size)
             return DenseScores(lambda chunk: log_probs[chunk].float(), vocabulary)
@@ -194,6 +200,30 @@ class CachedTeacher(TeacherSignal):
         drawn = torch.arange(max(distinct.tolist(), default=0), device=token_ids.device) < distinct[:, None]
         token_ids, log_probs, weights = (_fill(drawn, flat) for flat in (token_ids, log_probs, record["weights"]))
         return SampledScores(token_ids, log_probs, weights, record["top"].long(), vocabulary)
+
+    def _check_record(self, record: Mapping[str, Tensor], positions: int) -> None:
+        """Raises ValueError where the records of a batch with so many target positions cannot be a teacher's."""
+        kind, vocab_size = self.manifest["kind"], self.vocab_size
+        log_probs = record["log_probs"]
+        each = {"top_k": ("tail",), "sampled": ("distinct", "top"), "dense": ()}[kind]
+        wrong = [name for name in each if len(record[name]) != positions]
+        if kind == "sampled" and not wrong:
+            distinct = record["distinct"]
+            wrong += ["distinct"] * bool(((distinct < 1) | (distinct > self.manifest["rounds"])).any())
+            kept = int(distinct.sum())
+            wrong += ["weights"] * bool(len(record["weights"]) != kept or (record["weights"] < 0).any())
+        else:
+            kept = positions * (self.manifest["k"] if kind == "top_k" else vocab_size)
+        # Rounding may leave the one token that is certain a little above 0.
+        wrong += ["log_probs"] * bool(len(log_probs) != kept or not (log_probs <= 1e-2).all())
+        if kind != "dense":
+            ids = record["ids"]
+            wrong += ["ids"] * bool(len(ids) != kept or ((ids < 0) | (ids >= vocab_size)).any())
+        if wrong:
+            raise ValueError(
+                f"the cache {self.folder} has {wrong[0]} that no teacher of {vocab_size} tokens gives at {positions} "
+                "positions: capture it again."
+            )
 
     def how_to_train(self) -> str:
         """On a cache that has targets only."""
@@ -272,7 +302,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _check_values(manifest: dict[str, Any], where: str) -> None:
     """Raises ValueError, naming the field, where one that is read cannot be what `capture` wrote."""
-    check_fields(manifest, {"k": int} if manifest["kind"] == "top_k" else {}, where)
+    check_fields(manifest, {"top_k": {"k": int}, "sampled": {"rounds": int}}.get(manifest["kind"], {}), where)
     of_kind = {"top_k": ("vocab_size", "k"), TARGETS: ()}  # answers from a server say nothing of a vocabulary
     check_positive(manifest, ("temperature", *of_kind.get(manifest["kind"], ("vocab_size",))), where)
     texts = (name for name in ("prompt_template", "prompt_date") if manifest.get(name) is not None)

@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 import pyarrow.parquet
+from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.utils.sha import sha_fileobj
 
 from ...files import inside
@@ -122,7 +123,10 @@ def check_shards(folder: Path, prefix: str = "*") -> list[Path]:
 
 def read_shards(folder: Path, prefix: str) -> datasets.Dataset:
     """All rows of the checked shards, memory-mapped."""
-    return datasets.Dataset.from_parquet([str(shard) for shard in check_shards(folder, prefix)])
+    try:
+        return datasets.Dataset.from_parquet([str(shard) for shard in check_shards(folder, prefix)])
+    except DatasetGenerationError as error:
+        raise ValueError(f"the shards in {folder} hold no rows, or rows of several kinds: capture it again") from error
 
 
 def read_keys(folder: Path, prefix: str) -> set[bytes]:

@@ -469,7 +469,11 @@ def generate_tokens(
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]  # Module.__getattr__
     with torch.inference_mode():
         tokens = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), pad_token_id=pad_token_id, **options
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            pad_token_id=pad_token_id,
+            return_dict_in_generate=False,
+            **options,
         )
     # What comes back begins with the prompt, or with the token that the decoder started from.
     return tokens[:, 1 if encdec else ids.shape[1] :]

@@ -278,6 +278,16 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
             "encoder_pooling",
         ):
             _check(_is_positive_int(getattr(self, name)), name, getattr(self, name), "a whole number of at least 1")
+        for name in ("gated_mlp", "mlp_bias", "qk_norm"):
+            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        eps, dropout = self.rms_norm_eps, self.attention_dropout
+        _check(_is_positive_number(eps) and eps < 1, "rms_norm_eps", eps, "a number above 0 and below 1")
+        _check(
+            isinstance(dropout, (int, float)) and 0 <= dropout < 1,
+            "attention_dropout",
+            dropout,
+            "a number from 0 to below 1",
+        )
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None:
             _check(
@@ -316,7 +326,7 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
         if self.cross_attention_layers is not None:
             layers = self.cross_attention_layers
             _check(
-                len(layers) == decoder and all(isinstance(i, int) and 0 <= i <= encoder for i in layers),
+                len(layers) == decoder and all(_is_index(i) and i <= encoder for i in layers),
                 "cross_attention_layers",
                 layers,
                 f"one index from 0 to encoder_num_hidden_layers={encoder} for each of the {decoder} decoder layers",
@@ -395,13 +405,22 @@ def _is_positive_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _is_index(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_positive_number(value) -> bool:
+    """One that float32 has."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 3e38
+
+
 def _check(condition, name, value, expected):
     if not condition:
         raise ValueError(f"RopeEncDecConfig: {name}={value!r} does not work; it has to be {expected}.")
 
 
 def _fold_rope_parameters(rope_parameters, rope_theta, rope_scaling, partial_rotary_factor) -> dict:
-    """The one dict of transformers 5 out of it or of the 4.57 fields; what stands in `rope_parameters` wins."""
+    """The one dict of transformers 5, made from it or from the 4.57 fields; what stands in `rope_parameters` wins."""
     parameters = dict(rope_parameters or rope_scaling or {})
     legacy_type = parameters.pop("type", None)
     if parameters.get("rope_type") is None:
@@ -422,7 +441,10 @@ def _validate_rope_parameters(parameters: dict, head_dim: int):
         not missing, "rope_parameters", parameters, f"given with {missing} too, which rope_type={rope_type!r} needs"
     )
     theta = parameters["rope_theta"]
-    _check(isinstance(theta, (int, float)) and theta > 0, 'rope_parameters["rope_theta"]', theta, "a positive number")
+    _check(_is_positive_number(theta), 'rope_parameters["rope_theta"]', theta, "a positive number")
+    for key in _REQUIRED_ROPE_KEYS.get(rope_type, ()):
+        values = parameters[key] if isinstance(parameters[key], (list, tuple)) else [parameters[key]]
+        _check(all(map(_is_positive_number, values)), f'rope_parameters["{key}"]', parameters[key], "positive")
     factor = parameters.get("partial_rotary_factor", 1.0)
     _check(
         isinstance(factor, (int, float)) and 0 < factor <= 1,
