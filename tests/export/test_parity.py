@@ -330,11 +330,15 @@ def test_what_is_out_of_bounds_is_rejected(trained_folder, tmp_path, capsys, mon
 
     quantized = onnx._quantized
     monkeypatch.setattr(onnx, "_quantized", lambda proto, variant: break_a_weight(quantized(proto, variant)))
+    for name in ("out.unproven", "out.partial"):  # of somebody who calls them so
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
     assert export(trained_folder, tmp_path / "out", "--target", "onnx", "--variant", "int8") == 2
     captured = capsys.readouterr()
     assert "not equal to PyTorch within bounds: onnx: cross-entropy rises by" in captured.err
     assert "within bounds" in captured.out and f"kept as {tmp_path / 'out'}.rejected" in captured.err
-    assert [path.name for path in tmp_path.iterdir()] == ["out.rejected"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "out.rejected", "out.unproven"]
+    assert all((tmp_path / name / "notes.txt").read_text() == "mine" for name in ("out.unproven", "out.partial"))
     assert json.loads((tmp_path / "out.rejected" / "parity.json").read_text())["failures"]
     assert export(trained_folder, tmp_path / "out", "--target", "onnx") == 2
     assert "out.rejected is not empty: remove it" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from toys import make_model, ragged, random_ids
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
 from hf_encdec_distill.export.backends import backend_of
 from hf_encdec_distill.export.exporting import export_model
+from hf_encdec_distill.export.manifest import sha256
 from hf_encdec_distill.export.mil_interpreter import MilProgram
 from hf_encdec_distill.export.parity import prove
 from hf_encdec_distill.export.recipe import Shapes
@@ -377,6 +378,20 @@ def test_a_changed_file_is_found(target, exported_once, tmp_path):
         ExportedForConditionalGeneration.from_pretrained(folder)
     (folder / name).unlink()
     with pytest.raises(ValueError, match=f"{Path(name).name} is missing"):
+        ExportedForConditionalGeneration.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "coreml"])
+def test_a_graph_that_no_runtime_reads_is_a_value_error(target, exported_once, tmp_path):
+    """Whoever writes graphs for others can write their hashes too."""
+    _, whole, _ = exported_once("merged", target, "dynamic")
+    folder = shutil.copytree(whole, tmp_path / "exported")
+    manifest = json.loads((folder / "exported.json").read_text())
+    name = next(name for name in manifest["files"] if "decoder" in name and not name.endswith(("data", ".bin")))
+    (folder / name).write_bytes(b"no graph")
+    manifest["files"][name] = sha256(folder / name)
+    (folder / "exported.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="[Ee]xport"):
         ExportedForConditionalGeneration.from_pretrained(folder)
 
 
