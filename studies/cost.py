@@ -297,7 +297,7 @@ def table(taken: dict[str, list[dict]]) -> str:
     lines = [
         f"Batch {BATCH}, {len(base)} rounds; in brackets the least and the largest of them. Memory is the process's "
         "peak.\n",
-        "| | parameters, M | seconds a step | against cross-entropy alone | examples/s | peak memory, GB | TFLOP | "
+        "| | parameters, M | seconds per step | against cross-entropy alone | examples/s | peak memory, GB | TFLOP | "
         "use of the machine, % |",
         "|---|---|---|---|---|---|---|---|",
     ]

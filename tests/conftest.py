@@ -167,3 +167,16 @@ def make_bpe_tokenizer():
         )
 
     return make
+
+
+@pytest.fixture
+def tokenizer(make_bpe_tokenizer):
+    return make_bpe_tokenizer(pad_token="<|endoftext|>")
+
+
+@pytest.fixture
+def own_datasets_cache(tmp_path, monkeypatch):
+    """`datasets` keeps what it has read of a file, and finds it again by name and time."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")

@@ -1,7 +1,7 @@
 """FSDP on processes of a CPU.
 
-accelerate 1.15 heeds what its launcher says about FSDP on GPUs alone, and takes DistributedDataParallel on CPUs; what
-FSDP does needs no GPU.
+accelerate 1.15 follows what its launcher says about FSDP on GPUs alone, and takes DistributedDataParallel on CPUs;
+what FSDP does needs no GPU.
 """
 
 import os

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 
 
 _LARGEST_YAML = 1_000_000  # bytes; a recipe has some hundred lines
+_READ_AT_ONCE = 1 << 20  # bytes
+_LONGEST_LINE = 400  # characters
 _DEEPEST_YAML = 20  # levels; a recipe has two or three
 _KINDS = {dict: "object", list: "list", str: "text", bool: "truth value", int: "integer", float: "number"}
 
@@ -139,6 +142,15 @@ def what_it_is(file: Path) -> str | None:
     return None
 
 
+def sha256(file: Path) -> str:
+    """Of the bytes of a file, which are read in blocks."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while content := stream.read(_READ_AT_ONCE):
+            digest.update(content)
+    return digest.hexdigest()
+
+
 def named_inside(folder: Path, name: Any) -> Path:
     """`folder / name`, for a name that a file in the folder gives.
 
@@ -183,11 +195,11 @@ def check_own_files(folder: Path, but: tuple[str, ...] = ()) -> None:
             inside(folder, path.relative_to(folder).as_posix())
 
 
-def one_line(error: BaseException, most: int = 400) -> str:
+def one_line(error: BaseException) -> str:
     """The message of an error of another library, with the error's type where the message alone says little."""
     text = " ".join(str(error).split())
     text = text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
-    return text if len(text) <= most else f"{text[:most]} ..."
+    return text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]} ..."
 
 
 def _is_a(value: Any, kind: type) -> bool:

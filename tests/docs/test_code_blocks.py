@@ -110,6 +110,8 @@ def run_shell(code):
         words = shlex.split(line, comments=True)
         if words[:2] == ["hf-encdec-distill", "export"]:
             words += ["--rows", "2"]  # of a toy more of them would say nothing more
+        if "--max-steps" in words:  # the last one counts
+            words += ["--max-steps", "2"]
         if words[:2] == ["hf-encdec-distill", "quickstart"]:
             words += ["--minutes", "0.1"]
         if words[:1] == ["hf-encdec-distill"]:

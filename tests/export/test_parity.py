@@ -171,11 +171,10 @@ def test_a_rope_that_is_wrong_beyond_its_limit_is_out_of_bounds(kind, rows, tmp_
         for limit in (64, 512)
     )
     never.load_state_dict(model.state_dict())
-    right, wrong = (
-        prove(exported(one, tmp_path / name, "onnx", shapes=Shapes()), model, rows[:1], max_new_tokens=1)
-        for name, one in (("right", model), ("wrong", never))
-    )
-    assert right["failures"] == []
+    wrong = prove(exported(never, tmp_path / "wrong", "onnx", shapes=Shapes()), model, rows[:1], max_new_tokens=1)
+    if kind == "merged":
+        right = prove(exported(model, tmp_path / "right", "onnx", shapes=Shapes()), model, rows[:1], max_new_tokens=1)
+        assert right["failures"] == []
     [failure] = wrong["failures"]
     assert failure.startswith("logits differ by")
     differs = [(case["prompt"], case["target"]) for case in wrong["shapes"] if case["max"] > 1e-4]

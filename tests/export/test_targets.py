@@ -269,7 +269,7 @@ def test_fixed_openvino_graphs_have_no_open_dimension(exported_once):
 @pytest.mark.parametrize("kind", ["separate", "merged"])
 def test_core_ml_in_half_precision(kind, stateful, tmp_path):
     """In states, whose only type it is, and without: rounding apart, the same."""
-    model = toy(kind=kind)
+    model = toy(kind=kind, **SMALLEST)
     exported = export(model, tmp_path / "exported", "coreml", variant="fp16", shapes="fixed:9,8", stateful=stateful)
     ids, labels = random_ids(2, 9), random_ids(2, 6)
     with torch.no_grad():
@@ -357,7 +357,8 @@ def test_onnx_graphs_say_what_they_are(exported_once):
 def test_what_xcode_shows(tmp_path):
     import coremltools
 
-    export(toy(kind="merged"), tmp_path / "exported", "coreml", variant="fp16", shapes="fixed:9,8", license="mit")
+    model = toy(kind="merged", **SMALLEST)
+    export(model, tmp_path / "exported", "coreml", variant="fp16", shapes="fixed:9,8", license="mit")
     for name in ("encoder", "decoder"):
         package = tmp_path / "exported" / f"{name}.mlpackage"
         described = coremltools.utils.load_spec(str(package)).description

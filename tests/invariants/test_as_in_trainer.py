@@ -32,11 +32,6 @@ OPTIONS = ("callbacks", "compute_metrics", "model_init", "teacher_processing_cla
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
 
 
-@pytest.fixture
-def tokenizer(make_bpe_tokenizer):
-    return make_bpe_tokenizer(pad_token="<|endoftext|>")
-
-
 def make_trainer(folder, tokenizer, student=None, rows=ROWS, *, collator=None, cls=DistillationTrainer, **settings):
     options = {name: settings.pop(name) for name in OPTIONS if name in settings}
     kind = settings.pop(

@@ -43,11 +43,6 @@ from hf_encdec_distill.models.prompts import student_tokenizer
 ROWS = ragged_rows(8)
 
 
-@pytest.fixture
-def tokenizer(make_bpe_tokenizer):
-    return make_bpe_tokenizer(pad_token="<|endoftext|>")
-
-
 def make_trainer(folder, tokenizer, rows=ROWS, student=None, teacher=None, eval_rows=None, **changed):
     settings = {"per_device_train_batch_size": 2, "num_train_epochs": 1, **changed}
     return DistillationTrainer(

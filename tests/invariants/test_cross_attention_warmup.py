@@ -53,11 +53,6 @@ def train(folder, student, tokenizer, resume=None, **changed):
     return trainer
 
 
-@pytest.fixture
-def tokenizer(make_bpe_tokenizer):
-    return make_bpe_tokenizer(pad_token="<|endoftext|>")
-
-
 @pytest.mark.parametrize("name", STUDENTS)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_warmup_is_training_with_all_else_frozen(tmp_path, tokenizer, name, accumulation):

@@ -1,6 +1,5 @@
 """Decoder-only students, against dense formulas on rows run one by one, and against plain `Trainer` and `generate`."""
 
-import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,22 +28,15 @@ from hf_encdec_distill.distillation.teachers.live import LiveTeacher
 from hf_encdec_distill.models.prompts import encode_prompt
 
 
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
+
+
 ROWS = ragged_rows(8)
 TEXT = [
     {"source": "def f(x): return x", "target": "Identity."},
     {"source": "def add(a, b): return a + b", "target": "Return the sum of two numbers."},
     {"source": "z", "target": "Zoé lit 日本."},
 ]
-
-
-@pytest.fixture
-def tokenizer(make_bpe_tokenizer):
-    return make_bpe_tokenizer(pad_token="<|endoftext|>")
-
-
-@pytest.fixture(autouse=True)
-def _own_datasets_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 def make_student(vocab_size=280):

@@ -5,7 +5,6 @@ Run as a script (by torchrun, or alone) this file trains and has rank 0 write wh
 
 import copy
 import os
-import subprocess
 import sys
 import time
 from functools import partial
@@ -25,6 +24,7 @@ from distillation_toys import (
     make_rope,
     make_t5,
     make_teacher,
+    on_two_processes,
     ragged_rows,
     spread,
 )
@@ -480,14 +480,7 @@ def run(folder: Path) -> None:
 @pytest.mark.process
 def test_two_processes_share_the_states(tmp_path):
     """Weights of one process, the same bits on both; a row that the other has computed is read."""
-    here = Path(__file__)
-    paths = [str(here.parents[1]), str(Path(sys.modules["hf_encdec_distill"].__file__).parents[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(here), str(tmp_path)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_two_processes(__file__, tmp_path)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(module, "_KEPT_IN", torch.float32)
         run(tmp_path)

@@ -20,11 +20,6 @@ from hf_encdec_distill.distillation.options.fake_quantization import fake_quanti
 ROWS = ragged_rows(8)
 
 
-@pytest.fixture
-def tokenizer(make_bpe_tokenizer):
-    return make_bpe_tokenizer(pad_token="<|endoftext|>")
-
-
 def make_trainer(folder, student, tokenizer, cls=DistillationTrainer, **settings):
     return cls(
         student,

@@ -53,11 +53,6 @@ def encode(student, prompt):
     return student.eval().get_encoder()(prompt).last_hidden_state
 
 
-@pytest.fixture
-def tokenizer(make_bpe_tokenizer):
-    return make_bpe_tokenizer(pad_token="<|endoftext|>")
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("frozen", [True, False])
 def test_keys_of_the_prompt_stay_those_of_the_encoder(tmp_path, tokenizer, family, frozen):

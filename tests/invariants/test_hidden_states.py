@@ -39,11 +39,6 @@ STUDENTS = {
 }
 
 
-@pytest.fixture
-def tokenizer(make_bpe_tokenizer):
-    return make_bpe_tokenizer(pad_token="<|endoftext|>")
-
-
 def make_trainer(tmp_path, tokenizer, student=None, teacher=None, rows=ROWS, seed=3, **changed):
     """With projections that are no start of anything."""
     settings = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}

@@ -13,11 +13,6 @@ from hf_encdec_distill.distillation.options.muon import MuonWithAdamW
 ROWS = ragged_rows(8)
 
 
-@pytest.fixture
-def tokenizer(make_bpe_tokenizer):
-    return make_bpe_tokenizer(pad_token="<|endoftext|>")
-
-
 def make_trainer(folder, student, tokenizer, **settings):
     return InOrder(
         student,

@@ -24,11 +24,6 @@ from hf_encdec_distill.distillation.teachers.live import LiveTeacher
 ROWS = ragged_rows(8)
 
 
-@pytest.fixture
-def tokenizer(make_bpe_tokenizer):
-    return make_bpe_tokenizer(pad_token="<|endoftext|>")
-
-
 def make_trainer(tmp_path, tokenizer, student=None, teacher=None, rows=ROWS, **changed):
     settings = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
     settings |= {"on_policy_fraction": 1.0, "sampling_temperature": 0.0, "max_target_length": 6, "num_train_epochs": 1}

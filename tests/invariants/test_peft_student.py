@@ -15,11 +15,6 @@ ROWS = ragged_rows(8)
 REENTRANT = {"use_reentrant": True}
 
 
-@pytest.fixture
-def tokenizer(make_bpe_tokenizer):
-    return make_bpe_tokenizer(pad_token="<|endoftext|>")
-
-
 def with_lora(model, seed=4, **fields):
     """LoRA on all linear layers but the head, away from its start at zero."""
     torch.manual_seed(seed)

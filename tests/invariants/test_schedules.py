@@ -7,14 +7,13 @@ import contextlib
 import copy
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from distillation_toys import InOrder, arguments, collate, make_t5, ragged_rows, spread
+from distillation_toys import InOrder, arguments, collate, make_t5, on_two_processes, ragged_rows, spread
 from transformers import AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
@@ -424,14 +423,7 @@ def run(folder: Path) -> None:
 @pytest.mark.process
 def test_two_processes(tmp_path):
     """Both take out the layers that one alone takes out, and hold the same weights afterwards."""
-    here = Path(__file__)
-    paths = [str(here.parents[1]), str(Path(sys.modules["hf_encdec_distill"].__file__).parents[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(here), str(tmp_path)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_two_processes(__file__, tmp_path)
     run(tmp_path)
     alone, *both = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     assert len(alone["logs"]) == 3

@@ -4,15 +4,22 @@ Run as a script (by torchrun) this file trains, and each process writes which ro
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from distillation_toys import Stream, arguments, collate, make_t5, make_teacher, ragged_rows, token_terms
+from distillation_toys import (
+    Stream,
+    arguments,
+    collate,
+    make_t5,
+    make_teacher,
+    on_two_processes,
+    ragged_rows,
+    token_terms,
+)
 
 from hf_encdec_distill import DistillationTrainer
 from hf_encdec_distill.distillation.options.token_batches import TokenBatches
@@ -179,14 +186,7 @@ def run(folder: Path) -> None:
 @pytest.mark.process
 def test_two_processes(tmp_path):
     """As many batches on each, each row once between them; losses and weights of the steps by hand; resumed."""
-    here = Path(__file__)
-    paths = [str(here.parents[1]), str(Path(sys.modules["hf_encdec_distill"].__file__).parents[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(here), str(tmp_path)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_two_processes(__file__, tmp_path)
     (one, two), (again, _) = (
         [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
         for name in ("whole", "resumed")

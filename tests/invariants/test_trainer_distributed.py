@@ -5,14 +5,22 @@ Run as a script (by torchrun, or alone) this file trains, evaluates, and has ran
 
 import json
 import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from distillation_toys import InOrder, arguments, collate, make_t5, make_teacher, ragged_rows, token_terms
+from distillation_toys import (
+    InOrder,
+    arguments,
+    collate,
+    make_t5,
+    make_teacher,
+    on_two_processes,
+    ragged_rows,
+    token_terms,
+)
 from test_vision_student import make_trainer, without_image
 from test_vision_student import rows_of as seeing_rows
 from transformers import AutoTokenizer
@@ -131,14 +139,7 @@ def runs(tmp_path_factory, make_bpe_tokenizer):
     tokenizer = make_bpe_tokenizer(chat_template=None)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.save_pretrained(folder / "tokenizer")
-    here = Path(__file__)
-    paths = [str(here.parents[1]), str(Path(sys.modules["hf_encdec_distill"].__file__).parents[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(here), str(folder)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_two_processes(__file__, folder)
     run(folder)
     return folder, *(json.loads((folder / f"results-{n}.json").read_text()) for n in (1, 2))
 

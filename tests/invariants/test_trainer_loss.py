@@ -50,11 +50,6 @@ def make_trainer(tmp_path, tokenizer, cls=InOrder, student=None, rows=ROWS, coll
     )
 
 
-@pytest.fixture
-def tokenizer(make_bpe_tokenizer):
-    return make_bpe_tokenizer(pad_token="<|endoftext|>")
-
-
 @pytest.mark.parametrize("chunk_size", [1000, 3])
 @pytest.mark.parametrize("pad_token", ["<|endoftext|>", "<|im_end|>"])
 @pytest.mark.parametrize("side", ["right", "left"])

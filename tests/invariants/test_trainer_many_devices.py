@@ -6,14 +6,22 @@ Run as a script (by torchrun, or alone) this file trains, resumes and evaluates,
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.utils import gather_object
-from distillation_toys import InOrder, arguments, collate, make_rope, make_t5, make_teacher, ragged_rows
+from distillation_toys import (
+    InOrder,
+    arguments,
+    collate,
+    make_rope,
+    make_t5,
+    make_teacher,
+    on_two_processes,
+    ragged_rows,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
@@ -169,14 +177,7 @@ def models(tmp_path_factory):
     for kind in STUDENTS:
         make_student(kind).save_pretrained(folder / kind)
     make_teacher(vocab_size=VOCABULARY).save_pretrained(folder / "teacher")
-    here = Path(__file__)
-    paths = [str(here.parents[1]), str(Path(sys.modules["hf_encdec_distill"].__file__).parents[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(here), str(folder)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_two_processes(__file__, folder)
     return folder
 
 

@@ -44,11 +44,6 @@ def by_hand(student, teacher, rows):
     return torch.cat(ce), torch.stack(kl), torch.tensor(agree)
 
 
-@pytest.fixture
-def tokenizer(make_bpe_tokenizer):
-    return make_bpe_tokenizer(pad_token="<|endoftext|>")
-
-
 def make_trainer(tmp_path, tokenizer, rows=ROWS, teacher=None, **changed):
     return DistillationTrainer(
         make_t5(),

@@ -31,11 +31,6 @@ SIZE = 280  # of the tokenizer, the teacher and the plain student
 OWN = 3  # tokens of the trimmed student that the teacher does not have
 
 
-@pytest.fixture
-def tokenizer(make_bpe_tokenizer):
-    return make_bpe_tokenizer(pad_token="<|endoftext|>")
-
-
 def of_own_ids(student, teacher_ids):
     """The same student with row `teacher_ids[i]` of its embedding at i."""
     config = type(student.config)(**{**student.config.to_dict(), "vocab_size": len(teacher_ids)})

@@ -12,7 +12,7 @@ from hf_encdec_distill.models.rope_encdec import induction
 
 
 def loss_on_what_is_repeated(model):
-    tokens = torch.randint(1000, 40_000, (4, 40), generator=torch.Generator().manual_seed(7)).repeat(1, 2)
+    tokens = torch.randint(1000, 40_000, (1, 40), generator=torch.Generator().manual_seed(7)).repeat(1, 2)
     with torch.no_grad():
         logits = model(tokens).logits[:, 40:-1]
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 41:].flatten()).item()

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hf_encdec_distill.cli._checkpoints import RECIPE_HEADER
 from hf_encdec_distill.cli.main import main
-from hf_encdec_distill.export.manifest import sha256
+from hf_encdec_distill.files import sha256
 from hf_encdec_distill.models.vocabulary import trim_tokenizer
 
 

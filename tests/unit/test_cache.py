@@ -30,18 +30,11 @@ from hf_encdec_distill.distillation.teachers.recorded_losses import sampled_forw
 from hf_encdec_distill.distillation.teachers.shards import _digest
 
 
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
+
+
 ROWS = ragged_rows(13)
 TARGETS = sum(len(row["labels"]) for row in ROWS)
-
-
-@pytest.fixture
-def tokenizer(make_bpe_tokenizer):
-    return make_bpe_tokenizer(pad_token="<|endoftext|>")
-
-
-@pytest.fixture(autouse=True)
-def _own_datasets_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 def make_cache(folder, tokenizer, rows=ROWS, teacher=None, **options):

@@ -16,9 +16,7 @@ from hf_encdec_distill.cli._inputs import load_splits, load_test_rows
 from hf_encdec_distill.data.loading import load_pairs, load_tables, save_pairs
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 def _frame(count, start=0):

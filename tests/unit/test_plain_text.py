@@ -4,7 +4,6 @@ import itertools
 import sys
 from collections import Counter
 
-import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,12 +18,10 @@ from hf_encdec_distill.data import find_sentinels, load_plain_text, plain_text
 from hf_encdec_distill.data.plain_text import R_DENOISING, X_DENOISING, draw_spans, find_seams, prefix_row, span_row
 
 
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
+
+
 NEWLINE = "\n"
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
 
 
 def code(number, lines=12):

@@ -20,13 +20,11 @@ from hf_encdec_distill.distillation.teachers.workers import merge_caches
 from hf_encdec_distill.models.vocabulary import trim_tokenizer
 
 
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
+
+
 ROWS = [{"source": "def f(): return" + " x" * (i % 5) + str(i), "target": f"Return {i}."} for i in range(8)]
 SAMPLED = {"sampling_temperature": 0.9, "num_return_sequences": 3}
-
-
-@pytest.fixture(autouse=True)
-def _own_datasets_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 @pytest.fixture

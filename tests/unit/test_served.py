@@ -32,11 +32,6 @@ TEXTS = [{"source": f"def f{n}(a): return {n} + a", "target": f"Return {n} and a
 KINDS = ("vllm", "sglang")
 
 
-@pytest.fixture
-def tokenizer(make_bpe_tokenizer):
-    return make_bpe_tokenizer(pad_token="<|endoftext|>")
-
-
 @pytest.fixture(autouse=True)
 def _apart(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")

@@ -22,6 +22,9 @@ from hf_encdec_distill.distillation.teachers.served_targets import write_targets
 from hf_encdec_distill.distillation.teachers.workers import merge_caches
 
 
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
+
+
 ROWS = [{"source": "def f(): return" + " x" * (i % 5) + str(i), "target": f"Return {i}."} for i in range(8)]
 SAMPLED = {"sampling_temperature": 0.9, "num_return_sequences": 3}
 GREEDY = {"do_sample": False}
@@ -95,11 +98,6 @@ class WritingServer(TeacherServer):
             "finish_reason": reason,
             "logprobs": {"content": content} if given else None,
         }
-
-
-@pytest.fixture(autouse=True)
-def _own_datasets_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 @pytest.fixture(scope="module")

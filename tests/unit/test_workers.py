@@ -23,17 +23,10 @@ from hf_encdec_distill.distillation.teachers.targets import TargetGeneration
 from hf_encdec_distill.distillation.teachers.workers import Worker, merge_caches
 
 
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
+
+
 ROWS = ragged_rows(13)
-
-
-@pytest.fixture
-def tokenizer(make_bpe_tokenizer):
-    return make_bpe_tokenizer(pad_token="<|endoftext|>")
-
-
-@pytest.fixture(autouse=True)
-def _own_datasets_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 def make_cache(folder, tokenizer, rows=ROWS, **options):

@@ -20,8 +20,8 @@ _READ = 2**28  # bytes
 
 
 def measure_rates(threads: int, device: str = "cpu") -> dict[str, float]:
-    """Bytes a second (`read`), and FLOPs a second of large matrix products in `fp32`, `bf16` and, where this torch has
-    them, `int8`."""
+    """Bytes per second (`read`), and FLOPs per second of large matrix products in `fp32`, `bf16` and, where this torch
+    has them, `int8`."""
     import torch
 
     torch.set_num_threads(threads)

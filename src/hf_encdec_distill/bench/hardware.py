@@ -6,7 +6,8 @@ Of GPUs it is their vendors' numbers: nothing of this package has run on one. Of
 from __future__ import annotations
 
 import dataclasses
-import os
+
+import psutil
 
 from ..devices import best_cpu_dtype, cpu_name
 
@@ -18,8 +19,8 @@ class Hardware:
     Attributes:
         name: of the vendor.
         memory: bytes.
-        matrix_rate: FLOPs a second of dense matrix products, bfloat16 or the fastest that the CPU has.
-        read_rate: bytes a second.
+        matrix_rate: FLOPs per second of dense matrix products, bfloat16 or the fastest that the CPU has.
+        read_rate: bytes per second.
         bf16: whether those products are bfloat16, and training uses autocast.
         process: bytes that a process takes before it loads a model, where they are of the same memory.
     """
@@ -95,7 +96,7 @@ def this_cpu(threads: int) -> Hardware:
 
     bf16 = best_cpu_dtype() is torch.bfloat16
     rates = measure_rates(threads)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = psutil.virtual_memory().total
     return Hardware(
         f"{cpu_name()}, {threads} threads",
         memory,

@@ -18,15 +18,16 @@ import importlib.metadata
 import inspect
 import os
 import platform
-import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import psutil
 import torch
 import transformers
 
 from .. import __version__
 from ..devices import best_cpu_dtype, bf16_unit, cpu_name
+from ..metrics.timing import timed
 from ..models.families import merged_start_token_id
 from ..models.rope_encdec.compat_rope_encdec import CACHE_FIELD
 from .contenders import read_by
@@ -44,10 +45,6 @@ def machine_description() -> dict:
     """
     cores = os.cpu_count()
     affinity = getattr(os, "sched_getaffinity", None)
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    except (AttributeError, ValueError, OSError):
-        memory = None
     return {
         "gpus": _gpus(),
         "cpu": cpu_name(),
@@ -55,7 +52,7 @@ def machine_description() -> dict:
         "cores": cores,
         "usable_cores": len(affinity(0)) if affinity else cores,
         "threads": torch.get_num_threads(),
-        "memory_gib": memory and round(memory, 1),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -88,7 +85,10 @@ def greedy_decode(model, input_ids: torch.Tensor, new_tokens: int) -> tuple[list
         The token ids of each row, and for each step the seconds since the call, measured when the ids of all rows were
         `int`s in Python.
     """
-    start, steps, times = time.perf_counter(), [], []
+    return timed(_greedy_steps(model, input_ids, new_tokens))
+
+
+def _greedy_steps(model, input_ids: torch.Tensor, new_tokens: int) -> Iterator[list[int]]:
     if model.config.is_encoder_decoder:
         fixed = {"encoder_outputs": model.get_encoder()(input_ids=input_ids, return_dict=True)}
         name, first = "decoder_input_ids", {}
@@ -101,9 +101,7 @@ def greedy_decode(model, input_ids: torch.Tensor, new_tokens: int) -> tuple[list
         outputs = model(**{name: step_ids}, **fixed, **first)
         fixed[CACHE_FIELD], first = outputs[CACHE_FIELD], {}
         step_ids = outputs.logits[:, -1:].argmax(dim=-1)
-        steps.append(step_ids[:, 0].tolist())
-        times.append(time.perf_counter() - start)
-    return [list(row) for row in zip(*steps, strict=True)], times
+        yield step_ids[:, 0].tolist()
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:

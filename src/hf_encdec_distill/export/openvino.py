@@ -51,7 +51,7 @@ class OpenVinoBackend(Backend):
         """
         Raises:
             ValueError: rows of weights that do not divide into blocks of int4, calibration without int4, or a
-                precision of states that no plug-in would heed.
+                precision of states that no plug-in applies.
         """
         if "calibration" in options and variant != "int4":
             raise ValueError(self.own_options["calibration"].format(target=self.name, variant=variant))

@@ -6,14 +6,14 @@ import dataclasses
 import importlib.util
 import math
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..metrics.timing import timed
 from ..models.families import rope_limit
 from ..models.rope_encdec.compat_rope_encdec import CACHE_FIELD
 from .modules import in_float32
@@ -275,7 +275,7 @@ def compare_answers(
 
 @torch.no_grad()
 def compare_on_rows(exported, model, rows: Sequence[Mapping]) -> tuple[dict[str, float], float]:
-    """Cross-entropy of the targets, nats a token, and the share of target tokens whose likeliest token is the same."""
+    """Cross-entropy of the targets, nats per token; the share of target tokens whose likeliest token is the same."""
     sums, same, count = {"pytorch": 0.0, "exported": 0.0}, 0, 0
     for row in rows:
         labels = torch.tensor([row["labels"]])
@@ -294,25 +294,18 @@ def time_answer(model, rows: Sequence[Mapping]) -> dict[str, float]:
     prompt = _prompt(max(rows, key=lambda row: len(row["inputs"])))
     mask = prompt["attention_mask"]
     start = torch.tensor([[model.config.decoder_start_token_id]])
-    first, following = [], []
-    for _ in range(_ROUNDS + 1):
-        begin = time.perf_counter()
-        encoded = model.get_encoder()(**prompt)
+
+    def steps() -> Iterator[list[int]]:
         # A student that was trained with checkpointed gradients says use_cache=False in its config.
-        outputs = model(attention_mask=mask, encoder_outputs=encoded, decoder_input_ids=start, use_cache=True)
-        first.append(time.perf_counter() - begin)
-        begin = time.perf_counter()
-        outputs = model(
-            attention_mask=mask,
-            encoder_outputs=encoded,
-            decoder_input_ids=start,
-            past_key_values=outputs[CACHE_FIELD],
-            use_cache=True,
-        )
-        following.append(time.perf_counter() - begin)
-    # The first round warms up.
+        fixed = {"attention_mask": mask, "encoder_outputs": model.get_encoder()(**prompt), "use_cache": True}
+        outputs = model(**fixed, decoder_input_ids=start)
+        yield outputs.logits[:, -1].argmax(-1).tolist()
+        outputs = model(**fixed, decoder_input_ids=start, past_key_values=outputs[CACHE_FIELD])
+        yield outputs.logits[:, -1].argmax(-1).tolist()
+
+    rounds = [timed(steps())[1] for _ in range(_ROUNDS + 1)][1:]  # the first warms up
     return {
-        "first_token": statistics.median(first[1:]),
-        "token": statistics.median(following[1:]),
+        "first_token": statistics.median(first for first, _ in rounds),
+        "token": statistics.median(both - first for first, both in rounds),
         "prompt": mask.shape[1],
     }

@@ -47,7 +47,7 @@ def _check(measure: Sums, minus: Sums | None) -> None:
         )
 
 
-def interval(measure: Sums, minus: Sums | None = None, seed: int = 0) -> dict[str, float]:
+def interval(measure: Sums, minus: Sums | None = None) -> dict[str, float]:
     """`value`, `low` and `high`: the 95 % interval of a bootstrap over the rows.
 
     Args:
@@ -64,7 +64,7 @@ def interval(measure: Sums, minus: Sums | None = None, seed: int = 0) -> dict[st
     _check(measure, minus)
     count = len(measure.rows)
     # A draw with replacement, as how often each row is in it.
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
     value = float(number(np.ones(count, dtype=drawn.dtype)))
     with np.errstate(invalid="ignore"):
         numbers = number(drawn)
@@ -75,7 +75,7 @@ def interval(measure: Sums, minus: Sums | None = None, seed: int = 0) -> dict[st
     return {"value": value, "low": min(float(low), value), "high": max(float(high), value)}
 
 
-def p_value(measure: Sums, minus: Sums, seed: int = 0) -> float:
+def p_value(measure: Sums, minus: Sums) -> float:
     """Two-sided p of "for each row it is a coin toss which model is which": a paired permutation test.
 
     Of `_RESAMPLES` random swaps the share whose difference is at least as far from 0, the one observed among them
@@ -86,7 +86,7 @@ def p_value(measure: Sums, minus: Sums, seed: int = 0) -> float:
         ValueError: there are no rows, or not as many of both.
     """
     _check(measure, minus)
-    swapped = np.random.default_rng(seed).integers(2, size=(_RESAMPLES, len(measure.rows)))
+    swapped = np.random.default_rng(0).integers(2, size=(_RESAMPLES, len(measure.rows)))
     moved = swapped @ (minus.rows - measure.rows)
     ours, theirs = measure.rows.sum(axis=0), minus.rows.sum(axis=0)
     observed = (measure.value(ours), minus.value(theirs))

@@ -32,6 +32,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..files import check_own_files, named_inside, one_line, read_json, what_it_is
 from .either_version import check_rope_is_read, tokenizer_mend
+from .families import STUDENTS
 
 
 _CONFIG, _ADAPTER, _TOKENIZER_CONFIG = "config.json", "adapter_config.json", "tokenizer_config.json"
@@ -93,7 +94,7 @@ def check_generation(name: str | os.PathLike, generation: GenerationConfig, voca
 def check_decoder_only(name, config) -> None:
     """Raises ValueError where the config of the teacher `name` is that of an encoder-decoder."""
     if getattr(config, "is_encoder_decoder", False):
-        student = " as students are" if config.model_type == "rope_encdec" else ""
+        student = " as students are" if config.model_type in STUDENTS else ""
         raise ValueError(
             f"the teacher {name} is an encoder-decoder{student} ({config.model_type}): give a decoder-only model, as "
             "the student was made from"

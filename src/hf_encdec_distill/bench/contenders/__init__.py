@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from ...metrics.timing import timed
 from ...models.families import is_merged
 
 
@@ -84,17 +85,21 @@ class Contender(ABC):
     def load(self, folder: Path, threads: int) -> None:
         """Make ready to answer with so many threads, from what `prepare` wrote."""
 
-    @abstractmethod
     def answer(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[list[int]], list[float]]:
         """Answer greedily, at a fixed length: an end of sequence ends nothing.
 
         Args:
-            prompts: token ids as the decoder-only model reads them, a list a row, all of one length.
+            prompts: token ids as the decoder-only model reads them, one list per row, all of one length.
 
         Returns:
             For each row `new_tokens` token ids; for each of these steps the seconds from the call until the ids of all
             rows were there.
         """
+        return timed(self.steps(prompts, new_tokens))
+
+    def steps(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Iterator[list[int]]:
+        """The token ids of all rows, once a step; of a runtime that has no steps, `answer` takes the times."""
+        raise NotImplementedError
 
     def to_dict(self) -> dict[str, str]:
         """From which `contender_of` makes the same in another process."""

@@ -31,7 +31,7 @@ class CTranslate2(Contender):
         times = [0.0] * new_tokens
         start = time.perf_counter()
 
-        def note(result) -> bool:  # once a row and step
+        def note(result) -> bool:  # once per row and step
             times[result.step] = time.perf_counter() - start
             return False
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from . import PRECISIONS, Contender, Model, read_by
@@ -54,19 +53,16 @@ class Exported(Contender):
         # The targets take their threads from OMP_NUM_THREADS, which the worker has set.
         self.graphs = load_graphs(folder, read_manifest(folder), self.config)
 
-    def answer(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[list[int]], list[float]]:
+    def steps(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Iterator[list[int]]:
         import numpy as np
 
-        start, steps, times = time.perf_counter(), [], []
         ids = read_by(self.config, np.array(prompts, dtype=np.int64))
         cross, mask = self.graphs.encode(ids, np.ones_like(ids))
         cache = self.graphs.new_cache(len(ids))
         step = np.full((len(ids), 1), self.config.decoder_start_token_id, dtype=np.int64)
         for _ in range(new_tokens):
             step = self.graphs.decode(step, mask, cross, cache)[:, -1:].argmax(-1)
-            steps.append(step[:, 0].tolist())
-            times.append(time.perf_counter() - start)
-        return [list(row) for row in zip(*steps, strict=True)], times
+            yield step[:, 0].tolist()
 
 
 def contenders(model: Model) -> list[Contender]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from . import Contender, Model
@@ -32,8 +31,7 @@ class LlamaCppDecoderOnly(Contender):
         dtype = "float32" if self.precision == "fp32" else "float16"
         self.loaded = LlamaCpp(folder / _FILE, threads, dtype, self.backend == _BACKENDS[0], shared=False)
 
-    def answer(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[list[int]], list[float]]:
-        start, steps, times = time.perf_counter(), [], []
+    def steps(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Iterator[list[int]]:
         self.loaded.clear(len(prompts))
         last = len(prompts[0]) - 1
         tokens = [
@@ -42,10 +40,9 @@ class LlamaCppDecoderOnly(Contender):
             for position, token in enumerate(prompt)
         ]
         for position in range(last + 1, last + 1 + new_tokens):
-            steps.append(self.loaded.evaluate(tokens).argmax(-1).tolist())
-            times.append(time.perf_counter() - start)
-            tokens = [(row, position, token, True) for row, token in enumerate(steps[-1])]
-        return [list(row) for row in zip(*steps, strict=True)], times
+            step = self.loaded.evaluate(tokens).argmax(-1).tolist()
+            yield step
+            tokens = [(row, position, token, True) for row, token in enumerate(step)]
 
 
 def contenders(model: Model) -> list[Contender]:

@@ -6,8 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...export.backends import child_environment
@@ -39,11 +38,10 @@ class OnnxRuntimeGenAi(Contender):
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         self.loaded = onnxruntime_genai.Model(config)
 
-    def answer(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[list[int]], list[float]]:
+    def steps(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Iterator[list[int]]:
         import numpy as np
         import onnxruntime_genai
 
-        start, steps, times = time.perf_counter(), [], []
         ids = np.array(prompts, dtype=np.int32)
         parameters = onnxruntime_genai.GeneratorParams(self.loaded)
         length = ids.shape[1] + new_tokens
@@ -53,9 +51,7 @@ class OnnxRuntimeGenAi(Contender):
         generator.append_tokens(ids)
         for _ in range(new_tokens):
             generator.generate_next_token()
-            steps.append([int(token) for token in generator.get_next_tokens()])
-            times.append(time.perf_counter() - start)
-        return [list(row) for row in zip(*steps, strict=True)], times
+            yield [int(token) for token in generator.get_next_tokens()]
 
 
 def contenders(model: Model) -> list[Contender]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from . import Contender, Model
@@ -39,10 +38,9 @@ class OptimumOpenVino(Contender):
         self.inputs = {name for port in model.inputs for name in port.get_names()}
         self.request = core.compile_model(model, "CPU", settings).create_infer_request()
 
-    def answer(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[list[int]], list[float]]:
+    def steps(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Iterator[list[int]]:
         import numpy as np
 
-        start, steps, times = time.perf_counter(), [], []
         ids = np.array(prompts, dtype=np.int64)
         batch, seen = len(ids), 0
         self.request.reset_state()
@@ -56,9 +54,7 @@ class OptimumOpenVino(Contender):
             }
             outputs = self.request.infer({name: array for name, array in inputs.items() if name in self.inputs})
             ids, seen = outputs["logits"][:, -1:].argmax(-1), end
-            steps.append(ids[:, 0].tolist())
-            times.append(time.perf_counter() - start)
-        return [list(row) for row in zip(*steps, strict=True)], times
+            yield ids[:, 0].tolist()
 
 
 def _keep_last_position(model) -> None:

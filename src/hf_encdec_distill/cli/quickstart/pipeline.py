@@ -55,7 +55,7 @@ from .trimming import trim_teacher
 from .tuning import tune_teacher
 
 
-# The fastest machine makes fewer steps a second than this; it bounds the data order that is laid out in advance.
+# The fastest machine makes fewer steps per second than this; it bounds the data order that is laid out in advance.
 _STEPS_PER_SECOND = 10
 _NEXT_ROWS = 32  # of the first evaluation, after which the plan is made again
 

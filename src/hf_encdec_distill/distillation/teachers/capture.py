@@ -90,7 +90,7 @@ def capture(
         index: which of these jobs this is, from 0.
         batch_size: rows that the teacher reads at once; for one on a server at least its `requests`.
         rows_per_shard: rows in a file; at most so many are lost where the process is killed.
-        progress: show a bar with target tokens a second and the size of the cache.
+        progress: show a bar with target tokens per second and the size of the cache.
         student_tokenizer: the student's; needed for `vocab_policy` `id_map` and `universal`, by default the teacher's.
             For the other policies its ids have to be the teacher's.
         vocab_policy: of the training, see `DistillationTrainingArguments`.

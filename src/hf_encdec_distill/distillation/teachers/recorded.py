@@ -106,7 +106,7 @@ class CachedTeacher(TeacherSignal):
                     f"{self.folder / MANIFEST} has k={k}, and its first record {len(first['ids'])} tokens for "
                     f"{len(first['tail'])} positions: capture it again"
                 )
-        # 24 bytes a row; a dict of bytes takes six times as much, in each process.
+        # 24 bytes per row; a dict of bytes takes six times as much, in each process.
         keys = np.concatenate([np.array(part.to_pylist(), dtype="S16") for part in self.records.data["key"].chunks])
         self._keys, self._row_of_key = np.unique(keys, return_index=True)
 

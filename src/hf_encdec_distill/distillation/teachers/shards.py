@@ -19,9 +19,8 @@ from typing import Any
 import datasets
 import pyarrow.parquet
 from datasets.exceptions import DatasetGenerationError
-from huggingface_hub.utils.sha import sha_fileobj
 
-from ...files import inside
+from ...files import inside, sha256
 
 
 PARTIAL = "partial-"  # how the names of files begin that are not whole yet
@@ -146,5 +145,4 @@ def _keys_of_each(folder: Path, prefix: str) -> Iterator[set[bytes]]:
 
 
 def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return sha_fileobj(stream).hex()[:16]
+    return sha256(file)[:16]

@@ -5,7 +5,7 @@ that of its n best which is closest to the reference. What was written is kept i
 ([`~hf_encdec_distill.distillation.capture`]), as data that `load_dataset` reads:
 
 - `generated-<split>-*.parquet`: one row for each answer that was kept, the source as it was, the answer in the place
-  of the target, and in `reference` the target that was there; `mean_log_prob`, nats a token, where the teacher wrote
+  of the target, and in `reference` the target that was there; `mean_log_prob`, nats per token, where the teacher wrote
   several;
 - `refused-<split>-*.parquet`: the keys of rows without any answer worth keeping, and why.
 """
@@ -316,7 +316,7 @@ def _features(request: Request) -> datasets.Features:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a teacher wrote; nats a token, where it says how likely that was."""
+    """What a teacher wrote; nats per token, where it says how likely that was."""
 
     text: str
     is_finished: bool
