@@ -10,7 +10,7 @@ import torch
 import transformers
 from distillation_toys import spread
 from packaging.version import Version
-from toys import make_llama
+from toys import make_config, make_llama
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_encdec_distill import RopeEncDecForConditionalGeneration
@@ -315,6 +315,17 @@ def test_a_second_bench_converts_nothing_again_and_is_held_against_the_first(fol
         ("teacher", 12),
         ("same-size decoder", 12),
     }
+
+
+def test_a_student_that_a_target_cannot_run_is_said_to_be_one(tmp_path):
+    """More minutes would not help."""
+    config = make_config("merged", encoder_pooling=2, teacher_num_hidden_layers=3)
+    config.save_pretrained(tmp_path)
+    pooled = contenders(Model("student", tmp_path, config))
+    for backend in ("gguf", "genai"):
+        assert all("pool" in one.missing() for one in pooled if one.backend == backend)
+    there = [one for one in pooled if one.backend in ("onnx", "openvino") and one.precision != "int4"]
+    assert there and all(one.missing() is None for one in there)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from hf_encdec_distill.cli.serve import BadRequest, Service, parse
 from hf_encdec_distill.export import genai as genai_target
 from hf_encdec_distill.export.exporting import export_model
 from hf_encdec_distill.export.genai import TOKENIZER
+from hf_encdec_distill.export.graphs import threads
 from hf_encdec_distill.export.recipe import Shapes
 from hf_encdec_distill.export.runtime import ExportedForConditionalGeneration
 from hf_encdec_distill.models.prompts import prompt_start_token_id, student_tokenizer
@@ -52,6 +53,21 @@ def answer(genai, ids, tokens=TOKENS):
 
 def expected(model, ids, tokens=TOKENS):
     return model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False)[0, 1:].tolist()
+
+
+def test_no_thread_spins_when_its_work_is_done(tmp_path, monkeypatch):
+    overlays = []
+
+    class Config(og.Config):
+        def overlay(self, text):
+            overlays.append(json.loads(text))
+            super().overlay(text)
+
+    monkeypatch.setattr(og, "Config", Config)
+    exported(tmp_path / "exported", **SMALLEST)
+    ExportedForConditionalGeneration.from_pretrained(tmp_path / "exported")
+    (session,) = (overlay["model"]["decoder"]["session_options"] for overlay in overlays)
+    assert session["session.intra_op.allow_spinning"] == "0" and session["intra_op_num_threads"] == threads()
 
 
 @pytest.mark.parametrize(

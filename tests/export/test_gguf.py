@@ -214,6 +214,20 @@ def test_llama_cpp_knows_the_tokens(make_bpe_tokenizer, tmp_path):
     assert runtime.metadata["hf_encdec_distill.decoder_start_token_id"] == str(model.config.decoder_start_token_id)
 
 
+def test_llama_cpp_knows_each_end_of_an_answer(make_bpe_tokenizer, tmp_path):
+    import llama_cpp.llama_cpp as llama
+    from llama_cpp import Llama
+
+    tokenizer = make_bpe_tokenizer()
+    ends = [tokenizer.eos_token_id, tokenizer.bos_token_id]
+    model = make_model("merged", vocab_size=len(tokenizer), eos_token_id=ends)
+    model.generation_config.eos_token_id = ends
+    export_model(model, tokenizer, "gguf", tmp_path / "exported")
+    runtime = Llama(str(tmp_path / "exported" / target.DECODER), n_ctx=64, verbose=False, vocab_only=True)
+    vocabulary = llama.llama_model_get_vocab(runtime.model)
+    assert all(llama.llama_vocab_is_eog(vocabulary, token) for token in ends)
+
+
 def test_tokens_that_the_tokenizer_lacks_have_names_that_it_lacks(make_bpe_tokenizer, tmp_path):
     """Where two tokens have one name llama.cpp ends the process, so the names are looked at first."""
     from gguf import GGUFReader
