@@ -30,6 +30,7 @@ from distillation_toys import (
 )
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, Seq2SeqTrainingArguments
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration
@@ -297,7 +298,11 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     (place / "partial-renamed").unlink()
     assert sorted(path.name for path in place.iterdir()) == ["partial-new", file.name]
 
-    file.write_bytes(file.read_bytes()[:-8])
+    whole = file.read_bytes()
+    save_file({key: torch.ones_like(state) for key, state in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=f"{file.name} is not what was written, .* delete it; its rows are computed"):
+        EncoderStates(tmp_path, Accelerator(cpu=True)).encoder_outputs(student, inputs)
+    file.write_bytes(whole[:-8])
     with pytest.raises(ValueError, match=f"{file.name} is not what was written, .* delete it; its rows are computed"):
         EncoderStates(tmp_path, Accelerator(cpu=True)).encoder_outputs(student, inputs)
 

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
+from ...files import sha256
 from ...models.families import RULED_BY_LENGTH
 from ...models.rope_encdec.modeling_rope_encdec import pooled_attention_mask
 from ..collator import DistillationCollator
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _SUFFIX = ".safetensors"
 _KEPT_IN = torch.float16  # what is float32, where it fits
 _BYTES_PER_FILE = 64_000_000  # at most so much is lost in an interruption
@@ -217,14 +218,15 @@ class EncoderStates(TrainerCallback):
         assert self._place is not None
         fresh = sorted(file for file in self._place.glob(f"*{_SUFFIX}") if file.name not in self._files)
         for file in fresh:
+            if not file.stem.endswith(f"-{sha256(file)[:16]}"):
+                raise ValueError(
+                    f"{file} is not what was written, it was cut or altered: delete it; its rows are computed again."
+                )
             try:
                 # Maps the file; a tensor is read when it is asked for.
                 self._files[file.name] = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{file} is not what was written, it was cut or altered ({error}): delete it; its rows are "
-                    "computed again."
-                ) from error
+                raise ValueError(f"{file} holds no states ({error}): delete it; they are computed again.") from error
             self._file_of_key.update(dict.fromkeys(self._files[file.name].keys(), file.name))
         return bool(fresh)
 
@@ -258,7 +260,8 @@ class EncoderStates(TrainerCallback):
             save_file(self._new, partial)
             with partial.open("rb+") as stream:
                 os.fsync(stream.fileno())
-            os.replace(partial, self._place / f"states-{name}{_SUFFIX}")
+            # By the hash of its own bytes one that was cut or altered is found, as shards of a teacher's cache are.
+            os.replace(partial, self._place / f"states-{name}-{sha256(partial)[:16]}{_SUFFIX}")
         except SafetensorError as error:
             raise OSError(f"states of the encoder could not be written to {self._place}: {error}") from error
         finally:
