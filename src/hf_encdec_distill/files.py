@@ -142,6 +142,11 @@ def what_it_is(file: Path) -> str | None:
     return None
 
 
+def is_used(folder: Path) -> bool:
+    """Whether something is there that a new folder would take the place of."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
 def sha256(file: Path) -> str:
     """Of the bytes of a file, which are read in blocks."""
     digest = hashlib.sha256()

@@ -8,7 +8,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from ..files import named_inside, read_json
+from ..files import is_used, named_inside, read_json
 
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def checkpoint_in(output: Path, resume: bool) -> str | None:
         ValueError: to begin in the folder of something else or of a run with a checkpoint, or to go on from nothing.
     """
     checkpoint = last_whole_checkpoint(output)
-    used = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    used = is_used(output)
     if checkpoint is not None:
         if not resume:
             raise ValueError(f"{output} is not empty: go on with --resume, or choose another folder with --output")

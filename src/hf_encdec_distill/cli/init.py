@@ -12,6 +12,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+from ..files import is_used
 from ._display import say_result
 from ._inputs import BUILT_IN, add_data_arguments, load_splits, prompt_template, teacher_path
 
@@ -264,6 +265,6 @@ def teacher_depth(teacher: str, **layers: int | None) -> int:
 def new_folder(path: str) -> Path:
     """Raises ValueError if something is there already."""
     folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_used(folder):
         raise ValueError(f"{folder} is not empty: choose another folder with --output")
     return folder

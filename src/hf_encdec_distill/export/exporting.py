@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import torch
 
+from ..files import is_used
 from ..models.prompts import in_a_class_of_both_versions
 from .backends import backend_of, check_installed
 from .manifest import write_manifest
@@ -22,11 +23,9 @@ def check_new(folder: Path) -> None:
     Raises:
         ValueError: something is there already, or the folder is the current one.
     """
-    if not folder.exists():
-        return
-    if not folder.is_dir() or any(folder.iterdir()):
+    if is_used(folder):
         raise ValueError(f"{folder} is not empty: remove it, or choose another folder")
-    if folder.samefile(Path.cwd()):
+    if folder.exists() and folder.samefile(Path.cwd()):
         # The finished folder takes the empty one's place: whoever stands in it would be left in one that is gone.
         raise ValueError(f"{folder} is the current folder: name a new one in it, such as {folder / 'exported'}")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ...files import check_fields, read_json, write_json
+from ...files import check_fields, is_used, read_json, write_json
 from .._checkpoints import last_whole_checkpoint
 from .._inputs import BUILT_IN, check_columns
 from .._recipe import checked
@@ -293,4 +293,4 @@ def _is_in_use(folder: Path) -> bool:
     try:
         return not read_json(folder / _FILE, fields=_FIELDS)["results"].keys() <= {"teacher", "data"}
     except (OSError, ValueError):
-        return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        return is_used(folder)
