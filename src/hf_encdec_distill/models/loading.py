@@ -166,7 +166,7 @@ def load_student(name: str | os.PathLike, **options: Any):
         )
     cls = AutoModelForImageTextToText if reads_images(config) else AutoModelForSeq2SeqLM
     student = _load(cls, name, "a student", options)
-    check_generation(name, student.generation_config, student.get_input_embeddings().num_embeddings)
+    check_generation(name, student.generation_config, config.get_text_config(decoder=True).vocab_size)
     return student
 
 
