@@ -136,6 +136,14 @@ def test_a_tokenizer_reads_no_file_elsewhere(folder, tmp_path, capsys, command, 
         assert run(*COMMANDS[command](folder)) == 0
 
 
+def test_data_may_be_a_link(folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    (folder / "pairs.csv").rename(tmp_path / "elsewhere.csv")
+    (tmp_path / "data" / "train.csv").symlink_to(tmp_path / "elsewhere.csv")
+    words = ["evaluate", folder / "student", "--rows", 2, "--dataset", tmp_path / "data", "--source-column", "text"]
+    assert run(*words, "--target-column", "short") == 0
+
+
 @pytest.mark.parametrize("kind", ["card", "saved"])
 def test_data_do_not_reach_out_of_their_folder(folder, tmp_path, capsys, kind):
     rows = datasets.Dataset.from_list([{"text": f"red {row}", "short": SECRET} for row in range(20)])
