@@ -355,6 +355,8 @@ PLAN = {"load": 1.0, "score": 1.0, "generate": 1.0, "request": 1.0, "student_siz
         ({"settings": {"hours": 1}}, "unknown key 'hours'"),
         ({"settings": {"encoder_layers": None, "minutes": -3.0}}, "minutes=-3.0"),
         ({"results": {"teacher": "built-in"}}, "as 'teacher', expected type object"),
+        ({"results": {"teacher": {"max_prompt": "all"}}}, "'all' as 'max_prompt', expected type integer"),
+        ({"results": {"teacher": {"max_prompt": -1}}}, "-1 as 'max_prompt', expected a finite number above 0"),
         ({"begun": {"teacher": "long"}}, "as 'teacher', expected type number"),
         ({"earlier": {}}, "earlier has no 'rounds'"),
         ({"results": {"before": {"ce": []}}}, "before has no 'plan'"),

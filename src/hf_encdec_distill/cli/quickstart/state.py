@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ...files import check_fields, is_used, read_json, write_json
+from ...files import check_fields, check_positive, is_used, read_json, write_json
 from .._checkpoints import last_whole_checkpoint
 from .._inputs import BUILT_IN, check_columns
 from .._recipe import checked
@@ -264,6 +264,9 @@ def open_run(
     check_fields(begun, dict.fromkeys(begun, float), f"{where}, begun")
     check_fields(earlier, _EARLIER, f"{where}, earlier")
     try:
+        if "max_prompt" in results.get("teacher", {}):
+            check_fields(results["teacher"], {"max_prompt": int}, f"{where}, results, teacher")
+            check_positive(results["teacher"], ["max_prompt"], f"{where}, results, teacher")
         if "data" in results:
             check_fields(results["data"], {"sizes": dict, "teacher": str, "tokens": list}, f"{where}, results, data")
         if "before" in results:  # else there is no plan yet
