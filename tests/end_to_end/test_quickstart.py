@@ -180,10 +180,8 @@ def test_a_used_folder_is_not_overwritten_and_a_finished_run_shows_its_table_aga
     error = again.stderr.splitlines()[-1]  # libraries may have their say before
     assert again.returncode == 2 and "Traceback" not in again.stderr
     assert "--resume" in error and "--output" in error
-    resume, verbosity = (
-        ["quickstart", "--resume", "--output", str(run["folder"])],
-        transformers.logging.get_verbosity(),
-    )
+    resume = ["quickstart", "--resume", "--output", str(run["folder"])]
+    verbosity = transformers.logging.get_verbosity()
     try:
         assert main(resume) == 0
         assert capsys.readouterr().out == run["resumed"].stdout

@@ -27,7 +27,7 @@ from hf_encdec_distill.distillation.teachers.capture import capture
 from hf_encdec_distill.distillation.teachers.live import LiveTeacher
 from hf_encdec_distill.distillation.teachers.recorded import CachedTeacher
 from hf_encdec_distill.distillation.teachers.recorded_losses import sampled_forward_kl, top_k_divergence
-from hf_encdec_distill.distillation.teachers.shards import _digest
+from hf_encdec_distill.distillation.teachers.shards import file_digest
 
 
 pytestmark = pytest.mark.usefixtures("own_datasets_cache")
@@ -417,7 +417,7 @@ def rewrite(folder, name, change):
         column = pyarrow.array(values, kind if same else None)
         table = table.set_column(table.schema.get_field_index(name), name, column).replace_schema_metadata(None)
         pyarrow.parquet.write_table(table, shard)
-        shard.rename(shard.with_name(f"{shard.stem.rpartition('-')[0]}-{_digest(shard)}.parquet"))
+        shard.rename(shard.with_name(f"{shard.stem.rpartition('-')[0]}-{file_digest(shard)}.parquet"))
 
 
 @pytest.mark.parametrize(

@@ -329,10 +329,8 @@ def test_answers_in_another_script_are_scored_by_chrf(given, tmp_path, monkeypat
         assert value == pytest.approx(sacrebleu.corpus_chrf(answers, references).score) and value > 1
     assert metrics["task"] == {"prompt_template": recipe.OTHER_TEMPLATE, "built_in": True, "name": "pairs.csv"}
     settings = json.loads((tmp_path / "run" / "student" / "recipe.json").read_text())["settings"]
-    assert (settings["teacher"], settings["dataset"]) == (
-        "teacher",
-        "pairs.csv",
-    )  # where they lie is nobody's business
+    # Where they lie is nobody's business.
+    assert (settings["teacher"], settings["dataset"]) == ("teacher", "pairs.csv")
 
 
 @pytest.mark.parametrize("after", [2, 3])

@@ -79,7 +79,7 @@ begin = multiprocessing.Barrier(jobs)
 
 
 def die_in_second_shard():
-    digest, written = shards._digest, []
+    digest, written = shards.file_digest, []
 
     def die(file):
         written.extend([file] if file.name.startswith("partial-") else [])
@@ -87,7 +87,7 @@ def die_in_second_shard():
             os.kill(os.getpid(), signal.SIGKILL)
         return digest(file)
 
-    shards._digest = die
+    shards.file_digest = die
 
 
 def start(index, *first):

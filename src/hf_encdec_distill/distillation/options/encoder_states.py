@@ -30,12 +30,11 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
-from ...files import sha256
 from ...models.families import RULED_BY_LENGTH
 from ...models.rope_encdec.modeling_rope_encdec import pooled_attention_mask
 from ..collator import DistillationCollator
 from ..teachers.fingerprints import config_digest, row_keys, weights_digest
-from ..teachers.shards import partial_name, remove_left_behind
+from ..teachers.shards import file_digest, partial_name, remove_left_behind
 from .rollouts import as_it_was
 
 
@@ -218,7 +217,7 @@ class EncoderStates(TrainerCallback):
         assert self._place is not None
         fresh = sorted(file for file in self._place.glob(f"*{_SUFFIX}") if file.name not in self._files)
         for file in fresh:
-            if not file.stem.endswith(f"-{sha256(file)[:16]}"):
+            if not file.stem.endswith(f"-{file_digest(file)}"):
                 raise ValueError(
                     f"{file} is not what was written, it was cut or altered: delete it; its rows are computed again."
                 )
@@ -261,7 +260,7 @@ class EncoderStates(TrainerCallback):
             with partial.open("rb+") as stream:
                 os.fsync(stream.fileno())
             # By the hash of its own bytes one that was cut or altered is found, as shards of a teacher's cache are.
-            os.replace(partial, self._place / f"states-{name}-{sha256(partial)[:16]}{_SUFFIX}")
+            os.replace(partial, self._place / f"states-{name}-{file_digest(partial)}{_SUFFIX}")
         except SafetensorError as error:
             raise OSError(f"states of the encoder could not be written to {self._place}: {error}") from error
         finally:

@@ -73,7 +73,7 @@ class ShardWriter:
                 pyarrow.parquet.write_table(shard.with_format("arrow")[:], stream)
                 stream.flush()
                 os.fsync(stream.fileno())
-            name = f"{self.prefix}-{self.worker}-{self._number:05}-{_digest(partial)}.parquet"
+            name = f"{self.prefix}-{self.worker}-{self._number:05}-{file_digest(partial)}.parquet"
             os.replace(partial, self.folder / name)
         finally:
             partial.unlink(missing_ok=True)
@@ -111,7 +111,7 @@ def check_shards(folder: Path, prefix: str = "*") -> list[Path]:
     shards = shard_files(folder, prefix)
     # Hashing leaves the interpreter alone: what limits a large cache is then its disk, not one core.
     with ThreadPoolExecutor() as pool:
-        for shard, digest in zip(shards, pool.map(_digest, shards), strict=True):
+        for shard, digest in zip(shards, pool.map(file_digest, shards), strict=True):
             if not shard.stem.endswith(f"-{digest}"):
                 raise ValueError(
                     f"{shard} is not what was written, it was cut or altered: delete it and capture again; only its "
@@ -144,5 +144,6 @@ def _keys_of_each(folder: Path, prefix: str) -> Iterator[set[bytes]]:
         yield set(pyarrow.parquet.read_table(shard, columns=["key"]).column("key").to_pylist())
 
 
-def _digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """Of its bytes, as it stands at the end of its name."""
     return sha256(file)[:16]

@@ -402,7 +402,7 @@ class RopeEncDecConfig(RopeConfigMixin, PreTrainedConfig):
 
 
 def _is_positive_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return _is_index(value) and value >= 1
 
 
 def _is_index(value) -> bool:
