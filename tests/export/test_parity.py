@@ -19,6 +19,7 @@ from toys import make_config, make_model
 
 from hf_encdec_distill.cards import write_model_card
 from hf_encdec_distill.cards.loading import note_exports
+from hf_encdec_distill.cli.export import _page
 from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.distillation.options.fake_quantization import fake_quantized
 from hf_encdec_distill.export import mil_interpreter
@@ -301,6 +302,27 @@ def test_export_of_several_targets_and_generate(trained_folder, tmp_path, capsys
     assert json.loads(capsys.readouterr().out) == {"answers": [{"text": "w1 w2 w3", "answer": "w3 w2 w1"}]}
     assert main(["generate", str(out / "onnx"), "w1 " * 9]) == 2
     assert "a prompt of 9 tokens: this export (fixed:8,8) takes at most 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "variant, flags, said",
+    [
+        ("int8", {"avx2"}, True),
+        ("int8", {"avx2", "avx_vnni"}, False),
+        ("int4", {"avx2", "avx512_f"}, True),
+        ("int4", {"avx2", "avx512_f", "avx512_vnni"}, False),
+        ("fp32", {"avx2"}, False),
+        ("int8", {"asimd"}, False),
+        ("int8", set(), False),  # a system that does not tell
+    ],
+)
+def test_a_cpu_that_multiplies_what_is_quantised_in_float32(variant, flags, said, monkeypatch):
+    report = {"target": "openvino", "variant": variant, "logits": 0.0, "agreement": 1.0, "failures": []}
+    report |= {"tokens": {"greedy": 1.0, "beam": 1.0}, "megabytes": {"exported": 1.0, "pytorch_fp32": 4.0}}
+    report["seconds"] = {side: {"first_token": 0.1, "token": 0.01} for side in ("exported", "pytorch")}
+    monkeypatch.setattr("hf_encdec_distill.devices.cpu_flags", lambda: flags)
+    assert ("no VNNI" in _page({"openvino": report})) == said
+    assert "no VNNI" not in _page({"onnx": report | {"target": "onnx"}})
 
 
 def test_the_students_card_lists_what_is_exported_beside_it(trained_folder, tmp_path, capsys):

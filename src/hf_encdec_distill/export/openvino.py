@@ -268,7 +268,8 @@ class OpenVinoGraphs(Graphs):
         settings: of the device, over those that make a CPU compute and keep its states in fp32, which are the ones
             that parity is proven with; a precision of states that is written in the file stands. OpenVINO's own
             choices are faster and less exact: bfloat16 where the CPU has it, and 8 bits in states
-            (`KV_CACHE_PRECISION`).
+            (`KV_CACHE_PRECISION`). Of int8 and int4 a CPU with VNNI also rounds activations, unless
+            `DYNAMIC_QUANTIZATION_GROUP_SIZE` is 0.
     """
 
     def __init__(
