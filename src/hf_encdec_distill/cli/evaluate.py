@@ -86,33 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import numpy as np
-
     from ..cards import update_model_card
-    from ..cards.index import load_card
     from ..devices import device, working_dtype
     from ..evaluation.judge import Judge
     from ..metrics.measures import OF_TEACHER
-    from ..metrics.significance import mean
     from ..models.loading import load_teacher, load_tokenizer
 
-    check_at_least_one(args, "rows", "max_source_length", "max_target_length")
-    args.dataset = os.path.expanduser(args.dataset)
-    if len(set(args.models)) < len(args.models):
-        raise ValueError("a model is named twice: name each once")
-    taken = [name for name in (_BASELINE, "source", "reference") if name in args.models]
-    if taken:
-        raise ValueError(f"{taken[0]} is what a part of the result is called: name the folder as ./{taken[0]}")
-    alone = [name for name in args.metrics or () if name in OF_TEACHER and args.teacher is None]
-    if alone:
-        raise ValueError(f"--metrics {alone[0]} compares with a teacher: name one with --teacher")
-    if args.judge_template is not None and args.judge is None:
-        raise ValueError("--judge-template without --judge: name the model that is to rate answers, or leave it out")
-    cards = [name for name in args.models if args.update_card and (Path(name) / "README.md").is_file()]
-    if args.update_card and not cards:
-        raise ValueError(f"--update-card: there is no README.md in {', '.join(args.models)}; leave the option out")
-    for name in cards:
-        load_card(name)  # what cannot be updated is said before anything is measured
+    cards = _check(args)
     output = None if args.output is None else new_folder(args.output)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -138,26 +118,68 @@ def run(args: argparse.Namespace) -> None:
     del teacher
     if measured[args.models[0]]["texts"] is not None:
         measured[_BASELINE] = _measure_baseline(asked, pairs)
-    if judge is not None:
-        scores, of_digits = judge.rate({name: entry["texts"] for name, entry in measured.items()})
-        for name, entry in measured.items():
-            entry["sums"]["judge"] = mean(scores[name], np.ones(len(pairs)))
-
-    for name, entry in measured.items():
-        broken = [measure for measure, sums in entry["sums"].items() if not np.isfinite(sums.rows).all()]
-        if broken:
-            raise ValueError(
-                f"{broken[0]} of {name} is not a finite number on some rows: its weights or logits are not"
-            )
-    result = _compare(measured, len(pairs)) | _provenance(args, len(pairs))
-    if judge is not None:
-        judged = {"name": _model_name(args.judge), "template": judge.template, "probability_of_a_digit": of_digits}
-        result["judge"] = judged
+    judged = {} if judge is None else _rate(judge, args, measured)
+    _check_finite(measured)
+    result = _compare(measured, len(pairs)) | _provenance(args, len(pairs)) | judged
     if output is not None:
         _write(output, result, pairs, measured)
     for name in cards:
         update_model_card(name, result, name)
     say_result(args, result, _page(args, result))
+
+
+def _check(args: argparse.Namespace) -> list[str]:
+    """The models whose cards are to be updated.
+
+    Raises:
+        ValueError: options out of range or at odds, or a card that cannot be updated, before anything is measured.
+    """
+    from ..cards.index import load_card
+    from ..metrics.measures import OF_TEACHER
+
+    check_at_least_one(args, "rows", "max_source_length", "max_target_length")
+    args.dataset = os.path.expanduser(args.dataset)
+    if len(set(args.models)) < len(args.models):
+        raise ValueError("a model is named twice: name each once")
+    taken = [name for name in (_BASELINE, "source", "reference") if name in args.models]
+    if taken:
+        raise ValueError(f"{taken[0]} is what a part of the result is called: name the folder as ./{taken[0]}")
+    alone = [name for name in args.metrics or () if name in OF_TEACHER and args.teacher is None]
+    if alone:
+        raise ValueError(f"--metrics {alone[0]} compares with a teacher: name one with --teacher")
+    if args.judge_template is not None and args.judge is None:
+        raise ValueError("--judge-template without --judge: name the model that is to rate answers, or leave it out")
+    cards = [name for name in args.models if args.update_card and (Path(name) / "README.md").is_file()]
+    if args.update_card and not cards:
+        raise ValueError(f"--update-card: there is no README.md in {', '.join(args.models)}; leave the option out")
+    for name in cards:
+        load_card(name)
+    return cards
+
+
+def _rate(judge, args: argparse.Namespace, measured: Mapping[str, Mapping]) -> dict[str, Any]:
+    """Adds the judge's scores to those of each model; returns what `metrics.json` says of the judge."""
+    import numpy as np
+
+    from ..metrics.significance import mean
+
+    scores, of_digits = judge.rate({name: entry["texts"] for name, entry in measured.items()})
+    for name, entry in measured.items():
+        entry["sums"]["judge"] = mean(scores[name], np.ones(len(scores[name])))
+    return {
+        "judge": {"name": _model_name(args.judge), "template": judge.template, "probability_of_a_digit": of_digits}
+    }
+
+
+def _check_finite(measured: Mapping[str, Mapping]) -> None:
+    import numpy as np
+
+    for name, entry in measured.items():
+        for measure, sums in entry["sums"].items():
+            if not np.isfinite(sums.rows).all():
+                raise ValueError(
+                    f"{measure} of {name} is not a finite number on some rows: its weights or logits are not"
+                )
 
 
 def _measure(
