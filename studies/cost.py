@@ -159,8 +159,9 @@ def measure(name: str, work: Path) -> dict:
         def on_step_end(self, *_args, **_kwargs):
             if cuda:
                 torch.cuda.synchronize()
-            if len(ends) < STEPS:
-                ends.append(time.perf_counter())
+            if len(ends) == STEPS:  # the step that was counted; to enter once more would begin at 0
+                return
+            ends.append(time.perf_counter())
             if len(ends) == STEPS:
                 counter.__enter__()
 
@@ -295,8 +296,8 @@ def table(taken: dict[str, list[dict]]) -> str:
     """Markdown: medians over the rounds, and ratios within each round."""
     base = taken["cross-entropy alone"]
     lines = [
-        f"Batch {BATCH}, {len(base)} rounds; in brackets the least and the largest of them. Memory is the process's "
-        "peak.\n",
+        f"Batch {BATCH}, {len(base)} round{'s' * (len(base) > 1)}; in brackets least and largest. Memory is the "
+        "process's peak.\n",
         "| | parameters, M | seconds per step | against cross-entropy alone | examples/s | peak memory, GB | TFLOP | "
         "use of the machine, % |",
         "|---|---|---|---|---|---|---|---|",

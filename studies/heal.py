@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from tasks import MAX_SOURCE, MAX_TARGET, MEASURES, Task, load_task, remembering_teacher, rounded, table_line
+from tasks import MAX_SOURCE, MAX_TARGET, MEASURES, Task, load_task, picture, remembering_teacher, rounded, table_line
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -447,19 +447,21 @@ def _untrained(arm: Arm):
 
 
 def report(file: Path, latency_file: Path) -> None:
-    """Markdown with all arms, and a plot of quality against the time of a request, beside `file`."""
+    """Markdown with all arms and plots of quality against the time of a request, beside `file`."""
     results = json.loads(file.read_text(encoding="utf-8"))
     latency = json.loads(latency_file.read_text(encoding="utf-8")) if latency_file.exists() else None
-    file.with_suffix(".md").write_text(tables(results, latency), encoding="utf-8")
-    if latency is not None:
-        for shape in SHAPES:
-            plot_front(
-                _points(results, latency, shape, "teacher_agreement"),
-                file.with_name(f"{file.stem}-{shape.replace('/', '-')}.svg"),
-                across="request / teacher's request",
-                up="agreement with the teacher, %",
-                title=f"{shape.replace('/', ' tokens in, ')} out",
-            )
+    parts = [tables(results, latency)]
+    for shape in SHAPES if latency is not None else ():
+        stem, title = f"{file.stem}-{shape.replace('/', '-')}", f"{shape.replace('/', ' tokens in, ')} out"
+        plot_front(
+            _points(results, latency, shape, "teacher_agreement"),
+            file.with_name(f"{stem}.svg"),
+            across="request / teacher's request",
+            up="agreement with the teacher, %",
+            title=title,
+        )
+        parts.append(picture(stem, title))
+    file.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
 
 
 def _points(results: Mapping, latency: Mapping, shape: str, measure: str) -> dict[str, tuple[float, tuple]]:

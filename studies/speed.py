@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import DatasetDict
-from tasks import table_line
+from tasks import picture, table_line
 
 from hf_encdec_distill.bench import best_cpu_dtype, machine_description, plot_front
 from hf_encdec_distill.bench.contenders import Model, contenders
@@ -120,15 +120,19 @@ def main() -> None:
 
 def report_on(by_label: Mapping[str, Sequence[Run]], report: Mapping, output: Path) -> None:
     """Table and plots in the folder `output`."""
-    (output / "speed.md").write_text(tables(by_label, report), encoding="utf-8")
+    parts = [tables(by_label, report)]
     for request in REQUESTS:
+        stem = f"speed-{request.source}-{request.target}"
+        title = f"{request.source} tokens in, {request.target} out, llama.cpp, 8 bits"
         plot_front(
             points(by_label, report, request),
-            output / f"speed-{request.source}-{request.target}.svg",
+            output / f"{stem}.svg",
             across="request / teacher's request",
             up="ROUGE-L",
-            title=f"{request.source} tokens in, {request.target} out, llama.cpp, 8 bits",
+            title=title,
         )
+        parts.append(picture(stem, title))
+    (output / "speed.md").write_text("\n".join(parts), encoding="utf-8")
 
 
 def _scores(folder: Path, model) -> list[float]:

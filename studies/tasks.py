@@ -58,6 +58,12 @@ def table_line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def picture(stem: str, title: str) -> str:
+    """For Markdown, a plot that `plot_front` wrote: in the version for the reader's light or dark page."""
+    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{stem}-dark.svg">'
+    return f'<picture>{dark}<img alt="{title}" src="{stem}.svg"></picture>\n'
+
+
 def taken_before(file: Path, names: Iterable[str]) -> dict[str, list[dict]]:
     """What an interrupted study has measured of each name, none where there is no file yet."""
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -83,6 +89,11 @@ def load_task(name: str, work: Path) -> Task:
 
         short = {split: rows.filter(fits).shuffle(seed=0) for split, rows in pairs.items()}
         rest = short["train"].select(range(TRAIN_ROWS, len(short["train"])))
+        if not len(rest):
+            raise ValueError(
+                f"{name}: {len(short['train'])} short training rows, and the students take {TRAIN_ROWS}, which leaves "
+                "none for the teacher: install more packages here (docstrings), or take a fuller index (debian)"
+            )
         for_teacher = rest.select(range(min(TEACHER_STEPS * TEACHER_BATCH, len(rest))))
         limits = {"train": TRAIN_ROWS, "validation": 100, "test": TEST_ROWS}
         rows = {split: short[split].select(range(min(n, len(short[split])))) for split, n in limits.items()}

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,14 @@ from distillation_toys import write_teacher
 from PIL import Image
 from teacher_server import TeacherServer
 from toys import make_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+    Trainer,
+    TrainingArguments,
+)
 
 
 STUDIES = Path(__file__).parents[2] / "studies"
@@ -123,7 +131,9 @@ def test_heal(studies, toy_task, tmp_path, monkeypatch):
     main("--table")
     table = file.with_suffix(".md").read_text()
     assert "| decoder-only 2 |" in table and "8/3: first token, step, request" in table
-    assert (out / "docstrings-0.02-8-3-dark.svg").is_file()
+    for name in re.findall(r'(?:src|srcset)="(.*?)"', table):
+        assert (out / name).is_file()
+    assert 'srcset="docstrings-0.02-8-3-dark.svg"' in table
 
 
 def test_cost_table(studies):
@@ -135,6 +145,29 @@ def test_cost_table(studies):
 
     table = cost.table({"cross-entropy alone": [run(1.0), run(2.0)], "live teacher": [run(1.5), run(4.0)]})
     assert "| live teacher | 5.0 | 2.75 [1.50, 4.00] | 1.75 [1.50, 2.00] | 2.91 | 2.00 | 1.20 | 28 |" in table
+
+
+def test_the_flops_of_one_step_are_counted(studies, toy_task, tmp_path, monkeypatch):
+    import cost
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(16, 4)
+
+        def forward(self, x):
+            return {"loss": self.layer(x).sum()}
+
+    def trainer(name, task, rows, tokenizer, shared, causal):
+        return Trainer(Model(), TrainingArguments(**shared), train_dataset=[{"x": torch.ones(16)}] * 80)
+
+    monkeypatch.setattr(cost, "load_task", lambda *_: toy_task)
+    monkeypatch.setattr(cost, "_rows", lambda *_: None)
+    monkeypatch.setattr(cost, "_our_trainer", trainer)
+    measured = cost.measure("live teacher", tmp_path)
+    product = 2 * cost.BATCH * 16 * 4
+    assert measured["flops"] == 2 * product  # forward, and the gradient of the weights; the input needs none
+    assert measured["parameters"] == 68 and measured["seconds"] > 0
 
 
 def test_speed_table(studies):
