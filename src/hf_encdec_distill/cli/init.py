@@ -82,9 +82,9 @@ _HELP = {
     "encoder_pooling_layer": "the first encoder layer that sees the pooled positions (default: the one half way up)",
     "encoder_sliding_window": "tokens that two of three encoder layers attend to: of each three the first attends to "
     "all (default: all do)",
-    "layer_selection": "which layers to keep: influence (the default: those that change their input most), "
-    "induction (likewise, after those that copy from the prompt), least_squares (those that a linear fit joins best), "
-    "greedy, even or first",
+    "layer_selection": "which layers to keep: influence (the default: the first two, the last and those that change "
+    "their input most), induction (likewise, after those that copy from the prompt), least_squares (those that a "
+    "linear fit joins best), greedy, even or first",
     "heal_rows": "training rows on which the layers that are kept are fitted to the teacher (default: "
     f"{Shape.heal_rows}; 0: no fit)",
     "vocabulary": "most tokens of the student's vocabulary: those most frequent in the training rows. It is then "

@@ -32,7 +32,8 @@ _HELP = {
     "dataset": f"{DATASETS} (default: Python functions and their docstrings)",
     "source_column": "column that the student reads",
     "target_column": "column that it learns to write",
-    "prompt_template": "the teacher's prompt, with {source} in it; it must end in fixed text",
+    "prompt_template": "the teacher's prompt, with {source} in it; it must end in fixed text (default: the source, an "
+    "empty line and 'Answer:', and of the built-in task its own)",
     "encoder_layers": "number of encoder layers",
     "decoder_layers": "number of decoder layers",
     "vocabulary": "most tokens of the vocabulary: those most frequent in the training rows; 0: the teacher's own",
