@@ -115,8 +115,8 @@ def from_decoder_only(
             encoder layer.
         budget ([`~hf_encdec_distill.models.rope_encdec.budget.Budget`], *optional*): A request, and how many times
             faster than the teacher the student has to answer it, instead of numbers of layers. Of the splits that are
-            fast enough, the three with the best layers by `"least_squares"` are tried, with these layers and with those
-            of most influence, and the student nearest to the teacher on held-out calibration rows is taken.
+            fast enough, the three with the best layers by `"least_squares"` are tried, with these layers and with
+            those of most influence, and the student nearest to the teacher on held-out calibration rows is taken.
         heal (`str`, *optional*): `"least_squares"` fits the layers that are kept to the teacher's states on the
             calibration rows ([`~hf_encdec_distill.models.rope_encdec.least_squares.fit_encoder_decoder`]), with one
             pass of the teacher and no gradient. A fifth of the rows, 64 at most, is held out; where the fitted student
