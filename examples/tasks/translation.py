@@ -6,7 +6,7 @@ or, of a dataset on the Hub with the column `translation`, a dict of languages:
 
     python examples/tasks/translation.py data/translation.jsonl --dataset Helsinki-NLP/opus_books --config de-en
 
-Without one, the pairs are read out of the gettext catalogues (.mo) of the Python packages that are installed and of
+Without one, the pairs are read from the gettext catalogues (.mo) of the Python packages that are installed and of
 the system, /usr/share/locale; --catalogues names other folders. Into German, the wheels of django, django-allauth and
 sphinx have 600, a Debian with GTK and PostgreSQL has 14,000. Needs Babel: pip install babel.
 """
