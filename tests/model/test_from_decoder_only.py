@@ -22,6 +22,7 @@ from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGenerati
 from hf_encdec_distill.models import SUPPORTED_FAMILIES
 from hf_encdec_distill.models.decoder_only import prune_decoder_only
 from hf_encdec_distill.models.prompts import encode_prompt
+from hf_encdec_distill.models.rope_encdec.compat_rope_encdec import ROPE_LIVES_IN_ONE_DICT
 
 
 DEPTH, VOCAB = 4, 280
@@ -106,6 +107,18 @@ def test_merged_at_full_depth_is_the_teacher(family, tied):
                 cache, steps = out.past_key_values, [*steps, out.logits]
         torch.testing.assert_close(whole.logits, expected, atol=1e-4, rtol=0)
         torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not ROPE_LIVES_IN_ONE_DICT, reason="transformers 4.57 does not run such a teacher")
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"phi3"}))
+def test_a_rotary_factor_that_the_teacher_does_not_read_is_not_taken_over(family):
+    rope = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    teacher = make_teacher(family, rope_parameters=rope)
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(teacher)
+    ids, mask, prompts, targets = ragged("right")
+    with torch.no_grad():
+        ours = student(input_ids=ids, attention_mask=mask, decoder_input_ids=targets).logits
+    torch.testing.assert_close(ours, teacher_logits(teacher, prompts, targets), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

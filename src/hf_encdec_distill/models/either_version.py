@@ -68,8 +68,10 @@ def rope_parameters(config) -> dict:
             parameters["original_max_position_embeddings"] = config.original_max_position_embeddings
     older = parameters.pop("type", "default")
     parameters.setdefault("rope_type", older)
-    if parameters.get("partial_rotary_factor") == 1.0:
-        del parameters["partial_rotary_factor"]
+    # Of the families Phi-3 alone reads it of the plain RoPE (v5.24.0); 4.57 does not run others that have one.
+    is_unread = ROPE_LIVES_IN_ONE_DICT and config.model_type in set(SUPPORTED_FAMILIES) - {"phi3"}
+    if parameters.get("partial_rotary_factor") == 1.0 or (is_unread and parameters["rope_type"] == "default"):
+        parameters.pop("partial_rotary_factor", None)
     return parameters
 
 
