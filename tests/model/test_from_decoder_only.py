@@ -402,6 +402,14 @@ def test_a_sliding_window_bounds_where_the_student_is_exact(caplog):
     assert "sliding window of 8" in caplog.text
 
 
+def test_a_sliding_window_is_told_of_where_rope_is_scaled_by_the_positions(caplog):
+    scaled = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0, "original_max_position_embeddings": 512}
+    theirs = {"rope_parameters": scaled} if ROPE_LIVES_IN_ONE_DICT else {"rope_scaling": scaled, "rope_theta": 500.0}
+    teacher = make_teacher("mistral", head_dim=8, sliding_window=8, **theirs)
+    assert RopeEncDecForConditionalGeneration.from_decoder_only(teacher).config.max_position_embeddings == 2048
+    assert "sliding window of 8" in caplog.text and "keep prompt and target together within it" in caplog.text
+
+
 def test_a_window_that_no_layer_slides_in_bounds_nothing(caplog):
     """Qwen2 slides in layers from `max_window_layers` on, and has 28 of those by default."""
     for layers, positions in ((28, 2048), (DEPTH - 1, 8)):

@@ -82,14 +82,17 @@ def student_config(config, encoder_layers, decoder_layers, cross_attention, **fi
 def _max_positions(config) -> int:
     """Positions up to which the student is the teacher: within a sliding window, attention is full."""
     window = sliding_window_of(config)
-    if window is not None and rope_parameters(config).get("rope_type", "default") == "default":
-        logger.warning(
-            "The teacher attends within a sliding window of %d tokens, the student to all of them: it is exact up to "
-            "that length, which becomes its max_position_embeddings.",
-            window,
-        )
-        return window
-    return config.max_position_embeddings
+    if window is None:
+        return config.max_position_embeddings
+    # RoPE of other types is scaled by it.
+    becomes = rope_parameters(config).get("rope_type", "default") == "default"
+    logger.warning(
+        "The teacher attends within a sliding window of %d tokens, the student to all of them: it is exact up to "
+        "that length%s.",
+        window,
+        ", which becomes its max_position_embeddings" if becomes else ": keep prompt and target together within it",
+    )
+    return window if becomes else config.max_position_embeddings
 
 
 def load_layers(model_class, config, teacher, encoder_layers, decoder_layers, share_memory):
