@@ -13,14 +13,16 @@ from huggingface_hub import ModelCard
 from rouge_score.rouge_scorer import RougeScorer
 from test_cli import one_line_error
 from tokenizer_toys import wordpiece
+from tokenizers import pre_tokenizers
 from toys import make_config
-from transformers import AutoTokenizer, T5Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config
 
 from hf_encdec_distill.cli import evaluate
 from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.distillation.checks.limits import check_rows
 from hf_encdec_distill.metrics import METRICS
 from hf_encdec_distill.metrics.texts import f1
+from hf_encdec_distill.models.either_version import save_teacher
 
 
 def test_evaluate_agrees_with_the_teachers_own_loss(student_folder, teacher_folder, data_arguments, capsys):
@@ -67,6 +69,28 @@ def test_evaluate_agrees_with_the_teachers_own_loss(student_folder, teacher_fold
     assert main(["evaluate", names[0], *options[:-2]]) == 0  # alone, and without a teacher
     assert "minus" not in capsys.readouterr().out
     assert "named twice" in one_line_error(capsys, "evaluate", names[0], names[0], *options)
+
+
+def test_a_student_whose_tokenizer_cannot_hold_the_prompt_is_measured_on_it(
+    make_bpe_tokenizer, data_arguments, tmp_path, capsys
+):
+    """Of full depth, and so with the teacher's cross-entropy; its tokenizer puts a space in front of a source."""
+    tokenizer = make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    save_teacher(
+        AutoModelForCausalLM.from_pretrained(write_teacher(tmp_path / "bare", tokenizer)), tokenizer, tmp_path / "of"
+    )
+    names = [str(tmp_path / name) for name in ("student", "of")]
+    template = ["--prompt-template", TEMPLATE]
+    assert main(["init", names[1], "--output", names[0], *template, *data_arguments]) == 0
+    capsys.readouterr()
+    options = ["--rows", "6", "--max-target-length", "8", "--metrics", "ce", *data_arguments]
+    assert main(["evaluate", *names, *options, *template, "--json"]) == 0
+    models = json.loads(capsys.readouterr().out)["models"]
+    student, teacher = (models[name] for name in names)
+    assert student["ce"]["value"] == pytest.approx(teacher["ce"]["value"], abs=0.05)
+    assert main(["evaluate", *names, *options]) == 2
+    assert "cannot hold its prompt, which ends in" in capsys.readouterr().err
 
 
 def test_evaluate_measures_what_it_is_asked_for(student_folder, teacher_folder, data_arguments, tmp_path, capsys):

@@ -87,6 +87,8 @@ class Reader:
         day = getattr(self.config, "prompt_date", None)
         [row] = encode_rows([pair], self.teacher_tokenizer or self.tokenizer, self.prompt_template, most, 0, day)
         of_teacher = row["prompt"]
+        if self.mismatch:
+            [row] = encode_rows([pair], self.tokenizer, self.prompt_template, most, 0, day)
         read_by_encoder([row], self.tokenizer, self.config, most)
         prompt = of_teacher if self.mismatch else row["prompt"]
         return Question(prompt, row["inputs"], uncut)

@@ -21,7 +21,7 @@ from ..distillation.losses import cross_entropy
 from ..distillation.teachers.targets import end_tokens, generate_tokens
 from ..metrics.measures import OF_TEACHER
 from ..models.families import is_merged
-from ..models.prompts import encode_prompt, no_room
+from ..models.prompts import encode_prompt, lacks_prompt, no_room
 from .fidelity import calibration_gaps, token_calibration, token_fidelity
 
 
@@ -66,15 +66,26 @@ def encode_rows(
     return rows
 
 
-def read_by_encoder(rows: Iterable[dict], tokenizer, config, max_prompt: int) -> None:
+def read_by_encoder(rows: Sequence[dict], tokenizer, config, max_prompt: int) -> None:
     """Put what an encoder-decoder reads by its own `tokenizer` into rows of `encode_rows`.
 
-    A merged student has the prompt template in its tokenizer: a decoder-only model reads what it reads.
+    A merged student has the prompt template in its tokenizer: a decoder-only model reads what it reads. Where that
+    cannot hold the template, the rows have its prompts already.
 
     Raises:
-        ValueError: `max_prompt` leaves no token for the source.
+        ValueError: `max_prompt` leaves no token for the source, or the rows have other prompts than the student, whose
+            tokenizer cannot hold its own.
     """
     merged = is_merged(config)
+    if lacks_prompt(tokenizer, config):
+        start = config.decoder_start_token_id
+        if any(row["prompt"][-1:] != [start] for row in rows):
+            raise ValueError(
+                f"the student's tokenizer cannot hold its prompt, which ends in {tokenizer.decode([start])!r}, and "
+                f"{tokenizer.decode(rows[0]['prompt'])!r:.100} is another one: give the prompt template that it was "
+                "made with (--prompt-template), or the teacher whose chat template it was (--teacher)"
+            )
+        return
     length = max_prompt - merged  # the start token is one of the prompt's
     around = len(tokenizer("")["input_ids"])
     if length <= around:

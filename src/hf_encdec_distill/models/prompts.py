@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from ..files import one_line
+from .families import is_merged
 
 
 logger = logging.getLogger(__name__)
@@ -256,6 +257,18 @@ def reads_bare_source(tokenizer) -> bool:
     """Whether it encodes a text with nothing around it but BOS: no prompt template is built in."""
     bare = tokenizer(_PROBES[0], add_special_tokens=False)["input_ids"]
     return tokenizer(_PROBES[0])["input_ids"] in (bare, [tokenizer.bos_token_id, *bare])
+
+
+def lacks_prompt(tokenizer, config) -> bool:
+    """Whether a merged student was made with a prompt that its tokenizer cannot hold, and reads the source alone.
+
+    Its `config` names the last token of that prompt, or BOS or EOS where there was none.
+    """
+    eos = config.eos_token_id
+    starts_a_text = config.decoder_start_token_id in (config.bos_token_id, *(eos if isinstance(eos, list) else [eos]))
+    if not is_merged(config) or starts_a_text or not reads_bare_source(tokenizer):
+        return False
+    return _around_source(tokenizer, f"{PLACEHOLDER}\n#") is None
 
 
 def in_a_class_of_both_versions(tokenizer):
