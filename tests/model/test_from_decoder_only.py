@@ -21,8 +21,11 @@ from vision_toys import make_seeing_teacher
 from hf_encdec_distill import RopeEncDecConfig, RopeEncDecForConditionalGeneration
 from hf_encdec_distill.models import SUPPORTED_FAMILIES
 from hf_encdec_distill.models.decoder_only import prune_decoder_only
+from hf_encdec_distill.models.either_version import save_teacher
+from hf_encdec_distill.models.loading import load_tokenizer
 from hf_encdec_distill.models.prompts import encode_prompt
 from hf_encdec_distill.models.rope_encdec.compat_rope_encdec import ROPE_LIVES_IN_ONE_DICT
+from hf_encdec_distill.models.vocabulary import trim_tokenizer, trim_vocabulary
 
 
 DEPTH, VOCAB = 4, 280
@@ -348,6 +351,25 @@ def test_tokenizer_generation_config_and_special_tokens_come_along(make_bpe_toke
     assert loaded.generation_config.decoder_start_token_id == prompt[-1]
     ours = loaded.generate(**inputs, max_new_tokens=5, do_sample=False)
     assert torch.equal(ours, student.generate(**inputs, max_new_tokens=5, do_sample=False))
+
+
+def test_a_pad_token_without_an_embedding_is_not_taken(make_bpe_tokenizer, tmp_path):
+    """As where [PAD] was added to a tokenizer, and the model not resized."""
+    tokenizer = make_bpe_tokenizer()
+    teacher = make_teacher(vocab_size=len(tokenizer))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    save_teacher(teacher, tokenizer, tmp_path)
+    assert load_tokenizer(tmp_path).pad_token == "<|endoftext|>"
+    student = RopeEncDecForConditionalGeneration.from_decoder_only(teacher, tokenizer=tokenizer)
+    assert student.tokenizer.pad_token == "<|endoftext|>"
+    assert student.config.pad_token_id == student.generation_config.pad_token_id == student.tokenizer.pad_token_id
+    rows = ["a", "def add(a, b):"]
+    batch = student.tokenizer(rows, padding=True, return_tensors="pt")
+    answers = student.generate(**batch, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    alone = student.generate(**student.tokenizer(rows[:1], return_tensors="pt"), max_new_tokens=3, eos_token_id=None)
+    assert answers[0].tolist() == alone[0].tolist()
+    with pytest.raises(ValueError, match=rf"'\[PAD\]', and its model has embeddings for 0 to {len(tokenizer) - 2}:"):
+        trim_vocabulary(teacher, tokenizer, trim_tokenizer(tokenizer, rows))
 
 
 def test_any_field_of_the_config_may_be_given():

@@ -33,6 +33,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..files import check_own_files, named_inside, one_line, read_json, what_it_is
 from .either_version import check_rope_is_read, tokenizer_mend
 from .families import STUDENTS
+from .prompts import distinct_pad_token
 
 
 _CONFIG, _ADAPTER, _TOKENIZER_CONFIG = "config.json", "adapter_config.json", "tokenizer_config.json"
@@ -60,7 +61,8 @@ def load_config(name: str | os.PathLike) -> transformers.PretrainedConfig:
 def load_tokenizer(
     name: str | os.PathLike, cls: type[AutoTokenizer] | type[transformers.PreTrainedTokenizerBase] = AutoTokenizer
 ):
-    """
+    """It pads with a token for which the model beside it has an embedding.
+
     Args:
         cls: an auto class or the class of a tokenizer.
 
@@ -70,7 +72,12 @@ def load_tokenizer(
     """
     _check_saved(name, "tokenizer", _TOKENIZERS)
     with _reading(name, "a tokenizer", _check_tokenizer):
-        return cls.from_pretrained(name, trust_remote_code=False)
+        tokenizer = cls.from_pretrained(name, trust_remote_code=False)
+    config = find(name) / _CONFIG
+    size = read_json(config).get("vocab_size") if config.is_file() else None
+    if isinstance(size, int) and tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= size:
+        tokenizer.pad_token = distinct_pad_token(tokenizer, size)
+    return tokenizer
 
 
 def load_generation_config(name: str | os.PathLike) -> GenerationConfig:

@@ -143,15 +143,20 @@ def frozen_prompt_date(tokenizer, prompt_template=None, prompt_date=None) -> str
     return None if first == other else day.isoformat()
 
 
-def distinct_pad_token(tokenizer) -> str | None:
-    """A pad token that is not an end of sequence, where the vocabulary has one; else the tokenizer's own."""
-    if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
-        return tokenizer.pad_token
-    vocabulary = tokenizer.get_vocab()
+def distinct_pad_token(tokenizer, vocab_size=None) -> str | None:
+    """A pad token that is not an end of sequence, where the vocabulary has one; else the tokenizer's own.
+
+    With `vocab_size`, that of a model, one for which it has an embedding: tokens that were added to a tokenizer alone
+    have none.
+    """
+    vocabulary = {token: i for token, i in tokenizer.get_vocab().items() if vocab_size is None or i < vocab_size}
+    own = tokenizer.pad_token if tokenizer.pad_token in vocabulary else None
+    if own is not None and own != tokenizer.eos_token:
+        return own
     for token in _PAD_CANDIDATES:
         if token in vocabulary and token not in (tokenizer.eos_token, tokenizer.bos_token):
             return token
-    return tokenizer.pad_token or tokenizer.eos_token
+    return own or tokenizer.eos_token
 
 
 def with_pad_token(tokenizer):
@@ -164,7 +169,7 @@ def with_pad_token(tokenizer):
 
 
 def student_tokenizer(
-    tokenizer, prompt_template=None, cross_attention="merged", prompt_date=None
+    tokenizer, prompt_template=None, cross_attention="merged", prompt_date=None, vocab_size=None
 ) -> PreTrainedTokenizerFast:
     """The student's tokenizer: the teacher's vocabulary, a pad token of its own, padding on the right.
 
@@ -178,6 +183,7 @@ def student_tokenizer(
         prompt_template (`str`, *optional*): As in [`encode_prompt`].
         cross_attention (`"merged"` or `"separate"`): Kind of the student; a `separate` one reads the bare source.
         prompt_date (`str`, *optional*): As in [`render_prompt`].
+        vocab_size (`int`, *optional*): As in [`distinct_pad_token`].
 
     Raises:
         ValueError: if the tokenizer is not a fast one.
@@ -188,7 +194,7 @@ def student_tokenizer(
             "AutoTokenizer.from_pretrained(...), use_fast=True."
         )
     special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
-    special["pad_token"] = distinct_pad_token(tokenizer)
+    special["pad_token"] = distinct_pad_token(tokenizer, vocab_size)
 
     def wrap(backend):
         return _around(

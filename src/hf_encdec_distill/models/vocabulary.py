@@ -138,8 +138,8 @@ def trim_vocabulary(model, tokenizer, trimmed) -> None:
             `trim_tokenizer` makes.
 
     Raises:
-        ValueError: `trimmed` has tokens that `tokenizer` lacks, or lacks the one from which the student's decoder
-            starts.
+        ValueError: `trimmed` has tokens that `tokenizer` or the model's embedding lacks, or lacks the one from which
+            the student's decoder starts.
     """
     their_ids = same_tokens(trimmed, tokenizer)
     size = 1 + max(trimmed.get_vocab().values())
@@ -158,6 +158,13 @@ def trim_vocabulary(model, tokenizer, trimmed) -> None:
         )
     rows = torch.tensor([their_ids[i] for i in range(size)], device=model.device)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    beyond = [theirs for theirs in rows.tolist() if theirs >= len(embedding.weight)]
+    if beyond:
+        raise ValueError(
+            f"the tokenizer has the token {beyond[0]}, {tokenizer.convert_ids_to_tokens(beyond[0])!r}, and its model "
+            f"has embeddings for 0 to {len(embedding.weight) - 1}: take the tokenizer that the model was trained "
+            "with, or add rows with model.resize_token_embeddings and train them."
+        )
     for layer in (embedding, head):
         layer.weight = torch.nn.Parameter(layer.weight[rows])
     embedding.num_embeddings = head.out_features = model.config.vocab_size = size

@@ -287,7 +287,8 @@ def from_decoder_only(
         trim_vocabulary(student, tokenizer, trimmed_tokenizer)
         tokenizer = trimmed_tokenizer
     if tokenizer is not None and getattr(tokenizer, "is_fast", False):
-        student.tokenizer = student_tokenizer(tokenizer, prompt_template, cross_attention, prompt_date)
+        size = student.config.vocab_size
+        student.tokenizer = student_tokenizer(tokenizer, prompt_template, cross_attention, prompt_date, size)
     if prompt_date is not None:
         student.config.prompt_date = prompt_date
     return student.eval()
@@ -390,7 +391,8 @@ def _special_tokens(teacher, tokenizer, prompt_template, given) -> dict:
     bos, pad, start = config.bos_token_id, config.pad_token_id, None
     if tokenizer is not None:
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else bos
-        pad = tokenizer.convert_tokens_to_ids(distinct_pad_token(tokenizer)) if tokenizer.eos_token else pad
+        own_pad = distinct_pad_token(tokenizer, config.vocab_size) if tokenizer.eos_token else None
+        pad = pad if own_pad is None else tokenizer.convert_tokens_to_ids(own_pad)
         start = prompt_start_token_id(tokenizer, prompt_template)
     first_eos = eos[0] if isinstance(eos, list) else eos
     if start is None:
