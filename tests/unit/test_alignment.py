@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from distillation_toys import make_t5, make_teacher, spread
 from tokenizer_toys import renumbered, wordpiece
+from tokenizers import pre_tokenizers
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hf_encdec_distill.distillation.alignment.positions import (
@@ -308,6 +309,14 @@ def test_tokens_that_are_written_the_same(make_bpe_tokenizer):
     assert [pairs[i] for i in small(text)["input_ids"]] == tokenizer(text)["input_ids"]
     with pytest.raises(ValueError, match="WordPiece.*ByteLevel"):
         same_tokens(wordpiece(), tokenizer)
+
+
+def test_a_trimmed_tokenizer_puts_a_space_in_front_of_a_text_as_the_other_does(make_bpe_tokenizer):
+    tokenizer = make_bpe_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    small = trim_tokenizer(tokenizer, ["Return the sum"])
+    assert small.tokenize("Return the sum") == tokenizer.tokenize("Return the sum")
+    assert tokenizer.tokenize("Return the sum")[0].startswith("\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}")
 
 
 def test_a_vocabulary_of_a_given_size(make_bpe_tokenizer):

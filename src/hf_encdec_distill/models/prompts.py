@@ -197,7 +197,7 @@ def student_tokenizer(
     special["pad_token"] = distinct_pad_token(tokenizer, vocab_size)
 
     def wrap(backend):
-        return _around(
+        return tokenizer_around(
             backend,
             tokenizer,
             special,
@@ -286,7 +286,7 @@ def in_a_class_of_both_versions(tokenizer):
     if not getattr(tokenizer, "is_fast", False):
         return tokenizer
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
-    return _around(
+    return tokenizer_around(
         _backend_of(tokenizer),
         tokenizer,
         special,
@@ -304,7 +304,7 @@ def _backend_of(tokenizer) -> Tokenizer:
     return backend
 
 
-def _around(backend, tokenizer, special, **options) -> PreTrainedTokenizerFast:
+def tokenizer_around(backend, tokenizer, special, **options) -> PreTrainedTokenizerFast:
     """`backend` with the special tokens `special`, by name, and all else of `tokenizer` that `options` leave open."""
     pre_tokenizer = json.loads(backend.to_str())["pre_tokenizer"] or {}
     if "add_prefix_space" in pre_tokenizer:  # transformers < 5.0 would set it to False

@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 from tokenizers import Tokenizer
 
-from .prompts import PreTrainedTokenizerFast, distinct_pad_token, render_prompt
+from .prompts import distinct_pad_token, render_prompt, tokenizer_around
 
 
 # An end of text or a beginning may be spelt in two ways and still be the same event.
@@ -105,13 +105,13 @@ def trim_tokenizer(tokenizer, texts, size=None):
     for step in _steps(spec["post_processor"], "processors"):
         for special in step.get("special_tokens", {}).values() if step["type"] == "TemplateProcessing" else ():
             special["ids"] = [ids[token] for token in special["tokens"]]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
+    return tokenizer_around(
+        Tokenizer.from_str(json.dumps(spec)),
+        tokenizer,
+        {name: getattr(tokenizer, name) for name in _SPECIAL},
         chat_template=tokenizer.chat_template,
-        model_max_length=tokenizer.model_max_length,
         padding_side=tokenizer.padding_side,
         clean_up_tokenization_spaces=False,
-        **{name: getattr(tokenizer, name) for name in _SPECIAL if getattr(tokenizer, name) is not None},
     )
 
 
