@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from distillation_toys import make_t5, make_teacher, spread
 from tokenizer_toys import renumbered, wordpiece
-from tokenizers import pre_tokenizers
+from tokenizers import pre_tokenizers, processors
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hf_encdec_distill.distillation.alignment.positions import (
@@ -317,6 +317,15 @@ def test_a_trimmed_tokenizer_puts_a_space_in_front_of_a_text_as_the_other_does(m
     small = trim_tokenizer(tokenizer, ["Return the sum"])
     assert small.tokenize("Return the sum") == tokenizer.tokenize("Return the sum")
     assert tokenizer.tokenize("Return the sum")[0].startswith("\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}")
+
+
+def test_a_trimmed_tokenizer_puts_the_same_tokens_around_a_text(make_bpe_tokenizer):
+    tokenizer = renumbered(make_bpe_tokenizer(), range(279, -1, -1))  # special tokens last
+    around = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|im_end|>", "<s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.RobertaProcessing(*around)
+    small = trim_tokenizer(tokenizer, ["Return"])
+    tokens = [one.convert_ids_to_tokens(one("Return")["input_ids"]) for one in (small, tokenizer)]
+    assert tokens[0] == tokens[1] == ["<s>", *tokenizer.tokenize("Return"), "<|im_end|>"]
 
 
 def test_a_vocabulary_of_a_given_size(make_bpe_tokenizer):

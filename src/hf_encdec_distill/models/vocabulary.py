@@ -105,6 +105,8 @@ def trim_tokenizer(tokenizer, texts, size=None):
     for step in _steps(spec["post_processor"], "processors"):
         for special in step.get("special_tokens", {}).values() if step["type"] == "TemplateProcessing" else ():
             special["ids"] = [ids[token] for token in special["tokens"]]
+        for role in {"sep", "cls"} & step.keys():  # of RobertaProcessing and BertProcessing
+            step[role][1] = ids[step[role][0]]
     return tokenizer_around(
         Tokenizer.from_str(json.dumps(spec)),
         tokenizer,
