@@ -4,7 +4,7 @@ import json
 
 import pytest
 from tokenizer_toys import merging_blanks
-from tokenizers import pre_tokenizers
+from tokenizers import pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from hf_encdec_distill.distillation import DistillationCollator
@@ -186,6 +186,28 @@ def test_a_prompt_that_names_no_day_has_none(make_bpe_tokenizer):
 def test_a_separate_student_reads_the_bare_source(make_bpe_tokenizer):
     teacher = make_bpe_tokenizer()
     assert student_tokenizer(teacher, TEMPLATE, "separate")(SOURCE)["input_ids"] == teacher(SOURCE)["input_ids"]
+
+
+@pytest.mark.parametrize("add_prefix_space", [False, True])
+@pytest.mark.parametrize("begin", ["<s> ", ""])
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_what_a_tokenizer_puts_behind_a_text_is_not_in_a_prompt(
+    make_bpe_tokenizer, template, begin, add_prefix_space, tmp_path
+):
+    """Nor in what a merged student reads, with a template in its tokenizer, with one that it cannot hold, or none."""
+    teacher = make_bpe_tokenizer(chat_template=None)
+    backend = teacher.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    special = [(token, teacher.convert_tokens_to_ids(token)) for token in ("<s>", "<|im_end|>")]
+    backend.post_processor = processors.TemplateProcessing(single=f"{begin}$A <|im_end|>", special_tokens=special)
+    student_tokenizer(teacher, template).save_pretrained(tmp_path)
+    student = AutoTokenizer.from_pretrained(tmp_path)
+    bos = [teacher.bos_token_id] if begin else []
+    bare = [*bos, *teacher(SOURCE, add_special_tokens=False)["input_ids"]]
+    prompt = encode_prompt(teacher, SOURCE, template)
+    cannot_hold = template is not None and add_prefix_space
+    assert student(SOURCE)["input_ids"] == (bare if cannot_hold or template is None else prompt[:-1])
+    assert teacher.eos_token_id not in prompt and (template is not None or prompt == bare)
 
 
 BLANKS = [SOURCE, "x", "x ", "x \n", " x", "\n\n x\t", " ", ""]

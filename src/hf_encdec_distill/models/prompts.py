@@ -207,6 +207,9 @@ def student_tokenizer(
         )
 
     backend = _backend_of(tokenizer)
+    if cross_attention == "merged" and not reads_bare_source(tokenizer):
+        # It puts EOS or [SEP] behind a text, and a teacher's prompt goes on.
+        _put_around(backend, tokenizer, encode_rendered(tokenizer, ""), [])
     if cross_attention != "merged" or (prompt_template is None and not tokenizer.chat_template):
         return wrap(backend)
 
@@ -227,7 +230,12 @@ def student_tokenizer(
                 "line breaks around {source} the teacher reads the tokens that it knows."
             )
             break
-    prefix, suffix = parts[0], parts[1][:-1]
+    _put_around(backend, tokenizer, parts[0], parts[1][:-1])
+    return wrap(backend)
+
+
+def _put_around(backend, tokenizer, prefix, suffix) -> None:
+    """Have `backend` put these ids of `tokenizer` around a text, and no others."""
     pieces = [("<prompt_prefix>", prefix), ("<prompt_suffix>", suffix)]
     backend.post_processor = TemplateProcessing(
         single=[*(["<prompt_prefix>"] if prefix else []), "$A", *(["<prompt_suffix>"] if suffix else [])],
@@ -235,7 +243,6 @@ def student_tokenizer(
             {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)} for name, ids in pieces if ids
         ],
     )
-    return wrap(backend)
 
 
 def with_prompt_as_chat_template(tokenizer, prompt_template=None):
