@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config
 
 from hf_encdec_distill.cli import evaluate
 from hf_encdec_distill.cli.main import main
+from hf_encdec_distill.cli.serve import load_service
 from hf_encdec_distill.distillation.checks.limits import check_rows
 from hf_encdec_distill.metrics import METRICS
 from hf_encdec_distill.metrics.texts import f1
@@ -72,7 +73,7 @@ def test_evaluate_agrees_with_the_teachers_own_loss(student_folder, teacher_fold
 
 
 def test_a_student_whose_tokenizer_cannot_hold_the_prompt_is_measured_on_it(
-    make_bpe_tokenizer, data_arguments, tmp_path, capsys
+    make_bpe_tokenizer, data_arguments, tmp_path, capsys, caplog
 ):
     """Of full depth, and so with the teacher's cross-entropy; its tokenizer puts a space in front of a source."""
     tokenizer = make_bpe_tokenizer(chat_template=None, pad_token="<|endoftext|>")
@@ -91,6 +92,10 @@ def test_a_student_whose_tokenizer_cannot_hold_the_prompt_is_measured_on_it(
     assert student["ce"]["value"] == pytest.approx(teacher["ce"]["value"], abs=0.05)
     assert main(["evaluate", *names, *options]) == 2
     assert "cannot hold its prompt, which ends in" in capsys.readouterr().err
+    for ask in (lambda: main(["generate", names[0], "a", "--max-new-tokens", "1"]), lambda: load_service(names[0], 1)):
+        caplog.clear()
+        ask()
+        assert f"The tokenizer of {names[0]} cannot hold the prompt" in caplog.text
 
 
 def test_evaluate_measures_what_it_is_asked_for(student_folder, teacher_folder, data_arguments, tmp_path, capsys):

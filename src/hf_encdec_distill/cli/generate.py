@@ -84,7 +84,7 @@ def _with_transformers(args: argparse.Namespace) -> Answering:
     import torch
 
     from ..models.loading import load_config, load_processor, load_tokenizer, reads_images
-    from ..models.prompts import encode_prompt
+    from ..models.prompts import encode_prompt, warn_of_lacking_prompt
 
     config = load_config(args.model)
     if args.image and not reads_images(config):
@@ -100,6 +100,7 @@ def _with_transformers(args: argparse.Namespace) -> Answering:
     elif processor is not None:
         prompts = _with_images(processor, args)
     else:
+        warn_of_lacking_prompt(args.model, tokenizer, config)
         prompts = [{"input_ids": tokenizer(text)["input_ids"]} for text in args.texts]
 
     def answer(prompt: Prompt) -> str:

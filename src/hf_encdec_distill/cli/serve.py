@@ -164,6 +164,7 @@ def load_service(name: str, most: int) -> Service:
         ValueError: it is a decoder-only model.
     """
     from ..models.loading import load_config, load_tokenizer
+    from ..models.prompts import warn_of_lacking_prompt
     from .generate import load_answering
 
     config = load_config(name)
@@ -172,7 +173,9 @@ def load_service(name: str, most: int) -> Service:
             f"{name} is a decoder-only model ({config.model_type}): serve it with `transformers serve`, or with "
             "llama.cpp or vLLM, which know its architecture"
         )
-    return Service(public_name(name), load_answering(name), load_tokenizer(name), most)
+    tokenizer = load_tokenizer(name)
+    warn_of_lacking_prompt(name, tokenizer, config)
+    return Service(public_name(name), load_answering(name), tokenizer, most)
 
 
 # Of fields of OpenAI's API that would change the answer, what leaves it as it is.

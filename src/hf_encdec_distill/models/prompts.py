@@ -284,6 +284,17 @@ def lacks_prompt(tokenizer, config) -> bool:
     return _around_source(tokenizer, f"{PLACEHOLDER}\n#") is None
 
 
+def warn_of_lacking_prompt(name, tokenizer, config) -> None:
+    """Says of the student `name` that it is given texts without the prompt that it was made with, where it is so."""
+    if lacks_prompt(tokenizer, config):
+        logger.warning(
+            "The tokenizer of %s cannot hold the prompt that it was made with: it answers the bare text, which it was "
+            "not trained for. Make its input with hf_encdec_distill.models.prompts.encode_prompt, without the last "
+            "token.",
+            name,
+        )
+
+
 def in_a_class_of_both_versions(tokenizer):
     """`tokenizer`, which either major version of transformers loads where this one has saved it; a slow one as it is.
 
