@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -116,6 +117,16 @@ def replacing(file: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def all_or_nothing(folder: Path) -> Iterator[None]:
+    """Of a new folder that is filled in the block, nothing stays where that does not come to its end."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def write_text(file: Path, text: str) -> None:

@@ -1,12 +1,15 @@
 """Each command, given folders and options that cannot work: one line, exit code 2, and nothing half-written."""
 
 import json
+import resource
 import shutil
 
 import pytest
+import torch
 from test_files import PAGE, POINTER
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from hf_encdec_distill.cli import info
 from hf_encdec_distill.cli._checkpoints import RECIPE_HEADER
 from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.files import sha256
@@ -91,6 +94,43 @@ def test_a_teacher_of_another_family_is_refused_at_once(refused, whole, tmp_path
     folder = shutil.copytree(whole / "teacher", tmp_path / "gpt2")
     GPT2LMHeadModel(GPT2Config(n_layer=4, n_head=1, n_embd=8, vocab_size=300)).save_pretrained(folder)
     assert "model_type='gpt2' is not supported" in refused(OF_TEACHER[command], teacher=folder)
+
+
+@pytest.fixture
+def small_disk():
+    """No file of more than 70 kB can be written: the weights do not fit, all else does."""
+    _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, most))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("more", ["", "--decoder-only 1"])
+def test_a_disk_without_room_for_the_weights(refused, small_disk, more):
+    """What was written before them goes, so that the same command works once there is room."""
+    assert "a file could not be written (SafetensorError" in refused(f"{OF_TEACHER['init']} {more}")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "memory ran out"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "memory ran out"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 435904 vs 435796"), "make room on"),
+        (RuntimeError("unable to write to file </tmp/a>: No space left on device (28)"), "make room on"),
+    ],
+)
+def test_what_the_machine_lacks_is_no_bug(refused, monkeypatch, error, message):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(info, "run", run)
+    assert message in refused("info {student}")
+
+
+def test_memory_that_does_not_suffice(refused, monkeypatch):
+    monkeypatch.setattr(info, "run", lambda args: torch.empty(10**14))
+    assert "memory ran out" in refused("info {student}")
 
 
 def test_numbers_that_cannot_work_are_refused_at_once(refused):

@@ -9,12 +9,14 @@ import argparse
 import contextlib
 import difflib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .. import __version__
+from ..files import one_line
 from . import (
     bench,
     cache,
@@ -58,6 +60,9 @@ COMMANDS = {
     "doctor": doctor,
 }
 _SYNONYMS = {"adapt": "heal"}  # what it was called before 0.1.0
+# In the words of torch and safetensors, whose errors are no OSError and no MemoryError.
+_NO_MEMORY = re.compile(r"can't allocate memory|out of memory|bad_alloc")
+_NO_ROOM = re.compile(r"No space left|I/O error|PytorchStreamWriter|inline_container.*unexpected pos")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -125,13 +130,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"{PROGRAM} {args.command}: {interrupt if interrupt.args else 'interrupted'}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
-        if getattr(args, "debug", False):
+    except Exception as error:
+        message = _to_mend(error)
+        if message is None or getattr(args, "debug", False):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
         print(f"{PROGRAM} {args.command}: error: {message}", file=sys.stderr)
         return 2
     return 0
+
+
+def _to_mend(error: Exception) -> str | None:
+    """What to say of an error that is no bug of the package, or `None`."""
+    if isinstance(error, ValueError | OSError | ImportError):
+        return " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
+        return f"memory ran out ({text}): give smaller batches, shorter texts or a smaller model"
+    if _NO_ROOM.search(text):
+        return f"a file could not be written ({text}): make room on that disk, or name a folder on another one"
+    return None
 
 
 def _unknown(command: str) -> str:
