@@ -22,6 +22,7 @@ from hf_encdec_distill.cli.main import COMMANDS, build_parser, main
 
 DOCS = Path(__file__).parents[2] / "docs" / "commands.md"
 PROGRAM = [sys.executable, "-m", "hf_encdec_distill.cli.main"]
+SCRIPT = "import sys\nfrom hf_encdec_distill.cli import main as cli\n{}\nsys.exit(cli.main(['info', 'model']))"
 
 
 @pytest.mark.process
@@ -62,11 +63,34 @@ def test_what_libraries_print_is_not_on_stdout(monkeypatch, capsys):
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_an_answer_in_letters_that_stdout_does_not_have(encoding):
+    """As on Windows, where a file that stdout goes to is in the system's encoding."""
+    code = "def run(args):\n    cli.info.say_result(args, {'a': 'Ω é'}, 'Ω é')\ncli.info.run = run"
+    words = [sys.executable, "-c", SCRIPT.format(code)]
+    run = subprocess.run(words, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    assert (
+        run.stdout.decode(encoding).strip()
+        == {"utf-8": "Ω é", "ascii": "\\u03a9 \\xe9", "cp1252": "\\u03a9 é"}[encoding]
+    )
+
+
+@pytest.mark.process
+def test_a_reader_that_has_seen_enough():
+    code = "def run(args):\n    cli.info.say_result(args, {}, 'a line\\n' * 99_999)\ncli.info.run = run"
+    words = [sys.executable, "-c", SCRIPT.format(code)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+@pytest.mark.process
 def test_exit_codes_are_those_of_the_page(tmp_path):
     """In processes, as a script meets them; `2` and `130` are tested command by command in test_cli.py."""
     documented = re.findall(r"^\| (\d+) \|", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert documented == ["0", "1", "2", "130"]
-    script = "import sys\nfrom hf_encdec_distill.cli import main as cli\n{}\nsys.exit(cli.main(['info', 'model']))"
     raised = {
         0: "cli.info.run = lambda args: None",
         1: "def run(args):\n    raise RuntimeError('a fault of ours')\ncli.info.run = run",
@@ -74,7 +98,7 @@ def test_exit_codes_are_those_of_the_page(tmp_path):
         130: "def run(args):\n    raise KeyboardInterrupt\ncli.info.run = run",
     }
     for code, how in raised.items():
-        run = subprocess.run([sys.executable, "-c", script.format(how)], capture_output=True, text=True)
+        run = subprocess.run([sys.executable, "-c", SCRIPT.format(how)], capture_output=True, text=True)
         assert run.returncode == code
         assert ("Traceback" in run.stderr) == (code == 1)
         assert run.stdout == ""

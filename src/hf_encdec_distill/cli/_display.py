@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -67,5 +68,13 @@ def wrap(text: str, indent: int = 0) -> str:
 
 
 def say_result(args: argparse.Namespace, content: Mapping[str, Any], text: str) -> None:
-    """What came of a command, on stdout: `text`, or with `--json` `content` as one JSON object."""
-    print(json.dumps(content, indent=1) if args.json else text, file=args.stdout, flush=True)
+    """What came of a command, on stdout: `text`, or with `--json` `content` as one JSON object.
+
+    A letter that stdout has no bytes for is escaped, as it is on stderr.
+    """
+    encoding = getattr(args.stdout, "encoding", None) or "utf-8"
+    said = json.dumps(content, indent=1) if args.json else text.encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(said, file=args.stdout, flush=True)
+    except BrokenPipeError:  # `head` has seen enough, and at exit there is nowhere to put the rest either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), args.stdout.fileno())
