@@ -90,18 +90,52 @@ def test_a_reader_that_has_seen_enough():
 def test_exit_codes_are_those_of_the_page(tmp_path):
     """In processes, as a script meets them; `2` and `130` are tested command by command in test_cli.py."""
     documented = re.findall(r"^\| (\d+) \|", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert documented == ["0", "1", "2", "130"]
+    assert documented == ["0", "1", "2", "130", "143"]
     raised = {
         0: "cli.info.run = lambda args: None",
         1: "def run(args):\n    raise RuntimeError('a fault of ours')\ncli.info.run = run",
         2: "def run(args):\n    raise ValueError('a mistake of yours')\ncli.info.run = run",
         130: "def run(args):\n    raise KeyboardInterrupt\ncli.info.run = run",
+        143: "import os, time\ndef run(args):\n    os.kill(os.getpid(), 15)\n    time.sleep(9)\ncli.info.run = run",
     }
     for code, how in raised.items():
         run = subprocess.run([sys.executable, "-c", SCRIPT.format(how)], capture_output=True, text=True)
         assert run.returncode == code
         assert ("Traceback" in run.stderr) == (code == 1)
         assert run.stdout == ""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("in_background", [False, True])
+def test_sigterm_ends_a_command_as_ctrl_c_does(tmp_path, in_background):
+    """Also where a shell has told it to ignore Ctrl-C."""
+    script = """
+import os, signal, sys, time
+from pathlib import Path
+from hf_encdec_distill.cli import main as cli
+from hf_encdec_distill.cli.quickstart.timed_training import TimeShare
+
+def run(args):
+    share = TimeShare(9.0, 1, 1.0, print)
+    try:
+        with share.catching_interrupts():
+            os.kill(os.getpid(), signal.SIGTERM)  # the step ends, and is saved
+            print(share._stop.is_set())
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
+    finally:
+        print("tidied up")
+
+cli.info.run = run
+sys.exit(cli.main(["info", "model"]))
+"""
+    start = "import os, signal, sys; signal.signal(2, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
+    words = [sys.executable, "-c", script]
+    run = subprocess.run(
+        [sys.executable, "-c", start, *words] if in_background else words, capture_output=True, text=True
+    )
+    assert run.returncode == 143 and "stopping after this step" in run.stderr, run.stderr
+    assert run.stderr.splitlines()[-3:] == ["True", "tidied up", "hf-encdec-distill info: interrupted"]
 
 
 @pytest.mark.process

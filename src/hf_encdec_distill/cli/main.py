@@ -11,7 +11,9 @@ import difflib
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -120,16 +122,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if extra and not getattr(args.module, "PASSES_ARGUMENTS_ON", False):
         args.parser.error(f"unrecognized arguments: {' '.join(extra)}")
-    args.extra, args.stdout = extra, sys.stdout
+    args.extra, args.stdout, args.stopped = extra, sys.stdout, 128 + signal.SIGINT
     try:
         if getattr(args, "output", None) is not None:
             args.output = _output(args.output)
         # What libraries print is no part of the result.
-        with _no_empty_folder(args), contextlib.redirect_stdout(sys.stderr):
+        with _ended_like_ctrl_c(args), _no_empty_folder(args), contextlib.redirect_stdout(sys.stderr):
             args.module.run(args)
     except KeyboardInterrupt as interrupt:
         print(f"{PROGRAM} {args.command}: {interrupt if interrupt.args else 'interrupted'}", file=sys.stderr)
-        return 130
+        return args.stopped
     except Exception as error:
         message = _to_mend(error)
         if message is None or getattr(args, "debug", False):
@@ -170,6 +172,30 @@ def _output(output: str | Path) -> str | Path:
         what = "a file" if place.exists() else "a link to nothing"
         raise ValueError(f"{output} cannot be made, {place} is {what}: choose another folder with --output")
     return output
+
+
+@contextlib.contextmanager
+def _ended_like_ctrl_c(args: argparse.Namespace) -> Iterator[None]:
+    """SIGTERM, which `timeout`, Docker and schedulers send, ends a command as Ctrl-C does: what can be saved is saved,
+    and what is half done goes. The processes of a launcher are left to it."""
+    is_default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not is_default or threading.current_thread() is not threading.main_thread() or "LOCAL_RANK" in os.environ:
+        yield
+        return
+    own = os.getpid()
+
+    def stop(signum, frame):
+        if os.getpid() != own:  # a process that was forked from this one, and has nothing to save
+            os._exit(128 + signum)
+        args.stopped = 128 + signum
+        on_interrupt = signal.getsignal(signal.SIGINT)  # which a shell has ignored for what it runs in the background
+        (on_interrupt if callable(on_interrupt) else signal.default_int_handler)(signum, frame)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
