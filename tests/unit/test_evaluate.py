@@ -215,6 +215,16 @@ def test_other_ids_than_the_teachers_are_not_compared(student_folder, data_argum
     assert found[0] == found[1]
 
 
+def test_a_model_whose_path_is_longer_than_the_name_of_a_file(student_folder, data_arguments, tmp_path, capsys):
+    deep = tmp_path / ("a folder " * 12) / ("dé" * 60)
+    deep.mkdir(parents=True)
+    names = [str(student_folder.rename(deep / "student")), str(shutil.copytree(deep / "student", deep / "other"))]
+    options = ["--rows", "2", "--max-target-length", "4", "--metrics", "rouge_l", *data_arguments]
+    assert main(["evaluate", *names, *options, "--output", str(tmp_path / "measured")]) == 0
+    files = [file.name for file in (tmp_path / "measured").glob("model-index-*")]
+    assert {file[-11:] for file in files} == {"student.yml", "--other.yml"} and len(files) == 2
+
+
 def test_a_limit_that_leaves_no_room_for_the_source(student_folder, data_arguments, capsys):
     options = ["--rows", "2", "--max-source-length", "2", "--metrics", "ce", *data_arguments]
     assert main(["evaluate", str(student_folder), *options]) == 2

@@ -43,6 +43,7 @@ _OTHERS = ("exact_match", "f1", "chrf", "bleu", "ece", "entropy_gap")
 logger = logging.getLogger(__name__)
 
 _BASELINE = "lead_baseline"  # as the quickstart calls it
+_LONGEST_NAME = 180  # bytes of a model's path in the name of a file, which may have 255 with all that is put around it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -325,7 +326,8 @@ def _write(output: Path, result: Mapping, pairs, measured: Mapping[str, Mapping]
     write_json(output / "metrics.json", result)
     files: set[str] = set()
     for name in (name for name in measured if name != _BASELINE):
-        file = f"model-index-{name.strip('./').replace('/', '--')}"
+        end = name.strip("./").replace("/", "--").encode()[-_LONGEST_NAME:].decode(errors="ignore")
+        file = f"model-index-{end}"
         while file in files:  # ./student and ../student
             file += "-"
         files.add(file)
