@@ -17,6 +17,7 @@ from tokenizers import pre_tokenizers
 from toys import make_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config
 
+from hf_encdec_distill import files
 from hf_encdec_distill.cli import evaluate
 from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.cli.serve import load_service
@@ -223,6 +224,20 @@ def test_a_model_whose_path_is_longer_than_the_name_of_a_file(student_folder, da
     assert main(["evaluate", *names, *options, "--output", str(tmp_path / "measured")]) == 0
     files = [file.name for file in (tmp_path / "measured").glob("model-index-*")]
     assert {file[-11:] for file in files} == {"student.yml", "--other.yml"} and len(files) == 2
+
+
+def test_a_disk_that_is_full_does_not_take_the_numbers_along(
+    student_folder, data_arguments, tmp_path, monkeypatch, capsys
+):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "write_json", full)
+    options = ["--rows", "2", "--metrics", "ce", "--json", *data_arguments, "--output", str(tmp_path / "measured")]
+    assert main(["evaluate", str(student_folder), *options]) == 2
+    said = capsys.readouterr()
+    assert json.loads(said.out)["models"][str(student_folder)]["ce"]["value"] > 0
+    assert said.err.splitlines()[-1].endswith("error: [Errno 28] No space left on device")
 
 
 def test_a_limit_that_leaves_no_room_for_the_source(student_folder, data_arguments, capsys):

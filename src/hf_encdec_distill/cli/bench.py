@@ -7,6 +7,7 @@ how far each is from what this machine could do, and names what is not installed
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,8 @@ def run(args: argparse.Namespace) -> None:
         if args.against.resolve() == (args.output / _REPORT).resolve():
             raise ValueError(f"--against {args.against}: this bench would write over it; give another --output")
     report = _measure(args, requests)
-    say_result(args, report, _page(report))
+    say_result(args, report, _page(report))  # first: a disk that is full shall not take the numbers along
+    _write(args.output, report)
     if baseline is not None:
         check_against(report, baseline, args.against)
 
@@ -105,7 +107,6 @@ def _measure(args: argparse.Namespace, requests: Sequence[Request]) -> dict[str,
     from ..bench import machine_description
     from ..bench.contenders import contenders
     from ..bench.race import race
-    from ..files import write_json
 
     models, random, left_out = _models(args)
     chosen = _chosen([contender for model in models.values() for contender in contenders(model)], args)
@@ -119,14 +120,19 @@ def _measure(args: argparse.Namespace, requests: Sequence[Request]) -> dict[str,
         models, chosen, requests, prompts, args.output / "converted", threads, args.rounds, args.minutes, display.stage
     )
     report["left_out"] = left_out + report["left_out"]
-    write_json(args.output / _REPORT, report)
+    return report
+
+
+def _write(folder: Path, report: dict[str, Any]) -> None:
+    from ..files import write_json
+
+    write_json(folder / _REPORT, report)
     try:
         from ..bench.plots import plot_bench
     except ImportError as error:  # the numbers are there without it
-        display.say(f"no plots: {error}")
+        print(f"no plots: {error}", file=sys.stderr)
     else:
-        plot_bench(report, args.output / "bench.png")
-    return report
+        plot_bench(report, folder / "bench.png")
 
 
 def _requests(args: argparse.Namespace) -> list[Request]:

@@ -122,11 +122,11 @@ def run(args: argparse.Namespace) -> None:
     judged = {} if judge is None else _rate(judge, args, measured)
     _check_finite(measured)
     result = _compare(measured, len(pairs)) | _provenance(args, len(pairs)) | judged
+    say_result(args, result, _page(args, result))  # first: a disk that is full shall not take the numbers along
     if output is not None:
         _write(output, result, pairs, measured)
     for name in cards:
         update_model_card(name, result, name)
-    say_result(args, result, _page(args, result))
 
 
 def _check(args: argparse.Namespace) -> list[str]:
