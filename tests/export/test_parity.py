@@ -408,6 +408,14 @@ def test_the_current_folder(trained, trained_folder, tmp_path, capsys, monkeypat
     assert sorted(path.name for path in here.iterdir()) == ["onnx", "openvino"]
 
 
+def test_a_folder_where_a_disk_is_mounted(trained_folder, tmp_path, capsys, monkeypatch):
+    """As `docker run -v` does; the system would refuse to put the finished folder there, after minutes."""
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+    assert export(trained_folder, tmp_path / "disk", "--target", "onnx") == 2
+    assert f"is where a disk is mounted: name a new one in it, such as {tmp_path}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("given", [{"prompts": (5,)}, {"targets": 8}])
 def test_shapes_fix_both_lengths_or_neither(given):
     with pytest.raises(ValueError, match="give both, or neither"):

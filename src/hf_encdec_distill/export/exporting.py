@@ -21,13 +21,15 @@ from .recipe import Shapes, check_exportable, check_options, graphs, size_of_ima
 def check_new(folder: Path) -> None:
     """
     Raises:
-        ValueError: something is there already, or the folder is the current one.
+        ValueError: something is there already, or the folder is the current one, or one where a disk is mounted.
     """
     if is_used(folder):
         raise ValueError(f"{folder} is not empty: remove it, or choose another folder")
     if folder.exists() and folder.samefile(Path.cwd()):
         # The finished folder takes the empty one's place: whoever stands in it would be left in one that is gone.
         raise ValueError(f"{folder} is the current folder: name a new one in it, such as {folder / 'exported'}")
+    if folder.is_mount():  # which cannot be renamed over
+        raise ValueError(f"{folder} is where a disk is mounted: name a new one in it, such as {folder / 'exported'}")
 
 
 def export_model(
