@@ -133,6 +133,12 @@ def test_memory_that_does_not_suffice(refused, monkeypatch):
     assert "memory ran out" in refused("info {student}")
 
 
+def test_text_is_not_healed_into_its_own_folder(refused):
+    """A checkpoint has the model's code in it, and `--resume` would read other windows than the run had."""
+    for output in ("new", "new/../corpus", "."):
+        assert "lies in --text ." in refused(OF_TEACHER["heal"].replace("text.md", ".").replace("new", output))
+
+
 def test_numbers_that_cannot_work_are_refused_at_once(refused):
     assert "seed=-1 is out of range" in refused(OF_TEACHER["quickstart"] + " --seed -1")
     assert "--eval-rows -1 is below 0" in refused(OF_TEACHER["heal"].replace("--eval-rows 0", "--eval-rows -1"))

@@ -104,6 +104,12 @@ def run(args: argparse.Namespace) -> None:
     from ..models.loading import load_config, load_tokenizer
 
     output = Path(args.output)
+    text = Path(args.text).expanduser()
+    if args.text != BUILT_IN and text.is_dir() and output.resolve().is_relative_to(text.resolve()):
+        raise ValueError(
+            f"--output {output} lies in --text {args.text}, and what is saved there would be read as text when the "
+            "run goes on: choose a folder outside of it with --output"
+        )
     checkpoint = checkpoint_in(output, args.resume)
     training = training_arguments(DistillationTrainingArguments, args, _TRAINING, output)
     if args.eval_rows < 0:
