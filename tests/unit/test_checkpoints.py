@@ -185,16 +185,17 @@ def run(words):
 class Torn(TrainerCallback):
     """A run that ends in its second step: by an error, or while it writes a checkpoint."""
 
-    def __init__(self, checkpoint=False):
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint=False, error=None):
+        self.checkpoint, self.error = checkpoint, error or OSError(28, "No space left on device")
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.checkpoint:
             kwargs["model"].save_pretrained(f"{args.output_dir}/checkpoint-1")
-        raise OSError(28, "No space left on device")
+        if state.global_step == 2:
+            raise self.error
 
 
-def fail(monkeypatch, words, **how):
+def fail(monkeypatch, words, code=2, **how):
     with monkeypatch.context() as patch:
         begin = Trainer.train
 
@@ -203,7 +204,17 @@ def fail(monkeypatch, words, **how):
             return begin(self, *args, **kwargs)
 
         patch.setattr(Trainer, "train", train)
-        assert run(words) == 2
+        assert run(words) == code
+
+
+@pytest.mark.parametrize("name", ["distill", "heal"])
+def test_ctrl_c_says_how_to_go_on_from_what_is_there(folder, tmp_path, monkeypatch, capsys, name):
+    words = command(folder, name, tmp_path / "run")
+    fail(monkeypatch, words, code=130, error=KeyboardInterrupt())
+    assert "begin with the same command again" in capsys.readouterr().err.splitlines()[-1]
+    fail(monkeypatch, [*words, "--save-steps", 1], code=130, error=KeyboardInterrupt())
+    assert "go on with the same command and --resume" in capsys.readouterr().err.splitlines()[-1]
+    assert run([*words, "--resume"]) == 0
 
 
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["nothing yet", "half a checkpoint"])

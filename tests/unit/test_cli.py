@@ -167,6 +167,9 @@ def test_an_interrupt_is_130_and_says_how_to_go_on(capsys, monkeypatch):
     monkeypatch.setattr(COMMANDS["info"], "run", interrupted)
     assert main(["info", "model"]) == 130
     assert capsys.readouterr().err == "hf-encdec-distill info: go on with --resume\n"
+    monkeypatch.setattr(COMMANDS["cache"], "run", lambda args: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert main(["cache", "built-in", "--output", "new"]) == 130
+    assert "the same command goes on from the rows" in capsys.readouterr().err
 
 
 def test_lines_in_place_of_bars_where_there_is_no_terminal(monkeypatch):

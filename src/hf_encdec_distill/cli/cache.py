@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "record a teacher once, then train without it"
 EXAMPLE = "hf-encdec-distill cache built-in --output teacher-cache --kind top_k --k 32"
+INTERRUPTED = "interrupted; the same command goes on from the rows that are recorded"
 
 # The fields of `TargetGeneration`, which has their defaults, but for the limit: that is the targets'.
 _GENERATION = {

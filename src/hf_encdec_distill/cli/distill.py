@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._checkpoints import PROVENANCE, RECIPE, checkpoint_in, holds_only_a_start
+from ._checkpoints import PROVENANCE, RECIPE, checkpoint_in, holds_only_a_start, last_whole_checkpoint
 from ._display import say_result
 from ._inputs import (
     BUILT_IN,
@@ -343,6 +343,8 @@ def train_and_save(trainer: DistillationTrainer, checkpoint: str | None) -> None
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
+        if last_whole_checkpoint(Path(output)) is None:
+            raise KeyboardInterrupt("stopped before its first checkpoint: begin with the same command again") from None
         raise KeyboardInterrupt(f"stopped; checkpoints in {output} go on with the same command and --resume") from None
     except KeyError as error:
         if "metric_for_best_model" not in str(error):

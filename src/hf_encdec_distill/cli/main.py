@@ -130,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _ended_like_ctrl_c(args), _no_empty_folder(args), contextlib.redirect_stdout(sys.stderr):
             args.module.run(args)
     except KeyboardInterrupt as interrupt:
-        print(f"{PROGRAM} {args.command}: {interrupt if interrupt.args else 'interrupted'}", file=sys.stderr)
+        said = interrupt if interrupt.args else getattr(args.module, "INTERRUPTED", "interrupted")
+        print(f"{PROGRAM} {args.command}: {said}", file=sys.stderr)
         return args.stopped
     except Exception as error:
         message = _to_mend(error)
