@@ -9,10 +9,15 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _LARGEST_YAML = 1_000_000  # bytes; a recipe has some hundred lines
 _READ_AT_ONCE = 1 << 20  # bytes
@@ -127,6 +132,37 @@ def all_or_nothing(folder: Path) -> Iterator[None]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps others that ask for it out of a folder, which is made where it is not there, while the block runs.
+
+    It is a lock on the folder itself, which leaves no file behind and goes with its process, however that ends.
+    Windows and some disks of a network have none.
+
+    Raises:
+        ValueError: another process is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is at work in {folder}: wait until it has come to its end, or stop it"
+            ) from None
+        except OSError:  # of a disk without locks
+            pass
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # which a process that was forked from this one would keep
+        os.close(handle)
 
 
 def write_text(file: Path, text: str) -> None:

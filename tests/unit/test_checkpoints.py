@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_encdec_distill.cli import _checkpoints
 from hf_encdec_distill.cli.main import main
 from hf_encdec_distill.cli.quickstart import timed_training
+from hf_encdec_distill.files import alone_in
 
 
 ROWS = ragged_rows(12)
@@ -244,6 +245,19 @@ def test_other_trainings_begin_again_too(folder, tmp_path, monkeypatch, capsys, 
     assert run([*words, "--max-steps", 1]) == 0
     assert (output / "model.safetensors").is_file()
     assert " 1 step\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["distill", "heal", "teach", "quickstart"])
+def test_a_run_that_another_process_is_at_work_on_is_left_alone(folder, tmp_path, capsys, name):
+    """Two that write checkpoints of one name would make one that looks whole, of two trainings."""
+    output = tmp_path / "run"
+    words = ["quickstart", "--output", output] if name == "quickstart" else command(folder, name, output)
+    with alone_in(output):
+        assert run(words) == 2
+        assert "another process is at work in" in capsys.readouterr().err.splitlines()[-1]
+        assert not any(file.is_file() for file in output.rglob("*"))
+    if name != "quickstart":
+        assert run(words) == 0
 
 
 def test_a_folder_with_anything_else_in_it_is_left_alone(folder, tmp_path, monkeypatch, capsys):

@@ -4,11 +4,13 @@ import json
 import os
 import random
 import stat
+import subprocess
+import sys
 import uuid
 
 import pytest
 
-from hf_encdec_distill.files import inside, read_json, read_yaml, write_json, write_text
+from hf_encdec_distill.files import alone_in, inside, read_json, read_yaml, write_json, write_text
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
@@ -120,6 +122,32 @@ def test_a_name_that_leads_out_of_its_folder_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match="expected the name of a file in that folder"):
         inside(tmp_path, name)
     assert inside(tmp_path, "deep/file") == tmp_path / "deep/file"
+
+
+@pytest.mark.process
+@pytest.mark.skipif(os.name == "nt", reason="has no such locks")
+def test_a_folder_is_kept_by_one_process_until_it_ends(tmp_path):
+    folder = tmp_path / "new" / "run"
+    code = """
+import sys
+from pathlib import Path
+from hf_encdec_distill.files import alone_in
+with alone_in(Path(sys.argv[1])):
+    print(flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="another process is at work in .*run"), alone_in(folder):
+            pass
+        other.kill()
+        other.wait()
+        for _ in range(2):
+            with alone_in(folder):
+                pass
+    assert not any(folder.iterdir())
 
 
 def test_what_is_written_is_whole_or_as_it_was(tmp_path):

@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
     from ..cards import ModelCardCallback
     from ..distillation import DistillationTrainer, DistillationTrainingArguments
     from ..distillation.teachers.recorded import is_cache
-    from ..files import write_json
+    from ..files import alone_in, write_json
     from ..models.loading import find
     from ._provenance import check_inputs, compare_results, describe, describe_result, read_provenance, warn_of_changes
     from ._recipe import read_recipe, training_part, write_recipe
@@ -178,7 +178,7 @@ def run(args: argparse.Namespace) -> None:
             "prompt_date": trainer.prompt_date,
             "seed": training.seed,
         }
-        output.mkdir(parents=True, exist_ok=True)
+        args.until_end.enter_context(alone_in(output))
         write_recipe(output / RECIPE, {**recipe, **decided})
         write_json(output / PROVENANCE, {**provenance, "result": None})
     try:

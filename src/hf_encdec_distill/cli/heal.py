@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Literal
 
+from ..files import alone_in
 from ._checkpoints import checkpoint_in
 from ._display import say_result
 from ._inputs import BUILT_IN, add_training_arguments, teacher_path, training_arguments
@@ -159,6 +160,8 @@ def run(args: argparse.Namespace) -> None:
         processing_class=own,
         teacher=teacher,
     )
+    if trainer.is_world_process_zero():
+        args.until_end.enter_context(alone_in(output))
     train_and_save(trainer, checkpoint)
     metrics = {} if held_out is None else trainer.evaluate()
     if trainer.is_world_process_zero():

@@ -123,11 +123,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if extra and not getattr(args.module, "PASSES_ARGUMENTS_ON", False):
         args.parser.error(f"unrecognized arguments: {' '.join(extra)}")
     args.extra, args.stdout, args.stopped = extra, sys.stdout, 128 + signal.SIGINT
+    args.until_end = contextlib.ExitStack()  # what a command holds
     try:
         if getattr(args, "output", None) is not None:
             args.output = _output(args.output)
         # What libraries print is no part of the result.
-        with _ended_like_ctrl_c(args), _no_empty_folder(args), contextlib.redirect_stdout(sys.stderr):
+        with _ended_like_ctrl_c(args), _no_empty_folder(args), args.until_end, contextlib.redirect_stdout(sys.stderr):
             args.module.run(args)
     except KeyboardInterrupt as interrupt:
         said = interrupt if interrupt.args else getattr(args.module, "INTERRUPTED", "interrupted")

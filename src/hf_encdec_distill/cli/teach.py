@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..files import alone_in
 from ._checkpoints import holds_only_a_start
 from ._display import say_result
 from ._inputs import (
@@ -108,6 +109,8 @@ def run(args: argparse.Namespace) -> None:
         eval_dataset=splits["validation"],
         data_collator=collate,
     )
+    if trainer.is_world_process_zero():
+        args.until_end.enter_context(alone_in(output))
     trainer.train()
     check_trained(trainer)
     taught = trainer.accelerator.unwrap_model(trainer.model)

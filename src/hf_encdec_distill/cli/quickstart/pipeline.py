@@ -33,7 +33,7 @@ from ...distillation import DistillationTrainer, DistillationTrainingArguments
 from ...distillation.checks.limits import max_positions
 from ...evaluation.scoring import BATCH_SIZE as EVALUATION_BATCH
 from ...evaluation.scoring import encode_rows, generate, score
-from ...files import write_json
+from ...files import alone_in, write_json
 from ...metrics.measures import METRICS, measure_texts
 from ...metrics.significance import interval, mean
 from ...metrics.texts import distinct_share, in_other_scripts
@@ -84,7 +84,7 @@ def quickstart(
         The content of `metrics.json`.
 
     Raises:
-        ValueError: for settings that cannot work, a folder in use, or data without the columns.
+        ValueError: for settings that cannot work, a folder in use, or by another process, or data without the columns.
         KeyboardInterrupt: after Ctrl-C; its message says how to go on.
     """
     transformers.logging.set_verbosity_error()
@@ -93,13 +93,13 @@ def quickstart(
     warnings.filterwarnings("ignore", category=FutureWarning)
     state = open_run(folder, dict(given), resume, now, start)
     pipeline = Pipeline(state)
-    try:
-        metrics = pipeline.run()
-    except KeyboardInterrupt:
-        state.save()
-        command = shlex.join(["hf-encdec-distill", "quickstart", "--resume", "--output", str(folder)])
-        raise KeyboardInterrupt(f"stopped after {clock(state.seconds_used)}; go on with: {command}") from None
-    return metrics
+    with alone_in(folder):
+        try:
+            return pipeline.run()
+        except KeyboardInterrupt:
+            state.save()
+            command = shlex.join(["hf-encdec-distill", "quickstart", "--resume", "--output", str(folder)])
+            raise KeyboardInterrupt(f"stopped after {clock(state.seconds_used)}; go on with: {command}") from None
 
 
 class Pipeline:
