@@ -440,6 +440,27 @@ def test_measures_may_evaluate_other_rows(tmp_path, tokenizer):
     assert abs(whole["eval_loss"] - probe["probe_loss"]) > 1e-3
 
 
+class ListsForLoaders(DistillationTrainer):
+    """Loaders of a script's own need be no `DataLoader`: here they are lists, which have no `dataset`."""
+
+    def get_train_dataloader(self):
+        return list(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return list(super().get_eval_dataloader(eval_dataset))
+
+
+def test_loaders_of_a_subclass_may_be_lists(tmp_path, tokenizer):
+    found = []
+    for cls in (DistillationTrainer, ListsForLoaders):
+        options = {"teacher": make_teacher(), "train_dataset": ROWS, "eval_dataset": ROWS}
+        trainer = cls(make_t5(), arguments(tmp_path, max_steps=1, **SGD), processing_class=tokenizer, **options)
+        before = trainer.evaluate()
+        trainer.train()
+        found.append([before["eval_loss"], before["eval_teacher_agreement"], *logged(trainer)])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
 def test_the_students_own_tokenizer_is_found_where_it_is_made(tmp_path, tokenizer):
     def model_init():
         student = make_t5()

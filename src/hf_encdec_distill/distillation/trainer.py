@@ -785,7 +785,8 @@ class DistillationTrainer(SavesForBothVersions, HiddenStateTraining, FiniteTrain
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As the base class, with every loss a mean over the target tokens of the whole set."""
-        if has_length(dataloader.dataset) and not len(dataloader.dataset):
+        rows = getattr(dataloader, "dataset", None)  # what a subclass makes may be no DataLoader
+        if has_length(rows) and not len(rows):
             raise ValueError(f"the data set to evaluate ({metric_key_prefix}) has no rows.")
         if not self.is_in_train:
             self.forget_encoder()
