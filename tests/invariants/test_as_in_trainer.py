@@ -461,6 +461,34 @@ def test_loaders_of_a_subclass_may_be_lists(tmp_path, tokenizer):
     assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
+class WithPenalty(DistillationTrainer):
+    """Twice the loss, and the mean of the labels."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        found = super().compute_loss(model, inputs, return_outputs, **kwargs)
+        labels = inputs["labels"]
+        added = labels[labels != -100].float().mean()
+        return (2 * found[0] + added, found[1]) if return_outputs else 2 * found + added
+
+
+@pytest.mark.parametrize("settings", [{}, {"predict_with_generate": True, "generation_max_length": 4}])
+def test_the_loss_of_a_subclass_is_the_evaluations_too(tmp_path, tokenizer, settings):
+    """A mean over target tokens, as ours; the terms stay what they are."""
+    options = {"teacher": make_teacher(), "train_dataset": ROWS, "eval_dataset": ROWS, "processing_class": tokenizer}
+    sizes = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 3}
+    plain, other = (
+        cls(make_t5(), arguments(tmp_path, max_steps=1, **sizes, **settings, **SGD), **options)
+        for cls in (DistillationTrainer, WithPenalty)
+    )
+    expected, found = plain.evaluate(), other.evaluate()
+    assert found["eval_ce_loss"] == expected["eval_ce_loss"]
+    labels = [token for row in ROWS for token in row["labels"]]
+    assert found["eval_loss"] == pytest.approx(2 * expected["eval_loss"] + np.mean(labels), rel=1e-6)
+    other.train()
+    assert logged(other)[0] == pytest.approx(found["eval_loss"], rel=1e-4)  # of the same rows, before the step
+    assert other.evaluate([{"input_ids": [5], "labels": [-100]}, *ROWS[:1]])["eval_loss"] > 2
+
+
 def test_the_students_own_tokenizer_is_found_where_it_is_made(tmp_path, tokenizer):
     def model_init():
         student = make_t5()

@@ -133,7 +133,7 @@ class DistillationTrainer(SavesForBothVersions, HiddenStateTraining, FiniteTrain
     `ce_loss` a mean over the steps that are not on-policy) in training, and in evaluation, each with `eval_` in front,
     also `eval_teacher_agreement`, the share of target tokens where student and teacher put the same id first. All
     evaluation numbers are means over the target tokens of the whole set, whatever the batch size or the number of
-    processes.
+    processes. What a subclass's `compute_loss` makes of the loss is in `eval_loss` too.
 
     Where `teacher_label_positions` say that the teacher is not asked about a label, its divergence and the distance of
     its states are 0, and all terms remain means over all target tokens. The agreement is a share of those that the
@@ -223,6 +223,7 @@ class DistillationTrainer(SavesForBothVersions, HiddenStateTraining, FiniteTrain
         self._train_sums: dict[str, Tensor] = {}
         self._train_steps: Counter[str] = Counter()
         self._eval_sums: dict[str, Tensor] | None = None
+        self._last_evaluated: tuple[Tensor, Tensor] | None = None
 
     # --- setting up ---
 
@@ -468,7 +469,7 @@ class DistillationTrainer(SavesForBothVersions, HiddenStateTraining, FiniteTrain
         scale = self._token_processes() if num_items_in_batch is not None else 1
         loss = token_mean(total.unsqueeze(0), count) * scale
         if self._eval_sums is not None:
-            self._record_evaluation(self._eval_sums, rows, len(labels), terms)
+            self._record_evaluation(self._eval_sums, rows, len(labels), terms, loss)
         elif model.training:
             self._record_training({name: token_mean(values, count) * scale for name, values in terms.items()})
         if not return_outputs:
@@ -798,7 +799,7 @@ class DistillationTrainer(SavesForBothVersions, HiddenStateTraining, FiniteTrain
                 )
             sums = {name: total.item() for name, total in self._eval_sums.items()}
             if sums and output.metrics is not None:
-                tokens = sums.pop("tokens")
+                tokens, added = sums.pop("tokens"), sums.pop("added", 0.0)
                 if not tokens:
                     logger.warning(
                         "no row of the data set to evaluate (%s) has a target token, so that its loss is nan: are "
@@ -809,6 +810,7 @@ class DistillationTrainer(SavesForBothVersions, HiddenStateTraining, FiniteTrain
                 means = {name: total / tokens if tokens else float("nan") for name, total in sums.items()}
                 means["loss"] = self._combine(means)
                 means["loss"] += self.args.hidden_state_weight * means.get("hidden_state_loss", 0.0)
+                means["loss"] += added / (tokens or 1)
                 if self._is_universal:  # ids of the two are not to be compared
                     means.pop("teacher_agreement", None)
                 elif "teacher_agreement" in means:
@@ -827,6 +829,20 @@ class DistillationTrainer(SavesForBothVersions, HiddenStateTraining, FiniteTrain
         **gen_kwargs,
     ):
         """As the base class: loss, logits or generated tokens, labels; `generate` never sees the teacher's inputs."""
+        self._last_evaluated = None
+        loss, outputs, labels = self._predict(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+        if loss is not None:
+            self._record_what_was_added(loss)
+        return loss, outputs, labels
+
+    def _predict(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None,
+        **gen_kwargs,
+    ):
         student = {n: value for n, value in inputs.items() if not n.startswith(OF_TEACHER) and value is not None}
         if self._asked_ahead is not None:
             self._asked_ahead([inputs])
@@ -854,7 +870,7 @@ class DistillationTrainer(SavesForBothVersions, HiddenStateTraining, FiniteTrain
             )
 
     def _record_evaluation(
-        self, sums: dict[str, Tensor], rows: Tensor, batch_size: int, per_token: Mapping[str, Tensor]
+        self, sums: dict[str, Tensor], rows: Tensor, batch_size: int, per_token: Mapping[str, Tensor], loss: Tensor
     ) -> None:
         """Adds a batch to the sums over the whole set, without the rows that fill up the last distributed batch."""
         terms = {"tokens": torch.ones_like(per_token["ce_loss"]), **per_token}
@@ -864,6 +880,17 @@ class DistillationTrainer(SavesForBothVersions, HiddenStateTraining, FiniteTrain
         totals = self.accelerator.gather_for_metrics(by_row).cpu().double().sum(dim=0)
         for name, total in zip(terms, totals, strict=True):
             sums[name] = sums.get(name, 0) + total
+        self._last_evaluated = loss, by_row[:, 0]
+
+    def _record_what_was_added(self, loss: Tensor) -> None:
+        """What the `compute_loss` of a subclass made of our loss of a batch is in the evaluation's loss too."""
+        overridden = getattr(self.compute_loss, "__func__", None) is not DistillationTrainer.compute_loss
+        if self._eval_sums is None or self._last_evaluated is None or not overridden:
+            return
+        own, tokens_of_row = self._last_evaluated
+        added = torch.where(tokens_of_row > 0, tokens_of_row * (loss - own).detach(), 0.0)
+        total = self.accelerator.gather_for_metrics(added).cpu().double().sum()
+        self._eval_sums["added"] = self._eval_sums.get("added", 0) + total
 
     # --- rows and columns ---
 
