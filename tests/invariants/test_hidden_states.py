@@ -289,6 +289,39 @@ def test_layers(tmp_path):
         arguments(tmp_path, hidden_state_layers="all")
 
 
+def test_projections_are_trained_with_an_optimizer_of_a_subclass(tmp_path, tokenizer):
+    """As with the trainer's own of the same kind; one that nobody can add to is refused."""
+
+    class OwnOptimizer(InOrder):
+        def create_optimizer(self, *args, **kwargs):
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            return self.optimizer
+
+    class OwnOfBoth(OwnOptimizer):
+        def create_scheduler(self, *args, **kwargs):
+            self.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer)
+            return self.lr_scheduler
+
+    settings = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_steps": 2}
+    projections = []
+    for cls in (InOrder, OwnOptimizer, OwnOfBoth):
+        trainer = cls(
+            make_t5(),
+            arguments(tmp_path, max_grad_norm=0.0, **settings, **SETTINGS),
+            teacher=make_teacher(),
+            train_dataset=ROWS,
+            processing_class=tokenizer,
+        )
+        if cls is OwnOfBoth:
+            with pytest.raises(ValueError, match="hidden_state_weight=0.5, but the optimizer does not hold the proj"):
+                trainer.train()
+            continue
+        trainer.train()
+        projections.append([p.detach() for p in trainer._matching.parameters()])
+    torch.testing.assert_close(*projections)
+    assert not torch.equal(projections[0][0], torch.eye(32))
+
+
 def test_what_cannot_be_matched_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="hidden_state_weight=0.5 with vocab_policy='universal'"):
         arguments(tmp_path, vocab_policy="universal", hidden_state_weight=0.5)

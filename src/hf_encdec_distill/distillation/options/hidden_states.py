@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast, extract_model_from_parallel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..arguments import steps_in_backward
 from ..losses import HIDDEN_STATE_LOSSES, at_least_float32
@@ -91,6 +91,11 @@ class HiddenStateMatching(nn.Module):
             values = torch.stack(per_pair).mean(dim=0)
         return values if asked is None else values.new_zeros(len(asked)).masked_scatter(asked, values)
 
+    def is_in(self, optimizer: Any) -> bool:
+        """Whether `optimizer` has the projections."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return all(id(projection) in held for projection in self.parameters())
+
     def average_gradients(self, accelerator: Accelerator) -> None:
         """What DistributedDataParallel does for the student, which is all that it wraps."""
         if accelerator.num_processes == 1:
@@ -119,6 +124,21 @@ class HiddenStateMatching(nn.Module):
                 f"the projections in {file} are not those of this run ({error}); resume with the same "
                 "hidden_state_layers, student and teacher."
             ) from error
+
+
+class _AreTrained(TrainerCallback):
+    """Raises ValueError where training begins with an optimizer that does not have the projections."""
+
+    def __init__(self, matching: HiddenStateMatching, said: str):
+        self._matching, self._said = matching, said
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        if not self._matching.is_in(optimizer):
+            raise ValueError(
+                f"{self._said}, but the optimizer does not hold the projections, which would stay as they are: "
+                "let create_optimizer or create_scheduler of a subclass call that of DistillationTrainer, or give "
+                "optimizers=(optimizer, None)."
+            )
 
 
 class HiddenStateTraining(_Trainer):
@@ -156,6 +176,7 @@ class HiddenStateTraining(_Trainer):
         self._matching = HiddenStateMatching(layers, *widths(student, teacher), loss, dtype).to(self.args.device)
         if self.optimizer is not None:
             self.optimizer.add_param_group(self._projection_group())
+        self.add_callback(_AreTrained(self._matching, f"hidden_state_weight={self.args.hidden_state_weight}"))
 
     def _projection_group(self) -> dict[str, Any]:
         return {"params": list(self._matching.parameters()), "weight_decay": self.args.weight_decay}
@@ -165,12 +186,20 @@ class HiddenStateTraining(_Trainer):
 
     def create_optimizer(self, *args, **kwargs):
         """As the base class, with a group for the projections."""
-        is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if is_new and self._matching.student_layers:
+        self._give_projections()
+        return optimizer
+
+    def create_scheduler(self, *args, **kwargs):
+        """As the base class; an optimizer that a subclass has made of the student gets the projections too."""
+        self._give_projections()
+        return super().create_scheduler(*args, **kwargs)
+
+    def _give_projections(self) -> None:
+        """To a new optimizer."""
+        if self._matching.student_layers and not self._matching.is_in(self.optimizer):
             self._matching.reset()  # `model_init` has made a new student too
             self.optimizer.add_param_group(self._projection_group())
-        return optimizer
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
