@@ -741,7 +741,7 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
         target_length, device = hidden_states.shape[1], hidden_states.device
 
         if use_cache is None:
-            use_cache = self.config.use_cache
+            use_cache = self.config.use_cache and not self.training  # where nobody asks, training keeps nothing
         if self.training and self.gradient_checkpointing and torch.is_grad_enabled():
             if past_key_values is not None and past_key_values.get_seq_length():
                 raise ValueError(
@@ -749,7 +749,7 @@ class RopeEncDecDecoder(RopeEncDecPreTrainedModel):
                     "ones twice: call the model in eval mode, without gradients, or without a cache."
                 )
             use_cache, past_key_values = False, None
-        if use_cache and past_key_values is None and not self.training:
+        if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
         cache_holds_prompt = past_key_values is not None and bool(past_key_values.is_updated.get(0))
         if encoder_hidden_states is None and not cache_holds_prompt:
