@@ -234,6 +234,15 @@ def test_one_process_writes_the_tokenizer(tmp_path, make_bpe_tokenizer):
     assert (tmp_path / "tokenizer.json").exists()
 
 
+def test_arguments_by_their_places(tmp_path):
+    """`is_main_process` and `state_dict`, as of any model of transformers."""
+    model = make_model()
+    doubled = {name: 2 * value for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path, True, doubled)
+    loaded = RopeEncDecForConditionalGeneration.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in doubled.items())
+
+
 @pytest.mark.process
 def test_a_subclass_is_saved_with_its_own_code(tmp_path):
     """As transformers saves any class that registers itself, not with the names of ours."""

@@ -1117,8 +1117,8 @@ class RopeEncDecForConditionalGeneration(RopeEncDecPreTrainedModel, GenerationMi
             ) from error
         return from_decoder_only(teacher, model_class=cls, **kwargs)
 
-    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if self.tokenizer is not None and is_main_process:
             self.tokenizer.save_pretrained(save_directory)
 
