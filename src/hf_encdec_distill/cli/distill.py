@@ -339,11 +339,11 @@ def train_and_save(trainer: DistillationTrainer, checkpoint: str | None) -> None
         KeyboardInterrupt: after Ctrl-C; the message says how to go on.
         ValueError: `metric_for_best_model` is not measured, or no step was made.
     """
-    output = trainer.args.output_dir
+    output = Path(str(trainer.args.output_dir))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
-        if last_whole_checkpoint(Path(output)) is None:
+        if last_whole_checkpoint(output) is None:
             raise KeyboardInterrupt("stopped before its first checkpoint: begin with the same command again") from None
         raise KeyboardInterrupt(f"stopped; checkpoints in {output} go on with the same command and --resume") from None
     except KeyError as error:

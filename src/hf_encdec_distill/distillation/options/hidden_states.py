@@ -197,9 +197,10 @@ class HiddenStateTraining(_Trainer):
 
     def _give_projections(self) -> None:
         """To a new optimizer."""
-        if self._matching.student_layers and not self._matching.is_in(self.optimizer):
+        optimizer = self.optimizer
+        if optimizer is not None and self._matching.student_layers and not self._matching.is_in(optimizer):
             self._matching.reset()  # `model_init` has made a new student too
-            self.optimizer.add_param_group(self._projection_group())
+            optimizer.add_param_group(self._projection_group())
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
