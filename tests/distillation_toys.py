@@ -1,11 +1,7 @@
 """Toy students and teachers; EOS is 2, as for the toy tokenizer of conftest.py."""
 
 import csv
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -240,13 +236,3 @@ def collate(rows):
 
     fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
     return {name: pad([row[name] for row in rows], fill) for name, fill in fills.items()}
-
-
-def on_two_processes(script, folder):
-    """Run `script folder` under torchrun, on two processes of one thread each."""
-    paths = [str(Path(__file__).parent), str(Path(sys.modules["hf_encdec_distill"].__file__).parents[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launcher, str(script), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]

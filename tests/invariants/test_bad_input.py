@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,6 +30,7 @@ from distillation_toys import (
     write_pairs,
     write_teacher,
 )
+from forked import start_rank
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, TrainerCallback
 
 from hf_encdec_distill import DistillationTrainer
@@ -421,31 +421,20 @@ def test_one_of_two_processes_dies(tmp_path):
     """Nobody looks after them: the one that is left ends by itself, with an error, and the checkpoint before is whole.
 
     On that one process goes on, with as many rows a step."""
-    here = Path(__file__)
-    paths = [str(here.parents[1]), str(Path(sys.modules["hf_encdec_distill"].__file__).parents[1])]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(here), str(tmp_path / "run")],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
+    left, dead = (start_rank(rank, __file__, tmp_path / "run", port) for rank in (0, 1))
     try:
-        processes[1].communicate(timeout=240)
+        dead.join(timeout=240)
         died = time.monotonic()
-        _, error = processes[0].communicate(timeout=60)
+        left.join(timeout=60)
     finally:
-        for process in processes:
-            process.kill()
-    assert processes[1].returncode == -signal.SIGKILL
-    assert processes[0].returncode > 0 and "RuntimeError" in error and time.monotonic() - died < 60
+        left.kill()
+        dead.kill()
+    assert dead.exitcode == -signal.SIGKILL
+    assert left.exitcode > 0 and "RuntimeError" in (tmp_path / "run-0.txt").read_text()
+    assert time.monotonic() - died < 60
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 2
     resumed, whole = train(tmp_path / "resumed", str(checkpoint)), train(tmp_path / "whole")

@@ -1,6 +1,6 @@
 """States of a frozen encoder that are kept: what the live one says, in whatever order rows come, and never twice.
 
-Run as a script (by torchrun, or alone) this file trains and has rank 0 write what came out.
+As one of two processes, or alone, this file trains and has rank 0 write what came out.
 """
 
 import copy
@@ -24,10 +24,10 @@ from distillation_toys import (
     make_rope,
     make_t5,
     make_teacher,
-    on_two_processes,
     ragged_rows,
     spread,
 )
+from forked import on_two_processes
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

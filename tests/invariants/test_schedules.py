@@ -1,6 +1,6 @@
 """Layers taken out in training, and an encoder that learns to look ahead: what is computed, and after a stop too.
 
-Run as a script (by torchrun, or alone) this file trains with layers taken out and has rank 0 write what came out.
+As one of two processes, or alone, this file trains with layers taken out and has rank 0 write what came out.
 """
 
 import contextlib
@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from distillation_toys import InOrder, arguments, collate, make_t5, on_two_processes, ragged_rows, spread
+from distillation_toys import InOrder, arguments, collate, make_t5, ragged_rows, spread
+from forked import on_two_processes
 from transformers import AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_encdec_distill import DistillationTrainer, RopeEncDecForConditionalGeneration

@@ -1,6 +1,6 @@
 """`max_tokens_per_batch`: batches by tokens, each row once, and the loss that the step's rows have by hand.
 
-Run as a script (by torchrun) this file trains, and each process writes which rows it read.
+As one of two processes this file trains, and each process writes which rows it read.
 """
 
 import json
@@ -16,10 +16,10 @@ from distillation_toys import (
     collate,
     make_t5,
     make_teacher,
-    on_two_processes,
     ragged_rows,
     token_terms,
 )
+from forked import on_two_processes
 
 from hf_encdec_distill import DistillationTrainer
 from hf_encdec_distill.distillation.options.token_batches import TokenBatches

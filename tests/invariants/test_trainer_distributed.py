@@ -1,6 +1,6 @@
 """One process equals two: weights, logs and evaluation, on ragged rows; those of the evaluation do not divide evenly.
 
-Run as a script (by torchrun, or alone) this file trains, evaluates, and has rank 0 write what came out.
+As one of two processes, or alone, this file trains, evaluates, and has rank 0 write what came out.
 """
 
 import json
@@ -17,10 +17,10 @@ from distillation_toys import (
     collate,
     make_t5,
     make_teacher,
-    on_two_processes,
     ragged_rows,
     token_terms,
 )
+from forked import on_two_processes
 from test_vision_student import make_trainer, without_image
 from test_vision_student import rows_of as seeing_rows
 from transformers import AutoTokenizer

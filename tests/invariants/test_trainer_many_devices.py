@@ -1,6 +1,6 @@
 """Shards change nothing: FSDP2 and DistributedDataParallel on two processes do what one process does.
 
-Run as a script (by torchrun, or alone) this file trains, resumes and evaluates, and writes what came out.
+As one of two processes, or alone, this file trains, resumes and evaluates, and writes what came out.
 """
 
 import json
@@ -19,9 +19,9 @@ from distillation_toys import (
     make_rope,
     make_t5,
     make_teacher,
-    on_two_processes,
     ragged_rows,
 )
+from forked import on_two_processes
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 

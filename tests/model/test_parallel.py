@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate import cpu_offload, disk_offload, dispatch_model, infer_auto_device_map
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from forked import forking
 from torch.nn.parallel import DistributedDataParallel
 from toys import KINDS, make_model, ragged, random_ids
 
@@ -70,7 +71,8 @@ def two_processes(tmp_path_factory):
     models = {kind: make_model(kind, num_key_value_heads=2, **BIG_ENCODER) for kind in SPREAD}
     for kind, model in models.items():
         model.save_pretrained(folder / kind)
-    mp.spawn(on_two_processes, args=(folder,), nprocs=2)
+    forking()  # from one that has imported what these need
+    mp.start_processes(on_two_processes, args=(folder,), nprocs=2, start_method="forkserver")
     return models, torch.load(folder / "results.pt", weights_only=True)
 
 
