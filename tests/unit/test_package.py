@@ -82,9 +82,9 @@ def test_what_travels_imports_torch_transformers_and_its_siblings(name):
         assert module.split(".")[0] in allowed_by_name or module in siblings
 
 
-def modules_after(code):
-    """Names of the modules that a fresh interpreter has loaded after `code`."""
-    program = f"{code}\nimport sys\nprint('\\n'.join(sys.modules))"
+def modules_of(code, before=""):
+    """Names of the modules that `code` loads in a fresh interpreter, beyond those of the code `before`."""
+    program = f"import sys\n{before}\nthere = set(sys.modules)\n{code}\nprint(*set(sys.modules) - there)"
     return set(
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     )
@@ -92,7 +92,7 @@ def modules_after(code):
 
 @pytest.mark.process
 def test_importing_the_package_loads_neither_torch_nor_transformers():
-    added = modules_after("import hf_encdec_distill") - modules_after("")
+    added = modules_of("import hf_encdec_distill")
     assert {name.split(".")[0] for name in added} - sys.stdlib_module_names == {"hf_encdec_distill"}
 
 
@@ -114,8 +114,8 @@ def test_the_model_is_registered_in_either_order_of_imports(ours_first):
 
 @pytest.mark.process
 def test_the_model_loads_little_more_than_transformers():
-    before = modules_after("from transformers import PreTrainedModel, AutoModelForSeq2SeqLM")
-    added = modules_after("from hf_encdec_distill import RopeEncDecForConditionalGeneration") - before
+    before = "from transformers import PreTrainedModel, AutoModelForSeq2SeqLM"
+    added = modules_of("from hf_encdec_distill import RopeEncDecForConditionalGeneration", before)
     heavy = {"datasets", "evaluate", "peft", "matplotlib", "rich", "optimum", "openvino", "coremltools", "onnxruntime"}
     assert not {name.split(".")[0] for name in added} & heavy
     assert not {name for name in added if name.startswith("transformers.trainer")}
@@ -128,7 +128,7 @@ def test_the_model_loads_little_more_than_transformers():
 @pytest.mark.process
 def test_the_trainer_loads_no_metrics():
     """`evaluate` imports SciPy, which takes a third as long as all the rest."""
-    added = modules_after("from hf_encdec_distill import DistillationTrainer")
+    added = modules_of("from hf_encdec_distill import DistillationTrainer")
     assert "transformers.trainer" in added
     assert not {name.split(".")[0] for name in added} & {"evaluate", "matplotlib", "optimum", "rouge_score"}
 
