@@ -329,7 +329,7 @@ def test_positions_keep_their_precision_far_out(target, tmp_path):
 
 def test_weights_of_onnx_are_stored_once(tmp_path):
     """Embedding, head and shared projections: one file, less than the model's own parameters and a little."""
-    model = toy(kind="merged", vocab_size=4096)
+    model = toy(kind="merged", vocab_size=4096, **SMALLEST)
     export(model, tmp_path / "exported", "onnx")
     parameters = sum(p.numel() for p in model.parameters()) * 4
     assert os.path.getsize(tmp_path / "exported" / "model.onnx_data") < 1.05 * parameters
