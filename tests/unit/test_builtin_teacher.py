@@ -355,6 +355,13 @@ def test_what_a_killed_process_left_goes_away(tmp_path):
     assert not left.exists()
 
 
+def test_where_nothing_can_be_written_the_variable_is_named(tmp_path, monkeypatch):
+    (tmp_path / "no folder").write_text("")
+    monkeypatch.setenv("HF_ENCDEC_DISTILL_CACHE", str(tmp_path / "no folder" / "cache"))
+    with pytest.raises(ValueError, match=r"written to .*cache \(Not a directory\): .* HF_ENCDEC_DISTILL_CACHE"):
+        fetch_builtin_teacher(progress=False)
+
+
 def test_one_builds_while_the_others_wait(tmp_path):
     builds, started = [], threading.Barrier(4)
 

@@ -309,6 +309,14 @@ def test_datasets_that_are_not_there(name, message):
         load_pairs(name)
 
 
+def test_a_copy_that_cannot_be_written_is_not_a_fault_of_the_file(tmp_path, monkeypatch):
+    (tmp_path / "no folder").write_text("")
+    (tmp_path / "pairs.csv").write_text("source,target\na,b\n")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "no folder" / "datasets")
+    with pytest.raises(ValueError, match=r"pairs.csv was not read, .* \(Not a directory\): .* HF_DATASETS_CACHE"):
+        load_pairs(tmp_path / "pairs.csv")
+
+
 def test_file_of_an_unknown_kind(tmp_path):
     (tmp_path / "rows.xlsx").write_text("")
     with pytest.raises(ValueError, match=r"suffix '.xlsx', expected one of .csv, .tsv"):

@@ -61,12 +61,15 @@ def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
     The folder appears in one rename, with size and SHA-256 of each of its files, which every later call checks: a
     build that was interrupted leaves nothing that looks finished, and a file that was cut or altered is found and the
     folder built again. Of several processes one builds and the others wait for it.
+
+    Raises:
+        ValueError: nothing can be written beside `folder`.
     """
     from filelock import FileLock
 
     if _damage(folder) is None:
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _make_writable(folder.parent)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         damage = _damage(folder)
         if damage is None:
@@ -86,6 +89,21 @@ def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = error.strerror
+    else:
+        if os.access(folder, os.W_OK):
+            return
+        why = "no permission"
+    raise ValueError(
+        f"nothing can be written to {folder} ({why}): name another folder with the environment variable "
+        "HF_ENCDEC_DISTILL_CACHE"
+    )
 
 
 def _damage(folder: Path) -> str | None:

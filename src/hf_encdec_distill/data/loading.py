@@ -177,6 +177,7 @@ def _tables(
 @contextmanager
 def says_why(dataset: str | os.PathLike) -> Iterator[None]:
     """Raises ValueError, which names the dataset, in place of what `datasets` raises while it is read."""
+    from datasets import config
     from datasets.exceptions import DatasetGenerationError
 
     try:
@@ -186,6 +187,12 @@ def says_why(dataset: str | os.PathLike) -> Iterator[None]:
         why = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         if isinstance(why, BadFile):
             raise why from None
+        cache = Path(config.HF_DATASETS_CACHE)
+        if isinstance(why, OSError) and why.filename and _is_about(Path(os.fsdecode(why.filename)), cache):
+            raise ValueError(
+                f"{dataset} was not read, for a copy of it cannot be written to {cache} ({why.strerror}): make room "
+                "there, or name a folder that can be written with the environment variable HF_DATASETS_CACHE"
+            ) from error
         path = Path(dataset).expanduser()
         if isinstance(why, UnicodeDecodeError):
             for file in [path] if path.is_file() else sorted(path.rglob("*")):
@@ -201,6 +208,11 @@ def says_why(dataset: str | os.PathLike) -> Iterator[None]:
         raise ValueError(
             f"{dataset} is neither a readable folder nor a dataset that the Hub gives us: {why}"
         ) from error
+
+
+def _is_about(file: Path, folder: Path) -> bool:
+    """Whether `file` is in `folder`, or is what would have to hold it."""
+    return file.is_relative_to(folder) or folder.is_relative_to(file)
 
 
 def check_path(dataset: str) -> None:
