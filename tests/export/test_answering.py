@@ -59,7 +59,7 @@ def make_export(folder, target, shapes):
     torch.manual_seed(0)
     tokenizer = student_tokenizer(letters(), TEMPLATE, cross_attention="merged")
     options = {"decoder_start_token_id": START, "eos_token_id": None}
-    model = make_model("merged", vocab_size=len(tokenizer), encoder_num_hidden_layers=2, **options)
+    model = make_model("merged", vocab_size=len(tokenizer), encoder_num_hidden_layers=1, **options)
     model.generation_config.eos_token_id = None
     export_model(model, tokenizer, target, folder, shapes=Shapes.parse(shapes))
     return folder

@@ -26,8 +26,13 @@ og = pytest.importorskip("onnxruntime_genai", reason="no wheel for Python 3.10")
 TOKENS = 24
 SMALLEST = {"encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1}
 TOYS = {
-    "as of Llama, causal": {"encoder_attention": "causal", "rope_parameters": LLAMA_3},
-    "as of Qwen2, bidirectional": {"attention_bias": "qkv", "num_key_value_heads": 1, "tie_word_embeddings": False},
+    "as of Llama, causal": {"encoder_num_hidden_layers": 1, "encoder_attention": "causal", "rope_parameters": LLAMA_3},
+    "as of Qwen2, bidirectional": {
+        "encoder_num_hidden_layers": 1,
+        "attention_bias": "qkv",
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": False,
+    },
     "as of Qwen3, states of other layers": {"qk_norm": True, "cross_attention_layers": [2, 0], "head_dim": 16},
 }
 
