@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,17 @@ def free_port():
         return listening.getsockname()[1]
 
 
+@contextmanager
+def shown(page, tab):
+    """`page` in `tab`, which leaves before the server stops: Gradio would complain in a stream that is still open."""
+    try:
+        tab.goto(launch(page, "127.0.0.1", free_port()))
+        yield
+        tab.goto("about:blank")
+    finally:
+        page.close()
+
+
 def data(folder):
     return ["--dataset", str(folder / "pairs.csv"), "--source-column", "text", "--target-column", "short"]
 
@@ -128,12 +140,8 @@ def test_student_and_teacher_answer_side_by_side(models, tab, monkeypatch):
     monkeypatch.setattr(devices, "working_dtype", lambda: torch.float32)  # so that ONNX in fp32 says the same
     options = ["--teacher", str(models / "teacher"), "--exported", str(models / "onnx"), *data(models)]
     command = ["demo", str(models / "student"), *options, "--max-new-tokens", str(NEW_TOKENS)]
-    page = load_page(build_parser().parse_args(command))
-    try:
-        tab.goto(launch(page, "127.0.0.1", free_port()))
+    with shown(load_page(build_parser().parse_args(command)), tab):
         _look(tab, models)
-    finally:
-        page.close()
 
 
 def _look(tab, models):
@@ -194,8 +202,7 @@ def test_images_are_dropped_seen_and_asked_about(image_tokenizer, tab, tmp_path,
         "generate",
         lambda self, **kwargs: given.append(kwargs["pixel_values"]) or generate(self, **kwargs),
     )
-    try:
-        tab.goto(launch(page, "127.0.0.1", free_port()))
+    with shown(page, tab):
         expect(tab.locator("#answer")).to_be_visible(timeout=90_000)
         tab.locator("#images input[type=file]").set_input_files([str(file) for file in files])
         expect(tab.locator("#images .thumbnail-item img, #images .thumbnail-lg img")).to_have_count(2, timeout=90_000)
@@ -210,8 +217,6 @@ def test_images_are_dropped_seen_and_asked_about(image_tokenizer, tab, tmp_path,
         expect(tab.locator("#images img")).to_have_count(1, timeout=90_000)
         ask(tab, "what")
         expect(tab.locator("#told .note")).to_contain_text("image 0 is no image that can be read", timeout=90_000)
-    finally:
-        page.close()
 
 
 def test_the_space_runs_as_it_is(models, tab, tmp_path):
@@ -234,6 +239,7 @@ def test_the_space_runs_as_it_is(models, tab, tmp_path):
         expect_answer(tab, "#student", generated(models, "student", devices.working_dtype()))
         expect(tab.locator("#teacher")).not_to_be_visible()
         assert list(tmp_path.iterdir()) == [], "the page writes where it was started"
+        tab.goto("about:blank")
         space.send_signal(signal.SIGINT)
         assert space.wait(20) == 0, "Ctrl-C is the way to end it, no error"
     finally:
