@@ -137,21 +137,25 @@ def results(folder):
     return json.loads((folder / "state.json").read_text())["results"]
 
 
-def runs_with_all(monkeypatch, minutes):
-    """All weights, from so many minutes on."""
-    monkeypatch.setattr(state, "FROZEN_BELOW_MINUTES", minutes)
+FROZEN_MINUTES = 4
 
 
-@pytest.fixture(scope="module", params=["on records", "with all weights", "with a twin"])
+def unfreezes(monkeypatch, from_minutes=12.0):
+    """All weights are trained in runs of so many minutes, after four for the decoder alone."""
+    monkeypatch.setattr(state, "FROZEN_BELOW_MINUTES", from_minutes)
+    monkeypatch.setattr(recipe, "FROZEN_MINUTES", FROZEN_MINUTES)
+
+
+@pytest.fixture(scope="module", params=["on records", "with all weights later", "with a twin"])
 def finished(request, given, tmp_path_factory):
     """A run of twelve minutes, what it said, the rows that its students trained on, and the clock that it showed.
 
-    As a short run, and as if twelve minutes were many, without and with a twin.
+    As a short run; as if twelve minutes were many, so that the encoder is frozen for four of them; with a twin.
     """
     folder, said = tmp_path_factory.mktemp("finished") / "run", io.StringIO()
     is_short, has_twin = request.param == "on records", request.param == "with a twin"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        runs_with_all(monkeypatch, recipe.FROZEN_BELOW_MINUTES if is_short else 12.0)
+        unfreezes(monkeypatch, recipe.FROZEN_BELOW_MINUTES if is_short else 12.0)
         machine, shown = build(monkeypatch, Machine()), []
 
         class Watched(pipeline.Display):
@@ -185,10 +189,14 @@ def test_twelve_minutes_are_twelve_on_a_slow_machine(finished):
     assert 11.0 < finished.minutes <= 12.0
     assert {entry["n"] for entry in metrics["models"].values()} == {64}
     # Few steps: the learning rate arrives all the same, and falls.
-    for stage, peak in (("teach", recipe.TEACHER_LEARNING_RATE), ("distill", recipe.STUDENT_LEARNING_RATE)):
-        rates = done[stage]["rates"]
-        most = 25 if stage == "teach" or finished.has_twin else 50 if finished.is_short else 40
-        assert 4 <= len(rates) < most and max(rates) > 0.8 * peak and rates[-1] < 0.4 * peak
+    frozen = done.get("frozen", {}).get("steps", 0)
+    assert (frozen > 0) is not (finished.is_short or finished.has_twin)
+    taught, distilled = done["teach"]["rates"], done["distill"]["rates"]
+    trainings = [(taught, recipe.TEACHER_LEARNING_RATE), (distilled[frozen:], recipe.STUDENT_LEARNING_RATE)]
+    trainings += [(distilled[:frozen], recipe.STUDENT_LEARNING_RATE)] if frozen else []
+    for rates, peak in trainings:
+        most = 25 if rates is taught or finished.has_twin else 50
+        assert 3 <= len(rates) < most and max(rates) > 0.8 * peak and rates[-1] < 0.4 * peak
         assert rates.index(max(rates)) <= len(rates) // 3
     assert done["distill"]["steps"] == metrics["recipe"]["steps"]
     if finished.has_twin:
@@ -202,21 +210,28 @@ def encoder_weights(folder):
     return {name: tensor for name, tensor in weights.items() if ".encoder." in name}
 
 
-def test_a_short_run_trains_the_decoder_alone_on_recorded_rows(finished):
+def test_a_run_trains_the_decoder_alone_on_recorded_rows_and_a_long_one_then_all_weights(finished):
     start, student = (encoder_weights(finished.folder / name) for name in ("work/start", "student"))
-    frozen = [torch.equal(start[name], student[name]) for name in start]
-    if not finished.is_short:
-        assert not all(frozen) and finished.results["start"]["recorded"] == 0
+    unchanged = [torch.equal(start[name], student[name]) for name in start]
+    assert unchanged and all(unchanged) is finished.is_short
+    if finished.has_twin:
+        assert finished.results["start"]["recorded"] == 0
         assert finished.metrics["recipe"]["encoder"] == "trained"
         return
-    assert frozen and all(frozen)
-    recorded, steps = finished.results["start"]["recorded"], finished.results["distill"]["steps"]
+    stage = finished.results["distill" if finished.is_short else "frozen"]
+    recorded, steps = finished.results["start"]["recorded"], stage["steps"]
     assert sum(finished.rows_read) == recorded < 300 and len(finished.rows_read) > 2  # step by step, none again
     assert recipe.PASSES - 0.1 < steps * recipe.BATCH_SIZE / recorded < recipe.PASSES + 0.2
     assert len(CachedTeacher(finished.folder / "work" / "records")) == recorded
     (states,) = (finished.folder / "work" / "states").iterdir()
     assert sum(len(load_file(file)) for file in states.iterdir()) == recorded
-    assert f"the decoder is trained on {recorded} rows" in finished.metrics["recipe"]["encoder"]
+    said = f"frozen, the decoder is trained on {recorded} rows"
+    then = ", then all weights on all rows"
+    assert finished.metrics["recipe"]["encoder"] == said + ("" if finished.is_short else then)
+    if not finished.is_short:
+        seconds = sum(finished.results[name]["seconds"] for name in ("start", "frozen"))
+        assert seconds == pytest.approx(60 * FROZEN_MINUTES, abs=15)
+        assert finished.metrics["recipe"]["schedule"].endswith(", 2 times")
 
 
 def test_rows_that_are_dear_to_record_are_read_more_often(given, tmp_path, monkeypatch):
@@ -230,6 +245,33 @@ def test_rows_that_are_dear_to_record_are_read_more_often(given, tmp_path, monke
     assert recording / (recording + distill["steps"] * machine.distill) == pytest.approx(
         recipe.RECORDING_SHARE, abs=0.08
     )
+
+
+def test_a_run_that_is_interrupted_with_and_without_a_frozen_encoder_goes_on(given, tmp_path, monkeypatch):
+    unfreezes(monkeypatch)
+    machine, distill = build(monkeypatch, Machine()), Pipeline.distill
+
+    def distilling(self, update):
+        if "later" not in asked:
+            asked.append("later")
+            machine.interrupt_at = ("distill", self.state.steps_before + 1)
+        return distill(self, update)
+
+    asked: list[str] = []
+    monkeypatch.setattr(Pipeline, "distill", distilling)
+    machine.interrupt_at = ("distill", recipe.TIMED_STEPS + 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(machine, tmp_path / "run", {**given, "minutes": 12.0})
+    assert list(results(tmp_path / "run")) == ["teacher", "data", "before", "teach", "start"]
+    with pytest.raises(KeyboardInterrupt):
+        run(machine, tmp_path / "run", {}, resume=True)
+    frozen = results(tmp_path / "run")["frozen"]
+    metrics, _ = run(machine, tmp_path / "run", {}, resume=True)
+    done = results(tmp_path / "run")
+    assert done["frozen"] == frozen and done["distill"]["steps"] > frozen["steps"] + 5
+    assert len(machine.rows_trained) == recipe.TIMED_STEPS + done["distill"]["steps"]  # none twice
+    assert 10.0 < sum(stage["seconds"] for stage in metrics["stages"]) / 60 <= 12.1
+    assert metrics["curves"]["student_kd"][-1]["step"] == done["distill"]["steps"]
 
 
 def test_teacher_and_student_have_the_tokens_of_the_training_rows(finished, given):
@@ -488,7 +530,7 @@ def test_a_training_that_begins_slowly_is_not_said_to_be_late(given, tmp_path, c
 @pytest.fixture
 def again(finished, tmp_path, monkeypatch):
     """A copy of the finished run, and a machine for it."""
-    runs_with_all(monkeypatch, recipe.FROZEN_BELOW_MINUTES if finished.is_short else 12.0)
+    unfreezes(monkeypatch, recipe.FROZEN_BELOW_MINUTES if finished.is_short else 12.0)
     folder = shutil.copytree(finished.folder, tmp_path / "run")
     return SimpleNamespace(**{**vars(finished), "folder": folder, "machine": build(monkeypatch, Machine())})
 
@@ -542,7 +584,7 @@ def test_a_finished_run_trains_on_for_more_minutes(again, monkeypatch):
     assert all(torch.equal(saved[name], weights[name]) for name in saved)
     start, student = (encoder_weights(again.folder / name) for name in ("work/start", "student"))
     assert not torch.equal(*(weights["model.encoder.embed_tokens.weight"] for weights in (start, student)))
-    assert metrics["recipe"]["encoder"].endswith("then all weights on all rows" if again.is_short else "trained")
+    assert metrics["recipe"]["encoder"].endswith("trained" if again.has_twin else "then all weights on all rows")
     student, before = (m["models"]["student_kd"]["ce"]["value"] for m in (metrics, again.metrics))
     assert student < before
     assert metrics["models"]["teacher_before"] == again.metrics["models"]["teacher_before"]
@@ -577,9 +619,9 @@ def test_a_short_run_that_is_continued_for_long_reads_all_packages(again, tmp_pa
     file.write_text(json.dumps(content))
     short, long = ({"minutes": minutes} for minutes in (recipe.FROZEN_BELOW_MINUTES - 20.0, 30.0))
     assert not open_run(again.folder, short, True, again.machine).reads_more
-    assert open_run(again.folder, long, True, again.machine).reads_more == again.is_short
+    assert open_run(again.folder, long, True, again.machine).reads_more is not again.has_twin
     if not again.is_short:
-        return  # it has read them all
+        return
     pairs = tmp_path / "pairs"
     pairs.mkdir()
     for split, rows in (("train", 900), ("validation", 5), ("test", 5)):

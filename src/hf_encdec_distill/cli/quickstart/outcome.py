@@ -128,6 +128,7 @@ def _verdict(state: State, models: Mapping[str, Mapping]) -> dict:
 
 def _recipe(state: State) -> dict:
     results, earlier = state.results, state.earlier
+    times = earlier["rounds"] + 1 + ("frozen" in results)
     schedule = f"warm-up over {recipe.WARMUP:.0%} of the steps, then linear to zero"
     return {
         "divergence": recipe.DIVERGENCE,
@@ -137,7 +138,7 @@ def _recipe(state: State) -> dict:
         "batch_size": recipe.BATCH_SIZE,
         "encoder": _encoder_training(state),
         "learning_rate": _peak(results["distill"]["rates"]),
-        "schedule": schedule + (f", {earlier['rounds'] + 1} times" if earlier["rounds"] else ""),
+        "schedule": schedule + (f", {times} times" if times > 1 else ""),
         "teacher_steps": results["teach"]["steps"],
         "teacher_learning_rate": _peak(results["teach"]["rates"]),
         "max_prompt_tokens": state.max_prompt,

@@ -114,7 +114,7 @@ class Pipeline:
 
     @property
     def _stages(self) -> list[str]:
-        optional = {"more": self.state.reads_more, "twin": self.settings.twin}
+        optional = {"frozen": self.state.unfreezes, "more": self.state.reads_more, "twin": self.settings.twin}
         return [name for name in TITLES if optional.get(name, True)]
 
     def run(self) -> dict:
@@ -175,7 +175,8 @@ class Pipeline:
         if "before" not in results:  # nothing is known of the others
             return max(left, recipe.REPORT_SECONDS)
         to_come, used = self._to_come(), self.state.seconds_used
-        for name in {"teach", "start", *self.state.trainings} - results.keys() - to_come.keys():
+        trainings = {"teach", "start", "frozen", *self.state.trainings} & set(self._stages)
+        for name in trainings - results.keys() - to_come.keys():
             to_come[name] = self.plan.smallest_training()
         spent = used - self.state.begun.get(stage, used)
         if self._fraction:
@@ -271,8 +272,8 @@ class Pipeline:
 
     def data(self, update) -> dict:
         settings = self.settings
-        # Mining all packages takes most of a minute, and yields more than a short run can read.
-        packages: Literal["stdlib", "all"] = "stdlib" if self.state.is_frozen else "all"
+        # Mining all packages takes most of a minute, and yields more than can be recorded.
+        packages: Literal["stdlib", "all"] = "stdlib" if self.state.begins_frozen else "all"
         splits = load_splits(settings.dataset, settings.source_column, settings.target_column, packages)
         if len(splits["train"]) < recipe.BATCH_SIZE:
             raise ValueError(
@@ -303,9 +304,11 @@ class Pipeline:
         return {"sizes": sizes, "teacher": given if teacher == given else "", "tokens": tokens, "note": note}
 
     def more(self, update) -> dict:
-        """The held-out rows, and the vocabulary, stay those of the first round."""
+        """The held-out rows, and the vocabulary, stay those of the stage `data`."""
         splits = load_splits(self.settings.dataset, self.settings.source_column, self.settings.target_column, "all")
         splits["train"].save_to_disk(str(self.work / "more-data"))
+        for name in ("rows", "_ready"):  # if they were read before
+            self.__dict__.pop(name, None)
         rows = len(splits["train"])
         return {"rows": rows, "note": f"{rows} rows to train, from all installed packages"}
 
@@ -355,8 +358,10 @@ class Pipeline:
         }
 
     def teach(self, update) -> dict:
-        parts = recipe.PARTS
-        end = self.state.seconds_used + self._seconds_to_train() * parts["teach"] / sum(parts.values())
+        share = recipe.PARTS["teach"] / sum(recipe.PARTS.values())
+        if self.state.unfreezes:
+            share = recipe.LONG_TEACHER_SHARE
+        end = self.state.seconds_used + self._seconds_to_train() * share
         teacher = self.load_teacher(self.teacher_path, torch.float32)
         rows, plan = self.rows["train"], self.plan
         seconds = end - self.state.seconds_used
@@ -382,7 +387,7 @@ class Pipeline:
         return result | {"note": f"{result['steps']} steps of {recipe.BATCH_SIZE}, {loss}"}
 
     def start(self, update) -> dict:
-        """Make the student. A short run records rows for it. If there will be a twin, a step of it is measured: the
+        """Make the student, and record rows for it. If there will be a twin, a step of it is measured instead: the
         time has to last for both."""
         teacher = self.load_teacher(self.work / "teacher", torch.float32)
         rows = self.rows["train"]
@@ -404,8 +409,8 @@ class Pipeline:
         if healing and healing["taken"]:
             note += f", KL from the teacher {healing['kl_before']:.2f}, fitted {healing['kl_after']:.2f}"
         recorded = 0
-        if self.state.is_frozen:
-            seconds = self._seconds_to_train() - 2 * self.plan.load  # the student is loaded and saved for its training
+        if self.state.begins_frozen:
+            seconds = self._seconds_frozen() - 2 * self.plan.load  # the student is loaded and saved for its training
             places = self.work / "records", self.work / "states"
             recorded = record(
                 teacher, student, self._ready, self.tokenizer, *places, seconds, self._time_pass, self.state.now
@@ -444,17 +449,33 @@ class Pipeline:
             return result["step_seconds"], now() - begun - steps * result["step_seconds"]
 
     def _share(self, seconds: float, steps: int, update, replay: list[float] | None = None, **more) -> TimeShare:
-        peak, earlier = recipe.STUDENT_LEARNING_RATE, self.state.earlier["steps"]
+        peak, earlier = recipe.STUDENT_LEARNING_RATE, self.state.steps_before
         return TimeShare(
             seconds, steps, peak, update, replay, earlier=earlier, goes_on=True, now=self.state.now, **more
         )
 
+    def _seconds_frozen(self) -> float:
+        """For the training with a frozen encoder, and what is recorded for it."""
+        seconds = self._seconds_to_train()
+        if self.state.unfreezes:
+            spent = self.state.seconds_used - self.state.begun["start"]
+            seconds = min(seconds, 60 * recipe.FROZEN_MINUTES - spent)
+        return seconds
+
+    def frozen(self, update) -> dict:
+        """The first steps of a run that unfreezes its encoder: on recorded rows, many and cheap."""
+        share = self._share(max(self._seconds_frozen() - self.plan.load, 1.0), self._most_steps(), update)
+        training, target = self.work / TRAININGS["distill"], self.folder / "student"
+        recorded = self.state.results["start"]["recorded"]
+        result = self._train_student(share, recipe.DISTILL_WEIGHT, recorded, training, target)
+        return {"steps": result["steps"], "note": f"{result['steps']} steps of {recipe.BATCH_SIZE}"}
+
     def distill(self, update) -> dict:
-        start, earlier = self.state.results["start"], self.state.earlier
+        start, earlier, before = self.state.results["start"], self.state.earlier, self.state.steps_before
         share = self._share(
             # It is saved afterwards, which takes as long as to load it.
             max(self._seconds_to_train() - self.plan.load - (len(self.state.trainings) - 1) * start["overhead"], 1.0),
-            earlier["steps"] + self._most_steps(),
+            before + self._most_steps(),
             update,
             twin_step=start["twin_step"],
             twin_cost=earlier["twin_cost"] or None,
@@ -462,7 +483,7 @@ class Pipeline:
         training, target = self.work / TRAININGS["distill"], self.folder / "student"
         result = self._train_student(share, recipe.DISTILL_WEIGHT, self._recorded, training, target)
         note = f"{result['steps']} steps of {recipe.BATCH_SIZE}"
-        note += f", {earlier['steps']} of them before" if earlier["rounds"] else ""
+        note += f", {before} of them before" if before else ""
         return result | {"twin_cost": share.twin_cost, "note": note}
 
     def _most_steps(self) -> int:

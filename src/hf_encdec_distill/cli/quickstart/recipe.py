@@ -17,9 +17,10 @@ WARMUP = 0.1  # of the steps that fit into the time; the rest falls linearly to 
 DIVERGENCE, DISTILL_WEIGHT = "forward_kl", 0.9
 LAYER_SELECTION = "induction"
 HEAL_ROWS = 100  # the layers are chosen and fitted on
-# In a shorter run the encoder stays as the fit left it. What it and the teacher say of some rows is recorded, and many
-# cheap steps are made on these; a longer run trains all weights, on rows that are mostly read once.
+# First the encoder stays as the fit left it. What it and the teacher say of some rows is recorded, and many cheap
+# steps are made on these. A longer run then trains all weights, on rows that are mostly read once.
 FROZEN_BELOW_MINUTES = 30
+FROZEN_MINUTES = 10  # of a longer run, at most: fit, records and training on them
 # New rows teach more than old ones, but cost more: where to record a row took as long as to train on it 3.4 times, the
 # best of four shares left time for three passes.
 RECORDING_SHARE = 0.55  # of the time for records and for training on them, at most
@@ -32,6 +33,7 @@ VALIDATION_SHARE = 0.1
 
 # The time that evaluation and report leave, in parts; a student and its twin share one.
 PARTS = {"teach": 16, "start": 2, "students": 56}
+LONG_TEACHER_SHARE = 0.1  # of that time, in a longer run that begins with a frozen encoder
 
 # Evaluation: all its rows, of all models, before and after.
 EVALUATION_SHARE = 0.12  # of the time

@@ -31,10 +31,11 @@ _EARLIER = {"rounds": int, "minutes": float, "seconds": float, "steps": int, "tw
 TITLES = {
     "teacher": "fetch the teacher",
     "data": "mine the data",
-    "more": "mine more data to train on",
     "before": "evaluate the teacher as it is",
     "teach": "teach the teacher the task",
     "start": "cut the student from the teacher",
+    "frozen": "train its decoder on the records",
+    "more": "mine more data to train on",
     "distill": "train the student on the teacher",
     "twin": "train its twin on the labels alone",
     "evaluate": "evaluate on held-out rows",
@@ -136,16 +137,30 @@ class State:
         return self.results["teacher"].get("max_prompt", MAX_PROMPT)
 
     @property
+    def begins_frozen(self) -> bool:
+        """Whether the encoder is, in the run's first steps. A twin replays all steps of its student from the start."""
+        return bool(self.results["start"]["recorded"]) if "start" in self.results else not self.settings.twin
+
+    @property
     def is_frozen(self) -> bool:
-        """Whether the encoder is, in this round."""
+        """Whether it is in all steps of this round."""
         return self.settings.minutes < FROZEN_BELOW_MINUTES and not self.earlier["rounds"]
 
     @property
+    def unfreezes(self) -> bool:
+        """Whether it is in some of the first round's, for which that has the stage `frozen`."""
+        return "frozen" in self.results or (self.begins_frozen and not self.is_frozen and not self.earlier["rounds"])
+
+    @property
     def reads_more(self) -> bool:
-        """Whether a short run of the built-in task, which has read the standard library alone, goes on with more."""
-        was_short = bool(self.results.get("start", {}).get("recorded"))
+        """Whether a run of the built-in task, which begins with the standard library alone, goes on with more."""
         is_long = self.settings.minutes >= FROZEN_BELOW_MINUTES
-        return "more" in self.results or (was_short and is_long and self.settings.is_built_in_task)
+        return "more" in self.results or (self.begins_frozen and is_long and self.settings.is_built_in_task)
+
+    @property
+    def steps_before(self) -> int:
+        """Of each student, before the stage `distill`: with a frozen encoder, or in earlier rounds."""
+        return self.earlier["steps"] or self.results.get("frozen", {}).get("steps", 0)
 
     @property
     def trainings(self) -> list[str]:
