@@ -125,13 +125,29 @@ def replacing(file: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def all_or_nothing(folder: Path) -> Iterator[None]:
-    """Of a new folder that is filled in the block, nothing stays where that does not come to its end."""
+def filling(folder: Path) -> Iterator[Path]:
+    """A new folder to write to, whose content `folder` has at the end; nothing of it stays after an error.
+
+    It stands beside `folder` and takes its name. Where `folder` is there, and empty, it stands inside, and its files
+    move up: that may be the current folder, or one where a disk is mounted, whose place nothing can take. If the block
+    moves it elsewhere, `folder` gets nothing.
+
+    Raises:
+        OSError: somebody else has put something into `folder` meanwhile.
+    """
+    folder = folder.resolve()  # "." has no name
+    is_there, name = folder.exists(), f"{folder.name}.{uuid.uuid4().hex[:8]}.partial"  # nobody else's
+    partial = (folder if is_there else folder.parent) / name
+    partial.mkdir(parents=True)
     try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        yield partial
+        if is_there and partial.exists():
+            for path in partial.iterdir():
+                path.rename(folder / path.name)
+        elif partial.exists():
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

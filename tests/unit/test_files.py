@@ -10,7 +10,7 @@ import uuid
 
 import pytest
 
-from hf_encdec_distill.files import alone_in, inside, read_json, read_yaml, write_json, write_text
+from hf_encdec_distill.files import alone_in, filling, inside, read_json, read_yaml, write_json, write_text
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
@@ -148,6 +148,37 @@ with alone_in(Path(sys.argv[1])):
             with alone_in(folder):
                 pass
     assert not any(folder.iterdir())
+
+
+@pytest.mark.parametrize("is_there", [False, True], ids=["a new one", "an empty one"])
+def test_a_folder_is_filled_whole_or_not_at_all(tmp_path, is_there):
+    folder = tmp_path / "deep" / "new"
+    if is_there:
+        folder.mkdir(parents=True)
+    number = is_there and folder.stat().st_ino
+    with pytest.raises(KeyboardInterrupt), filling(folder) as partial:
+        (partial / "half").touch()
+        raise KeyboardInterrupt
+    with filling(folder) as partial:
+        (partial / "half").touch()
+        partial.rename(tmp_path / "elsewhere")
+    assert folder.exists() is is_there and [path.name for path in folder.parent.iterdir()] == ["new"] * is_there
+    with filling(folder) as partial:
+        (partial / "file").write_text("all")
+        (partial / "part").mkdir()
+        assert not (folder / "file").exists()
+    assert sorted(path.name for path in folder.iterdir()) == ["file", "part"]
+    assert [path.name for path in folder.parent.iterdir()] == ["new"]
+    assert not is_there or folder.stat().st_ino == number  # a disk that is mounted there, or a shell, stays
+
+
+def test_a_folder_that_others_fill_meanwhile_stays_theirs(tmp_path):
+    with pytest.raises(OSError), filling(tmp_path / "new") as partial:
+        (partial / "file").write_text("mine")
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "file").write_text("theirs")
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "file"]
+    assert (tmp_path / "new" / "file").read_text() == "theirs"
 
 
 def test_what_is_written_is_whole_or_as_it_was(tmp_path):

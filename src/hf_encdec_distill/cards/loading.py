@@ -32,7 +32,7 @@ _FIELDS = {
     **{"target": str, "variant": str, "shapes_taken": str, "logits": float, "rows": int},
     **dict.fromkeys(("megabytes", "tokens", "ce"), dict),
 }
-_UNFINISHED = (".rejected", ".unproven", ".partial")
+_UNFINISHED = (".rejected", ".partial")
 
 
 def why_not_proven(export: Path) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..files import all_or_nothing
+from ..files import filling
 from ._display import say_result
 from ._inputs import check_is_there
 
@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> None:
         check_is_there(args.config, "the .json file beside the checkpoint, or leave it out")
     ids = {"bos_token_id": args.bos_token_id, "eos_token_id": args.eos_token_id}
     model = convert_mu_checkpoint(args.checkpoint, args.config, **ids)
-    with all_or_nothing(output):
-        model.save_pretrained(output)
+    with filling(output) as partial:
+        model.save_pretrained(partial)
     parameters = model.num_parameters()
     content = {"output": str(output), "parameters": parameters}
     say_result(args, content, f"{output}: {parameters / 1e6:.1f} M parameters")

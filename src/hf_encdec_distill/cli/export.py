@@ -139,20 +139,18 @@ def _check(target: str, model, processor, args: argparse.Namespace, shapes) -> N
 def _export(target: str, folder: Path, model, processor, args: argparse.Namespace, shapes) -> dict[str, Any]:
     """Write, prove, and only then give the folder its name."""
     import shutil
-    import uuid
 
     from ..cards.loading import PARITY, note_exports
     from ..cards.model_card import license_of
     from ..export.exporting import export_model
     from ..export.parity import prove
-    from ..files import write_json
+    from ..files import filling, write_json
 
     rows = _rows(load_test_rows(args), args.rows or backend_of(target).rows, model, processor, shapes)
     calibration = None
     if args.calibration_rows is not None:
         pairs = load_splits(args.dataset, args.source_column, args.target_column, packages="stdlib")["train"]
         calibration = _rows(pairs, args.calibration_rows, model, processor, shapes)
-    unproven = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.unproven")  # nobody else's
     begun, share = time.monotonic(), _SHARE_OF_EXPORT
 
     def seconds_left() -> float:
@@ -160,7 +158,7 @@ def _export(target: str, folder: Path, model, processor, args: argparse.Namespac
         return max(_GUESS - used, 0.0) if share == _SHARE_OF_EXPORT else used / share - used
 
     display = Display(seconds_left, stages=2)
-    try:
+    with filling(folder) as unproven:
         with display.stage(f"export to {target}") as update:
             stateful = False if args.stateless else None
             license = license_of(args.model) or "unknown"
@@ -187,14 +185,12 @@ def _export(target: str, folder: Path, model, processor, args: argparse.Namespac
             tokenizer = getattr(processor, "tokenizer", processor)
             report = prove(unproven, model, rows, tokenizer, _MAX_TARGET, update)
         write_json(unproven / PARITY, report)
-        final = folder.with_name(f"{folder.name}.rejected") if report["failures"] else folder
-        if final.exists():
-            final.rmdir()
-        unproven.rename(final)
-        if final == folder and folder.resolve().parent == Path(args.model).resolve():
-            note_exports(folder.parent, model.config.model_type)
-    finally:
-        shutil.rmtree(unproven, ignore_errors=True)
+        if report["failures"]:
+            with filling(folder.with_name(f"{folder.name}.rejected")) as rejected:
+                shutil.copytree(unproven, rejected, dirs_exist_ok=True)  # it may be on another disk
+            shutil.rmtree(unproven)
+    if not report["failures"] and folder.parent == Path(args.model).resolve():
+        note_exports(folder.parent, model.config.model_type)
     return report
 
 

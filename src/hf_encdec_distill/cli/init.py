@@ -12,7 +12,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from ..files import all_or_nothing, is_used
+from ..files import filling, is_used
 from ._display import say_result
 from ._inputs import BUILT_IN, add_data_arguments, load_splits, prompt_template, teacher_path
 
@@ -144,12 +144,12 @@ def run(args: argparse.Namespace) -> None:
     template = prompt_template(args.prompt_template, args.dataset)
     student = make_student(path, shape, rows, template, args.prompt_date, budget)
     counts: dict[str, int]
-    with all_or_nothing(output):
+    with filling(output) as partial:
         if shape.decoder_only is None:
-            student.save_pretrained(output)
+            student.save_pretrained(partial)
             counts = {f"{side}_layers": getattr(student.config, f"{side}_num_hidden_layers") for side in _SIDES}
         else:
-            save_teacher(student, student.tokenizer, output)
+            save_teacher(student, student.tokenizer, partial)
             counts = {"layers": student.config.num_hidden_layers}
     content = {
         "output": str(output),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 
-from ..files import is_used
+from ..files import filling, is_used
 from ..models.prompts import in_a_class_of_both_versions
 from .backends import backend_of, check_installed
 from .manifest import write_manifest
@@ -19,17 +18,9 @@ from .recipe import Shapes, check_exportable, check_options, graphs, size_of_ima
 
 
 def check_new(folder: Path) -> None:
-    """
-    Raises:
-        ValueError: something is there already, or the folder is the current one, or one where a disk is mounted.
-    """
+    """Raises ValueError if something is there already."""
     if is_used(folder):
         raise ValueError(f"{folder} is not empty: remove it, or choose another folder")
-    if folder.exists() and folder.samefile(Path.cwd()):
-        # The finished folder takes the empty one's place: whoever stands in it would be left in one that is gone.
-        raise ValueError(f"{folder} is the current folder: name a new one in it, such as {folder / 'exported'}")
-    if folder.is_mount():  # which cannot be renamed over
-        raise ValueError(f"{folder} is where a disk is mounted: name a new one in it, such as {folder / 'exported'}")
 
 
 def export_model(
@@ -51,7 +42,7 @@ def export_model(
             where it is in another type than float32, a float32 copy is exported.
         tokenizer: its tokenizer, or `None`; of a student that reads images its processor, whose size of images is that
             of the graphs.
-        folder: new or empty, and not the current one; takes its name when everything is in it.
+        folder: new or empty; gets its content when all is written.
         stateful: whether the runtime keeps the target's keys and values. `None` is the target's way: OpenVINO does,
             Core ML does in half precision (its states have no other), ONNX does not.
         license: of the weights, as an identifier that the Hub knows; written into the files.
@@ -61,7 +52,7 @@ def export_model(
             file. `None` leaves it to whoever runs the file.
 
     Raises:
-        ValueError: the folder is in use or the current one, no row of `calibration` fits the shapes, the target cannot
+        ValueError: the folder is in use, no row of `calibration` fits the shapes, the target cannot
             do what is asked for, or see [`recipe.check_exportable`].
         ImportError: the target's package is missing; the message has the line that installs it.
     """
@@ -76,16 +67,11 @@ def export_model(
         options["calibration"] = that_fit(calibration, shapes)
     backend = backend_of(target)
     shapes, stateful = backend.settle(model.config, variant, shapes, stateful, options)
-    folder = Path(folder).resolve()  # "." has no name
+    folder = Path(folder)
     check_new(folder)
     check_installed(target)
-    partial = folder.with_name(f"{folder.name}.{uuid4().hex[:8]}.partial")  # nobody else's
-    partial.mkdir(parents=True)
-    own_tokenizer = model.tokenizer
-    try:
-        if tokenizer is not None:
-            model.tokenizer = tokenizer  # GGUF has the vocabulary in the file
-        with torch.no_grad(), in_float32(model) as exact:
+    with filling(folder) as partial:
+        with torch.no_grad(), _tokenizer_of(model, tokenizer), in_float32(model) as exact:
             recipe = graphs(model.config, shapes, image_size)
             backend.export(exact, recipe, shapes, variant, stateful, partial, license, options)
         model.config.save_pretrained(partial)
@@ -100,12 +86,15 @@ def export_model(
         if image_size is not None:
             options["image_size"] = list(image_size)
         write_manifest(partial, target, variant, shapes, stateful, backend.cache_dtype(variant), options)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    return folder.resolve()
+
+
+@contextmanager
+def _tokenizer_of(model, tokenizer) -> Iterator[None]:
+    """The model has this one in the block, where it is not `None`: GGUF has the vocabulary in the file."""
+    own = model.tokenizer
+    model.tokenizer = own if tokenizer is None else tokenizer
+    try:
+        yield
     finally:
-        model.tokenizer = own_tokenizer
-    return folder
+        model.tokenizer = own
