@@ -148,4 +148,4 @@ if __name__ == "__main__":
     cpu_fsdp.admit()
     if DIES_AT in os.environ:
         lose_a_process_while_it_saves(int(os.environ[DIES_AT]))
-    runpy.run_module("hf_encdec_distill.cli.main", run_name="__main__", alter_sys=True)
+    runpy.run_module("hf_encdec_distill", run_name="__main__", alter_sys=True)

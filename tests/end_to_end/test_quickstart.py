@@ -21,7 +21,7 @@ from hf_encdec_distill.cli.main import main
 pytestmark = pytest.mark.process
 
 MODELS = {"teacher_before", "teacher", "student_start", "student_kd", "lead_baseline"}
-COMMAND = [sys.executable, "-m", "hf_encdec_distill.cli.main", "quickstart"]
+COMMAND = [sys.executable, "-m", "hf_encdec_distill", "quickstart"]
 SOURCES = ["red 3 green", "blue 14 white", "black 15 red and something that is a good deal longer"]
 
 # Nothing of the package can be imported, as on a machine that does not have it.

@@ -21,7 +21,7 @@ from hf_encdec_distill.cli.main import COMMANDS, build_parser, main
 
 
 DOCS = Path(__file__).parents[2] / "docs" / "commands.md"
-PROGRAM = [sys.executable, "-m", "hf_encdec_distill.cli.main"]
+PROGRAM = [sys.executable, "-m", "hf_encdec_distill"]
 SCRIPT = "import sys\nfrom hf_encdec_distill.cli import main as cli\n{}\nsys.exit(cli.main(['info', 'model']))"
 
 

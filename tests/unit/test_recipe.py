@@ -262,7 +262,7 @@ def test_a_student_is_reproduced_bit_for_bit(distilled, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "2"}
     words = ["distill", "--reproduce", str(distilled), "--output", str(tmp_path / "again")]
     run = subprocess.run(
-        [sys.executable, "-m", "hf_encdec_distill.cli.main", *words],
+        [sys.executable, "-m", "hf_encdec_distill", *words],
         env=environment,
         cwd=tmp_path,
         capture_output=True,

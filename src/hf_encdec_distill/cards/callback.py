@@ -207,10 +207,10 @@ class ModelCardCallback(TrainerCallback):
     def _stages(self) -> list[dict[str, Any]]:
         state = self.trainer.state
         seconds = [row["train_runtime"] for row in state.log_history if "train_runtime" in row]
-        if not seconds:
+        steps = state.global_step - self._begun_at
+        if not seconds or not steps:  # `--resume` of a run that has come to its end makes none
             return []
         note = f"continued from step {self._begun_at}; earlier time not included" if self._begun_at else ""
-        steps = state.global_step - self._begun_at
         return [{"name": "training", "steps": steps, "seconds": seconds[-1], "note": note}]
 
     def _quality(self) -> dict[str, Any]:

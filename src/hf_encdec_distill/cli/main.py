@@ -212,7 +212,3 @@ def _no_empty_folder(args: argparse.Namespace) -> Iterator[None]:
     finally:
         if os.path.isdir(output) and not any(path.is_file() for path in Path(output).rglob("*")):
             shutil.rmtree(output)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
