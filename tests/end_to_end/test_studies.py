@@ -204,6 +204,27 @@ def test_speed_table(studies):
     assert speed.points(by_label, report, speed.REQUESTS[0])[first] == (0.2, (27.5, 25.0, 30.0))
 
 
+def test_loss_weight_table(studies):
+    """Means over the runs, shares of each run's own teacher, differences row by row."""
+    import loss_weight
+
+    def found(*scores, ce=3.0):
+        return [{"rouge_l": scores, "ce": ce, "kl": 1.0, "teacher_agreement": 0.5, "steps": 7}]
+
+    taken = {
+        "a teacher": [{"rouge_l": [50.0, 50.0]}],
+        "b teacher": [{"rouge_l": [40.0, 40.0]}],
+        "a 0.9": found(20.0, 30.0),
+        "b 0.9": found(20.0, 20.0, ce=4.0),
+        "a 0.5": found(24.0, 36.0),
+        "b 0.5": found(24.0, 20.0),
+    }
+    lines = loss_weight.table(taken, [0.9, 0.5]).splitlines()
+    assert "2 runs" in lines[2] and "Steps of the runs: 7, 7." in lines[2] and "teachers: 50.0, 40.0." in lines[2]
+    assert "| 0.9 | 3.50 | 1.00 | 50.0 % | 22.5 | 50, 50 % |  |" in lines
+    assert "| 0.5 | 3.00 | 1.00 | 50.0 % | 26.0 | 60, 55 % | +3.5 [+3.0, +4.0] |" in lines
+
+
 def test_chunked_loss(studies, tmp_path, monkeypatch):
     import chunked_loss
 
