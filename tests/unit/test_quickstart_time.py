@@ -137,11 +137,11 @@ def results(folder):
     return json.loads((folder / "state.json").read_text())["results"]
 
 
-FROZEN_MINUTES = 4
+FROZEN_MINUTES = 5
 
 
 def unfreezes(monkeypatch, from_minutes=12.0):
-    """All weights are trained in runs of so many minutes, after four for the decoder alone."""
+    """All weights are trained in runs of so many minutes, after five for the decoder alone."""
     monkeypatch.setattr(state, "FROZEN_BELOW_MINUTES", from_minutes)
     monkeypatch.setattr(recipe, "FROZEN_MINUTES", FROZEN_MINUTES)
 
@@ -150,7 +150,7 @@ def unfreezes(monkeypatch, from_minutes=12.0):
 def finished(request, given, tmp_path_factory):
     """A run of twelve minutes, what it said, the rows that its students trained on, and the clock that it showed.
 
-    As a short run; as if twelve minutes were many, so that the encoder is frozen for four of them; with a twin.
+    As a short run; as if twelve minutes were many, so that the encoder is frozen for five of them; with a twin.
     """
     folder, said = tmp_path_factory.mktemp("finished") / "run", io.StringIO()
     is_short, has_twin = request.param == "on records", request.param == "with a twin"

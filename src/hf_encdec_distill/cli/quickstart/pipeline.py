@@ -358,10 +358,11 @@ class Pipeline:
         }
 
     def teach(self, update) -> dict:
-        share = recipe.PARTS["teach"] / sum(recipe.PARTS.values())
+        seconds, share = self._seconds_to_train(), recipe.PARTS["teach"] / sum(recipe.PARTS.values())
+        taught = share * seconds
         if self.state.unfreezes:
-            share = recipe.LONG_TEACHER_SHARE
-        end = self.state.seconds_used + self._seconds_to_train() * share
+            taught = max(share * min(seconds, 60 * recipe.FROZEN_MINUTES), recipe.LONG_TEACHER_SHARE * seconds)
+        end = self.state.seconds_used + taught
         teacher = self.load_teacher(self.teacher_path, torch.float32)
         rows, plan = self.rows["train"], self.plan
         seconds = end - self.state.seconds_used

@@ -33,8 +33,8 @@ VALIDATION_SHARE = 0.1
 
 # The time that evaluation and report leave, in parts; a student and its twin share one.
 PARTS = {"teach": 16, "start": 2, "students": 56}
-# Of that time, in a longer run that begins with a frozen encoder. A teacher that has learnt for longer made no better
-# student within an hour.
+# Of that time, in a longer run, or as much as in one of `FROZEN_MINUTES` if that is more. A teacher that had learnt
+# for twice as long made no better student within an hour.
 LONG_TEACHER_SHARE = 0.05
 
 # Evaluation: all its rows, of all models, before and after.
