@@ -101,9 +101,9 @@ def table(taken: Mapping[str, Sequence[Mapping]], weights: Sequence[float]) -> s
     steps = ", ".join(str(found["steps"]) for found in of(weights[0]))
     lines = [
         "# Weight of the teacher in the loss\n",
-        f"{len(teachers)} runs of the quickstart, {len(ones)} held-out rows, {machine_description()['cpu']}. Steps of "
-        f"the runs: {steps}. ROUGE-L of their teachers: {', '.join(f'{value:.1f}' for value in teachers)}. Means over "
-        "the runs; differences row by row, with 95 % intervals over the rows.\n",
+        f"Runs of the quickstart: {len(teachers)}. Held-out rows: {len(ones)}. {machine_description()['cpu']}. Steps "
+        f"of the runs: {steps}. ROUGE-L of their teachers: {', '.join(f'{value:.1f}' for value in teachers)}. Means "
+        "over the runs; differences row by row, with 95 % intervals over the rows.\n",
     ]
     header = ["weight", "CE", "KL", "agreement", "ROUGE-L", "of the teachers'", f"minus {REFERENCE}"]
     lines += [table_line(header), table_line(["---"] * len(header))]

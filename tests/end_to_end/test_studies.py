@@ -220,7 +220,11 @@ def test_loss_weight_table(studies):
         "b 0.5": found(24.0, 20.0),
     }
     lines = loss_weight.table(taken, [0.9, 0.5]).splitlines()
-    assert "2 runs" in lines[2] and "Steps of the runs: 7, 7." in lines[2] and "teachers: 50.0, 40.0." in lines[2]
+    assert (
+        "Runs of the quickstart: 2. Held-out rows: 2." in lines[2]
+        and "Steps of the runs: 7, 7." in lines[2]
+        and "teachers: 50.0, 40.0." in lines[2]
+    )
     assert "| 0.9 | 3.50 | 1.00 | 50.0 % | 22.5 | 50, 50 % |  |" in lines
     assert "| 0.5 | 3.00 | 1.00 | 50.0 % | 26.0 | 60, 55 % | +3.5 [+3.0, +4.0] |" in lines
 
