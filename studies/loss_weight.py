@@ -22,7 +22,7 @@ from tasks import table_line, taken_before
 
 from hf_encdec_distill.bench import machine_description
 from hf_encdec_distill.cli.quickstart import recipe
-from hf_encdec_distill.cli.quickstart.pipeline import Pipeline
+from hf_encdec_distill.cli.quickstart.pipeline import Pipeline, _quiet
 from hf_encdec_distill.cli.quickstart.state import open_run
 from hf_encdec_distill.cli.quickstart.timed_training import TimeShare
 from hf_encdec_distill.devices import working_dtype
@@ -32,20 +32,21 @@ from hf_encdec_distill.metrics import rouge_l
 from hf_encdec_distill.metrics.significance import interval, mean
 
 
-WEIGHTS = (0.9, 0.5, 0.2, 0.0)
-REFERENCE = 0.9  # that the others are held against
+WEIGHTS = (0.5, 0.2, 0.0)
+REFERENCE = recipe.DISTILL_WEIGHT  # that the others are held against
 TEACHER = "teacher"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of quickstarts of less than 30 minutes")
-    parser.add_argument("--weights", nargs="+", type=float, default=WEIGHTS)
+    parser.add_argument("--weights", nargs="+", type=float, default=WEIGHTS, help=f"beside {REFERENCE:g}")
     parser.add_argument("--output", type=Path, default=Path("docs/studies/loss_weight"))
     args = parser.parse_args()
+    weights = list(dict.fromkeys([REFERENCE, *args.weights]))
     pipelines = [_open(folder) for folder in args.runs]
     file = args.output / "loss_weight.json"
-    kinds = [TEACHER, *map(str, args.weights)]
+    kinds = [TEACHER, *map(str, weights)]
     taken = taken_before(file, (f"{folder.name} {kind}" for kind in kinds for folder in args.runs))
     args.output.mkdir(parents=True, exist_ok=True)
     for kind in kinds:
@@ -55,7 +56,7 @@ def main() -> None:
                 found.append(measure(pipeline, kind))
                 print(pipeline.folder.name, kind, np.mean(found[0]["rouge_l"]).round(1), flush=True)
                 write_json(file, taken)
-    (args.output / "loss_weight.md").write_text(table(taken, args.weights), encoding="utf-8")
+    (args.output / "loss_weight.md").write_text(table(taken, weights), encoding="utf-8")
 
 
 def _open(folder: Path) -> Pipeline:
@@ -83,10 +84,6 @@ def measure(pipeline: Pipeline, kind: str) -> dict:
         found = {measure: float(values.sum() / tokens) for measure, values in sums.items()} | {"steps": steps}
     texts = pipeline.answers(model, rows, _quiet)
     return found | {"rouge_l": [100 * rouge_l(text, row["target"]) for text, row in zip(texts, rows, strict=True)]}
-
-
-def _quiet(fraction: float, detail: str) -> None:
-    pass
 
 
 def table(taken: Mapping[str, Sequence[Mapping]], weights: Sequence[float]) -> str:

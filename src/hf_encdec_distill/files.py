@@ -133,7 +133,7 @@ def filling(folder: Path) -> Iterator[Path]:
     moves it elsewhere, `folder` gets nothing.
 
     Raises:
-        OSError: somebody else has put something into `folder` meanwhile.
+        OSError: somebody else has made `folder` meanwhile and put something into it.
     """
     folder = folder.resolve()  # "." has no name
     is_there, name = folder.exists(), f"{folder.name}.{uuid.uuid4().hex[:8]}.partial"  # nobody else's

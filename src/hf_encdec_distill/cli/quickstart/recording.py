@@ -1,4 +1,4 @@
-"""Records for a short run: teacher and frozen encoder on as many training rows as there is time for."""
+"""Records for training with a frozen encoder: teacher and encoder on as many rows as there is time for."""
 
 from __future__ import annotations
 
