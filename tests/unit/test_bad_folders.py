@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from test_files import PAGE, POINTER
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -118,6 +119,8 @@ def test_a_disk_without_room_for_the_weights(refused, small_disk, more):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "memory ran out"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 435904 vs 435796"), "make room on"),
         (RuntimeError("unable to write to file </tmp/a>: No space left on device (28)"), "make room on"),
+        (SafetensorError("Error while serializing: IoError(Os { code: 28, kind: StorageFull })"), "make room on"),
+        (SafetensorError("Error while serializing: I/O error: File too large (os error 27)"), "make room on"),
     ],
 )
 def test_what_the_machine_lacks_is_no_bug(refused, monkeypatch, error, message):
