@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from tasks import table_line, taken_before
+from tasks import rouge_l_of_rows, table_line, taken_before
 
 from hf_encdec_distill.bench import machine_description
 from hf_encdec_distill.cli.quickstart import recipe
@@ -28,7 +28,6 @@ from hf_encdec_distill.cli.quickstart.timed_training import TimeShare
 from hf_encdec_distill.devices import working_dtype
 from hf_encdec_distill.evaluation import score
 from hf_encdec_distill.files import write_json
-from hf_encdec_distill.metrics import rouge_l
 from hf_encdec_distill.metrics.significance import interval, mean
 
 
@@ -83,7 +82,7 @@ def measure(pipeline: Pipeline, kind: str) -> dict:
         sums = score({kind: model}, rows, teacher)[kind]
         found = {measure: float(values.sum() / tokens) for measure, values in sums.items()} | {"steps": steps}
     texts = pipeline.answers(model, rows, _quiet)
-    return found | {"rouge_l": [100 * rouge_l(text, row["target"]) for text, row in zip(texts, rows, strict=True)]}
+    return found | {"rouge_l": rouge_l_of_rows(texts, rows)}
 
 
 def table(taken: Mapping[str, Sequence[Mapping]], weights: Sequence[float]) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import DatasetDict
-from tasks import picture, table_line
+from tasks import picture, rouge_l_of_rows, table_line
 
 from hf_encdec_distill.bench import best_cpu_dtype, machine_description, plot_front
 from hf_encdec_distill.bench.contenders import Model, contenders
@@ -31,7 +31,7 @@ from hf_encdec_distill.bench.results import TIMES
 from hf_encdec_distill.data import fetch_builtin_teacher
 from hf_encdec_distill.evaluation import encode_rows, generate
 from hf_encdec_distill.files import write_json
-from hf_encdec_distill.metrics import pareto_front, rouge_l
+from hf_encdec_distill.metrics import pareto_front
 from hf_encdec_distill.metrics.significance import interval, mean
 from hf_encdec_distill.models.loading import load_config, load_student, load_teacher, load_tokenizer
 
@@ -146,7 +146,7 @@ def _scores(folder: Path, model) -> list[float]:
     texts = [
         text.partition('"""')[0].strip().partition("\n")[0] for text in generate(model, tokenizer, rows, limits[1])
     ]
-    return [100 * rouge_l(text, row["target"]) for text, row in zip(texts, rows, strict=True)]
+    return rouge_l_of_rows(texts, rows)
 
 
 def _model(name: str, folder: Path) -> Model:

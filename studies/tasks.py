@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from hf_encdec_distill.data import (
     load_python_docstrings,
 )
 from hf_encdec_distill.evaluation import encode_rows
+from hf_encdec_distill.metrics import rouge_l
 
 
 MAX_SOURCE, MAX_TARGET = 96, 24  # tokens; longer rows are left out, so that nothing is cut
@@ -62,6 +63,11 @@ def picture(stem: str, title: str) -> str:
     """For Markdown, a plot that `plot_front` wrote: in the version for the reader's light or dark page."""
     dark = f'<source media="(prefers-color-scheme: dark)" srcset="{stem}-dark.svg">'
     return f'<picture>{dark}<img alt="{title}" src="{stem}.svg"></picture>\n'
+
+
+def rouge_l_of_rows(texts: Iterable[str], rows: Iterable[Mapping]) -> list[float]:
+    """Of each answer, 0 to 100."""
+    return [100 * rouge_l(text, row["target"]) for text, row in zip(texts, rows, strict=True)]
 
 
 def taken_before(file: Path, names: Iterable[str]) -> dict[str, list[dict]]:

@@ -1,5 +1,6 @@
 """The programs of `studies/` run, on toys: what they write can be read, and nothing is run twice."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -227,6 +228,51 @@ def test_loss_weight_table(studies):
     )
     assert "| 0.9 | 3.50 | 1.00 | 50.0 % | 22.5 | 50, 50 % |  |" in lines
     assert "| 0.5 | 3.00 | 1.00 | 50.0 % | 26.0 | 60, 55 % | +3.5 [+3.0, +4.0] |" in lines
+
+
+@torch.inference_mode()
+def test_upper_layers_on_kept_states(studies, toy_task, monkeypatch):
+    """They give the logits of the whole model at the targets, but for the rounding of the states."""
+    import upper_layers
+
+    monkeypatch.setattr(upper_layers, "autocast", contextlib.nullcontext)
+    teacher = AutoModelForCausalLM.from_pretrained(toy_task.teacher).eval()
+    rows = [{"prompt": list(range(3, 5 + i)), "labels": [7, 8, 9][: 1 + i % 3]} for i in range(11)]
+    batch = upper_layers.completion_batch(rows[:8])
+    targets = batch.pop("labels") != -100
+    expected = teacher(**batch).logits[:, :-1][targets]
+    layers = teacher.model.layers
+    share = upper_layers.TimeShare(1e6, 1, 1e-3, print)
+    kept = upper_layers.keep_states(teacher, 1, rows, upper_layers.Arm(len(layers) - 1, 3), share)
+    assert [len(states) for states in kept] == [len(row["prompt"] + row["labels"]) for row in rows]
+    teacher.eval().model.layers = layers[1:]
+    batch = upper_layers._on_states([row | {"states": states} for row, states in zip(rows[:8], kept)])
+    del batch["labels"]
+    logits = teacher(**batch).logits[:, :-1][targets]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_upper_layers(studies, tmp_path, monkeypatch):
+    """A run is tuned once with each arm, and the table has a line for each, with differences row by row."""
+    import upper_layers
+
+    asked = []
+
+    def measure(pipeline, arm, seconds, held_out):
+        asked.append(arm)
+        return {"steps": 7, "rows": 56, "ce": 2.5, "rouge_l": [20.0, 30.0] if arm.upper is None else [24.0, 30.0]}
+
+    monkeypatch.setattr(upper_layers, "open_run", lambda *_: None)
+    monkeypatch.setattr(upper_layers, "Pipeline", lambda _: None)
+    monkeypatch.setattr(upper_layers, "measure", measure)
+    options = ["upper_layers", str(tmp_path / "a"), str(tmp_path / "b"), "--arms", "upper 10"]
+    monkeypatch.setattr(sys, "argv", [*options, "--output", str(tmp_path / "out")])
+    upper_layers.main()
+    upper_layers.main()
+    assert [arm.upper for arm in asked] == [None, 10] * 2
+    lines = (tmp_path / "out" / "upper_layers.md").read_text().splitlines()
+    assert "| all | 7, 7 | 56, 56 | 2.500, 2.500 | 25.0 |  |" in lines
+    assert "| upper 10 | 7, 7 | 56, 56 | 2.500, 2.500 | 27.0 | +2.0 [+0.0, +4.0] |" in lines
 
 
 def test_chunked_loss(studies, tmp_path, monkeypatch):
