@@ -313,6 +313,19 @@ def test_it_computes_with_as_many_threads_as_it_is_given(tmp_path):
     assert run.stdout.split() == ["2"], run.stdout + run.stderr
 
 
+def test_a_program_ends_in_silence(tmp_path):
+    """Where a model goes after the modules that would free it."""
+    target.write_decoder_only(make_llama(1), tmp_path / "model.gguf", "fp32")
+    program = (
+        "import sys, torch; from pathlib import Path; import hf_encdec_distill.export.llama_cpp as llama_cpp\n"
+        "kept = llama_cpp.LlamaCpp(Path(sys.argv[1]), 1, 'float16', False)\n"
+        "def holds(): kept"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "model.gguf")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 def test_torch_may_multiply_in_bfloat16_in_between(tmp_path):
     """On a CPU with AMX both set up tiles, which belong to a thread: numbers would be wrong, or the process end."""
     torch.manual_seed(0)

@@ -76,8 +76,8 @@ class LlamaCpp:
 
         return bool(api.llama_supports_gpu_offload())
 
-    def __del__(self):
-        if sys.is_finalizing():  # when what frees them may be gone
+    def __del__(self, is_finalizing=sys.is_finalizing):  # bound here: at the end of a program `sys` may be gone, too
+        if is_finalizing():  # when what frees them may be gone
             return
         if getattr(self, "_context", None):
             self._api.llama_free(self._context)
