@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from tasks import rouge_l_of_rows, table_line, taken_before
+from tasks import difference_by_row, rouge_l_of_rows, table_line, taken_before
 
 from hf_encdec_distill.bench import machine_description
 from hf_encdec_distill.cli.quickstart import recipe
@@ -28,7 +28,6 @@ from hf_encdec_distill.cli.quickstart.timed_training import TimeShare
 from hf_encdec_distill.devices import working_dtype
 from hf_encdec_distill.evaluation import score
 from hf_encdec_distill.files import write_json
-from hf_encdec_distill.metrics.significance import interval, mean
 
 
 WEIGHTS = (0.5, 0.2, 0.0)
@@ -93,13 +92,14 @@ def table(taken: Mapping[str, Sequence[Mapping]], weights: Sequence[float]) -> s
         """Of each row, the mean over the runs."""
         return np.mean([found["rouge_l"] for found in of(kind)], axis=0)
 
-    ones, teachers = np.ones(len(scores(TEACHER))), [np.mean(found["rouge_l"]) for found in of(TEACHER)]
+    teachers = [np.mean(found["rouge_l"]) for found in of(TEACHER)]
     steps = ", ".join(str(found["steps"]) for found in of(weights[0]))
     lines = [
         "# Weight of the teacher in the loss\n",
-        f"Runs of the quickstart: {len(teachers)}. Held-out rows: {len(ones)}. {machine_description()['cpu']}. Steps "
-        f"of the runs: {steps}. ROUGE-L of their teachers: {', '.join(f'{value:.1f}' for value in teachers)}. Means "
-        "over the runs; differences row by row, with 95 % intervals over the rows.\n",
+        f"Runs of the quickstart: {len(teachers)}. Held-out rows: {len(scores(TEACHER))}. "
+        f"{machine_description()['cpu']}. Steps of the runs: {steps}. ROUGE-L of their teachers: "
+        f"{', '.join(f'{value:.1f}' for value in teachers)}. Means over the runs; differences row by row, with "
+        "95 % intervals over the rows.\n",
     ]
     header = ["weight", "CE", "KL", "agreement", "ROUGE-L", "of the teachers'", f"minus {REFERENCE}"]
     lines += [table_line(header), table_line(["---"] * len(header))]
@@ -115,9 +115,7 @@ def table(taken: Mapping[str, Sequence[Mapping]], weights: Sequence[float]) -> s
             f"{100 * means['teacher_agreement']:.1f} %",
         ]
         cells += [f"{np.mean(own):.1f}", ", ".join(f"{share:.0f}" for share in shares) + " %"]
-        difference = interval(mean(scores(weight), ones), mean(scores(REFERENCE), ones))
-        spread = f" [{difference['low']:+.1f}, {difference['high']:+.1f}]"
-        cells.append("" if weight == REFERENCE else f"{difference['value']:+.1f}{spread}")
+        cells.append("" if weight == REFERENCE else " ".join(difference_by_row(scores(weight), scores(REFERENCE))))
         lines.append(table_line(cells))
     return "\n".join(lines) + "\n"
 

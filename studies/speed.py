@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import DatasetDict
-from tasks import picture, rouge_l_of_rows, table_line
+from tasks import difference_by_row, picture, rouge_l_of_rows, table_line
 
 from hf_encdec_distill.bench import best_cpu_dtype, machine_description, plot_front
 from hf_encdec_distill.bench.contenders import Model, contenders
@@ -32,7 +32,6 @@ from hf_encdec_distill.data import fetch_builtin_teacher
 from hf_encdec_distill.evaluation import encode_rows, generate
 from hf_encdec_distill.files import write_json
 from hf_encdec_distill.metrics import pareto_front
-from hf_encdec_distill.metrics.significance import interval, mean
 from hf_encdec_distill.models.loading import load_config, load_student, load_teacher, load_tokenizer
 
 
@@ -245,9 +244,8 @@ def _against_reference(by_label: Mapping[str, Sequence[Run]]) -> list[str]:
         for label, others in by_label.items():
             if label != reference:
                 of, minus = (_mean_by_row(group) for group in (others, runs))
-                found = interval(mean(of, np.ones(len(of))), mean(minus, np.ones(len(minus))))
-                spread = f"[{found['low']:+.1f}, {found['high']:+.1f}]"
-                lines.append(f"- {label}, minus {reference}: {found['value']:+.1f} points {spread}")
+                difference, spread = difference_by_row(of, minus)
+                lines.append(f"- {label}, minus {reference}: {difference} points {spread}")
     return [*lines, ""] if lines else []
 
 

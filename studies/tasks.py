@@ -11,10 +11,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -29,6 +30,7 @@ from hf_encdec_distill.data import (
 )
 from hf_encdec_distill.evaluation import encode_rows
 from hf_encdec_distill.metrics import rouge_l
+from hf_encdec_distill.metrics.significance import interval, mean
 
 
 MAX_SOURCE, MAX_TARGET = 96, 24  # tokens; longer rows are left out, so that nothing is cut
@@ -68,6 +70,13 @@ def picture(stem: str, title: str) -> str:
 def rouge_l_of_rows(texts: Iterable[str], rows: Iterable[Mapping]) -> list[float]:
     """Of each answer, 0 to 100."""
     return [100 * rouge_l(text, row["target"]) for text, row in zip(texts, rows, strict=True)]
+
+
+def difference_by_row(scores: Sequence[float], reference: Sequence[float]) -> tuple[str, str]:
+    """Of the means, and its 95 % interval over the rows."""
+    ones = np.ones(len(scores))
+    found = interval(mean(scores, ones), mean(reference, ones))
+    return f"{found['value']:+.1f}", f"[{found['low']:+.1f}, {found['high']:+.1f}]"
 
 
 def taken_before(file: Path, names: Iterable[str]) -> dict[str, list[dict]]:

@@ -20,19 +20,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tasks import rouge_l_of_rows, table_line, taken_before
-from transformers import TrainingArguments
+from tasks import difference_by_row, rouge_l_of_rows, table_line, taken_before
 
 from hf_encdec_distill.bench import machine_description
 from hf_encdec_distill.cli.quickstart import recipe
 from hf_encdec_distill.cli.quickstart.pipeline import Pipeline, _quiet
 from hf_encdec_distill.cli.quickstart.state import open_run
-from hf_encdec_distill.cli.quickstart.timed_training import InOrder, TimeShare, train, training_order
-from hf_encdec_distill.cli.quickstart.tuning import CompletionTrainer
-from hf_encdec_distill.devices import autocast, device, precision_arguments, working_dtype
+from hf_encdec_distill.cli.quickstart.timed_training import TimeShare, train, training_order
+from hf_encdec_distill.cli.quickstart.tuning import trainer_in_order
+from hf_encdec_distill.devices import autocast, device, working_dtype
 from hf_encdec_distill.evaluation.scoring import completion_batch, score
 from hf_encdec_distill.files import write_json
-from hf_encdec_distill.metrics.significance import interval, mean
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,6 @@ ARMS = {
     "upper 10, kept states, 3 passes": Arm(10, 3),
 }
 REFERENCE = "all"
-
-
-class _Trainer(InOrder, CompletionTrainer):
-    pass
 
 
 def main() -> None:
@@ -120,19 +114,8 @@ def tune(model, pipeline: Pipeline, arm: Arm, seconds: float) -> tuple[int, int]
         model.model.layers = layers[lower:]
         collate = _on_states
     with tempfile.TemporaryDirectory(dir=pipeline.work) as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=batch,
-            max_steps=most,
-            max_grad_norm=1.0,
-            save_strategy="no",
-            remove_unused_columns=False,
-            disable_tqdm=True,
-            report_to="none",
-            seed=seed,
-            **precision_arguments(),
-        )
-        steps = train(_Trainer(model, arguments, collate, rows), share)["steps"]
+        trainer = trainer_in_order(model, rows, collate, Path(folder), most, batch, seed)
+        steps = train(trainer, share)["steps"]
     model.model.layers = layers
     return steps, size if arm.passes else steps * batch
 
@@ -184,21 +167,19 @@ def table(taken: Mapping[str, Sequence[Mapping]], seconds: float) -> str:
     def listed(name: str, what: str, digits: int = 0) -> str:
         return ", ".join(f"{found[what]:,.{digits}f}" for found in of(name))
 
-    ones = np.ones(len(scores(REFERENCE)))
     header = ["layers that learn", "steps", "rows", "CE", "ROUGE-L", f"minus {REFERENCE}"]
     lines = [
         "# Which layers of the teacher learn\n",
         f"Runs of the quickstart: {len(of(REFERENCE))}. {seconds:g} seconds for each training. Held-out rows: "
-        f"{len(ones)}. {machine_description()['cpu']}. One number for each run; ROUGE-L is the mean over the runs, "
-        "differences row by row, with 95 % intervals over the rows.\n",
+        f"{len(scores(REFERENCE))}. {machine_description()['cpu']}. One number for each run; ROUGE-L is the mean over "
+        "the runs, differences row by row, with 95 % intervals over the rows.\n",
         table_line(header),
         table_line(["---"] * len(header)),
     ]
     for name in names:
-        difference = interval(mean(scores(name), ones), mean(scores(REFERENCE), ones))
-        spread = f" [{difference['low']:+.1f}, {difference['high']:+.1f}]"
         cells = [name, listed(name, "steps"), listed(name, "rows"), listed(name, "ce", 3)]
-        cells += [f"{scores(name).mean():.1f}", f"{difference['value']:+.1f}{spread}" if name != REFERENCE else ""]
+        difference = "" if name == REFERENCE else " ".join(difference_by_row(scores(name), scores(REFERENCE)))
+        cells += [f"{scores(name).mean():.1f}", difference]
         lines.append(table_line(cells))
     return "\n".join(lines) + "\n"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +80,27 @@ def held_out_loss(model, rows: Sequence[dict]) -> float:
     return float(total / np.sum([len(row["labels"]) for row in rows]))
 
 
+def trainer_in_order(
+    model, rows: Sequence[dict], collate: Callable, folder: Path, steps: int, batch_size: int, seed: int
+) -> Trainer:
+    """A trainer for `timed_training.train`, of all weights that have a gradient."""
+    args = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size,
+        max_steps=steps,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        save_strategy="no",
+        save_total_limit=1,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+        seed=seed,
+        **precision_arguments(),
+    )
+    return _InOrderTrainer(model=model, args=args, train_dataset=rows, data_collator=collate)
+
+
 def tune_teacher(
     model,
     tokenizer,
@@ -108,26 +129,11 @@ def tune_teacher(
         What `timed_training.train` does, and `held_out_loss`.
     """
     model.get_input_embeddings().requires_grad_(False)
-    args = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=batch_size,
-        max_steps=share.steps,
-        max_grad_norm=1.0,
-        logging_steps=1,
-        save_strategy="no",
-        save_total_limit=1,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to="none",
-        seed=seed,
-        **precision_arguments(),
-    )
-    trainer = _InOrderTrainer(
-        model=model,
-        args=args,
-        train_dataset=rows,
-        data_collator=lambda batch: completion_batch(batch, tokenizer.pad_token_id or 0),
-    )
+
+    def collate(batch: Sequence[dict]) -> dict:
+        return completion_batch(batch, tokenizer.pad_token_id or 0)
+
+    trainer = trainer_in_order(model, rows, collate, folder, share.steps, batch_size, seed)
     best = _BestPass(model, held_out, steps_a_pass, folder)
     trainer.add_callback(best)
     result = train(trainer, share)
