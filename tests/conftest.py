@@ -10,6 +10,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 gc.set_threshold(50_000, 20, 50)  # tracing makes millions of objects: a seventh of an export's time went into this
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# With shapes that are free, to make a tensor from what this cache remembers takes longer than to run the operator.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 # OpenVINO and NNCF report each call from a process that they fork for it; without this module they do not.
 sys.modules["openvino_telemetry"] = None
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores; what they start inherits it

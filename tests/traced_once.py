@@ -1,9 +1,9 @@
-"""Equal students are traced once in a process: most of an export's time is `torch.export`, and of a test's an export.
+"""Equal modules are traced once in a process: most of an export's time is `torch.export`, and of a test's an export.
 
-What is shared is what one process would make a second time from the same sources: for the same weights, config, graphs
-and options the programs of `export_programs`, and what `torch.onnx.export` and `openvino.convert_model` make of them;
-and the table of what ONNX has for each operator of torch, which takes 0.6 seconds of each graph. Nothing is kept on
-disk, so that no change of the sources is hidden.
+What is shared is what one process would make a second time from the same sources: for the same weights, settings, ports
+and sizes the program of `program_of`, and what `torch.onnx.export` and `openvino.convert_model` make of it; and the
+table of what ONNX has for each operator of torch, which takes 0.6 seconds of each graph. Nothing is kept on disk, so
+that no change of the sources is hidden.
 """
 
 import copy
@@ -19,33 +19,39 @@ from hf_encdec_distill.export import tracing
 LARGEST = 2_000_000  # parameters; what is larger is no toy, and not kept in memory
 
 
-def content_of(model):
-    """A hash of every weight and buffer, and of the config."""
-    hashed = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
-    for tensors in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+def content_of(module):
+    """A hash of every weight and buffer, of the config and of what else each part of the module was told."""
+    hashed = hashlib.sha256()
+    for name, part in module.named_modules():
+        hashed.update(f"{name} {type(part).__qualname__}".encode())
+        for key, value in sorted(vars(part).items()):
+            if hasattr(value, "to_json_string"):
+                hashed.update(value.to_json_string(use_diff=False).encode())
+            elif isinstance(value, (bool, int, float, str, tuple, torch.dtype, type(None))):
+                hashed.update(f"{key}={value}".encode())
+    for tensors in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
         for name, tensor in tensors:
             hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             hashed.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
 
 
-def traced_once(export_programs):
+def traced_once(program_of):
     made = {}
 
-    @functools.wraps(export_programs)
-    def find(model, graphs, stateful=False):
-        for module, name, each_its_own in (("torch.onnx", "export", False), ("openvino", "convert_model", True)):
-            convert_once(sys.modules.get(module), name, each_its_own)
+    @functools.wraps(program_of)
+    def find(module, graph, sizes, dtype):
+        for name, function, each_its_own in (("torch.onnx", "export", False), ("openvino", "convert_model", True)):
+            convert_once(sys.modules.get(name), function, each_its_own)
         fill_registry_once()
-        if model.num_parameters() > LARGEST:
-            return export_programs(model, graphs, stateful)
-        key = type(model), content_of(model), repr(graphs), stateful
+        if sum(parameter.numel() for parameter in module.parameters()) > LARGEST:
+            return program_of(module, graph, sizes, dtype)
+        key = content_of(module), repr(graph), repr(sizes), dtype
         if key not in made:
             # Of a copy: the student may learn something else afterwards.
-            made[key] = export_programs(copy.deepcopy(model), graphs, stateful)
-            for program in made[key].values():
-                program.converted = {}
-        return dict(made[key])
+            made[key] = program_of(copy.deepcopy(module), graph, sizes, dtype)
+            made[key].converted = {}
+        return made[key]
 
     return find
 
@@ -76,4 +82,4 @@ def fill_registry_once():
         registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
 
 
-tracing.export_programs = traced_once(tracing.export_programs)
+tracing.program_of = traced_once(tracing.program_of)

@@ -27,7 +27,7 @@ def programs(model, shapes="fixed:5,4", stateful=False):
     return tracing.export_programs(model, graphs(model.config, Shapes.parse(shapes)), stateful)
 
 
-def test_equal_students_are_traced_once_and_others_are_not(traces):
+def test_equal_modules_are_traced_once_and_others_are_not(traces):
     def student(**options):
         torch.manual_seed(3)
         return toy(kind="separate", **{**SMALLEST, **options})
@@ -40,16 +40,18 @@ def test_equal_students_are_traced_once_and_others_are_not(traces):
     changed = student()
     with torch.no_grad():
         changed.model.encoder.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
-    for more in (
-        {"model": changed},
-        {"model": student(encoder_attention="causal")},
-        {"model": student(rms_norm_eps=1e-3)},
-        {"model": first, "shapes": "fixed:5,3"},
-        {"model": first, "stateful": True},
+    for graphs_made, more in (
+        (1, {"model": changed}),  # its encoder
+        (2, {"model": student(encoder_attention="causal")}),
+        (2, {"model": student(rms_norm_eps=1e-3)}),
+        (2, {"model": first, "shapes": "fixed:6,4"}),
+        (1, {"model": first, "shapes": "fixed:5,3"}),  # its decoder, as in the next
+        (1, {"model": first, "stateful": True}),
+        (0, {"model": first}),
     ):
         before = traces()
         programs(**more)
-        assert traces() == before + 2, more
+        assert traces() == before + graphs_made, more
 
 
 @pytest.mark.parametrize("target", ["onnx", "openvino"])
