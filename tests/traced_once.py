@@ -1,9 +1,9 @@
 """Equal modules are traced once in a process: most of an export's time is `torch.export`, and of a test's an export.
 
-What is shared is what one process would make a second time from the same sources: for the same weights, settings, ports
-and sizes the program of `program_of`, and what `torch.onnx.export` and `openvino.convert_model` make of it; and the
-table of what ONNX has for each operator of torch, which takes 0.6 seconds of each graph. Nothing is kept on disk, so
-that no change of the sources is hidden.
+What is shared is what one process would make a second time from the same sources: for the same weights, settings,
+ports and sizes the program of `program_of`, and what `torch.onnx.export` and `openvino.convert_model` make of it; and
+the table of what ONNX has for each operator of torch, which takes 0.6 seconds of each graph. Nothing is kept on disk,
+so that no change of the sources is hidden. Core ML's converter checks its program at the end alone.
 """
 
 import copy
@@ -11,6 +11,7 @@ import functools
 import hashlib
 import sys
 
+import pytest
 import torch
 
 from hf_encdec_distill.export import tracing
@@ -82,4 +83,27 @@ def fill_registry_once():
         registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
 
 
+def checked_at_the_end(trace):
+    """The converter checks the whole program after each of some hundred passes, which is a quarter of its time."""
+
+    @functools.wraps(trace)
+    def find(*args, **options):
+        passes = sys.modules.get("coremltools.converters.mil.mil.passes.pass_pipeline")
+        if passes is not None and not hasattr(passes.PassPipelineManager, "checks_at_the_end"):
+            apply, check = passes.PassPipelineManager.apply_pipeline, passes.Program.validate
+
+            def apply_pipeline(program, pipeline):
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(passes.Program, "validate", lambda *_, **__: None)
+                    apply(program, pipeline)
+                check(program)
+
+            passes.PassPipelineManager.apply_pipeline = staticmethod(apply_pipeline)
+            passes.PassPipelineManager.checks_at_the_end = True
+        return trace(*args, **options)
+
+    return find
+
+
 tracing.program_of = traced_once(tracing.program_of)
+torch.jit.trace = checked_at_the_end(torch.jit.trace)
