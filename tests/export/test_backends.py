@@ -186,7 +186,7 @@ def test_a_target_that_lacks_a_part_is_refused(toy):
         register_backend(Half)
 
 
-@pytest.mark.parametrize("target", ["onnx", "openvino", "coreml", "genai"])
+@pytest.mark.parametrize("target", ["onnx", "openvino", "coreml", "genai", "gguf"])
 def test_the_help_of_export_is_true_of_each_target(target, capsys):
     """What it says in words of a target's rows and variants."""
     backend = backend_of(target)
@@ -195,8 +195,9 @@ def test_the_help_of_export_is_true_of_each_target(target, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert f"(default: {Backend.rows}, or 6 for coreml)" in text
     assert backend.rows == {"coreml": 6}.get(target, Backend.rows)
-    assert "fp32, fp16, int8, int4, or palette4 for coreml" in text
-    assert backend.variants == ("fp32", "fp16", "int8", "int4", *(["palette4"] if target == "coreml" else []))
+    assert "fp32, fp16, int8, int4, palette4 for coreml, or q4_k_m for gguf" in text
+    own = {"coreml": ["palette4"], "gguf": ["q4_k_m"]}.get(target, [])
+    assert backend.variants == ("fp32", "fp16", "int8", "int4", *own)
 
 
 def modules_after(code):

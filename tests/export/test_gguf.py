@@ -137,6 +137,43 @@ def test_a_decoder_of_another_width(variant, coarse, tmp_path):
             assert (up.tensor_type.name, down.tensor_type.name) == (coarse, stored)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@torch.no_grad()
+def test_k_quants(family, tmp_path):
+    """What llama.cpp's quantiser stores, read back by the package gguf, is near the weights: 4 bits where rows are cut
+    into whole blocks of 256, else the next finer type; and logits are nearer to PyTorch's than those of int4."""
+    import gguf
+
+    torch.manual_seed(0)
+    wide = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.06}
+    wide |= {"qk_norm": True} if family == "qwen3" else {"decoder_intermediate_size": 96}
+    student = make_model("merged", **wide)
+    runtime = exported(student, tmp_path / "exported", "q4_k_m")
+    assert sorted(path.name for path in (tmp_path / "exported").glob("*.*g*uf*")) == [target.DECODER, target.ENCODER]
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "exported" / target.DECODER).tensors}
+    kinds = {name: tensor.tensor_type.name for name, tensor in stored.items()}
+    assert kinds["blk.0.ffn_up.weight"] == "Q4_K" and kinds["blk.0.ffn_norm.weight"] == "F32"
+    assert kinds["blk.1.ffn_down.weight"] in (("Q4_K", "Q6_K") if family == "qwen3" else ("Q5_0", "Q8_0"))
+    for index, layer in enumerate(student.model.decoder.layers):
+        for part in ("up", "down"):
+            tensor, weight = stored[f"blk.{index}.ffn_{part}.weight"], getattr(layer.mlp, f"{part}_proj").weight
+            found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+            assert 1e-4 < float((found - weight).norm() / weight.norm()) < 0.08
+    ids, labels = random_ids(2, 9), random_ids(2, 5)
+    inputs = {"input_ids": ids, "decoder_input_ids": labels}
+    expected = student(**inputs).logits
+    runtimes = (runtime, exported(student, tmp_path / "plain", "int4"))
+    mixed, plain = (float((each(**inputs).logits - expected).norm() / expected.norm()) for each in runtimes)
+    assert 0 < mixed < plain
+
+
+def test_what_llama_cpp_cannot_quantise_is_an_error_and_leaves_nothing(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"no model")
+    with pytest.raises(RuntimeError, match=r"could not store .*model\.gguf as Q4_K_M \(.+\)"):
+        llama_cpp.quantize(tmp_path / "model.gguf", "Q4_K_M")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
 @pytest.mark.parametrize("encoder_attention", ["causal", "bidirectional"])
 def test_prompts_and_answers_longer_than_a_context(encoder_attention, tmp_path):
     """The contexts begin with 512 cells, and a call takes 512 tokens."""

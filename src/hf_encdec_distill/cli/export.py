@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variant",
         default="fp32",
         metavar="NAME",
-        help="how weights are stored: fp32, fp16, int8, int4, or palette4 for coreml (default: %(default)s)",
+        help="how weights are stored: fp32, fp16, int8, int4, palette4 for coreml, or q4_k_m for gguf "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--shapes",

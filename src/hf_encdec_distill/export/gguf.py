@@ -22,7 +22,7 @@ import numpy as np
 
 from .backends import Backend, register_backend
 from .graphs import GraphCache, Graphs, threads
-from .llama_cpp import LlamaCpp, PromptState
+from .llama_cpp import LlamaCpp, PromptState, quantize
 from .recipe import Graph, Shapes
 
 
@@ -46,7 +46,7 @@ class GgufBackend(Backend):
     label = "GGUF"
     runtime = "llama.cpp"
     packages = ("llama_cpp", "gguf")
-    variants = ("fp32", "fp16", "int8", "int4")
+    variants = ("fp32", "fp16", "int8", "int4", "q4_k_m")
     files = (ENCODER, DECODER)
 
     def settle(
@@ -82,6 +82,11 @@ class GgufBackend(Backend):
         license: str,
         options: Mapping[str, Any],
     ) -> None:
+        if variant == "q4_k_m":  # which llama.cpp makes of a file; the package gguf does not
+            self.export(model, graphs, shapes, "fp32", stateful, folder, license, options)
+            for file in (ENCODER, DECODER):
+                quantize(folder / file, "Q4_K_M")
+            return
         decoder = model.model.decoder
         rows, sources = encoder_rows(model)
         writer = _Writer(folder / ENCODER, model, variant, license, rows, decoder.norm, has_head=False)

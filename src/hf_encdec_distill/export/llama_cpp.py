@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import os
 import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -222,6 +223,28 @@ class LlamaCpp:
 
 
 _MEND = 'pip install "hf-encdec-distill[gguf]" installs a version that fits'
+
+
+def quantize(path: Path, mixture: str) -> None:
+    """Store the matrices of an F32 or F16 file in fewer bits, in its place, by llama.cpp's own quantiser.
+
+    Args:
+        mixture: one of its names of `LLAMA_FTYPE_MOSTLY_`, such as Q4_K_M. Rows that are not cut into whole blocks of
+            a type get the next finer one (0c1e570, `tensor_type_fallback` of src/llama-quant.cpp).
+
+    Raises:
+        RuntimeError: llama.cpp fails, with what it says.
+    """
+    import llama_cpp.llama_cpp as api
+
+    _quiet(api)
+    parameters = api.llama_model_quantize_default_params()
+    parameters.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{mixture}")
+    quantized = path.with_suffix(f".{mixture}")
+    if api.llama_model_quantize(str(path).encode(), str(quantized).encode(), ctypes.byref(parameters)):
+        quantized.unlink(missing_ok=True)
+        raise RuntimeError(f"llama.cpp could not store {path} as {mixture}{_error()}")
+    os.replace(quantized, path)
 
 
 def _parse(content: np.ndarray, layers: int, dtype: np.dtype, transposed: bool) -> PromptState:

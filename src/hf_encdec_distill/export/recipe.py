@@ -37,13 +37,15 @@ class Bounds:
     tokens: float
 
 
-# For each way to store a weight, a variant; `palette4` is 16 values for each group of channels.
+# For each way to store a weight, a variant; `palette4` is 16 values for each group of channels, `q4_k_m` llama.cpp's
+# mixture of types of 4 to 8 bits.
 BOUNDS = {
     "fp32": Bounds(logits=1e-4, padding=1e-4, ce=1e-4, agreement=0.999, tokens=1.0),
     "fp16": Bounds(logits=None, padding=0.02, ce=0.01, agreement=0.98, tokens=0.8),
     "int8": Bounds(logits=None, padding=0.3, ce=0.05, agreement=0.9, tokens=0.0),
     "int4": Bounds(logits=None, padding=0.1, ce=0.25, agreement=0.7, tokens=0.0),
     "palette4": Bounds(logits=None, padding=0.1, ce=0.25, agreement=0.7, tokens=0.0),
+    "q4_k_m": Bounds(logits=None, padding=0.1, ce=0.25, agreement=0.7, tokens=0.0),
 }
 
 
