@@ -120,6 +120,7 @@ def test_a_disk_without_room_for_the_weights(refused, small_disk, more):
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 435904 vs 435796"), "make room on"),
         (RuntimeError("unable to write to file </tmp/a>: No space left on device (28)"), "make room on"),
         (SafetensorError("Error while serializing: IoError(Os { code: 28, kind: StorageFull })"), "make room on"),
+        (RuntimeError("llama_model_quantize: failed to quantize: basic_ios::clear: iostream error"), "make room on"),
         (SafetensorError("Error while serializing: I/O error: File too large (os error 27)"), "make room on"),
     ],
 )

@@ -62,9 +62,12 @@ COMMANDS = {
     "doctor": doctor,
 }
 _SYNONYMS = {"adapt": "heal"}  # what it was called before 0.1.0
-# In the words of torch and safetensors ("IoError" before 0.6), whose errors are no OSError and no MemoryError.
+# In the words of torch, safetensors ("IoError" before 0.6) and llama.cpp, whose errors are no OSError and no
+# MemoryError.
 _NO_MEMORY = re.compile(r"can't allocate memory|out of memory|bad_alloc")
-_NO_ROOM = re.compile(r"No space left|I/O error|IoError|PytorchStreamWriter|inline_container.*unexpected pos")
+_NO_ROOM = re.compile(
+    r"No space left|I/O error|IoError|iostream error|PytorchStreamWriter|inline_container.*unexpected pos"
+)
 
 
 class _Parser(argparse.ArgumentParser):
