@@ -80,7 +80,9 @@ def tab(browser):
     context.close()
     assert asked, "nothing was seen"
     assert [url for url in asked if not url.startswith(("http://127.0.0.1:", "data:", "blob:"))] == []
-    assert complaints == []
+    # Gradio's page ends its own stream of events when an answer is there or the page closes. Now and then it does not
+    # catch that.
+    assert [text for text in complaints if not text.startswith("AbortError: signal is aborted without reason")] == []
 
 
 def free_port():
