@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-import os
 import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
+
+from ..files import replacing
 
 
 _LEAST_CONTEXT = 512  # cells
@@ -240,11 +241,9 @@ def quantize(path: Path, mixture: str) -> None:
     _quiet(api)
     parameters = api.llama_model_quantize_default_params()
     parameters.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{mixture}")
-    quantized = path.with_suffix(f".{mixture}")
-    if api.llama_model_quantize(str(path).encode(), str(quantized).encode(), ctypes.byref(parameters)):
-        quantized.unlink(missing_ok=True)
-        raise RuntimeError(f"llama.cpp could not store {path} as {mixture}{_error()}")
-    os.replace(quantized, path)
+    with replacing(path) as temporary:
+        if api.llama_model_quantize(str(path).encode(), str(temporary).encode(), ctypes.byref(parameters)):
+            raise RuntimeError(f"llama.cpp could not store {path} as {mixture}{_error()}")
 
 
 def _parse(content: np.ndarray, layers: int, dtype: np.dtype, transposed: bool) -> PromptState:

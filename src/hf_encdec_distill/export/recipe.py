@@ -43,9 +43,9 @@ BOUNDS = {
     "fp32": Bounds(logits=1e-4, padding=1e-4, ce=1e-4, agreement=0.999, tokens=1.0),
     "fp16": Bounds(logits=None, padding=0.02, ce=0.01, agreement=0.98, tokens=0.8),
     "int8": Bounds(logits=None, padding=0.3, ce=0.05, agreement=0.9, tokens=0.0),
-    "int4": Bounds(logits=None, padding=0.1, ce=0.25, agreement=0.7, tokens=0.0),
-    "palette4": Bounds(logits=None, padding=0.1, ce=0.25, agreement=0.7, tokens=0.0),
-    "q4_k_m": Bounds(logits=None, padding=0.1, ce=0.25, agreement=0.7, tokens=0.0),
+    **dict.fromkeys(
+        ("int4", "palette4", "q4_k_m"), Bounds(logits=None, padding=0.1, ce=0.25, agreement=0.7, tokens=0.0)
+    ),
 }
 
 
