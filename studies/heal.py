@@ -31,7 +31,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from tasks import MAX_SOURCE, MAX_TARGET, MEASURES, Task, load_task, picture, remembering_teacher, rounded, table_line
+from tasks import (
+    MAX_SOURCE,
+    MAX_TARGET,
+    MEASURES,
+    TRAIN_ROWS,
+    Task,
+    load_task,
+    picture,
+    remembering_teacher,
+    rounded,
+    table_line,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -110,6 +121,9 @@ ARMS = {
     "frozen_11_4": Arm("11 + 4, frozen encoder", FOUR, 11, training=FROZEN),
     "frozen_11_6": Arm("11 + 6, frozen encoder", SIX, 11, training=FROZEN),
     "frozen_5_6": Arm("5 + 6, frozen encoder", SIX, SIX[:-1], training=FROZEN, also_int4=True),
+    # As a long quickstart does: ten minutes on kept states, then all weights.
+    "thawed_5_6": Arm("5 + 6, frozen for 600 steps", SIX, SIX[:-1], training=FROZEN | {"unfreeze_encoder_after": 600}),
+    "thawed_11_6": Arm("11 + 6, frozen for 600 steps", SIX, 11, training=FROZEN | {"unfreeze_encoder_after": 600}),
     "half_5_6": Arm("5 + 6, frozen for 100 steps", SIX, SIX[:-1], training=FROZEN | {"unfreeze_encoder_after": 100}),
     "frozen_20_6": Arm("20 + 6, frozen encoder", SIX, 20, training=FROZEN),
     "frozen_20_8": Arm("20 + 8, frozen encoder", EIGHT, 20, training=FROZEN),
@@ -155,6 +169,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=4.0, help="CPU time of each run, on one thread")
+    parser.add_argument("--train-rows", type=int, default=TRAIN_ROWS, help="where the work folder has no rows yet")
     parser.add_argument("--test-rows", type=int, default=96, help="held-out rows for CE, KL and agreement")
     parser.add_argument("--generated", type=int, default=48, help="of those, rows for ROUGE-L and distinct answers")
     parser.add_argument("--latency", action="store_true", help="only measure the time of requests")
@@ -166,7 +181,7 @@ def main() -> None:
         write_json(args.output / "latency.json", measure_latency([ARMS[name] for name in args.arms], args.rounds))
     elif not args.table:
         torch.set_num_threads(1)
-        task, file = load_task(args.task, args.work), _file(args)
+        task, file = load_task(args.task, args.work, args.train_rows), _file(args)
         if not file.exists():
             write_json(file, {"setting": _setting(args, task), "arms": {}})
         for seed in args.seeds:
@@ -388,6 +403,7 @@ def _setting(args: argparse.Namespace, task: Task) -> dict:
         "cpu_minutes": args.minutes,
         "batch_size": BATCH_SIZE,
         "heal_rows": HEAL_ROWS,
+        "train_rows": len(task.rows["train"]),
         "test_rows": len(rows),
         "test_tokens": tokens,
         "generated_rows": min(args.generated, len(rows)),

@@ -85,12 +85,13 @@ def taken_before(file: Path, names: Iterable[str]) -> dict[str, list[dict]]:
     return {name: before.get(name, []) for name in names}
 
 
-def load_task(name: str, work: Path) -> Task:
+def load_task(name: str, work: Path, train_rows: int = TRAIN_ROWS) -> Task:
     """Rows in an order of their own (seed 0), and a teacher tuned on training rows that the students do not get.
 
     Args:
         name: `docstrings` or `debian`.
         work: folder for rows and teacher; what is there already is taken as it is.
+        train_rows: of the students.
     """
     template = PROMPT_TEMPLATES[name]
     folder = work / name
@@ -103,14 +104,14 @@ def load_task(name: str, work: Path) -> Task:
             return source <= MAX_SOURCE - 8 and 3 <= target < MAX_TARGET
 
         short = {split: rows.filter(fits).shuffle(seed=0) for split, rows in pairs.items()}
-        rest = short["train"].select(range(TRAIN_ROWS, len(short["train"])))
+        rest = short["train"].select(range(min(train_rows, len(short["train"])), len(short["train"])))
         if not len(rest):
             raise ValueError(
-                f"{name}: {len(short['train'])} short training rows, and the students take {TRAIN_ROWS}, which leaves "
+                f"{name}: {len(short['train'])} short training rows, and the students take {train_rows}, which leaves "
                 "none for the teacher: install more packages here (docstrings), or take a fuller index (debian)"
             )
         for_teacher = rest.select(range(min(TEACHER_STEPS * TEACHER_BATCH, len(rest))))
-        limits = {"train": TRAIN_ROWS, "validation": 100, "test": TEST_ROWS}
+        limits = {"train": train_rows, "validation": 100, "test": TEST_ROWS}
         rows = {split: short[split].select(range(min(n, len(short[split])))) for split, n in limits.items()}
         DatasetDict(rows | {"teacher": for_teacher}).save_to_disk(folder / "rows")
     rows = load_from_disk(str(folder / "rows"))
