@@ -123,6 +123,7 @@ ARMS = {
     "frozen_5_6": Arm("5 + 6, frozen encoder", SIX, SIX[:-1], training=FROZEN, also_int4=True),
     # As a long quickstart does: ten minutes on kept states, then all weights.
     "thawed_5_6": Arm("5 + 6, frozen for 600 steps", SIX, SIX[:-1], training=FROZEN | {"unfreeze_encoder_after": 600}),
+    "thawed_11_4": Arm("11 + 4, frozen for 600 steps", FOUR, 11, training=FROZEN | {"unfreeze_encoder_after": 600}),
     "thawed_11_6": Arm("11 + 6, frozen for 600 steps", SIX, 11, training=FROZEN | {"unfreeze_encoder_after": 600}),
     "half_5_6": Arm("5 + 6, frozen for 100 steps", SIX, SIX[:-1], training=FROZEN | {"unfreeze_encoder_after": 100}),
     "frozen_20_6": Arm("20 + 6, frozen encoder", SIX, 20, training=FROZEN),
