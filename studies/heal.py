@@ -482,10 +482,10 @@ def report(file: Path, latency_file: Path) -> None:
 
 
 def _points(results: Mapping, latency: Mapping, shape: str, measure: str) -> dict[str, tuple[float, tuple]]:
-    """For each arm its request time relative to the teacher's, and mean, least and largest of a measure."""
+    """For each arm with a time its request relative to the teacher's, and mean, least and largest of a measure."""
     points = {}
     for name, runs in results["arms"].items():
-        if not runs:
+        if not runs or ARMS[name].split not in latency["rounds"][shape]:
             continue
         values = [MEASURES[measure][0] * run[measure] for run in runs.values()]
         time_ratio = _ratio(latency, shape, ARMS[name].split, "request_ms")
@@ -557,6 +557,9 @@ def _times(results: Mapping, latency: Mapping) -> str:
             continue
         cells = [arm.label]
         for shape in SHAPES:
+            if arm.split not in latency["rounds"][shape]:
+                cells.append("not timed")
+                continue
             ratios = [
                 _ratio(latency, shape, arm.split, f"{timing}_ms") for timing in ("first_token", "step", "request")
             ]
