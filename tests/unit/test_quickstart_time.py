@@ -43,6 +43,7 @@ class Machine:
     def __init__(self, factor=1.0):
         self.now, self.factor, self.rows_trained, self.interrupt_at = 5000.0, factor, [], None
         self.rows_read: list[int] = []
+        self.batch_sizes: list[int] = []  # of all students' steps
 
     def __call__(self):
         return self.now
@@ -78,6 +79,7 @@ def build(monkeypatch, machine):
         if isinstance(self, pipeline._StudentTrainer):
             kind = "distill" if self.args.distill_weight else "twin"
             machine.rows_trained.append((kind, inputs["input_ids"].sum().item()))
+            machine.batch_sizes.append(len(inputs["input_ids"]))
         machine.takes(getattr(machine, kind))
         if machine.interrupt_at == (kind, self.state.global_step):
             machine.interrupt_at = None
@@ -175,6 +177,7 @@ def finished(request, given, tmp_path_factory):
         shown=shown,
         results=results(folder),
         rows_read=machine.rows_read,
+        batch_sizes=machine.batch_sizes,
     )
 
 
@@ -211,10 +214,15 @@ def test_a_run_trains_the_decoder_alone_on_recorded_rows_and_a_long_one_then_all
     start, student = (encoder_weights(finished.folder / name) for name in ("work/start", "student"))
     unchanged = [torch.equal(start[name], student[name]) for name in start]
     assert unchanged and all(unchanged) is finished.is_short
+    said = finished.metrics["recipe"]
     if finished.has_twin:
         assert finished.results["start"]["recorded"] == 0
-        assert finished.metrics["recipe"]["encoder"] == "trained"
+        assert said["encoder"] == "trained" and said["batch_size"] == "32" and set(finished.batch_sizes) == {32}
         return
+    before = finished.results["distill" if finished.is_short else "frozen"]["steps"] + recipe.TIMED_STEPS
+    then = finished.results["distill"]["steps"] + recipe.TIMED_STEPS - before
+    assert finished.batch_sizes == [8] * before + [32] * then
+    assert said["batch_size"] == ("8" if finished.is_short else "8, then 32")
     stage = finished.results["distill" if finished.is_short else "frozen"]
     recorded, steps = finished.results["start"]["recorded"], stage["steps"]
     assert sum(finished.rows_read) == recorded < 300 and len(finished.rows_read) > 2  # step by step, none again
@@ -222,13 +230,12 @@ def test_a_run_trains_the_decoder_alone_on_recorded_rows_and_a_long_one_then_all
     assert len(CachedTeacher(finished.folder / "work" / "records")) == recorded
     (states,) = (finished.folder / "work" / "states").iterdir()
     assert sum(len(load_file(file)) for file in states.iterdir()) == recorded
-    said = f"frozen, the decoder is trained on {recorded} rows"
-    then = ", then all weights on all rows"
-    assert finished.metrics["recipe"]["encoder"] == said + ("" if finished.is_short else then)
+    more = "" if finished.is_short else ", then all weights on all rows"
+    assert said["encoder"] == f"frozen, the decoder is trained on {recorded} rows{more}"
     if not finished.is_short:
         seconds = sum(finished.results[name]["seconds"] for name in ("start", "frozen"))
         assert seconds == pytest.approx(60 * FROZEN_MINUTES, abs=15)
-        assert finished.metrics["recipe"]["schedule"].endswith(", 2 times")
+        assert said["schedule"].endswith(", 2 times")
 
 
 def test_rows_that_are_dear_to_record_are_read_more_often(given, tmp_path, monkeypatch):
@@ -269,6 +276,8 @@ def test_a_run_that_is_interrupted_with_and_without_a_frozen_encoder_goes_on(giv
     assert len(machine.rows_trained) == recipe.TIMED_STEPS + done["distill"]["steps"]  # none twice
     assert 10.0 < sum(stage["seconds"] for stage in metrics["stages"]) / 60 <= 12.1
     assert metrics["curves"]["student_kd"][-1]["step"] == done["distill"]["steps"]
+    before = recipe.TIMED_STEPS + frozen["steps"]
+    assert machine.batch_sizes == [8] * before + [32] * (len(machine.batch_sizes) - before)
 
 
 def test_teacher_and_student_have_the_tokens_of_the_training_rows(finished, given):

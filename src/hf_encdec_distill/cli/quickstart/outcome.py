@@ -135,7 +135,7 @@ def _recipe(state: State) -> dict:
         "distill_weight": recipe.DISTILL_WEIGHT,
         "minutes": state.minutes,
         "steps": results["distill"]["steps"],
-        "batch_size": recipe.BATCH_SIZE,
+        "batch_size": _batch_size(results),
         "encoder": _encoder_training(state),
         "learning_rate": _peak(results["distill"]["rates"]),
         "schedule": schedule + (f", {times} times" if times > 1 else ""),
@@ -146,6 +146,14 @@ def _recipe(state: State) -> dict:
         "precision": str(working_dtype()).removeprefix("torch."),
         "seed": state.settings.seed,
     }
+
+
+def _batch_size(results: Mapping[str, Mapping]) -> str:
+    """Of the student's steps, in their order."""
+    size = results["distill"].get("batch_size", recipe.BATCH_SIZE)  # what older versions trained with
+    if not results["start"]["recorded"] or size == recipe.BATCH_SIZE:
+        return str(size)
+    return f"{recipe.BATCH_SIZE}, then {size}"
 
 
 def _encoder_training(state: State) -> str:

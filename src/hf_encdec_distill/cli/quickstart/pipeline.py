@@ -177,7 +177,9 @@ class Pipeline:
         to_come, used = self._to_come(), self.state.seconds_used
         trainings = {"teach", "start", "frozen", *self.state.trainings} & set(self._stages)
         for name in trainings - results.keys() - to_come.keys():
-            to_come[name] = self.plan.smallest_training()
+            of_all_weights = name in self.state.trainings and not self.state.is_frozen
+            size = recipe.ALL_WEIGHTS_BATCH_SIZE if of_all_weights else recipe.BATCH_SIZE
+            to_come[name] = self.plan.smallest_training(size)
         spent = used - self.state.begun.get(stage, used)
         if self._fraction:
             to_come[stage] = spent * (1 - self._fraction) / self._fraction
@@ -483,8 +485,8 @@ class Pipeline:
         )
         training, target = self.work / TRAININGS["distill"], self.folder / "student"
         result = self._train_student(share, recipe.DISTILL_WEIGHT, self._recorded, training, target)
-        note = f"{result['steps']} steps of {recipe.BATCH_SIZE}"
-        note += f", {before} of them before" if before else ""
+        note = f"{result['steps'] - before} steps of {result['batch_size']}"
+        note += f", after {before} before" if before else ""
         return result | {"twin_cost": share.twin_cost, "note": note}
 
     def _most_steps(self) -> int:
@@ -509,7 +511,8 @@ class Pipeline:
         """From `start`, or from the last checkpoint in `training` if there is one; on the first `recorded` rows."""
         student = self.load_student(self.work / "start", torch.float32)
         tokenizer = load_tokenizer(self.work / "start", PreTrainedTokenizerFast)
-        rows, size = self._ready[: recorded or None], recipe.BATCH_SIZE
+        rows = self._ready[: recorded or None]
+        size = recipe.BATCH_SIZE if recorded else min(recipe.ALL_WEIGHTS_BATCH_SIZE, len(rows))
         order = training_order([len(row["input_ids"]) for row in rows], size, share.steps, self.settings.seed + 1)
         frozen: dict[str, Any] = (
             {"freeze_encoder": True, "encoder_states": str(self.work / "states")} if recorded else {}
@@ -542,7 +545,7 @@ class Pipeline:
         (target / "README.md").unlink(missing_ok=True)  # the card of other weights
         student.save_pretrained(target)
         tokenizer.save_pretrained(target)
-        return result
+        return result | {"batch_size": size}
 
     def evaluate(self, update) -> dict:
         """All models on the same rows: those that there is time for."""

@@ -54,9 +54,9 @@ class Plan:
         score, generate = 1 + (1 + self.trained) * self.student_size, 1 + self.trained * self.student_size
         return (2 + self.trained) * self.load + rows * (score * self.score + generate * self.generate)
 
-    def smallest_training(self) -> float:
+    def smallest_training(self, batch_size: int) -> float:
         """One step, between loading and saving a model: backward is twice forward, and the optimizer has its share."""
-        return 2 * self.load + 4 * recipe.BATCH_SIZE * self.score
+        return 2 * self.load + 4 * batch_size * self.score
 
     def latency(self) -> float:
         """The first round only warms up."""

@@ -10,6 +10,9 @@ OTHER_TEMPLATE = "{source}\n\nAnswer:"  # for data that is not the built-in task
 
 # Training
 BATCH_SIZE = 8
+# Of the student, where all weights are trained: an update of all of them takes as long as several rows, and at equal
+# time steps of 32 rows end nearer to the teacher than more of 8.
+ALL_WEIGHTS_BATCH_SIZE = 32
 TEACHER_LEARNING_RATE = 2e-4
 TEACHER_PASSES = 3
 STUDENT_LEARNING_RATE = 1e-3

@@ -60,6 +60,10 @@ class InOrder:
     def _get_train_sampler(self, *args):
         return SequentialSampler(self.train_dataset)
 
+    def _inner_training_loop(self, *args, **kwargs):
+        # transformers 4.57 takes the batch size of the checkpoint, which another stage may have trained with.
+        return super()._inner_training_loop(*args, **kwargs | {"batch_size": self.args.train_batch_size})
+
 
 class TimeShare(TrainerCallback, ExportableState):
     """Ends training when the next step would not end within `seconds`, reports progress, and saves on a Ctrl-C and
