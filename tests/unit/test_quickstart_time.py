@@ -192,11 +192,12 @@ def test_twelve_minutes_are_twelve_on_a_slow_machine(finished):
     frozen = done.get("frozen", {}).get("steps", 0)
     assert (frozen > 0) is not (finished.is_short or finished.has_twin)
     taught, distilled = done["teach"]["rates"], done["distill"]["rates"]
-    trainings = [(taught, recipe.TEACHER_LEARNING_RATE), (distilled[frozen:], recipe.STUDENT_LEARNING_RATE)]
+    last = recipe.STUDENT_LEARNING_RATE if finished.is_short else recipe.ALL_WEIGHTS_LEARNING_RATE
+    trainings = [(taught, recipe.TEACHER_LEARNING_RATE), (distilled[frozen:], last)]
     trainings += [(distilled[:frozen], recipe.STUDENT_LEARNING_RATE)] if frozen else []
     for rates, peak in trainings:
         most = 25 if rates is taught or finished.has_twin else 50
-        assert 3 <= len(rates) < most and max(rates) > 0.8 * peak and rates[-1] < 0.4 * peak
+        assert 3 <= len(rates) < most and 0.8 * peak < max(rates) <= peak and rates[-1] < 0.4 * peak
         assert rates.index(max(rates)) <= len(rates) // 3
     assert done["distill"]["steps"] == metrics["recipe"]["steps"]
     if finished.has_twin:
@@ -217,12 +218,18 @@ def test_a_run_trains_the_decoder_alone_on_recorded_rows_and_a_long_one_then_all
     said = finished.metrics["recipe"]
     if finished.has_twin:
         assert finished.results["start"]["recorded"] == 0
-        assert said["encoder"] == "trained" and said["batch_size"] == "32" and set(finished.batch_sizes) == {32}
+        assert said["encoder"] == "trained" and said["batch_size"] == 16 and set(finished.batch_sizes) == {16}
         return
     before = finished.results["distill" if finished.is_short else "frozen"]["steps"] + recipe.TIMED_STEPS
     then = finished.results["distill"]["steps"] + recipe.TIMED_STEPS - before
-    assert finished.batch_sizes == [8] * before + [32] * then
-    assert said["batch_size"] == ("8" if finished.is_short else "8, then 32")
+    assert finished.batch_sizes == [8] * before + [16] * then
+    assert said["batch_size"] == (8 if finished.is_short else "8, then 16")
+    peaks = (
+        [recipe.STUDENT_LEARNING_RATE]
+        if finished.is_short
+        else [recipe.STUDENT_LEARNING_RATE, recipe.ALL_WEIGHTS_LEARNING_RATE]
+    )
+    assert [float(rate) for rate in str(said["learning_rate"]).split(", then ")] == pytest.approx(peaks, rel=0.2)
     stage = finished.results["distill" if finished.is_short else "frozen"]
     recorded, steps = finished.results["start"]["recorded"], stage["steps"]
     assert sum(finished.rows_read) == recorded < 300 and len(finished.rows_read) > 2  # step by step, none again
@@ -277,7 +284,7 @@ def test_a_run_that_is_interrupted_with_and_without_a_frozen_encoder_goes_on(giv
     assert 10.0 < sum(stage["seconds"] for stage in metrics["stages"]) / 60 <= 12.1
     assert metrics["curves"]["student_kd"][-1]["step"] == done["distill"]["steps"]
     before = recipe.TIMED_STEPS + frozen["steps"]
-    assert machine.batch_sizes == [8] * before + [32] * (len(machine.batch_sizes) - before)
+    assert machine.batch_sizes == [8] * before + [16] * (len(machine.batch_sizes) - before)
 
 
 def test_teacher_and_student_have_the_tokens_of_the_training_rows(finished, given):
@@ -548,7 +555,8 @@ def check_continued(again, metrics):
     assert steps == done["distill"]["steps"] > first
     assert done["distill"]["rates"][:first] == before["distill"]["rates"]
     fresh = done["distill"]["rates"][first:]
-    assert max(fresh) > 0.8 * recipe.STUDENT_LEARNING_RATE and fresh[-1] < 0.3 * recipe.STUDENT_LEARNING_RATE
+    peak = recipe.ALL_WEIGHTS_LEARNING_RATE
+    assert 0.8 * peak < max(fresh) <= peak and fresh[-1] < 0.3 * peak
     assert done["teach"] == before["teach"] and done["start"] == before["start"]
     assert metrics["recipe"]["minutes"] == 22.0
     assert metrics["curves"]["student_kd"][-1]["step"] == steps

@@ -137,7 +137,7 @@ def _recipe(state: State) -> dict:
         "steps": results["distill"]["steps"],
         "batch_size": _batch_size(results),
         "encoder": _encoder_training(state),
-        "learning_rate": _peak(results["distill"]["rates"]),
+        "learning_rate": _student_rate(state),
         "schedule": schedule + (f", {times} times" if times > 1 else ""),
         "teacher_steps": results["teach"]["steps"],
         "teacher_learning_rate": _peak(results["teach"]["rates"]),
@@ -148,12 +148,19 @@ def _recipe(state: State) -> dict:
     }
 
 
-def _batch_size(results: Mapping[str, Mapping]) -> str:
+def _batch_size(results: Mapping[str, Mapping]) -> int | str:
     """Of the student's steps, in their order."""
     size = results["distill"].get("batch_size", recipe.BATCH_SIZE)  # what older versions trained with
     if not results["start"]["recorded"] or size == recipe.BATCH_SIZE:
-        return str(size)
+        return size
     return f"{recipe.BATCH_SIZE}, then {size}"
+
+
+def _student_rate(state: State) -> float | str:
+    """The largest of its steps with a frozen encoder or of earlier rounds, then of the others."""
+    rates, before = state.results["distill"]["rates"], state.steps_before
+    first, then = _peak(rates[:before] or rates), _peak(rates[before:])
+    return then if first == then else f"{first:g}, then {then:g}"
 
 
 def _encoder_training(state: State) -> str:

@@ -444,18 +444,16 @@ class Pipeline:
 
     def _time_steps(self, steps: int, distill_weight: float, recorded: int) -> tuple[float, float]:
         """Seconds of a step of a student's training, and of loading and saving around it."""
-        peak, now = recipe.STUDENT_LEARNING_RATE, self.state.now
-        share = TimeShare(float("inf"), steps, peak, _quiet, goes_on=not recorded, now=now)
+        now = self.state.now
+        share = TimeShare(float("inf"), steps, _peak(recorded), _quiet, goes_on=not recorded, now=now)
         with tempfile.TemporaryDirectory(dir=self.work) as name:
             begun, folder = now(), Path(name)
             result = self._train_student(share, distill_weight, recorded, folder / "training", folder / "student")
             return result["step_seconds"], now() - begun - steps * result["step_seconds"]
 
-    def _share(self, seconds: float, steps: int, update, replay: list[float] | None = None, **more) -> TimeShare:
-        peak, earlier = recipe.STUDENT_LEARNING_RATE, self.state.steps_before
-        return TimeShare(
-            seconds, steps, peak, update, replay, earlier=earlier, goes_on=True, now=self.state.now, **more
-        )
+    def _share(self, seconds: float, steps: int, recorded: int, update, **more) -> TimeShare:
+        earlier, now = self.state.steps_before, self.state.now
+        return TimeShare(seconds, steps, _peak(recorded), update, earlier=earlier, goes_on=True, now=now, **more)
 
     def _seconds_frozen(self) -> float:
         """For the training with a frozen encoder, and what is recorded for it."""
@@ -467,9 +465,9 @@ class Pipeline:
 
     def frozen(self, update) -> dict:
         """The first steps of a run that unfreezes its encoder: on recorded rows, many and cheap."""
-        share = self._share(max(self._seconds_frozen() - self.plan.load, 1.0), self._most_steps(), update)
-        training, target = self.work / TRAININGS["distill"], self.folder / "student"
         recorded = self.state.results["start"]["recorded"]
+        share = self._share(max(self._seconds_frozen() - self.plan.load, 1.0), self._most_steps(), recorded, update)
+        training, target = self.work / TRAININGS["distill"], self.folder / "student"
         result = self._train_student(share, recipe.DISTILL_WEIGHT, recorded, training, target)
         return {"steps": result["steps"], "note": f"{result['steps']} steps of {recipe.BATCH_SIZE}"}
 
@@ -479,6 +477,7 @@ class Pipeline:
             # It is saved afterwards, which takes as long as to load it.
             max(self._seconds_to_train() - self.plan.load - (len(self.state.trainings) - 1) * start["overhead"], 1.0),
             before + self._most_steps(),
+            self._recorded,
             update,
             twin_step=start["twin_step"],
             twin_cost=earlier["twin_cost"] or None,
@@ -496,7 +495,7 @@ class Pipeline:
     def twin(self, update) -> dict:
         """As many steps, from the same start, on the same rows at the same learning rates: only the loss differs."""
         rates = self.state.results["distill"]["rates"]
-        replay = self._share(float("inf"), len(rates), update, rates)
+        replay = self._share(float("inf"), len(rates), self._recorded, update, replay=rates)
         training, target = self.work / TRAININGS["twin"], self.work / "student-ce"
         return self._train_student(replay, 0.0, self._recorded, training, target)
 
@@ -640,6 +639,11 @@ class Pipeline:
         )
         write_model_card(self.folder / "student", metrics)
         return {"metrics": metrics}
+
+
+def _peak(recorded: int) -> float:
+    """The student's learning rate: on recorded rows with a frozen encoder, or of all weights."""
+    return recipe.STUDENT_LEARNING_RATE if recorded else recipe.ALL_WEIGHTS_LEARNING_RATE
 
 
 def _longest_prompt(teacher: str) -> int:
