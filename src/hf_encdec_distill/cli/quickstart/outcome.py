@@ -129,15 +129,18 @@ def _verdict(state: State, models: Mapping[str, Mapping]) -> dict:
 def _recipe(state: State) -> dict:
     results, earlier = state.results, state.earlier
     times = earlier["rounds"] + 1 + ("frozen" in results)
+    # A student that has recorded rows begins with its encoder frozen, in smaller steps at another rate.
+    before, rates = state.steps_before if results["start"]["recorded"] else 0, results["distill"]["rates"]
+    size = results["distill"].get("batch_size", recipe.BATCH_SIZE)  # older versions trained all weights with that
     schedule = f"warm-up over {recipe.WARMUP:.0%} of the steps, then linear to zero"
     return {
         "divergence": recipe.DIVERGENCE,
         "distill_weight": recipe.DISTILL_WEIGHT,
         "minutes": state.minutes,
         "steps": results["distill"]["steps"],
-        "batch_size": _batch_size(results),
+        "batch_size": _then(recipe.BATCH_SIZE if before else size, size),
         "encoder": _encoder_training(state),
-        "learning_rate": _student_rate(state),
+        "learning_rate": _then(_peak(rates[:before] or rates), _peak(rates[before:])),
         "schedule": schedule + (f", {times} times" if times > 1 else ""),
         "teacher_steps": results["teach"]["steps"],
         "teacher_learning_rate": _peak(results["teach"]["rates"]),
@@ -148,19 +151,8 @@ def _recipe(state: State) -> dict:
     }
 
 
-def _batch_size(results: Mapping[str, Mapping]) -> int | str:
-    """Of the student's steps, in their order."""
-    size = results["distill"].get("batch_size", recipe.BATCH_SIZE)  # what older versions trained with
-    if not results["start"]["recorded"] or size == recipe.BATCH_SIZE:
-        return size
-    return f"{recipe.BATCH_SIZE}, then {size}"
-
-
-def _student_rate(state: State) -> float | str:
-    """The largest of its steps with a frozen encoder or of earlier rounds, then of the others."""
-    rates, before = state.results["distill"]["rates"], state.steps_before
-    first, then = _peak(rates[:before] or rates), _peak(rates[before:])
-    return then if first == then else f"{first:g}, then {then:g}"
+def _then(first: float, later: float) -> float | str:
+    return later if first == later else f"{first:g}, then {later:g}"
 
 
 def _encoder_training(state: State) -> str:
