@@ -98,6 +98,7 @@ class Arm:
 SIX, EIGHT = (0, 1, 20, 23, 24, 29), (0, 1, 8, 20, 23, 24, 28, 29)
 FOUR = (0, 1, 24, 29)
 FROZEN = {"freeze_encoder": True}  # on states that are kept
+LOW = {"per_device_train_batch_size": 16, "learning_rate": 5e-4}
 POOLED = {"encoder_pooling": 2, "encoder_pooling_layer": 2}
 SHARED = {"cross_attention_sharing": 2}
 NARROW = {"decoder_intermediate_size": 768}
@@ -125,6 +126,14 @@ ARMS = {
     "thawed_5_6": Arm("5 + 6, frozen for 600 steps", SIX, SIX[:-1], training=FROZEN | {"unfreeze_encoder_after": 600}),
     "thawed_11_4": Arm("11 + 4, frozen for 600 steps", FOUR, 11, training=FROZEN | {"unfreeze_encoder_after": 600}),
     "thawed_11_6": Arm("11 + 6, frozen for 600 steps", SIX, 11, training=FROZEN | {"unfreeze_encoder_after": 600}),
+    # Likewise, at the rate and in the steps that a long quickstart has for all weights.
+    "low_only_6": Arm("decoder-only 6, 16 rows at 5e-4", SIX, training=LOW),
+    "low_5_6": Arm(
+        "5 + 6, frozen for 300 steps, 16 rows at 5e-4",
+        SIX,
+        SIX[:-1],
+        training=LOW | FROZEN | {"unfreeze_encoder_after": 300},
+    ),
     "half_5_6": Arm("5 + 6, frozen for 100 steps", SIX, SIX[:-1], training=FROZEN | {"unfreeze_encoder_after": 100}),
     "frozen_20_6": Arm("20 + 6, frozen encoder", SIX, 20, training=FROZEN),
     "frozen_20_8": Arm("20 + 8, frozen encoder", EIGHT, 20, training=FROZEN),
