@@ -126,7 +126,8 @@ ARMS = {
     "thawed_5_6": Arm("5 + 6, frozen for 600 steps", SIX, SIX[:-1], training=FROZEN | {"unfreeze_encoder_after": 600}),
     "thawed_11_4": Arm("11 + 4, frozen for 600 steps", FOUR, 11, training=FROZEN | {"unfreeze_encoder_after": 600}),
     "thawed_11_6": Arm("11 + 6, frozen for 600 steps", SIX, 11, training=FROZEN | {"unfreeze_encoder_after": 600}),
-    # Likewise, at the rate and in the steps that a long quickstart has for all weights.
+    "half_5_6": Arm("5 + 6, frozen for 100 steps", SIX, SIX[:-1], training=FROZEN | {"unfreeze_encoder_after": 100}),
+    # With the rate and the rows per step that a long quickstart has for all weights, here from the first step on.
     "low_only_6": Arm("decoder-only 6, 16 rows at 5e-4", SIX, training=LOW),
     "low_5_6": Arm(
         "5 + 6, frozen for 300 steps, 16 rows at 5e-4",
@@ -134,7 +135,6 @@ ARMS = {
         SIX[:-1],
         training=LOW | FROZEN | {"unfreeze_encoder_after": 300},
     ),
-    "half_5_6": Arm("5 + 6, frozen for 100 steps", SIX, SIX[:-1], training=FROZEN | {"unfreeze_encoder_after": 100}),
     "frozen_20_6": Arm("20 + 6, frozen encoder", SIX, 20, training=FROZEN),
     "frozen_20_8": Arm("20 + 8, frozen encoder", EIGHT, 20, training=FROZEN),
     "whole_6": Arm("whole frozen encoder + 6", SIX, ALL, training=FROZEN),
